@@ -1,0 +1,1 @@
+"""What a model is made of: decoder layers, modules, roles, shapes, parameters, FLOPs."""

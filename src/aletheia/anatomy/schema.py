@@ -1,0 +1,88 @@
+"""The anatomy of a model as plain data: what plans and reports need to know without loading torch."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Role = Literal["attention", "mlp", "expert", "shared_expert", "router"]
+
+
+class Module(BaseModel):
+    """One weight matrix inside a decoder layer that LoRA can adapt.
+
+    ``name`` is the full path in the model, e.g. ``model.layers.3.self_attn.q_proj``. Sizes are logical:
+    ``y = x W`` maps ``in_features`` to ``out_features``, however the weight is stored or quantized.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    layer: int
+    role: Role
+    in_features: int
+    out_features: int
+
+    @property
+    def parameters(self) -> int:
+        """Elements of the weight matrix."""
+        return self.in_features * self.out_features
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of the forward matrix product for one token, 2 per multiply-add."""
+        return 2 * self.parameters
+
+    def lora_parameters(self, rank: int) -> int:
+        """Trainable parameters of a rank-``rank`` adapter: A is rank x in, B is out x rank."""
+        return rank * (self.in_features + self.out_features)
+
+
+class Anatomy(BaseModel):
+    """Decoder layers and their modules, plus the sizes around them.
+
+    ``attention_width`` is heads x head size, the width of the two attention products. ``fused_parameters``
+    names 3-D expert weights, which are listed but can not be adapted yet.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_type: str
+    layer_count: int
+    layer_path: str
+    hidden_size: int
+    vocab_size: int
+    attention_width: int
+    parameters: int
+    embedding_parameters: int
+    layer_parameters: tuple[int, ...]
+    modules: tuple[Module, ...]
+    fused_parameters: tuple[str, ...] = ()
+
+    def in_layer(self, index: int) -> tuple[Module, ...]:
+        """The modules of one decoder layer, in the model's order."""
+        return tuple(module for module in self.modules if module.layer == index)
+
+    @property
+    def head_flops_per_token(self) -> int:
+        """Forward FLOPs of the LM head for one token."""
+        return 2 * self.hidden_size * self.vocab_size
+
+
+class ModelIdentity(BaseModel):
+    """Which model an artefact belongs to: its name for people, its fingerprint for the check."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    fingerprint: str
+
+    def __str__(self) -> str:
+        """``name (first 12 digits of the fingerprint)``."""
+        return f"{self.name} ({self.fingerprint[:12]})"
+
+
+class DataIdentity(BaseModel):
+    """Which data set an artefact was made from. ``form`` is the row form, such as ``question, answer``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    fingerprint: str
+    form: str
+    rows: int

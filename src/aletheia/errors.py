@@ -1,0 +1,46 @@
+"""Every error Aletheia raises on purpose.
+
+    AletheiaError
+    ├── ModelError      a model that cannot be found, read or taken apart
+    ├── DataError       rows that cannot be read or used; names file and line where it can
+    ├── ProbeError      a probe that gave no usable scores (a non-finite gradient, no batch)
+    ├── PlanError       a plan that cannot be made, or that belongs to another model
+    ├── AdapterError    the adapted modules differ from the plan
+    ├── TrainingError   a run that cannot go on (a non-finite loss)
+    └── ArtifactError   a file of ours that cannot be read, or an output that would overwrite something
+
+Each message says what was found, what was expected and the remedy, in one line. The command line prints it
+after ``error:`` and exits with 2.
+"""
+
+
+class AletheiaError(Exception):
+    """Base of all errors raised on purpose; the message is one line meant for the user."""
+
+
+class ModelError(AletheiaError):
+    """The model cannot be found, read or taken apart into decoder layers."""
+
+
+class DataError(AletheiaError):
+    """Rows cannot be read or cannot be used for training."""
+
+
+class ProbeError(AletheiaError):
+    """The probe gave no usable scores."""
+
+
+class PlanError(AletheiaError):
+    """A plan cannot be made from these settings, or belongs to another model."""
+
+
+class AdapterError(AletheiaError):
+    """The adapted modules differ from the plan."""
+
+
+class TrainingError(AletheiaError):
+    """The run cannot go on."""
+
+
+class ArtifactError(AletheiaError):
+    """One of our files cannot be read, or an output would overwrite something."""

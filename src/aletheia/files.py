@@ -1,0 +1,145 @@
+"""Versioned JSON artefacts (scores, plan, metrics): read, validated, and written atomically. Torch-free."""
+
+import hashlib
+import json
+import os
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from aletheia.errors import ArtifactError
+
+TRACKED_PACKAGES = ("aletheia-tune", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that can change a result, for provenance; absent ones are left out."""
+    versions = {}
+    for name in TRACKED_PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def file_sha256(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing: a temporary file beside it, then an atomic rename.
+
+    Raises:
+        ArtifactError: the folder cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
+                handle.write(text)
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot write {path}: {error.strerror}; choose another place with --out"
+        ) from error
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
+
+
+class Artifact(BaseModel):
+    """Base of the files we write: JSON with a ``format`` name and an integer ``version``.
+
+    Unknown keys are refused, so that a typo in a hand-edited plan cannot pass unnoticed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    FORMAT: ClassVar[str]
+    VERSION: ClassVar[int] = 1
+
+    def to_json(self) -> str:
+        """The file's text: indented JSON, keys in the order of the schema, non-finite numbers refused."""
+        head = {"format": self.FORMAT, "version": self.VERSION}
+        return json.dumps(head | self.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
+
+    def write(self, path: str | Path) -> Path:
+        """Write the artefact; an existing file is replaced only if it is one of the same format.
+
+        Raises:
+            ArtifactError: the path holds something else or cannot be written.
+        """
+        path = Path(path)
+        if path.exists() and artifact_format(path) != self.FORMAT:
+            raise ArtifactError(
+                f"{path} exists and is no {self.FORMAT} file; choose another --out or remove it first"
+            )
+        write_text(path, self.to_json())
+        return path
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Read and validate an artefact.
+
+        Raises:
+            ArtifactError: missing, not JSON, of another format or version, or with invalid fields.
+        """
+        path = Path(path)
+        found = read_json(path)
+        if not isinstance(found, dict) or found.get("format") != cls.FORMAT:
+            named = found.get("format") if isinstance(found, dict) else None
+            raise ArtifactError(f"{path} is no {cls.FORMAT} file (format: {named!r})")
+        if found.get("version") != cls.VERSION:
+            raise ArtifactError(
+                f"{path} has {cls.FORMAT} version {found.get('version')!r}; this release reads "
+                f"version {cls.VERSION}; write the file again with this release"
+            )
+        body = {key: value for key, value in found.items() if key not in ("format", "version")}
+        try:
+            return cls.model_validate(body)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "the file"
+            raise ArtifactError(
+                f"{path} is no valid {cls.FORMAT} file: {where}: {first['msg']} "
+                f"({error.error_count()} problem(s) in all)"
+            ) from error
+
+
+def read_json(path: Path) -> object:
+    """Parse a JSON file of ours.
+
+    Raises:
+        ArtifactError: missing, a folder, unreadable, or not JSON (with the line).
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ArtifactError(f"{path}:{error.lineno}: not JSON ({error.msg}); write the file again") from error
+    except UnicodeDecodeError as error:
+        raise ArtifactError(f"{path}: not a text file; expected JSON") from error
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+
+
+def artifact_format(path: Path) -> str | None:
+    """The ``format`` a file declares, or None if it is not one of our files."""
+    try:
+        found = read_json(path)
+    except ArtifactError:
+        return None
+    name = found.get("format") if isinstance(found, dict) else None
+    return name if isinstance(name, str) else None

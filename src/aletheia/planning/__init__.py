@@ -1,0 +1,1 @@
+"""Selection policies, rank allocation, the cost model, its frontier and the Plan file. Torch-free."""

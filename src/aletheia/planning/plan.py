@@ -1,0 +1,110 @@
+"""The Plan file: exactly which modules get LoRA, at which rank and alpha, and where that came from."""
+
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+
+from aletheia.anatomy.schema import DataIdentity, ModelIdentity, Role
+from aletheia.errors import PlanError
+from aletheia.files import Artifact
+from aletheia.probing.scores import ProbeSettings
+
+Policy = Literal["depth-aware", "top-percent", "last", "first", "random", "bottom", "uniform"]
+RankMode = Literal["uniform", "by-role", "by-score"]
+
+
+class Adapter(BaseModel):
+    """LoRA on one module: ``y = x W + (alpha / rank) x A B``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    layer: int = Field(ge=0)
+    role: Role
+    rank: int = Field(ge=1)
+    alpha: FiniteFloat = Field(gt=0)
+    parameters: int = Field(ge=1, description="trainable parameters of this adapter")
+
+
+class PlanSettings(BaseModel):
+    """What the user asked for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    policy: Policy
+    percent: float
+    ranks: RankMode
+    rank: int
+    attention_rank: int | None
+    mlp_rank: int | None
+    alpha: float = Field(description="alpha at ``rank``; every adapter keeps the ratio alpha / rank")
+    seed: int
+
+
+class Prediction(BaseModel):
+    """What the analytic cost model expects of the plan, relative to uniform LoRA at the same rank."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    relative_step_time: FiniteFloat
+    captured_importance: FiniteFloat = Field(
+        description="share of the summed layer scores in the adapted layers"
+    )
+
+    @property
+    def speedup(self) -> float:
+        """Uniform step time divided by this plan's."""
+        return 1.0 / self.relative_step_time
+
+
+class Plan(Artifact):
+    """A reviewed, versioned choice of adapters for one model.
+
+    ``layer_scores`` are those of the probe, one per decoder layer, kept so that a plan can be drawn without the
+    scores file. ``boundary`` is the lowest adapted layer.
+    """
+
+    FORMAT: ClassVar[str] = "aletheia-plan"
+
+    model: ModelIdentity
+    data: DataIdentity | None
+    probe: ProbeSettings
+    packages: dict[str, str]
+    settings: PlanSettings
+    layer_count: int
+    layers: tuple[int, ...]
+    predicted: Prediction
+    layer_scores: tuple[FiniteFloat, ...]
+    adapters: tuple[Adapter, ...]
+
+    @property
+    def boundary(self) -> int:
+        """Index of the lowest adapted layer: nothing below it needs a gradient."""
+        return self.layers[0]
+
+    @property
+    def trainable_parameters(self) -> int:
+        """Trainable parameters of all adapters."""
+        return sum(adapter.parameters for adapter in self.adapters)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Plan":
+        names = [adapter.name for adapter in self.adapters]
+        if not names:
+            raise ValueError("a plan needs at least one adapter")
+        if len(set(names)) != len(names):
+            raise ValueError("a module is planned twice")
+        if tuple(sorted({adapter.layer for adapter in self.adapters})) != self.layers:
+            raise ValueError("'layers' must be the sorted layers of the adapters")
+        if self.layers[-1] >= self.layer_count or len(self.layer_scores) != self.layer_count:
+            raise ValueError("a layer index or the scores do not fit 'layer_count'")
+        return self
+
+    def check_model(self, model: ModelIdentity) -> None:
+        """Refuse a plan that was made for another model.
+
+        Raises:
+            PlanError: the fingerprints differ; names both models.
+        """
+        if model.fingerprint != self.model.fingerprint:
+            raise PlanError(
+                f"the plan was made for {self.model}, this model is {model}; "
+                "make a plan for this model with 'aletheia probe' and 'aletheia plan'"
+            )

@@ -1,0 +1,1 @@
+"""Scores: which layers the task pulls on, from a few forward and backward passes."""

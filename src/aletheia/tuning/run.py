@@ -1,0 +1,115 @@
+"""The record of a finished run: ``metrics.json`` and the folder around it. Torch-free."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat
+
+from aletheia.anatomy.schema import DataIdentity, ModelIdentity
+from aletheia.errors import ArtifactError
+from aletheia.files import Artifact
+from aletheia.planning.plan import Plan
+
+METRICS_FILE = "metrics.json"
+PLAN_FILE = "plan.json"
+
+
+class PhaseSeconds(BaseModel):
+    """Wall-clock seconds by phase. ``train`` holds the optimizer steps alone, held-out evaluation is ``eval``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    load: float
+    probe: float
+    plan: float
+    train: float
+    eval: float
+
+    @property
+    def total(self) -> float:
+        """All phases."""
+        return self.load + self.probe + self.plan + self.train + self.eval
+
+
+class TrainPoint(BaseModel):
+    """One optimizer step. ``train_seconds`` counts from the first step, without evaluation."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    step: int
+    loss: FiniteFloat
+    train_seconds: float
+
+
+class HeldOutPoint(BaseModel):
+    """The held-out loss after ``step`` steps, in nats per labelled token."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    step: int
+    loss: FiniteFloat
+    train_seconds: float
+
+
+class TrainSettings(BaseModel):
+    """The settings that decide a run besides its plan."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    steps: int
+    batch_size: int
+    learning_rate: float
+    max_length: int
+    dtype: str
+    device: str
+    seed: int
+
+
+class Metrics(Artifact):
+    """Everything measured in one run."""
+
+    FORMAT: ClassVar[str] = "aletheia-metrics"
+
+    model: ModelIdentity
+    data: DataIdentity | None
+    held_out_data: DataIdentity | None
+    held_out_rows: int
+    held_out_tokens: int
+    packages: dict[str, str]
+    settings: TrainSettings
+    steps: int
+    tokens: int
+    labelled_tokens: int
+    boundary: int
+    trainable_parameters: int
+    seconds: PhaseSeconds
+    peak_memory_bytes: int
+    held_out_loss_before: FiniteFloat
+    held_out_loss_after: FiniteFloat
+    train_curve: tuple[TrainPoint, ...]
+    held_out_curve: tuple[HeldOutPoint, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: where its folder is, what it measured and the plan it followed."""
+
+    path: Path
+    metrics: Metrics
+    plan: Plan
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.resolve().name
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Run":
+        """Read a run folder.
+
+        Raises:
+            ArtifactError: the folder holds no finished run.
+        """
+        path = Path(path)
+        if not (path / METRICS_FILE).is_file():
+            raise ArtifactError(
+                f"{path} holds no finished run (no {METRICS_FILE}); give a folder written by 'aletheia train'"
+            )
+        return cls(path, Metrics.read(path / METRICS_FILE), Plan.read(path / PLAN_FILE))
