@@ -1,3 +1,72 @@
-"""Fine-tune only the layers of a language model that the task needs."""
+"""Fine-tune only the layers of a language model that the task needs.
+
+The job in five steps, objects passed along::
+
+    import aletheia
+
+    base = aletheia.load("HuggingFaceTB/SmolLM2-135M-Instruct")
+    data, held_out = aletheia.split_held_out(aletheia.load_data("train.jsonl", base.tokenizer))
+    scores = aletheia.probe(base.model, data)
+    plan = aletheia.plan(scores)
+    model = aletheia.adapt(base.model, plan)
+    run = aletheia.train(model, data, plan, out="run", held_out=held_out)
+    aletheia.report([run], "report.html")
+
+Importing the package loads no torch; a name is imported when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Anatomy": "aletheia.anatomy.schema",
+    "Examples": "aletheia.data.examples",
+    "Loaded": "aletheia.anatomy.load",
+    "Plan": "aletheia.planning.plan",
+    "Run": "aletheia.tuning.run",
+    "Scores": "aletheia.probing.scores",
+    "adapt": "aletheia.tuning.adapters",
+    "held_out_loss": "aletheia.evaluation.held_out",
+    "inspect": "aletheia.anatomy.load",
+    "load": "aletheia.anatomy.load",
+    "load_data": "aletheia.data.encode",
+    "plan": "aletheia.planning.make",
+    "plan_frontier": "aletheia.planning.make",
+    "probe": "aletheia.probing.resident",
+    "report": "aletheia.reporting.page",
+    "split_held_out": "aletheia.data.examples",
+    "train": "aletheia.tuning.train",
+}
+
+__all__ = [*sorted(_HOMES), "__version__"]
+
+if TYPE_CHECKING:
+    from aletheia.anatomy.load import Loaded, inspect, load
+    from aletheia.anatomy.schema import Anatomy
+    from aletheia.data.encode import load_data
+    from aletheia.data.examples import Examples, split_held_out
+    from aletheia.evaluation.held_out import held_out_loss
+    from aletheia.planning.make import plan, plan_frontier
+    from aletheia.planning.plan import Plan
+    from aletheia.probing.resident import probe
+    from aletheia.probing.scores import Scores
+    from aletheia.reporting.page import report
+    from aletheia.tuning.adapters import adapt
+    from aletheia.tuning.run import Run
+    from aletheia.tuning.train import train
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name on first use."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'aletheia' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

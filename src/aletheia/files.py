@@ -50,9 +50,7 @@ def write_text(path: Path, text: str) -> None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        raise ArtifactError(
-            f"cannot write {path}: {error.strerror}; choose another place with --out"
-        ) from error
+        raise ArtifactError(f"cannot write {path}: {error.strerror}; choose another place with --out") from error
 
 
 def _umask() -> int:
@@ -84,9 +82,7 @@ class Artifact(BaseModel):
         """
         path = Path(path)
         if path.exists() and artifact_format(path) != self.FORMAT:
-            raise ArtifactError(
-                f"{path} exists and is no {self.FORMAT} file; choose another --out or remove it first"
-            )
+            raise ArtifactError(f"{path} exists and is no {self.FORMAT} file; choose another --out or remove it first")
         write_text(path, self.to_json())
         return path
 

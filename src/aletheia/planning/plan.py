@@ -44,9 +44,7 @@ class Prediction(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     relative_step_time: FiniteFloat
-    captured_importance: FiniteFloat = Field(
-        description="share of the summed layer scores in the adapted layers"
-    )
+    captured_importance: FiniteFloat = Field(description="share of the summed layer scores in the adapted layers")
 
     @property
     def speedup(self) -> float:

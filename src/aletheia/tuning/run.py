@@ -53,7 +53,6 @@ class TrainSettings(BaseModel):
     """The settings that decide a run besides its plan."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    steps: int
     batch_size: int
     learning_rate: float
     max_length: int

@@ -1,0 +1,39 @@
+# make venv | demo | test | check | test-slow | bench | lock
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/ready
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: venv demo test check test-slow bench lock
+
+venv: $(READY)
+
+# torch first and with its dependencies: which build it is decides what else it needs
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $$(grep '^torch==' requirements.lock)
+	$(BIN)/pip install --quiet --no-deps -r requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: venv
+	$(BIN)/aletheia demo --out demo-run --overwrite
+
+test: venv
+	$(BIN)/python -m pytest
+
+check: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test-slow: venv
+	$(BIN)/python -m pytest -m slow
+
+bench: venv
+	$(BIN)/python benchmarks/bench.py
+
+lock: venv
+	{ sed -n '/^#/p' requirements.lock; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//'; } > requirements.new
+	mv requirements.new requirements.lock

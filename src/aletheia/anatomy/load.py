@@ -1,0 +1,148 @@
+"""From MODEL (hub id, local folder or .gguf file) to a config, or to a model with its tokenizer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from aletheia.anatomy.read import read_anatomy
+from aletheia.anatomy.schema import Anatomy
+from aletheia.errors import ModelError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A base model ready to be probed, with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def pick_device() -> torch.device:
+    """CUDA, else Apple's MPS, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def pick_dtype(device: torch.device) -> torch.dtype:
+    """The fastest dtype that is safe to train in: bfloat16 where the hardware computes in it, else float32.
+
+    A GPU without bfloat16 gets float16, which the trainer runs under autocast with loss scaling. A CPU without
+    bfloat16 instructions emulates them, which was 3x slower than float32.
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu" and cpu_has_bfloat16():
+        return torch.bfloat16
+    return torch.float32
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16, AMX, or Arm's bf16)."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
+
+
+def load_config(name: str) -> PretrainedConfig:
+    """The config of MODEL, no weights read.
+
+    Raises:
+        ModelError: MODEL cannot be found or its config cannot be read.
+    """
+    place = _place(name)
+    with _explained(name):
+        return AutoConfig.from_pretrained(**place)
+
+
+def inspect(name: str) -> Anatomy:
+    """Anatomy of MODEL from its config alone: the model is built on the meta device, weights stay untouched.
+
+    Raises:
+        ModelError: MODEL cannot be found or taken apart.
+    """
+    config = load_config(name)
+    config.__dict__.pop("quantization_config", None)  # shapes are wanted, not the quantizer's packages
+    with _explained(name), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return read_anatomy(model)
+
+
+def load(name: str, dtype: str = "auto", device: str | None = None) -> Loaded:
+    """Load MODEL and its tokenizer.
+
+    Args:
+        name: hub id, local folder or ``.gguf`` file.
+        dtype: ``auto`` (see :func:`pick_dtype`), ``bfloat16``, ``float16`` or ``float32``.
+        device: a torch device; by default the best one there is.
+
+    Raises:
+        ModelError: MODEL cannot be found or read, or ``dtype`` is unknown.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ModelError(f"unknown dtype {dtype!r}; expected auto, {', '.join(DTYPES)}")
+    target = torch.device(device) if device else pick_device()
+    place = _place(name)
+    with _explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        model = AutoModelForCausalLM.from_pretrained(**place, dtype=DTYPES.get(dtype) or pick_dtype(target))
+    if "gguf_file" in place:
+        _forget_gguf(model)
+    model.config._name_or_path = name  # what plans, adapters and model cards call the base model
+    model.name_or_path = name
+    return Loaded(model.to(target), tokenizer)
+
+
+def _forget_gguf(model: PreTrainedModel) -> None:
+    """A GGUF checkpoint is dequantized while loading, yet marked as quantized, which the Trainer refuses."""
+    for owner, mark in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
+        if hasattr(owner, mark):
+            delattr(owner, mark)
+    model.is_quantized = False
+
+
+def _place(name: str) -> dict[str, Any]:
+    """Arguments of ``from_pretrained``: a GGUF file is named by its folder and its file name.
+
+    Raises:
+        ModelError: a local path that holds no model.
+    """
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"no file {name}; expected a GGUF checkpoint")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{name} holds no config.json; expected a transformers model folder or a .gguf file")
+        return {"pretrained_model_name_or_path": name}
+    if path.exists():
+        raise ModelError(f"{name} is a file; expected a hub id, a model folder or a .gguf file")
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise ModelError(f"no folder {name}; expected a hub id, a model folder or a .gguf file")
+    return {"pretrained_model_name_or_path": name}
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn whatever loading raises into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ModelError(f"cannot load {name}: {reason}") from error

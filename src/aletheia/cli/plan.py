@@ -1,0 +1,68 @@
+"""``aletheia plan``: from scores to the modules that get LoRA."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aletheia.cli.options import JsonOption, SeedOption, print_json, print_rich, say
+
+EXAMPLE = "aletheia plan scores.json --out plan.json --percent 50"
+
+
+def plan(
+    scores: Annotated[Path, typer.Argument(help="Scores file of 'aletheia probe'.", metavar="SCORES")],
+    out: Annotated[Path | None, typer.Option("--out", help="Plan file to write.")] = None,
+    policy: Annotated[
+        str, typer.Option("--policy", help="depth-aware, top-percent, last, first, random, bottom or uniform.")
+    ] = "depth-aware",
+    percent: Annotated[
+        float,
+        typer.Option("--percent", help="Share of the layers; for depth-aware, the step time of the last such share."),
+    ] = 50,
+    rank: Annotated[int, typer.Option("--rank", help="LoRA rank; for by-score, the parameter budget.")] = 16,
+    ranks: Annotated[str, typer.Option("--ranks", help="uniform, by-role or by-score.")] = "uniform",
+    attention_rank: Annotated[
+        int | None, typer.Option("--attention-rank", help="Rank of attention modules; implies by-role.")
+    ] = None,
+    mlp_rank: Annotated[
+        int | None, typer.Option("--mlp-rank", help="Rank of all other modules; implies by-role (then 64 by default).")
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option("--alpha", help="Alpha at --rank; the ratio holds everywhere (2 x rank by default)."),
+    ] = None,
+    seed: SeedOption = 0,
+    show_frontier: Annotated[
+        bool, typer.Option("--frontier", help="Print predicted step time against captured importance.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Choose layers and ranks from scores and write them as a plan, or print the frontier of all choices."""
+    from aletheia.errors import PlanError
+    from aletheia.planning.make import plan as make_plan
+    from aletheia.planning.make import plan_frontier
+    from aletheia.probing.scores import Scores
+    from aletheia.reporting.frontier import frontier_view
+    from aletheia.reporting.terminal import render
+
+    if out is None and not show_frontier:
+        raise PlanError("nothing to do: expected --out plan.json, --frontier, or both")
+    read = Scores.read(scores)
+    made = make_plan(read, policy, percent, rank, ranks, attention_rank, mlp_rank, alpha, seed)  # type: ignore[arg-type]
+    if out is not None:
+        made.write(out)
+    if not show_frontier:
+        if as_json:
+            print_json(made.model_dump(mode="json"))
+        else:
+            print_rich(render(made))
+    else:
+        points = plan_frontier(read, rank, made.settings.ranks, attention_rank, mlp_rank)
+        if as_json:
+            print_json([asdict(point) | {"boundary": point.boundary, "speedup": point.speedup} for point in points])
+        else:
+            print_rich(frontier_view(points, made))
+    if out is not None:
+        say(f"wrote {out}")

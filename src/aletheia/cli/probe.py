@@ -1,0 +1,60 @@
+"""``aletheia probe``: which layers the task pulls on."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aletheia.cli.options import (
+    DataOption,
+    DtypeOption,
+    JsonOption,
+    MaxLengthOption,
+    ModelArgument,
+    SeedOption,
+    SkipEmptiedOption,
+    print_json,
+    print_rich,
+    quiet_libraries,
+    say,
+)
+
+EXAMPLE = "aletheia probe Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --out scores.json"
+
+
+def probe(
+    model: ModelArgument,
+    data: DataOption,
+    out: Annotated[Path, typer.Option("--out", help="Scores file to write.")],
+    batches: Annotated[int, typer.Option("--batches", help="Probe batches.")] = 5,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per probe batch.")] = 1,
+    score: Annotated[str, typer.Option("--score", help="What is measured: gradient-norm.")] = "gradient-norm",
+    max_length: MaxLengthOption = 1024,
+    skip_emptied: SkipEmptiedOption = False,
+    dtype: DtypeOption = "auto",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Score layers and modules by the gradient norm they receive on a few batches; nothing is trained."""
+    quiet_libraries()
+    from aletheia.anatomy.load import load
+    from aletheia.data.encode import encode
+    from aletheia.data.rows import load_rows
+    from aletheia.errors import ProbeError
+    from aletheia.probing.resident import SCORE
+    from aletheia.probing.resident import probe as run_probe
+    from aletheia.reporting.terminal import render
+
+    if score != SCORE:
+        raise ProbeError(f"unknown --score {score!r}; expected {SCORE}")
+    rows = load_rows(data)
+    say(f"loading {model}")
+    base = load(model, dtype)
+    say(f"probing with {batches} batches of {batch_size}")
+    scores = run_probe(base.model, encode(rows, base.tokenizer, max_length, skip_emptied), batches, batch_size, seed)
+    scores.write(out)
+    if as_json:
+        print_json(scores.model_dump(mode="json"))
+    else:
+        print_rich(render(scores))
+        say(f"wrote {out}")

@@ -1,0 +1,41 @@
+"""``aletheia show``: scores, a plan or a finished run in the terminal."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aletheia.cli.options import JsonOption, print_json, print_rich
+
+EXAMPLE = "aletheia show plan.json"
+
+
+def show(
+    file: Annotated[Path, typer.Argument(help="Scores, plan or metrics file, or a run folder.", metavar="FILE")],
+    as_json: JsonOption = False,
+) -> None:
+    """Show scores, a plan or a finished run as tables and bars."""
+    from aletheia.errors import ArtifactError
+    from aletheia.files import artifact_format
+    from aletheia.planning.plan import Plan
+    from aletheia.probing.scores import Scores
+    from aletheia.reporting.terminal import render
+    from aletheia.tuning.run import Metrics, Run
+
+    artifact: Scores | Plan | Run
+    found = None if file.is_dir() else artifact_format(file)
+    if file.is_dir():
+        artifact = Run.read(file)
+    elif found == Metrics.FORMAT:
+        artifact = Run.read(file.parent)
+    elif found == Plan.FORMAT:
+        artifact = Plan.read(file)
+    elif found == Scores.FORMAT or not file.exists():
+        artifact = Scores.read(file)  # a missing file is reported by the reader
+    else:
+        raise ArtifactError(f"{file} is none of ours; expected scores, a plan, metrics, or a run folder")
+    if as_json:
+        shown = artifact.metrics if isinstance(artifact, Run) else artifact
+        print_json(shown.model_dump(mode="json"))
+    else:
+        print_rich(render(artifact))

@@ -1,0 +1,92 @@
+"""Tokenised rows with their labels. No torch: plain lists of integers."""
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from aletheia.anatomy.schema import DataIdentity
+from aletheia.errors import DataError
+
+NO_LOSS = -100  # the label that torch's cross entropy ignores
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as tokens. ``labels`` has the length of ``input_ids``: the token itself, or -100 for no loss.
+
+    Labels are not shifted; the model shifts them, so position 0 is never predicted.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    where: str
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return len(self.input_ids)
+
+    @property
+    def labelled_tokens(self) -> int:
+        """Tokens that carry a loss; position 0 never does."""
+        return sum(label != NO_LOSS for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A tokenised data set, usable as the ``train_dataset`` of a transformers Trainer.
+
+    ``skipped`` counts the rows left without a label and dropped, ``truncated`` the kept rows that lost tokens.
+    Both, and ``identity``, describe the whole data set, also in a subset of it.
+    """
+
+    identity: DataIdentity
+    examples: tuple[Example, ...]
+    max_length: int
+    pad_token_id: int
+    skipped: int
+    truncated: int
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:
+        """The example at ``index``; IndexError beyond the end."""
+        return self.examples[index]
+
+    def subset(self, indices: Iterable[int]) -> "Examples":
+        """The examples at ``indices``, in that order."""
+        return replace(self, examples=tuple(self.examples[index] for index in indices))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all examples, padding not counted."""
+        return sum(len(example) for example in self.examples)
+
+    @property
+    def labelled_tokens(self) -> int:
+        """Tokens that carry a loss, in all examples."""
+        return sum(example.labelled_tokens for example in self.examples)
+
+
+def split_held_out(examples: Examples, fraction: float, seed: int, max_rows: int) -> tuple[Examples, Examples]:
+    """Split at random into (train, held out): disjoint, both in the order of the rows, the same for a seed.
+
+    ``fraction`` of the rows are held out, at least 1, at most ``max_rows``, and never all.
+
+    Raises:
+        DataError: fraction outside (0, 1), max_rows below 1, or fewer than two rows.
+    """
+    if not 0 < fraction < 1:
+        raise DataError(f"found the held-out fraction {fraction}, expected a number between 0 and 1; for example 0.05")
+    if max_rows < 1:
+        raise DataError(f"found a limit of {max_rows} held-out rows, expected at least 1; raise it")
+    if len(examples) < 2:
+        raise DataError(
+            f"{examples.identity.name}: found {len(examples)} usable row(s), expected at least 2 to hold one "
+            "out; add rows or give a separate evaluation file"
+        )
+    count = min(max(1, round(len(examples) * fraction)), max_rows, len(examples) - 1)
+    held_out = set(random.Random(seed).sample(range(len(examples)), count))
+    train = [index for index in range(len(examples)) if index not in held_out]
+    return examples.subset(train), examples.subset(sorted(held_out))

@@ -1,0 +1,72 @@
+"""Records of a Hugging Face hub data set; the only place that calls ``datasets``."""
+
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
+
+from aletheia.data.sources import Table, one_line
+from aletheia.errors import DataError
+
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # "name" or "owner/name"
+
+
+def read_hub(source: str, columns: set[str]) -> Table:
+    """Read ``name[:config[:split]]`` (split: train); of the columns only those in ``columns``, if it has any.
+
+    Without a connection the data sets in the local cache are still found, and others refused at once.
+
+    Raises:
+        DataError: no such data set, config or split, no connection, or no rows.
+    """
+    name, config, split = [*source.split(":", 2), "", ""][:3]
+    if not _HUB_NAME.fullmatch(name):
+        raise _not_found(source, "that is no name of a hub data set")
+    import datasets
+
+    try:
+        with _quick_when_offline(datasets):
+            dataset = datasets.load_dataset(name, config or None, split=split or "train")
+        found = tuple(dataset.column_names)
+        wanted = [column for column in found if column in columns]
+        rows = dataset.select_columns(wanted) if wanted else dataset.select(range(min(1, len(dataset))))
+        records = [(f"{source} row {number}", row) for number, row in enumerate(rows, start=1)]
+    except Exception as error:  # load_dataset raises OSError, ValueError, RuntimeError, pyarrow errors, ...
+        raise _not_found(source, one_line(error)) from error
+    if not records:
+        raise DataError(f"{source}: found no rows, expected at least one; choose another split with name:config:split")
+    return Table(found, records, fingerprint=dataset._fingerprint)
+
+
+def _not_found(source: str, reason: str) -> DataError:
+    return DataError(
+        f"no file {source} and no data set of that name could be loaded: {reason}; give a .jsonl, .json, "
+        ".csv or .parquet file, or a hub data set as name[:config[:split]]"
+    )
+
+
+@contextmanager
+def _quick_when_offline(datasets: Any) -> Iterator[None]:
+    """Without a connection ``datasets`` tries for 24 s; its offline mode finds the cache at once."""
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = before or not _reachable(datasets.config.HF_ENDPOINT)
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _reachable(endpoint: str) -> bool:
+    """Whether a connection to the hub opens within 3 s; assumed behind a proxy, where it cannot be tried."""
+    if getproxies():
+        return True
+    address = urlsplit(endpoint)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname or "", port), timeout=3).close()
+    except OSError:
+        return False
+    return True

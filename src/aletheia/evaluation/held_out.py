@@ -1,0 +1,35 @@
+"""The held-out loss: mean over completion tokens, not over batches."""
+
+import torch
+from torch import nn
+
+from aletheia.data.batches import length_sorted_batches
+from aletheia.data.examples import Examples
+from aletheia.errors import DataError
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, examples: Examples, batch_size: int = 8) -> float:
+    """Mean cross-entropy over the labelled tokens of ``examples``, in nats per token.
+
+    The model is evaluated in eval mode and put back into the mode it was in.
+
+    Raises:
+        DataError: the examples hold no labelled token.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    summed = torch.zeros((), dtype=torch.float64)
+    tokens = 0
+    try:
+        for batch in length_sorted_batches(examples, batch_size):
+            labelled = int((batch["labels"][:, 1:] != -100).sum())
+            loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).loss
+            summed += loss.double().cpu() * labelled
+            tokens += labelled
+    finally:
+        model.train(was_training)
+    if tokens == 0:
+        raise DataError("the held-out rows hold no labelled token; expected at least one completion")
+    return summed.item() / tokens

@@ -1,0 +1,67 @@
+"""The whole trade-off between predicted step time and captured importance."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from aletheia.planning.cost import LayerCosts
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """One choice of layers that no other choice beats in both time and importance."""
+
+    layers: tuple[int, ...]
+    relative_step_time: float
+    captured_importance: float
+
+    @property
+    def boundary(self) -> int:
+        """Index of the lowest adapted layer."""
+        return self.layers[0]
+
+    @property
+    def speedup(self) -> float:
+        """Predicted step time of uniform LoRA divided by this choice's."""
+        return 1.0 / self.relative_step_time
+
+
+def captured_importance(scores: Sequence[float], layers: Sequence[int]) -> float:
+    """Share of the summed scores in ``layers``; 1.0 if every score is 0."""
+    total = sum(scores)
+    return sum(scores[layer] for layer in layers) / total if total > 0 else 1.0
+
+
+def frontier(scores: Sequence[float], costs: LayerCosts) -> list[FrontierPoint]:
+    """All choices that are not dominated, fastest first.
+
+    For a boundary ``k`` the best set of ``n`` layers is ``k`` and the ``n - 1`` highest scores above it, since
+    layers of one shape cost the same to adapt. So L boundaries x L sizes hold every optimum: O(L^2 log L).
+    Where layers differ in shape (a dense first layer before mixtures) the set is chosen by score all the same.
+    """
+    uniform = costs.uniform
+    total = sum(scores) or 1.0
+    candidates: list[tuple[float, float, int, int]] = []  # time, -importance, -boundary, number of layers
+    ordered: dict[int, list[int]] = {}
+    for boundary in range(len(scores)):
+        above = sorted(range(boundary + 1, len(scores)), key=lambda layer: -scores[layer])
+        ordered[boundary] = [boundary, *above]
+        time = sum(costs.forward) + sum(costs.backward[boundary:]) + costs.head
+        importance = 0.0
+        for count, layer in enumerate(ordered[boundary], start=1):
+            time += costs.adapter[layer]
+            importance += scores[layer]
+            candidates.append((time / uniform, -importance / total, -boundary, count))
+    points: list[FrontierPoint] = []
+    best = -1.0
+    for time, negative_importance, negative_boundary, count in sorted(candidates):
+        if -negative_importance > best:
+            best = -negative_importance
+            layers = tuple(sorted(ordered[-negative_boundary][:count]))
+            points.append(FrontierPoint(layers, time, captured_importance(scores, layers)))
+    return points
+
+
+def best_within(points: Sequence[FrontierPoint], relative_step_time: float) -> FrontierPoint | None:
+    """The point with the most importance whose predicted time fits, or None if even the fastest does not."""
+    fitting = [point for point in points if point.relative_step_time <= relative_step_time * (1 + 1e-9)]
+    return fitting[-1] if fitting else None

@@ -1,0 +1,58 @@
+"""Selection policies: scores in, layer indices out. Ties are won by the lower layer index everywhere."""
+
+import random
+from collections.abc import Sequence
+
+from aletheia.errors import PlanError
+from aletheia.planning.cost import LayerCosts
+from aletheia.planning.frontier import best_within, frontier
+from aletheia.planning.plan import Policy
+
+
+def layer_share(layer_count: int, percent: float) -> int:
+    """How many layers ``percent`` of them are: rounded down, at least 1 [arXiv:2604.15351].
+
+    Raises:
+        PlanError: ``percent`` is outside (0, 100].
+    """
+    if not 0 < percent <= 100:
+        raise PlanError(f"--percent is {percent:g}; expected more than 0 and at most 100")
+    return max(int(layer_count * percent / 100), 1)
+
+
+def select_layers(
+    policy: Policy,
+    scores: Sequence[float],
+    percent: float,
+    seed: int,
+    costs: LayerCosts,
+) -> tuple[int, ...]:
+    """The sorted layers that ``policy`` adapts.
+
+    ``top-percent`` is the published method. ``depth-aware`` spends the predicted step time of adapting the last
+    ``percent`` of the layers on the set that captures the most importance. ``last``, ``first``, ``random`` and
+    ``bottom`` (lowest scores) take as many layers as ``top-percent``: they are its controls.
+
+    Raises:
+        PlanError: ``percent`` is outside (0, 100].
+    """
+    count = layer_share(len(scores), percent)
+    layers = range(len(scores))
+    match policy:
+        case "uniform":
+            return tuple(layers)
+        case "top-percent":
+            return tuple(sorted(sorted(layers, key=lambda layer: -scores[layer])[:count]))
+        case "bottom":
+            return tuple(sorted(sorted(layers, key=lambda layer: scores[layer])[:count]))
+        case "first":
+            return tuple(layers[:count])
+        case "last":
+            return tuple(layers[-count:])
+        case "random":
+            return tuple(sorted(random.Random(seed).sample(layers, count)))
+        case "depth-aware":
+            budget = costs.step(layers[-count:]) / costs.uniform
+            point = best_within(frontier(scores, costs), budget)
+            assert point is not None  # the last layers themselves fit their own budget
+            return point.layers

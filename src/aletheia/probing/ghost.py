@@ -1,0 +1,100 @@
+"""Ghost gradient norms: the norm of a weight gradient without the weight gradient.
+
+Dimensions: N tokens of the batch (B x T), I input features, O output features.
+"""
+
+from collections import defaultdict
+
+import torch
+from torch import nn
+
+
+class LayerInput:
+    """One activation that feeds one or several modules (query, key and value share theirs).
+
+    Its Gram matrix is computed once, and only if a module asks for it.
+    """
+
+    def __init__(self, activation: torch.Tensor) -> None:
+        """Keep ``activation`` [..., I], flattened to tokens."""
+        self.source = activation
+        self.input_NI = activation.detach().flatten(0, -2)
+        self._gram_NN: torch.Tensor | None = None
+
+    @property
+    def has_gram(self) -> bool:
+        """Whether the Gram matrix is already there."""
+        return self._gram_NN is not None
+
+    @property
+    def gram_NN(self) -> torch.Tensor:  # noqa: N802
+        """``X Xt`` in at least float32."""
+        if self._gram_NN is None:
+            input_NI = at_least_float32(self.input_NI)
+            self._gram_NN = input_NI @ input_NI.T
+        return self._gram_NN
+
+
+def ghost_norm(layer_input: LayerInput, grad_out: torch.Tensor) -> torch.Tensor:
+    """Frobenius norm of ``dYt X``, the gradient of a weight matrix, as a 0-d tensor.
+
+    ``||dYt X||_F^2 = sum((X Xt) * (dY dYt))`` [Goodfellow 2015; Li et al. 2022, sec. 4]. That form costs
+    ``N^2 (I + O)`` multiply-adds, the plain one ``N I O``; the cheaper is taken. Both are exact.
+    """
+    grad_NO = at_least_float32(grad_out.detach().flatten(0, -2))
+    tokens, out_features = grad_NO.shape
+    in_features = layer_input.input_NI.shape[1]
+    gram_cost = tokens * (out_features + (0 if layer_input.has_gram else in_features))
+    if gram_cost < in_features * out_features:
+        squared = torch.linalg.vecdot(layer_input.gram_NN.flatten(), (grad_NO @ grad_NO.T).flatten())
+        return squared.clamp_min(0).sqrt()
+    return torch.linalg.matrix_norm(grad_NO.T @ at_least_float32(layer_input.input_NI))
+
+
+class GhostRecorder:
+    """Hooks on modules that turn one forward and backward pass into one gradient norm per module.
+
+    Use as a context manager; after the backward pass ``pop()`` returns the norms and makes room for the next.
+    """
+
+    def __init__(self, modules: dict[str, nn.Module]) -> None:
+        """Prepare for ``modules`` by full name."""
+        self._modules = modules
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._norms: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._last_input: LayerInput | None = None
+
+    def __enter__(self) -> "GhostRecorder":
+        """Install the hooks."""
+        for name, module in self._modules.items():
+            self._handles.append(module.register_forward_hook(self._forward_hook(name)))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Remove the hooks and drop all activations, after an error too."""
+        for handle in self._handles:
+            handle.remove()
+        self.pop()
+
+    def pop(self) -> dict[str, torch.Tensor]:
+        """Norms by module since the last call; a module used twice in one pass counts the sum of its norms."""
+        norms = {name: torch.stack(values).sum() for name, values in self._norms.items()}
+        self._norms.clear()
+        self._last_input = None
+        return norms
+
+    def _forward_hook(self, name: str):
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            if not output.requires_grad:
+                return
+            if self._last_input is None or self._last_input.source is not args[0]:
+                self._last_input = LayerInput(args[0])
+            layer_input = self._last_input
+            output.register_hook(lambda grad: self._norms[name].append(ghost_norm(layer_input, grad)))
+
+        return hook
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Half-precision tensors in float32, others as they are: norms of small gradients underflow in float16."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

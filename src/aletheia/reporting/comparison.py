@@ -1,0 +1,281 @@
+"""Several runs side by side as plain data: names that tell them apart, ratios to the first, what differs."""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from aletheia.errors import ArtifactError
+from aletheia.reporting.format import (
+    NOTHING,
+    human_bytes,
+    human_count,
+    human_loss,
+    human_percent,
+    human_ratio,
+    human_seconds,
+    layer_list,
+    printable,
+    rank_summary,
+)
+from aletheia.tuning.run import HeldOutPoint, Metrics, Run
+
+NO_INTERVAL = (
+    "One run each: these are single wall-clock timings on a machine whose noise was not removed, so they carry "
+    "no interval. For a speed claim, repeat with interleaved steps or several seeds."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison: a label and a cell per run. A ``note`` explains the label."""
+
+    label: str
+    cells: tuple[str, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Section:
+    """Rows under one heading."""
+
+    title: str
+    rows: tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of a run against the reference's."""
+
+    seconds: float
+    reference_seconds: float
+
+    @property
+    def speedup(self) -> float | None:
+        """t_ref / t; None when nothing was timed."""
+        timed = self.seconds > 0 and self.reference_seconds > 0
+        return self.reference_seconds / self.seconds if timed else None
+
+    @property
+    def time_saved(self) -> float | None:
+        """1 - t / t_ref; negative when the run took longer."""
+        timed = self.seconds > 0 and self.reference_seconds > 0
+        return 1 - self.seconds / self.reference_seconds if timed else None
+
+
+def train_speed(run: Run, reference: Run) -> Speed:
+    """Optimizer steps alone."""
+    return Speed(run.metrics.seconds.train, reference.metrics.seconds.train)
+
+
+def counted_seconds(run: Run) -> float:
+    """Seconds of training with the probe and the planning that made it possible."""
+    seconds = run.metrics.seconds
+    return seconds.probe + seconds.plan + seconds.train
+
+
+def counted_speed(run: Run, reference: Run) -> Speed:
+    """Training with probe and planning counted on both sides."""
+    return Speed(counted_seconds(run), counted_seconds(reference))
+
+
+def run_labels(runs: Sequence[Run]) -> tuple[str, ...]:
+    """The folder names; equal ones get their parent folder, and a number if that does not tell them apart.
+
+    Raises:
+        ArtifactError: no runs.
+    """
+    if not runs:
+        raise ArtifactError("no runs to report; give at least one folder written by 'aletheia train'")
+    labels = [printable(run.name) for run in runs]
+    repeated = {label for label in labels if labels.count(label) > 1}
+    parents = [printable(run.path.resolve().parent.name) for run in runs]
+    labels = [
+        f"{parent}/{label}" if label in repeated else label for parent, label in zip(parents, labels, strict=True)
+    ]
+    taken = set(labels)
+    distinct: list[str] = []
+    for label in labels:
+        candidate, number = label, 1
+        while candidate in distinct or (number > 1 and candidate in taken):
+            number += 1
+            candidate = f"{label} ({number})"
+        distinct.append(candidate)
+    return tuple(distinct)
+
+
+def differences(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Conditions besides the plan in which the runs differ, e.g. ``steps (150, 300)``; empty if comparable."""
+    found = []
+    for name, values in _conditions(runs).items():
+        keys = [key for key, _ in values]
+        if len(set(keys)) > 1:
+            shown = list(dict.fromkeys(printable(text) for _, text in values))
+            found.append(f"{name} ({', '.join(shown)})" if len(shown) > 1 else f"{name} (other content)")
+    return tuple(found)
+
+
+def _conditions(runs: Sequence[Run]) -> dict[str, list[tuple[object, str]]]:
+    every = [run.metrics for run in runs]
+    settings = [metrics.settings for metrics in every]
+    held_out = [(_data_key(metrics), metrics.held_out_rows, metrics.held_out_tokens) for metrics in every]
+    torch = [metrics.packages.get("torch", NOTHING) for metrics in every]
+    return {
+        "model": [(metrics.model.fingerprint, metrics.model.name) for metrics in every],
+        "data": [
+            (metrics.data.fingerprint if metrics.data else None, metrics.data.name if metrics.data else NOTHING)
+            for metrics in every
+        ],
+        "held-out rows": list(zip(held_out, [str(metrics.held_out_rows) for metrics in every], strict=True)),
+        "steps": [(metrics.steps, str(metrics.steps)) for metrics in every],
+        "batch size": [(setting.batch_size, str(setting.batch_size)) for setting in settings],
+        "max length": [(setting.max_length, str(setting.max_length)) for setting in settings],
+        "seed": [(setting.seed, str(setting.seed)) for setting in settings],
+        "learning rate": [(setting.learning_rate, f"{setting.learning_rate:g}") for setting in settings],
+        "dtype": [(setting.dtype, setting.dtype) for setting in settings],
+        "device": [(setting.device, setting.device) for setting in settings],
+        "torch version": [(version, version) for version in torch],
+    }
+
+
+def _data_key(metrics: Metrics) -> str | None:
+    return metrics.held_out_data.fingerprint if metrics.held_out_data else None
+
+
+def held_out_points(metrics: Metrics) -> tuple[HeldOutPoint, ...]:
+    """The held-out curve with its first and last point, which the record also keeps by themselves."""
+    points = {point.step: point for point in metrics.held_out_curve}
+    first = HeldOutPoint(step=0, loss=metrics.held_out_loss_before, train_seconds=0.0)
+    last = HeldOutPoint(step=metrics.steps, loss=metrics.held_out_loss_after, train_seconds=metrics.seconds.train)
+    points.setdefault(0, first)
+    points.setdefault(metrics.steps, last)
+    return tuple(points[step] for step in sorted(points))
+
+
+def seconds_to_loss(metrics: Metrics, loss: float) -> float | None:
+    """Train seconds until the first held-out evaluation at or below ``loss``; None if none was."""
+    reached = [point.train_seconds for point in held_out_points(metrics) if point.loss <= loss]
+    return min(reached, default=None)
+
+
+def comparison_sections(runs: Sequence[Run]) -> tuple[Section, ...]:
+    """The table of the report, one column per run, the first run the reference."""
+    return (
+        Section("Plan", _plan_rows(runs)),
+        Section("Training time", _speed_rows(runs)),
+        Section("Held-out loss", _loss_rows(runs)),
+        Section("Seconds by phase", _phase_rows(runs)),
+        Section("Settings", _setting_rows(runs)),
+    )
+
+
+def _plan_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
+    plans = [run.plan for run in runs]
+    return (
+        Row("Policy", tuple(plan.settings.policy for plan in plans)),
+        Row("Adapted layers", tuple(f"{len(plan.layers)} of {plan.layer_count}" for plan in plans)),
+        Row("Which", tuple(layer_list(plan.layers) for plan in plans)),
+        Row("Boundary", tuple(str(run.metrics.boundary) for run in runs), "lowest adapted layer"),
+        Row("Ranks", tuple(rank_summary(plan.adapters) for plan in plans)),
+        Row("Trainable parameters", tuple(human_count(run.metrics.trainable_parameters) for run in runs)),
+    )
+
+
+def _speed_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
+    rows = [
+        Row("Train time", tuple(human_seconds(run.metrics.seconds.train) for run in runs), "steps alone"),
+        Row("Step time", tuple(step_time(run.metrics) for run in runs), "train time / steps"),
+    ]
+    if len(runs) > 1:
+        alone = [train_speed(run, runs[0]) for run in runs[1:]]
+        counted = [counted_speed(run, runs[0]) for run in runs[1:]]
+        rows += [
+            Row("Time saved", ("reference", *(_saved(speed) for speed in alone)), "1 - t / t_ref"),
+            Row("Speed-up", ("1.00x", *(human_ratio(speed.speedup) for speed in alone)), "t_ref / t"),
+            Row("With probe and plan", tuple(human_seconds(counted_seconds(run)) for run in runs)),
+            Row("Time saved, all counted", ("reference", *(_saved(speed) for speed in counted))),
+            Row("Speed-up, all counted", ("1.00x", *(human_ratio(speed.speedup) for speed in counted))),
+        ]
+    return tuple(rows)
+
+
+def _saved(speed: Speed) -> str:
+    return NOTHING if speed.time_saved is None else human_percent(speed.time_saved)
+
+
+def step_time(metrics: Metrics) -> str:
+    """Mean train seconds of one optimizer step."""
+    return human_seconds(metrics.seconds.train / metrics.steps) if metrics.steps else NOTHING
+
+
+def _loss_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
+    every = [run.metrics for run in runs]
+    rows = [
+        Row("Before", tuple(human_loss(metrics.held_out_loss_before) for metrics in every), "nats per token"),
+        Row("After", tuple(human_loss(metrics.held_out_loss_after) for metrics in every), "nats per token"),
+        Row(
+            "Measured on",
+            tuple(f"{metrics.held_out_rows:,} rows, {metrics.held_out_tokens:,} tokens" for metrics in every),
+        ),
+    ]
+    if len(runs) > 1:
+        goal = every[0].held_out_loss_after
+        reached = [seconds_to_loss(metrics, goal) for metrics in every]
+        rows.append(
+            Row(
+                f"Train time to {human_loss(goal)}",
+                tuple("not reached" if seconds is None else human_seconds(seconds) for seconds in reached),
+                "first evaluation at or below the reference's final loss",
+            )
+        )
+    return tuple(rows)
+
+
+def _phase_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
+    every = [run.metrics.seconds for run in runs]
+    names = ("load", "probe", "plan", "train", "eval")
+    rows = [Row(name.capitalize(), tuple(human_seconds(getattr(s, name)) for s in every)) for name in names]
+    return (*rows, Row("Total", tuple(human_seconds(seconds.total) for seconds in every)))
+
+
+def _setting_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
+    every = [run.metrics for run in runs]
+    settings = [metrics.settings for metrics in every]
+    return (
+        Row("Steps", tuple(f"{metrics.steps:,}" for metrics in every)),
+        Row("Batch size", tuple(str(setting.batch_size) for setting in settings)),
+        Row("Max length", tuple(f"{setting.max_length:,}" for setting in settings), "tokens"),
+        Row("Learning rate", tuple(f"{setting.learning_rate:g}" for setting in settings)),
+        Row("Tokens seen", tuple(human_count(metrics.tokens) for metrics in every)),
+        Row("with a label", tuple(human_count(metrics.labelled_tokens) for metrics in every)),
+        Row("Peak memory", tuple(human_bytes(metrics.peak_memory_bytes) for metrics in every)),
+        Row("Dtype", tuple(setting.dtype for setting in settings)),
+        Row("Device", tuple(setting.device for setting in settings)),
+        Row("Seed", tuple(str(setting.seed) for setting in settings)),
+    )
+
+
+def repeat_command(run: Run) -> tuple[str, ...]:
+    """The ``aletheia train`` command that repeats a run from its plan, one option a part, quoted for a shell.
+
+    Empty when the record does not name its data.
+    """
+    metrics = run.metrics
+    if metrics.data is None:
+        return ()
+    settings, held_out = metrics.settings, metrics.held_out_data
+    options = [("--data", metrics.data.name)]
+    if held_out is not None and held_out.name != metrics.data.name:
+        options.append(("--eval-data", held_out.name))
+    options += [
+        ("--eval-rows", str(metrics.held_out_rows)),
+        ("--plan", f"{run.name}/plan.json"),
+        ("--steps", str(metrics.steps)),
+        ("--batch-size", str(settings.batch_size)),
+        ("--learning-rate", f"{settings.learning_rate:g}"),
+        ("--max-length", str(settings.max_length)),
+        ("--dtype", settings.dtype),
+        ("--seed", str(settings.seed)),
+        ("--out", f"{run.name}-again"),
+    ]
+    head = f"aletheia train {shlex.quote(metrics.model.name)}"
+    return (head, *(f"{flag} {shlex.quote(value)}" for flag, value in options))

@@ -1,0 +1,107 @@
+"""Numbers and names as people read them, the same in the terminal and on the page."""
+
+from collections.abc import Iterable
+
+from aletheia.planning.plan import Adapter
+
+NOTHING = "\N{EN DASH}"
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+def human_count(number: int) -> str:
+    """``9,216``, ``51.2 k``, ``4.88 M``, ``1.24 B``: exact below ten thousand, else three digits."""
+    if abs(number) < 10_000:
+        return f"{number:,}"
+    for size, unit in ((1e3, "k"), (1e6, "M"), (1e9, "B")):
+        if abs(float(f"{number / size:.3g}")) < 1000:
+            return f"{_three_digits(number / size)} {unit}"
+    return f"{_three_digits(number / 1e12)} T"
+
+
+def human_bytes(size_bytes: int) -> str:
+    """``512 B``, ``1.91 GiB``: powers of 1024, three digits."""
+    if abs(size_bytes) < 1024:
+        return f"{size_bytes} B"
+    value = float(size_bytes)
+    for unit in ("KiB", "MiB", "GiB"):
+        value /= 1024
+        if abs(float(f"{value:.4g}")) < 1000:
+            return f"{_three_digits(value)} {unit}"
+    return f"{_three_digits(value / 1024)} TiB"
+
+
+def human_seconds(seconds: float) -> str:
+    """``42.0 ms``, ``7.14 s``, ``112 s``, ``12 min 05 s``, ``2 h 05 min``."""
+    if 0 < seconds < 0.9995:
+        return f"{_three_digits(seconds * 1000)} ms"
+    if seconds < 599.5:
+        return f"{_three_digits(seconds)} s" if seconds else "0 s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def human_percent(share: float) -> str:
+    """``37 %``, ``4.2 %``, ``99.7 %``: a share of one with two digits, and never 100 % for less than all."""
+    percent = 100 * share
+    one_decimal = round(percent, 1)
+    if abs(one_decimal) < 10 or 99.5 <= abs(one_decimal) < 100:
+        return f"{one_decimal:.1f} %" if one_decimal else "0 %"
+    return f"{percent:.0f} %"
+
+
+def human_ratio(ratio: float | None) -> str:
+    """``1.58x``."""
+    return NOTHING if ratio is None else f"{ratio:.2f}x"
+
+
+def human_loss(loss: float) -> str:
+    """Nats per token with three decimals."""
+    return f"{loss:.3f}"
+
+
+def _three_digits(value: float) -> str:
+    rounded = float(f"{value:.3g}")
+    decimals = 2 if abs(rounded) < 10 else 1 if abs(rounded) < 100 else 0
+    return f"{rounded:.{decimals}f}"
+
+
+def printable(text: str) -> str:
+    """The text with control characters, line ends and broken characters replaced, so that no name can
+    move a terminal's cursor or make the page's XML invalid."""
+    return "".join(char if char.isprintable() else _REPLACEMENT for char in text)
+
+
+def shorten(text: str, width: int) -> str:
+    """At most ``width`` characters, the middle cut out: both ends of a name tell runs apart."""
+    text = printable(text)
+    if len(text) <= width:
+        return text
+    tail = (width - 1) // 2
+    return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
+
+
+def rank_summary(adapters: Iterable[Adapter]) -> str:
+    """Ranks by role, e.g. ``attention 16, mlp 64``; a range where the modules of a role differ."""
+    by_role: dict[str, set[int]] = {}
+    for adapter in adapters:
+        by_role.setdefault(adapter.role, set()).add(adapter.rank)
+    return ", ".join(f"{role.replace('_', ' ')} {_span(ranks)}" for role, ranks in by_role.items())
+
+
+def _span(ranks: set[int]) -> str:
+    low, high = min(ranks), max(ranks)
+    return str(low) if low == high else f"{low}-{high}"
+
+
+def layer_list(layers: Iterable[int]) -> str:
+    """Layer indices with runs joined: ``0-2, 8, 15-29``."""
+    spans: list[list[int]] = []
+    for layer in sorted(layers):
+        if spans and layer == spans[-1][1] + 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)

@@ -1,0 +1,75 @@
+"""The model card of a run: README.md of the adapter folder."""
+
+import json
+
+from aletheia.planning.plan import Plan
+from aletheia.tuning.run import Run
+
+
+def model_card(run: Run) -> str:
+    """Markdown with the front matter the hub reads: what was adapted, how it was trained, what it reached."""
+    metrics, plan = run.metrics, run.plan
+    data = metrics.data.name if metrics.data else "batches made in Python"
+    settings = metrics.settings
+    base = json.dumps(metrics.model.name)  # a JSON string is a YAML string, and a Python one in the example
+    return f"""---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-generation
+tags:
+- lora
+- aletheia
+---
+
+# LoRA on {len(plan.layers)} of {plan.layer_count} layers of {metrics.model.name}
+
+Made with `aletheia-tune` {metrics.packages.get("aletheia-tune", "")}: the layers to adapt were chosen from gradient
+norms on the task before training (policy `{plan.settings.policy}`).
+
+| | |
+|---|---|
+| base model | {metrics.model} |
+| data | {data} |
+| adapted layers | {_ranges(plan)} |
+| ranks | {plan.settings.ranks}, {_rank_range(plan)} |
+| trainable parameters | {plan.trainable_parameters:,} |
+| steps x batch size | {metrics.steps} x {settings.batch_size} |
+| learning rate | {settings.learning_rate:g} |
+| held-out loss | {metrics.held_out_loss_before:.4f} before, {metrics.held_out_loss_after:.4f} after \
+({metrics.held_out_rows} rows, {metrics.held_out_tokens:,} completion tokens) |
+| training time | {metrics.seconds.train:.0f} s on {settings.device}, {settings.dtype} |
+
+`plan.json` names every adapted module with its rank and alpha; `metrics.json` holds the loss curves.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({_from_pretrained(metrics.model.name)})
+model = PeftModel.from_pretrained(base, "this folder")
+```
+"""
+
+
+def _from_pretrained(name: str) -> str:
+    """Arguments that load the base model; a GGUF file is named by folder and file."""
+    folder, _, file = name.rpartition("/")
+    if file.endswith(".gguf"):
+        return f"{json.dumps(folder or '.')}, gguf_file={json.dumps(file)}"
+    return json.dumps(name)
+
+
+def _ranges(plan: Plan) -> str:
+    """Layer indices with runs folded: ``0, 3-5``."""
+    runs: list[list[int]] = []
+    for layer in plan.layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _rank_range(plan: Plan) -> str:
+    ranks = [adapter.rank for adapter in plan.adapters]
+    return f"rank {min(ranks)}" if min(ranks) == max(ranks) else f"ranks {min(ranks)} to {max(ranks)}"

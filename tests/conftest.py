@@ -1,0 +1,50 @@
+"""Offline for all tests, and data of this machine only where a test asks for it."""
+
+import json
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+from tiny import make_model, make_tokenizer
+
+from aletheia.data.encode import load_data
+
+WORDS = ["red", "blue", "green", "one", "two", "three", "four", "five", "six", "seven"]
+
+
+def count_rows(count: int, start: int = 0) -> list[dict[str, str]]:
+    """A task that a tiny model learns in seconds: repeat a word."""
+    return [
+        {"question": f"say {WORDS[i % len(WORDS)]} {i % 7 + 1} times", "answer": WORDS[i % len(WORDS)]}
+        for i in range(start, start + count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory):
+    """A small question-answer file."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in count_rows(60)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The byte-level tokenizer with a chat template."""
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def examples(data_file, tokenizer):
+    """The file, tokenised."""
+    return load_data(str(data_file), tokenizer, max_length=128)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory, tokenizer):
+    """A tiny Llama with its tokenizer, as a transformers folder."""
+    folder = tmp_path_factory.mktemp("model") / "tiny-llama"
+    make_model("llama").save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

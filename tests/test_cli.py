@@ -1,0 +1,201 @@
+"""The command line as a user meets it: every command end to end on a tiny model, and every bad input."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from aletheia.cli import main as cli
+
+COMMANDS = ("inspect", "probe", "plan", "show", "train", "report", "demo", "doctor")
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Call ``aletheia`` in this process, in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["aletheia", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def scores_file(run, model_folder, data_file, tmp_path):
+    assert run("probe", model_folder, "--data", data_file, "--out", "scores.json", "--batches", 2)[0] == 0
+    return tmp_path / "scores.json"
+
+
+SMALL = ("--steps", 4, "--learning-rate", 0.01, "--max-length", 128)
+
+
+def test_help_loads_no_torch():
+    code = (
+        "import sys\nfrom aletheia.cli import main\nsys.argv = ['aletheia', '--help']\n"
+        "try: main.main()\nexcept SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib', 'pydantic_core'} & set(sys.modules)\n"
+        "print('loaded', heavy - {'pydantic_core'})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("loaded set()")
+    for command in COMMANDS:
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_shows_an_example_that_is_valid(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    example = out.split("Example:")[1].strip().splitlines()[0].strip()
+    assert example.startswith(f"aletheia {command}")
+    options = {word for word in example.split() if word.startswith("--")}
+    assert all(option in out.split("Example:")[0] for option in options)
+
+
+def test_the_steps_one_by_one(run, scores_file, model_folder, data_file, tmp_path):
+    code, out, err = run("plan", scores_file, "--out", "plan.json", "--policy", "top-percent")
+    assert code == 0, err
+    assert "top-percent" in out
+    train = ("train", model_folder, "--data", data_file, "--plan", "plan.json", *SMALL)
+    assert run(*train, "--out", "runs/plan")[0] == 0
+    run("plan", scores_file, "--out", "uniform.json", "--policy", "uniform")
+    code, out, err = run(*train, "--plan", "uniform.json", "--out", "runs/uniform", "--json")
+    assert code == 0, err
+    assert json.loads(out)["boundary"] == 0
+    assert run("report", "runs/uniform", "runs/plan", "--out", "report.html")[0] == 0
+    assert "runs/plan" in (tmp_path / "report.html").read_text() or "plan" in (tmp_path / "report.html").read_text()
+    for shown in ("scores.json", "plan.json", "runs/plan", "runs/plan/metrics.json"):
+        code, out, _ = run("show", shown)
+        assert code == 0
+        assert len(out.splitlines()) > 5
+        code, out, _ = run("show", shown, "--json")
+        assert json.loads(out)["model"]["name"] == str(model_folder)
+
+
+def test_the_whole_job_in_one_command(run, model_folder, data_file, tmp_path):
+    code, out, err = run("train", model_folder, "--data", data_file, "--out", "run", *SMALL, "--json")
+    assert code == 0, err
+    metrics = json.loads(out)
+    assert metrics["steps"] == 4
+    assert metrics["seconds"]["probe"] > 0
+    assert metrics["held_out_rows"] == 3  # 5 % of 60
+    assert {path.name for path in (tmp_path / "run").iterdir()} >= {
+        "adapter_model.safetensors", "plan.json", "scores.json", "metrics.json", "report.html", "README.md",
+    }  # fmt: skip
+    code, _, err = run("train", model_folder, "--data", data_file, "--out", "run", *SMALL)
+    assert code == 2
+    assert err.strip() == "error: run holds another run; choose another --out or pass --overwrite"
+    again = ("train", model_folder, "--data", data_file, "--out", "run", *SMALL, "--overwrite", "--json")
+    assert json.loads(run(*again)[1])["train_curve"][-1]["loss"] == metrics["train_curve"][-1]["loss"]
+
+
+def test_eval_data_is_used_from_its_beginning(run, model_folder, data_file):
+    train = ("train", model_folder, "--data", data_file, "--eval-data", data_file, "--eval-rows", 7, *SMALL)
+    code, out, err = run(*train, "--out", "run", "--json")
+    assert code == 0, err
+    assert json.loads(out)["held_out_rows"] == 7
+
+
+def test_inspect_counts_parameters_and_flops(run, model_folder):
+    code, out, _ = run("inspect", model_folder)
+    assert code == 0
+    assert "4 decoder layers at model.layers" in out
+    assert "self_attn.q_proj" in out
+    found = json.loads(run("inspect", model_folder, "--json")[1])
+    assert found["modules"][0]["flops_per_token"] == 2 * found["modules"][0]["parameters"] == 2 * 32 * 32
+
+
+def test_frontier_marks_the_plan(run, scores_file):
+    code, out, _ = run("plan", scores_file, "--frontier")
+    assert code == 0
+    assert [line for line in out.splitlines() if line.startswith(">")]
+    points = json.loads(run("plan", scores_file, "--frontier", "--json")[1])
+    assert points[-1]["relative_step_time"] == pytest.approx(1.0)
+
+
+def test_doctor_tells_what_works(run):
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert "float32: works" in out
+    found = json.loads(run("doctor", "--json")[1])
+    assert found["missing"] == []
+    assert found["auto_dtype"] in found["dtypes"]
+
+
+def test_version_and_no_arguments(run):
+    assert run("--version")[1].startswith("aletheia ")
+    assert run()[0] == 2
+
+
+BAD = {
+    "missing data": (("probe", "{model}", "--data", "absent.jsonl", "--out", "s.json"), "absent.jsonl"),
+    "empty data": (("probe", "{model}", "--data", "empty.jsonl", "--out", "s.json"), "empty.jsonl"),
+    "unknown columns": (("probe", "{model}", "--data", "columns.jsonl", "--out", "s.json"), "columns.jsonl:1"),
+    "truncated JSON": (("train", "{model}", "--data", "torn.jsonl", "--out", "r"), "torn.jsonl:2"),
+    "emptied rows": (("train", "{model}", "--data", "{data}", "--out", "r", "--max-length", "20"), "--skip-emptied"),
+    "wrong model": (("train", "absent/folder/x", "--data", "{data}", "--out", "r"), "no folder absent/folder/x"),
+    "unknown model": (("inspect", "nobody/nothing"), "cannot load nobody/nothing"),
+    "other plan": (("train", "{model}", "--data", "{data}", "--out", "r", "--plan", "other.json"), "{model}"),
+    "no plan": (("train", "{model}", "--data", "{data}", "--out", "r", "--plan", "absent.json"), "absent.json"),
+    "percent 0": (("plan", "{scores}", "--out", "p.json", "--percent", "0"), "--percent is 0"),
+    "percent 101": (("plan", "{scores}", "--out", "p.json", "--percent", "101"), "--percent is 101"),
+    "rank 0": (("plan", "{scores}", "--out", "p.json", "--rank", "0"), "--rank is 0"),
+    "text rank": (("plan", "{scores}", "--out", "p.json", "--rank", "x"), "--rank"),
+    "no output": (
+        (
+            "plan",
+            "{scores}",
+        ),
+        "--frontier",
+    ),
+    "policy": (("plan", "{scores}", "--out", "p.json", "--policy", "best"), "unknown policy 'best'"),
+    "score": (("probe", "{model}", "--data", "{data}", "--out", "s.json", "--score", "x"), "expected gradient-norm"),
+    "not scores": (("plan", "other.json", "--out", "p.json"), "no aletheia-scores file"),
+    "full folder": (("train", "{model}", "--data", "{data}", "--out", "full"), "full holds other files"),
+    "both lengths": (
+        ("train", "{model}", "--data", "{data}", "--out", "r", "--steps", 1, "--epochs", 1),
+        "one of them",
+    ),
+    "eval fraction": (("train", "{model}", "--data", "{data}", "--out", "r", "--eval-fraction", 2), "fraction"),
+    "steps 0": (("train", "{model}", "--data", "{data}", "--out", "r", "--steps", 0), "--steps is 0"),
+    "no run": (("report", "full", "--out", "x.html"), "holds no finished run"),
+    "not ours": (("show", "empty.jsonl"), "none of ours"),
+    "nothing there": (("show", "absent.json"), "cannot read absent.json"),
+    "bad dtype": (("probe", "{model}", "--data", "{data}", "--out", "s.json", "--dtype", "int3"), "'int3'"),
+    "no such command": (("tune",), "tune"),
+    "no such option": (("doctor", "--fast"), "--fast"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line(run, scores_file, model_folder, data_file, tmp_path, case):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "columns.jsonl").write_text('{"query": "a", "reply": "b"}\n')
+    (tmp_path / "torn.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "c", "ans')
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("precious")
+    run("plan", scores_file, "--out", "other.json")
+    other = json.loads((tmp_path / "other.json").read_text())
+    other["model"] = {"name": "another-model", "fingerprint": "0" * 64}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    arguments, expected = BAD[case]
+    places = {"model": model_folder, "data": data_file, "scores": scores_file}
+    code, out, err = run(*(str(argument).format(**places) for argument in arguments))
+    assert code == 2
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert err.splitlines()[-1] == lines[0]
+    assert "Traceback" not in err
+    assert expected.format(**places) in lines[0]
+    if case == "other plan":
+        assert "another-model (000000000000)" in lines[0]
+    assert not (tmp_path / "r").exists()
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "precious"

@@ -1,0 +1,268 @@
+"""Adapters as planned, nothing below the boundary, the training loop and the folder it leaves."""
+
+import json
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import FAMILIES, make_model
+
+from aletheia.anatomy.read import find_layers
+from aletheia.errors import AdapterError, ArtifactError, PlanError, TrainingError
+from aletheia.evaluation.held_out import held_out_loss
+from aletheia.planning.make import plan as make_plan
+from aletheia.planning.plan import Plan
+from aletheia.probing.resident import probe
+from aletheia.tuning import train as train_module
+from aletheia.tuning.adapters import adapt, adapted_modules, check_adapters, lowest_trainable_layer
+from aletheia.tuning.run import Run
+from aletheia.tuning.train import train
+from aletheia.tuning.watch import due_steps
+
+POLICIES = ("depth-aware", "top-percent", "last", "first", "random", "bottom", "uniform")
+RANK_MODES = ("uniform", "by-role", "by-score")
+
+
+@pytest.fixture(scope="module")
+def scores(examples):
+    return {family: probe(make_model(family), examples, batches=2) for family in FAMILIES}
+
+
+def trained(examples, scores, out, model=None, **settings):
+    """Train a tiny Llama as planned by ``last``."""
+    model = model or make_model("llama")
+    plan = make_plan(scores["llama"], "last")
+    adapted = adapt(model, plan)
+    settings = {"steps": 12, "learning_rate": 1e-2, "show_progress": False} | settings
+    data, held_out = examples.subset(range(40)), examples.subset(range(40, 60))
+    return adapted, train(adapted, data, plan, out, held_out, **settings)
+
+
+# --- adapters
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("ranks", RANK_MODES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_adapted_set_is_the_plan(scores, family, policy, ranks):
+    plan = make_plan(scores[family], policy, ranks=ranks, percent=50, rank=8)
+    adapted = adapt(make_model(family), plan)
+    assert adapted_modules(adapted) == {adapter.name: (adapter.rank, adapter.alpha) for adapter in plan.adapters}
+    assert lowest_trainable_layer(adapted) == plan.boundary
+    trainable = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert len(trainable) == 2 * len(plan.adapters)
+    assert all("lora_" in name for name in trainable)
+
+
+def test_layer_1_is_not_layer_11(examples):
+    """PEFT matches suffixes and patterns; names in full must not touch their longer neighbours."""
+    model = make_model("llama", layers=12)
+    found = probe(model, examples, batches=1)
+    plan = make_plan(found, "first", percent=17, ranks="by-score")
+    assert plan.layers == (0, 1)
+    adapt(model, plan)
+    assert {int(name.split(".")[2]) for name in adapted_modules(model)} == {0, 1}
+
+
+def test_a_plan_for_another_model_is_refused(scores):
+    plan = make_plan(scores["llama"])
+    with pytest.raises(PlanError, match=r"made for LlamaForCausalLM .* this model is Qwen2ForCausalLM"):
+        adapt(make_model("qwen2"), plan)
+    with pytest.raises(PlanError, match="make a plan for this model"):
+        adapt(make_model("llama", seed=1), plan)
+
+
+def test_a_difference_from_the_plan_is_an_error(scores):
+    plan = make_plan(scores["llama"], "last")
+    adapted = adapt(make_model("llama"), plan)
+    fewer = plan.model_copy(update={"adapters": plan.adapters[1:]})
+    with pytest.raises(AdapterError, match=rf"1 module\(s\) differ.*{plan.adapters[0].name}.*planned.*nothing"):
+        check_adapters(adapted, fewer)
+    other_rank = plan.adapters[0].model_copy(update={"rank": 3})
+    with pytest.raises(AdapterError, match=r"planned \(rank, alpha\) \(3, 32.0\), adapted \(16, 32.0\)"):
+        check_adapters(adapted, plan.model_copy(update={"adapters": (other_rank, *plan.adapters[1:])}))
+    adapted.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(AdapterError, match="expected everything but the adapters to be frozen"):
+        check_adapters(adapted, plan)
+    with pytest.raises(AdapterError, match="carries LoRA adapters already"):
+        adapt(adapted, plan)
+
+
+def test_adapters_start_the_same_for_a_seed_and_leave_the_global_state_alone(scores):
+    plan = make_plan(scores["llama"], "last")
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    first, again, other = (adapt(make_model("llama"), plan, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), state)
+    key = next(name for name, _ in first.named_parameters() if "lora_A" in name)
+    a, b, c = (dict(model.named_parameters())[key] for model in (first, again, other))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, c)
+
+
+# --- training
+
+
+def test_training_learns_and_leaves_a_complete_folder(examples, scores, tmp_path):
+    model, run = trained(examples, scores, tmp_path / "run")
+    metrics = run.metrics
+    assert metrics.held_out_loss_after < metrics.held_out_loss_before - 0.2
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md", "plan.json", "metrics.json"}
+    assert Run.read(tmp_path / "run") == run
+    assert metrics.steps == 12
+    assert [point.step for point in metrics.train_curve] == list(range(1, 13))
+    assert [point.step for point in metrics.held_out_curve] == [0, 3, 6, 9, 12]
+    assert metrics.boundary == 2
+    assert metrics.trainable_parameters == run.plan.trainable_parameters
+    assert metrics.peak_memory_bytes > 1_000_000
+    assert 0 < metrics.train_curve[-1].train_seconds <= metrics.seconds.train
+    assert metrics.held_out_rows == 20
+    # the figure is the mean over tokens of the model as it is now
+    held_out = examples.subset(range(40, 60))
+    assert held_out_loss(model, held_out) == pytest.approx(metrics.held_out_loss_after, rel=1e-6)
+
+
+def test_the_folder_is_a_standard_adapter(examples, scores, tmp_path):
+    model, _ = trained(examples, scores, tmp_path / "run")
+    batch = torch.randint(0, 256, (2, 9))
+    expected = model.eval()(batch).logits
+    loaded = PeftModel.from_pretrained(make_model("llama"), tmp_path / "run")
+    torch.testing.assert_close(loaded(batch).logits, expected, rtol=1e-5, atol=1e-5)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(merged(batch).logits, expected, rtol=1e-4, atol=1e-4)
+    assert merged.generate(batch, max_new_tokens=3, do_sample=False).shape[1] > 9
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert card.startswith("---\nbase_model: ")
+    assert "LoRA on 2 of 4 layers" in card
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert config["task_type"] == "CAUSAL_LM"
+
+
+def test_the_held_out_loss_is_the_mean_over_completion_tokens(examples):
+    model = make_model("llama")
+    summed = tokens = 0.0
+    for example in examples.examples:
+        logits_TV = model(torch.tensor([example.input_ids])).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits_TV, torch.tensor(example.labels[1:]), reduction="sum")
+        summed += losses.item()
+        tokens += sum(label != -100 for label in example.labels[1:])
+    model.train()
+    assert held_out_loss(model, examples, batch_size=7) == pytest.approx(summed / tokens, rel=1e-5)
+    assert model.training
+
+
+def test_nothing_below_the_boundary(examples, scores, tmp_path, monkeypatch):
+    """No graph, no backward pass, no gradient and no optimizer state below the lowest adapted layer."""
+    trainers, graphs, backward = [], {}, set()
+
+    class Spy(train_module.Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            trainers.append(self)
+
+    monkeypatch.setattr(train_module, "Trainer", Spy)
+    model = make_model("llama")
+
+    def watch(index):
+        def hook(module, args, output):
+            if module.training:
+                graphs.setdefault(index, set()).add(output.requires_grad)
+                if output.requires_grad:
+                    output.register_hook(lambda gradient: backward.add(index))
+
+        return hook
+
+    _, layers = find_layers(model)
+    for index, layer in enumerate(layers):
+        layer.register_forward_hook(watch(index))
+    adapted, run = trained(examples, scores, tmp_path / "run", model, steps=3)
+    assert graphs == {0: {False}, 1: {False}, 2: {True}, 3: {True}}
+    assert backward == {2, 3}
+    names = {id(parameter): name for name, parameter in adapted.named_parameters()}
+    held = [names[id(parameter)] for parameter in trainers[0].optimizer.state]
+    assert len(held) == 2 * len(run.plan.adapters)
+    assert all(".layers.2." in name or ".layers.3." in name for name in held)
+    below = [p for name, p in adapted.named_parameters() if ".layers.0." in name or ".layers.1." in name]
+    assert all(parameter.grad is None for parameter in below)
+
+
+def test_tokens_are_counted_without_padding(examples, scores, tmp_path):
+    _, run = trained(examples, scores, tmp_path / "run", steps=None, epochs=1, batch_size=8)
+    data = examples.subset(range(40))
+    assert run.metrics.steps == 5
+    assert run.metrics.tokens == data.tokens
+    assert run.metrics.labelled_tokens == data.labelled_tokens
+
+
+def test_a_seed_repeats_a_run_and_arms_share_their_batches(examples, scores, tmp_path):
+    _, first = trained(examples, scores, tmp_path / "a", seed=3)
+    _, again = trained(examples, scores, tmp_path / "b", seed=3)
+    _, other = trained(examples, scores, tmp_path / "c", seed=4)
+    losses = [[point.loss for point in run.metrics.train_curve] for run in (first, again, other)]
+    assert losses[0] == losses[1] != losses[2]
+    assert (tmp_path / "a/adapter_model.safetensors").read_bytes() == (
+        tmp_path / "b/adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_another_run_is_never_overwritten_unasked(examples, scores, tmp_path):
+    trained(examples, scores, tmp_path / "run", steps=1)
+    before = (tmp_path / "run" / "metrics.json").read_bytes()
+    with pytest.raises(ArtifactError, match="holds another run; choose another --out or pass --overwrite"):
+        trained(examples, scores, tmp_path / "run", steps=1)
+    assert (tmp_path / "run" / "metrics.json").read_bytes() == before
+    trained(examples, scores, tmp_path / "run", steps=2, overwrite=True)
+    assert Run.read(tmp_path / "run").metrics.steps == 2
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("precious")
+    with pytest.raises(ArtifactError, match="holds other files"):
+        trained(examples, scores, tmp_path / "full")
+    with pytest.raises(ArtifactError, match="is a file; expected a folder"):
+        trained(examples, scores, tmp_path / "full" / "thesis.txt")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(examples, scores, tmp_path):
+    with pytest.raises(TrainingError, match=r"is not finite|is nan|is inf"):
+        trained(examples, scores, tmp_path / "run", learning_rate=1e30)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"steps": 0}, "--steps is 0"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"epochs": 0.0}, "--epochs is 0"),
+        ({"learning_rate": -1.0}, "--learning-rate is -1"),
+        ({"learning_rate": math.nan}, "--learning-rate is nan"),
+    ],
+)
+def test_training_settings_out_of_range_are_refused(examples, scores, tmp_path, settings, expected):
+    with pytest.raises(TrainingError, match=expected):
+        trained(examples, scores, tmp_path / "run", **settings)
+
+
+def test_evaluations_are_even_and_end_at_the_last_step():
+    assert due_steps(150, 4) == {38, 75, 112, 150}
+    assert due_steps(3, 4) == {1, 2, 3}
+    assert due_steps(1, 4) == {1}
+
+
+def test_a_run_folder_that_is_not_finished_says_so(tmp_path):
+    with pytest.raises(ArtifactError, match=r"holds no finished run \(no metrics.json\)"):
+        Run.read(tmp_path)
+
+
+def test_bfloat16_bases_train_with_float32_adapters(examples, scores, tmp_path):
+    model = make_model("llama").to(torch.bfloat16)
+    adapted, run = trained(examples, scores, tmp_path / "run", model)
+    assert run.metrics.settings.dtype == "bfloat16"
+    assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
+    assert run.metrics.held_out_loss_after < run.metrics.held_out_loss_before
+
+
+def test_the_plan_beside_the_run_is_the_plan(examples, scores, tmp_path):
+    _, run = trained(examples, scores, tmp_path / "run", steps=1)
+    assert Plan.read(tmp_path / "run" / "plan.json") == run.plan
