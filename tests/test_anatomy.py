@@ -1,7 +1,10 @@
 """Taking models apart: layers, modules, roles, fingerprints, and what cannot be read."""
 
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, make_config, make_model
 from torch import nn
 
@@ -62,6 +65,16 @@ def test_the_fingerprint_survives_dtypes_and_tells_models_apart(tmp_path):
     assert identify(model).fingerprint not in prints
 
 
+def test_a_merged_adapter_makes_another_model():
+    base, merged = identify(make_model("llama")), make_model("llama")
+    with torch.no_grad():
+        weight = merged.model.layers[3].mlp.up_proj.weight
+        weight += 0.05 * torch.randn(48, 1) @ torch.randn(1, 32)
+    assert identify(merged).fingerprint == base.fingerprint
+    assert not base.is_same_model(identify(merged))
+    assert base.is_same_model(identify(merged).model_copy(update={"weights": None}))  # its quantized form
+
+
 def load_without_tokenizer(folder, dtype):
     from transformers import AutoModelForCausalLM
 
@@ -103,6 +116,32 @@ def test_a_folder_without_weights_says_so(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="cannot load"):
         load(str(tmp_path))
+
+
+def test_a_checkpoint_with_gaps_is_not_trained_on_random_numbers(tmp_path, model_folder):
+    weights = load_file(model_folder / "model.safetensors")
+    shutil.copytree(model_folder, tmp_path / "gaps")
+    kept = {name: tensor for name, tensor in weights.items() if "layers.2." not in name}
+    save_file(kept, tmp_path / "gaps" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"has 9 missing keys, first model\.layers\.2"):
+        load(str(tmp_path / "gaps"))
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("model.safetensors", ""),
+        ("config.json", "{"),
+        ("config.json", '{"model_type": "llama", "hidden_size": "abc"}'),
+        ("tokenizer.json", "{}"),
+    ],
+)
+def test_a_damaged_folder_is_one_clear_line(tmp_path, model_folder, file, text):
+    shutil.copytree(model_folder, tmp_path / "damaged")
+    (tmp_path / "damaged" / file).write_text(text)
+    with pytest.raises(ModelError, match="cannot load") as caught:
+        load(str(tmp_path / "damaged"))
+    assert "\n" not in str(caught.value)
 
 
 def test_an_unknown_dtype_is_refused(model_folder):

@@ -35,6 +35,16 @@ def test_every_command_is_in_the_readme():
         assert f"aletheia {command.name}" in readme
 
 
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, model_folder, data_file):
+    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(model_folder)).replace("steps=150", "steps=2")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text(data_file.read_text())
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "report.html").exists()
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
 def test_the_changelog_is_at_this_version():
     versions = re.findall(r"^## \[(\d[^\]]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert versions[0] == aletheia.__version__ == PROJECT["version"]

@@ -278,7 +278,25 @@ def test_a_rank_of_zero_or_a_doubled_module_in_the_file_is_refused(tmp_path):
         Plan.read(path)
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"format": "aletheia-plan"', "[1, 2]", "\x00"])
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda s: s["layers"].pop(), "1 layer scores for 2 layers"),
+        (lambda s: s["modules"].popitem(), "different names"),
+        (lambda s: s["layers"].__setitem__(0, -1.0), "layers.0"),
+        (lambda s: s["probe"].__setitem__("batches", 0), "probe.batches"),
+    ],
+)
+def test_scores_that_do_not_fit_together_are_refused(tmp_path, change, expected):
+    path = make_scores([1.0, 2.0]).write(tmp_path / "scores.json")
+    found = json.loads(path.read_text())
+    change(found)
+    path.write_text(json.dumps(found))
+    with pytest.raises(ArtifactError, match=expected):
+        Scores.read(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "9" * 5000, '{"format": "aletheia-plan"', "[1, 2]", "\x00"])
 def test_a_damaged_file_is_one_clear_line(tmp_path, text):
     path = tmp_path / "plan.json"
     path.write_text(text)

@@ -166,6 +166,32 @@ def test_a_non_finite_gradient_names_the_layer():
         probe(model, [batch_of(9)])
 
 
+def test_float16_scores_do_not_underflow():
+    """Unscaled, the gradients of a mean over many tokens fall below float16; the order of layers would change."""
+    model = make_model("llama")
+    batch = batch_of(*[60] * 8)
+    expected = probe(model, [batch]).layers
+    assert probe(model.to(torch.float16), [batch]).layers == pytest.approx(expected, rel=0.01)
+
+
+def test_tokens_that_cancel_do_not_cost_digits():
+    input_NI = torch.randn(1, 64).repeat(40, 1) + 1e-3 * torch.randn(40, 64)
+    grad_NO = torch.randn(1, 64).repeat(40, 1) * torch.tensor([1.0, -1.0]).repeat(20)[:, None]
+    exact = (grad_NO.double().T @ input_NI.double()).norm().item()
+    assert ghost_norm(LayerInput(input_NI), grad_NO).item() == pytest.approx(exact, rel=1e-4)
+
+
+def test_an_input_that_was_overwritten_is_refused():
+    model = make_model("llama")
+
+    def overwrite(module, args, output):
+        args[0].detach().mul_(2)
+
+    model.model.layers[1].mlp.down_proj.register_forward_hook(overwrite)
+    with pytest.raises(ProbeError, match=r"input of model\.layers\.1\.mlp\.down_proj was modified in place"):
+        probe(model, [batch_of(9)])
+
+
 def test_batches_without_labels_or_rows_are_refused(examples):
     model = make_model("llama")
     with pytest.raises(ProbeError, match="batch 1 has no labelled token"):

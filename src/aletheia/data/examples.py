@@ -69,7 +69,9 @@ class Examples:
         return sum(example.labelled_tokens for example in self.examples)
 
 
-def split_held_out(examples: Examples, fraction: float, seed: int, max_rows: int) -> tuple[Examples, Examples]:
+def split_held_out(
+    examples: Examples, fraction: float = 0.05, seed: int = 0, max_rows: int = 96
+) -> tuple[Examples, Examples]:
     """Split at random into (train, held out): disjoint, both in the order of the rows, the same for a seed.
 
     ``fraction`` of the rows are held out, at least 1, at most ``max_rows``, and never all.

@@ -26,7 +26,7 @@ def held_out_loss(model: nn.Module, examples: Examples, batch_size: int = 8) -> 
         for batch in length_sorted_batches(examples, batch_size):
             labelled = int((batch["labels"][:, 1:] != -100).sum())
             loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).loss
-            summed += loss.double().cpu() * labelled
+            summed += loss.cpu().double() * labelled
             tokens += labelled
     finally:
         model.train(was_training)

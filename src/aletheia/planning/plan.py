@@ -1,5 +1,6 @@
 """The Plan file: exactly which modules get LoRA, at which rank and alpha, and where that came from."""
 
+from collections.abc import Iterable
 from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
@@ -43,8 +44,8 @@ class Prediction(BaseModel):
     """What the analytic cost model expects of the plan, relative to uniform LoRA at the same rank."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    relative_step_time: FiniteFloat
-    captured_importance: FiniteFloat = Field(description="share of the summed layer scores in the adapted layers")
+    relative_step_time: FiniteFloat = Field(gt=0)
+    captured_importance: FiniteFloat = Field(ge=0, description="share of the summed layer scores in the adapted layers")
 
     @property
     def speedup(self) -> float:
@@ -78,6 +79,11 @@ class Plan(Artifact):
         return self.layers[0]
 
     @property
+    def uses_scores(self) -> bool:
+        """Whether the probe had a say in this plan."""
+        return self.settings.ranks == "by-score" or self.settings.policy in ("depth-aware", "top-percent", "bottom")
+
+    @property
     def trainable_parameters(self) -> int:
         """Trainable parameters of all adapters."""
         return sum(adapter.parameters for adapter in self.adapters)
@@ -101,8 +107,19 @@ class Plan(Artifact):
         Raises:
             PlanError: the fingerprints differ; names both models.
         """
-        if model.fingerprint != self.model.fingerprint:
+        if not self.model.is_same_model(model):
             raise PlanError(
                 f"the plan was made for {self.model}, this model is {model}; "
                 "make a plan for this model with 'aletheia probe' and 'aletheia plan'"
             )
+
+
+def layer_ranges(layers: Iterable[int]) -> str:
+    """Layer indices for people, neighbours joined: ``0-2, 8, 15-29``."""
+    spans: list[list[int]] = []
+    for layer in sorted(layers):
+        if spans and layer == spans[-1][1] + 1:
+            spans[-1][1] = layer
+        else:
+            spans.append([layer, layer])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)

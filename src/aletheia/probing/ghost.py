@@ -8,6 +8,10 @@ from collections import defaultdict
 import torch
 from torch import nn
 
+from aletheia.errors import ProbeError
+
+CANCELLATION = 1e-4  # below this share of ||X||^2 ||dY||^2, float32 rounding of the Gram form may exceed 1e-3
+
 
 class LayerInput:
     """One activation that feeds one or several modules (query, key and value share theirs).
@@ -19,7 +23,20 @@ class LayerInput:
         """Keep ``activation`` [..., I], flattened to tokens."""
         self.source = activation
         self.input_NI = activation.detach().flatten(0, -2)
+        self._version = activation._version
         self._gram_NN: torch.Tensor | None = None
+
+    def check_unchanged(self, name: str) -> None:
+        """Refuse an activation that was overwritten between the forward and the backward pass.
+
+        Raises:
+            ProbeError: names the module.
+        """
+        if self.source._version != self._version:
+            raise ProbeError(
+                f"the input of {name} was modified in place after it was used; the probe needs it as it was, "
+                "load the model with another attention or kernel implementation"
+            )
 
     @property
     def has_gram(self) -> bool:
@@ -39,15 +56,21 @@ def ghost_norm(layer_input: LayerInput, grad_out: torch.Tensor) -> torch.Tensor:
     """Frobenius norm of ``dYt X``, the gradient of a weight matrix, as a 0-d tensor.
 
     ``||dYt X||_F^2 = sum((X Xt) * (dY dYt))`` [Goodfellow 2015; Li et al. 2022, sec. 4]. That form costs
-    ``N^2 (I + O)`` multiply-adds, the plain one ``N I O``; the cheaper is taken. Both are exact.
+    ``N^2 (I + O)`` multiply-adds, the plain one ``N I O``; the cheaper is taken, unless cancellation between tokens
+    would cost it digits. Both are exact up to rounding.
     """
     grad_NO = at_least_float32(grad_out.detach().flatten(0, -2))
     tokens, out_features = grad_NO.shape
     in_features = layer_input.input_NI.shape[1]
     gram_cost = tokens * (out_features + (0 if layer_input.has_gram else in_features))
     if gram_cost < in_features * out_features:
-        squared = torch.linalg.vecdot(layer_input.gram_NN.flatten(), (grad_NO @ grad_NO.T).flatten())
-        return squared.clamp_min(0).sqrt()
+        grad_gram_NN = grad_NO @ grad_NO.T
+        summed = torch.float32 if grad_NO.device.type == "mps" else torch.float64  # MPS has no float64
+        squared = torch.linalg.vecdot(layer_input.gram_NN.flatten().to(summed), grad_gram_NN.flatten().to(summed))
+        # tokens whose gradients cancel leave a small difference of large terms, too small a share of
+        # ||X||_F^2 ||dY||_F^2 (the traces) for the digits of float32
+        if squared >= CANCELLATION * layer_input.gram_NN.trace() * grad_gram_NN.trace():
+            return squared.sqrt().to(grad_NO.dtype)
     return torch.linalg.matrix_norm(grad_NO.T @ at_least_float32(layer_input.input_NI))
 
 
@@ -90,11 +113,16 @@ class GhostRecorder:
             if self._last_input is None or self._last_input.source is not args[0]:
                 self._last_input = LayerInput(args[0])
             layer_input = self._last_input
-            output.register_hook(lambda grad: self._norms[name].append(ghost_norm(layer_input, grad)))
+
+            def score(grad_out: torch.Tensor) -> None:
+                layer_input.check_unchanged(name)
+                self._norms[name].append(ghost_norm(layer_input, grad_out))
+
+            output.register_hook(score)
 
         return hook
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """Half-precision tensors in float32, others as they are: norms of small gradients underflow in float16."""
+    """Half-precision tensors in float32, others as they are."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

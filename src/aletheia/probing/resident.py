@@ -64,7 +64,7 @@ def probe(
         for number, batch in enumerate(used, start=1):
             if not (batch["labels"][:, 1:] != -100).any():
                 raise ProbeError(f"probe batch {number} has no labelled token; expected labels other than -100")
-            loss, norms, others = _score_batch(model, batch, recorder)
+            loss, norms, others = _score_scaled(model, batch, recorder)
             losses.append(loss)
             _check_finite(model, anatomy, batch, number, loss, norms | others)
             for name, norm in norms.items():
@@ -105,10 +105,23 @@ def _draw(data: Examples | Iterable[Batch], batches: int, batch_size: int, seed:
     return used
 
 
+Norms = dict[str, float]  # by full name
+
+
+def _score_scaled(model: nn.Module, batch: Batch, recorder: GhostRecorder) -> tuple[float, Norms, Norms]:
+    """In float16 small gradients underflow, so the loss is scaled up, and less where that overflows."""
+    half = next(model.parameters()).dtype == torch.float16
+    for scale in (2.0**12, 2.0**6, 1.0) if half else (1.0,):
+        loss, norms, others = _score_batch(model, batch, recorder, scale)
+        if all(map(math.isfinite, (*norms.values(), *others.values()))):
+            break
+    return loss, norms, others
+
+
 def _score_batch(
-    model: nn.Module, batch: Batch, recorder: GhostRecorder
-) -> tuple[float, dict[str, float], dict[str, float]]:
-    """Loss, gradient norms of the modules' weights, and of all other parameters of the layers, by full name."""
+    model: nn.Module, batch: Batch, recorder: GhostRecorder, loss_scale: float
+) -> tuple[float, Norms, Norms]:
+    """Loss, gradient norms of the modules' weights, and of all other parameters of the layers."""
     path, layers = find_layers(model)
     ghosts = {id(module.weight) for module in layers.modules() if is_matrix(module)}
     others = {
@@ -130,21 +143,16 @@ def _score_batch(
         with torch.enable_grad():
             loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).loss
         # autograd.grad walks only the path to these tensors and leaves every .grad alone
-        gradients = torch.autograd.grad(loss, [*others.values(), *leaf], allow_unused=True)
+        gradients = torch.autograd.grad(loss * loss_scale, [*others.values(), *leaf], allow_unused=True)
     finally:
         handle.remove()
-    norms = recorder.pop()
+    norms = {name: norm.item() / loss_scale for name, norm in recorder.pop().items()}
     other_norms = {
-        name: torch.linalg.vector_norm(at_least_float32(gradient))
+        name: torch.linalg.vector_norm(at_least_float32(gradient)).item() / loss_scale
         for name, gradient in zip(others, gradients, strict=False)
         if gradient is not None
     }
-    return loss.item(), _to_floats(norms), _to_floats(other_norms)
-
-
-def _to_floats(norms: dict[str, torch.Tensor]) -> dict[str, float]:
-    """One transfer from the device for all of them."""
-    return dict(zip(norms, torch.stack(list(norms.values())).tolist(), strict=True)) if norms else {}
+    return loss.item(), norms, other_norms
 
 
 def _check_finite(

@@ -1,11 +1,13 @@
 """The Scores file: what a probe measured, with everything needed to judge or repeat it. Torch-free."""
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from aletheia.anatomy.schema import Anatomy, DataIdentity, ModelIdentity
 from aletheia.files import Artifact
+
+Score = Annotated[FiniteFloat, Field(ge=0)]
 
 
 class ProbeSettings(BaseModel):
@@ -13,12 +15,12 @@ class ProbeSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     score: str
-    batches: int
-    batch_size: int
+    batches: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
     seed: int | None
     dtype: str
     device: str
-    tokens: int = Field(description="tokens that are not padding")
+    tokens: int = Field(ge=1, description="tokens that are not padding")
     labelled_tokens: int = Field(description="tokens that count in the loss")
     mean_loss: FiniteFloat = Field(description="mean over the batches of the loss, nats per labelled token")
     seconds: float
@@ -38,6 +40,14 @@ class Scores(Artifact):
     data: DataIdentity | None
     probe: ProbeSettings
     packages: dict[str, str]
-    layers: tuple[FiniteFloat, ...]
-    modules: dict[str, FiniteFloat]
+    layers: tuple[Score, ...] = Field(min_length=1)
+    modules: dict[str, Score]
     anatomy: Anatomy
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Scores":
+        if len(self.layers) != self.anatomy.layer_count:
+            raise ValueError(f"{len(self.layers)} layer scores for {self.anatomy.layer_count} layers")
+        if self.modules.keys() != {module.name for module in self.anatomy.modules}:
+            raise ValueError("'modules' and the modules of 'anatomy' have different names")
+        return self

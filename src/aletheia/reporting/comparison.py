@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aletheia.errors import ArtifactError
+from aletheia.planning.plan import layer_ranges
 from aletheia.reporting.format import (
     NOTHING,
     human_bytes,
@@ -13,7 +14,6 @@ from aletheia.reporting.format import (
     human_percent,
     human_ratio,
     human_seconds,
-    layer_list,
     printable,
     rank_summary,
 )
@@ -173,7 +173,7 @@ def _plan_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
     return (
         Row("Policy", tuple(plan.settings.policy for plan in plans)),
         Row("Adapted layers", tuple(f"{len(plan.layers)} of {plan.layer_count}" for plan in plans)),
-        Row("Which", tuple(layer_list(plan.layers) for plan in plans)),
+        Row("Which", tuple(layer_ranges(plan.layers) for plan in plans)),
         Row("Boundary", tuple(str(run.metrics.boundary) for run in runs), "lowest adapted layer"),
         Row("Ranks", tuple(rank_summary(plan.adapters) for plan in plans)),
         Row("Trainable parameters", tuple(human_count(run.metrics.trainable_parameters) for run in runs)),
@@ -271,7 +271,7 @@ def repeat_command(run: Run) -> tuple[str, ...]:
         ("--plan", f"{run.name}/plan.json"),
         ("--steps", str(metrics.steps)),
         ("--batch-size", str(settings.batch_size)),
-        ("--learning-rate", f"{settings.learning_rate:g}"),
+        ("--learning-rate", repr(settings.learning_rate)),
         ("--max-length", str(settings.max_length)),
         ("--dtype", settings.dtype),
         ("--seed", str(settings.seed)),

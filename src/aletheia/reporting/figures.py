@@ -9,9 +9,9 @@ from matplotlib.patches import Patch, PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
-from aletheia.planning.plan import Adapter, Plan
+from aletheia.planning.plan import Adapter, Plan, layer_ranges
 from aletheia.reporting.comparison import held_out_points
-from aletheia.reporting.format import human_seconds, layer_list, rank_summary, shorten
+from aletheia.reporting.format import human_seconds, rank_summary, shorten
 from aletheia.reporting.svg import (
     IDLE,
     INK,
@@ -50,7 +50,7 @@ def layer_scores_svg(plan: Plan, label: str, index: int, identifier: str) -> str
         _mark_boundary(axes, plan.boundary, plan.layer_count, top)
         axes.grid(axis="y")
         _title(axes, f"Score: {shorten(plan.probe.score, LABEL_LENGTH)}, summed over the probe")
-        words = f"Score by decoder layer, {label}. Adapted: {layer_list(plan.layers)} of {plan.layer_count}."
+        words = f"Score by decoder layer, {label}. Adapted: {layer_ranges(plan.layers)} of {plan.layer_count}."
         return to_svg(figure, identifier, words)
 
 
@@ -126,7 +126,7 @@ def phases_svg(runs: Sequence[Run], labels: Sequence[str], identifier: str) -> s
     """One stacked bar per run: seconds of load, probe, plan, train and eval."""
     longest = max(run.metrics.seconds.total for run in runs) or 1.0
     with drawing(identifier):
-        figure, axes = _canvas(64 + 42 * len(runs), left=8, right=52, top=30)
+        figure, axes = _canvas(64 + 42 * len(runs), left=8, right=84, top=30)
         for row, (run, label) in enumerate(zip(runs, labels, strict=True)):
             _phase_bar(axes, row, run.metrics.seconds)
             axes.text(0, row - 0.30, shorten(label, 48), color=INK, va="bottom")

@@ -94,14 +94,3 @@ def rank_summary(adapters: Iterable[Adapter]) -> str:
 def _span(ranks: set[int]) -> str:
     low, high = min(ranks), max(ranks)
     return str(low) if low == high else f"{low}-{high}"
-
-
-def layer_list(layers: Iterable[int]) -> str:
-    """Layer indices with runs joined: ``0-2, 8, 15-29``."""
-    spans: list[list[int]] = []
-    for layer in sorted(layers):
-        if spans and layer == spans[-1][1] + 1:
-            spans[-1][1] = layer
-        else:
-            spans.append([layer, layer])
-    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)

@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from aletheia.planning.plan import Adapter, Plan, PlanSettings
+from aletheia.planning.plan import Adapter, Plan, PlanSettings, layer_ranges
 from aletheia.probing.scores import ProbeSettings, Scores
 from aletheia.reporting.comparison import (
     NO_INTERVAL,
@@ -25,7 +25,6 @@ from aletheia.reporting.format import (
     human_percent,
     human_ratio,
     human_seconds,
-    layer_list,
     printable,
     rank_summary,
     shorten,
@@ -138,7 +137,7 @@ def _render_plan(plan: Plan) -> RenderableType:
         plan.model.name,
         [
             ("policy", _policy(settings)),
-            ("layers", f"{len(plan.layers)} of {plan.layer_count}: {layer_list(plan.layers)}"),
+            ("layers", f"{len(plan.layers)} of {plan.layer_count}: {layer_ranges(plan.layers)}"),
             ("boundary", f"{plan.boundary}, the lowest adapted layer"),
             ("ranks", f"{settings.ranks}: {rank_summary(plan.adapters)}"),
             ("alpha", f"{settings.alpha:g} at rank {settings.rank}"),

@@ -8,8 +8,9 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from aletheia.anatomy.fingerprint import identify
-from aletheia.anatomy.read import find_layers
-from aletheia.errors import AdapterError
+from aletheia.anatomy.read import find_layers, read_anatomy
+from aletheia.anatomy.schema import Anatomy
+from aletheia.errors import AdapterError, PlanError
 from aletheia.planning.plan import Plan
 
 
@@ -22,17 +23,41 @@ def adapt(model: nn.Module, plan: Plan, seed: int = 0) -> PeftModel:
         seed: of the random initial A matrices; the global random state is left alone.
 
     Raises:
-        PlanError: the plan belongs to another model.
+        PlanError: the plan belongs to another model, or was edited into one that does not fit.
         AdapterError: the model is adapted already, or the adapted set differs from the plan.
     """
     if isinstance(model, PeftModel) or any(isinstance(module, LoraLayer) for module in model.modules()):
         raise AdapterError("the model carries LoRA adapters already; expected a base model (merge or unload it first)")
-    plan.check_model(identify(model))
+    anatomy = read_anatomy(model)
+    plan.check_model(identify(model, anatomy))
+    check_names(plan, anatomy)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted = get_peft_model(model, lora_config(plan))
     check_adapters(adapted, plan)
     return adapted
+
+
+def check_names(plan: Plan, anatomy: Anatomy) -> None:
+    """Compare a plan, which may have been edited, with the modules there are, before anything is modified.
+
+    Raises:
+        PlanError: an unknown module, or a wrong layer or parameter count.
+    """
+    modules = {module.name: module for module in anatomy.modules}
+    for adapter in plan.adapters:
+        module = modules.get(adapter.name)
+        if module is None:
+            raise PlanError(
+                f"the plan adapts {adapter.name}, which this model has not; "
+                "'aletheia inspect' lists its modules, 'aletheia plan' writes the plan again"
+            )
+        if (adapter.layer, adapter.parameters) != (module.layer, module.lora_parameters(adapter.rank)):
+            raise PlanError(
+                f"the plan puts {adapter.name} in layer {adapter.layer} with {adapter.parameters:,} parameters; "
+                f"it is in layer {module.layer} and rank {adapter.rank} has {module.lora_parameters(adapter.rank):,}; "
+                "correct the plan or write it again with 'aletheia plan'"
+            )
 
 
 def lora_config(plan: Plan) -> LoraConfig:

@@ -1,8 +1,9 @@
 """The model card of a run: README.md of the adapter folder."""
 
 import json
+from pathlib import Path
 
-from aletheia.planning.plan import Plan
+from aletheia.planning.plan import Plan, layer_ranges
 from aletheia.tuning.run import Run
 
 
@@ -23,14 +24,14 @@ tags:
 
 # LoRA on {len(plan.layers)} of {plan.layer_count} layers of {metrics.model.name}
 
-Made with `aletheia-tune` {metrics.packages.get("aletheia-tune", "")}: the layers to adapt were chosen from gradient
-norms on the task before training (policy `{plan.settings.policy}`).
+Made with `aletheia-tune` {metrics.packages.get("aletheia-tune", "")}; the adapted modules were planned before training
+(policy `{plan.settings.policy}`).
 
 | | |
 |---|---|
 | base model | {metrics.model} |
 | data | {data} |
-| adapted layers | {_ranges(plan)} |
+| adapted layers | {layer_ranges(plan.layers)} |
 | ranks | {plan.settings.ranks}, {_rank_range(plan)} |
 | trainable parameters | {plan.trainable_parameters:,} |
 | steps x batch size | {metrics.steps} x {settings.batch_size} |
@@ -53,21 +54,10 @@ model = PeftModel.from_pretrained(base, "this folder")
 
 def _from_pretrained(name: str) -> str:
     """Arguments that load the base model; a GGUF file is named by folder and file."""
-    folder, _, file = name.rpartition("/")
-    if file.endswith(".gguf"):
-        return f"{json.dumps(folder or '.')}, gguf_file={json.dumps(file)}"
+    path = Path(name)
+    if path.suffix == ".gguf":
+        return f"{json.dumps(str(path.parent))}, gguf_file={json.dumps(path.name)}"
     return json.dumps(name)
-
-
-def _ranges(plan: Plan) -> str:
-    """Layer indices with runs folded: ``0, 3-5``."""
-    runs: list[list[int]] = []
-    for layer in plan.layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _rank_range(plan: Plan) -> str:

@@ -1,6 +1,5 @@
 """Peak memory of a phase: allocated bytes on a GPU, resident bytes of the process on a CPU."""
 
-import resource
 import sys
 from pathlib import Path
 
@@ -22,12 +21,16 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak since the last reset."""
+    """Peak since the last reset; 0 where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if _STATUS.exists():
         for line in _STATUS.read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        return 0
+    import resource  # absent on Windows
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

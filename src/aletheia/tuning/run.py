@@ -13,6 +13,8 @@ from aletheia.planning.plan import Plan
 
 METRICS_FILE = "metrics.json"
 PLAN_FILE = "plan.json"
+SCORES_FILE = "scores.json"
+REPORT_FILE = "report.html"
 
 
 class PhaseSeconds(BaseModel):

@@ -68,8 +68,8 @@ class Watch(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         """Stop the clock until the step is logged and, where due, evaluated."""
-        if args.device.type == "cuda":
-            torch.cuda.synchronize(args.device)
+        if args.device.type != "cpu":
+            torch.accelerator.synchronize()  # or the clock would stop before the device does
         self.train_seconds += time.perf_counter() - self._resumed_at
         self._resumed_at = time.perf_counter()
 
