@@ -183,11 +183,13 @@ def test_tokens_that_cancel_do_not_cost_digits():
 
 def test_an_input_that_was_overwritten_is_refused():
     model = make_model("llama")
+    used = []
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, args, output: used.append(args[0]))
 
     def overwrite(module, args, output):
-        args[0].detach().mul_(2)
+        used[-1].detach().mul_(2)
 
-    model.model.layers[1].mlp.down_proj.register_forward_hook(overwrite)
+    model.model.layers[1].register_forward_hook(overwrite)
     with pytest.raises(ProbeError, match=r"input of model\.layers\.1\.mlp\.down_proj was modified in place"):
         probe(model, [batch_of(9)])
 
