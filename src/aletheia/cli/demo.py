@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 EXAMPLE = "aletheia demo --out demo-run"
 
-STEPS = 30
-BATCH_SIZE = 8
-HELD_OUT_ROWS = 64
+STEPS = 25
+BATCH_SIZE = 4
+HELD_OUT_ROWS = 48
 
 
 def demo(
