@@ -96,22 +96,7 @@ def train(
     watch = Watch(lambda: held_out_loss(model, held_out, batch_size), EVALUATIONS, show_progress)
     reset_peak_memory(model.device)
     watch.measure(step=0)
-    counter = TokenCounter(model)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
-            model=model,
-            args=_arguments(settings, scratch, steps, epochs),
-            train_dataset=data,
-            data_collator=partial(collate, pad_token_id=data.pad_token_id),
-            callbacks=[watch],
-        )
-        for noisy in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(noisy)
-        try:
-            trainer.train()
-        finally:
-            tokens, labelled_tokens = counter.remove()
-            watch.close()
+    done, tokens, labelled_tokens = _fit(model, data, settings, steps, epochs, watch)
     check_adapters(model, plan)
     spent = _earlier(plan) | dict(earlier_seconds or {})
     metrics = Metrics(
@@ -122,7 +107,7 @@ def train(
         held_out_tokens=held_out.labelled_tokens,
         packages=package_versions(),
         settings=settings,
-        steps=trainer.state.global_step,
+        steps=done,
         tokens=tokens,
         labelled_tokens=labelled_tokens,
         boundary=lowest_trainable_layer(model),
@@ -139,6 +124,29 @@ def train(
     return run
 
 
+def _fit(
+    model: PeftModel, data: Examples, settings: TrainSettings, steps: int | None, epochs: float, watch: Watch
+) -> tuple[int, int, int]:
+    """Run Trainer; the steps done, the tokens that were not padding, and those that counted in the loss."""
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(
+            model=model,
+            args=_arguments(settings, scratch, steps, epochs),
+            train_dataset=data,
+            data_collator=partial(collate, pad_token_id=data.pad_token_id),
+            callbacks=[watch],
+        )
+        for noisy in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(noisy)
+        counter = TokenCounter(model)
+        try:
+            trainer.train()
+        finally:
+            tokens, labelled_tokens = counter.remove()
+            watch.close()
+    return trainer.state.global_step, tokens, labelled_tokens
+
+
 def _earlier(plan: Plan) -> dict[str, float]:
     """What was spent before this call: a plan that looked at scores owes its probe, whenever that was."""
     return {"load": 0.0, "probe": plan.probe.seconds if plan.uses_scores else 0.0, "plan": 0.0}
@@ -146,10 +154,6 @@ def _earlier(plan: Plan) -> dict[str, float]:
 
 def _arguments(settings: TrainSettings, scratch: str, steps: int | None, epochs: float) -> TrainingArguments:
     """Trainer settings; it saves nothing by itself, and shows a loss that is not finite instead of hiding it."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise TrainingError(
-            "found a distributed launch (WORLD_SIZE above 1); expected one process, this release trains on one device"
-        )
     arguments = TrainingArguments(
         output_dir=scratch,
         max_steps=steps or -1,
@@ -226,11 +230,15 @@ def claim_output(out: str | Path, overwrite: bool = False) -> Path:
 def check_settings(
     steps: int | None = None, epochs: float | None = None, batch_size: int = 1, learning_rate: float | None = None
 ) -> None:
-    """Refuse settings that are out of range.
+    """Refuse settings that are out of range, and a distributed launch, where every process would write one folder.
 
     Raises:
         TrainingError: names the setting, what was found and what is expected.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainingError(
+            "found a distributed launch (WORLD_SIZE above 1); expected one process, this release trains on one device"
+        )
     limits = (("--steps", steps, 1), ("--batch-size", batch_size, 1))
     for flag, value, least in limits:
         if value is not None and value < least:
