@@ -26,7 +26,7 @@ EXAMPLE = "aletheia demo --out demo-run"
 
 STEPS = 25
 BATCH_SIZE = 4
-HELD_OUT_ROWS = 48
+HELD_OUT_ROWS = 40
 
 
 def demo(
