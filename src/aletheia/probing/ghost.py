@@ -66,7 +66,7 @@ def ghost_norm(layer_input: LayerInput, grad_out: torch.Tensor) -> torch.Tensor:
     if gram_cost < in_features * out_features:
         grad_gram_NN = grad_NO @ grad_NO.T
         summed = torch.float32 if grad_NO.device.type == "mps" else torch.float64  # MPS has no float64
-        squared = torch.linalg.vecdot(layer_input.gram_NN.flatten().to(summed), grad_gram_NN.flatten().to(summed))
+        squared = (layer_input.gram_NN * grad_gram_NN).sum(dtype=summed)
         # tokens whose gradients cancel leave a small difference of large terms, too small a share of
         # ||X||_F^2 ||dY||_F^2 (the traces) for the digits of float32
         if squared >= CANCELLATION * layer_input.gram_NN.trace() * grad_gram_NN.trace():
