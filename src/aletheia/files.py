@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import ClassVar, Self
@@ -15,10 +16,10 @@ from aletheia.errors import ArtifactError
 TRACKED_PACKAGES = ("aletheia-tune", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that can change a result, for provenance; absent ones are left out."""
+def package_versions(names: Iterable[str] = TRACKED_PACKAGES) -> dict[str, str]:
+    """Versions of packages, by default of those that can change a result; absent ones are left out."""
     versions = {}
-    for name in TRACKED_PACKAGES:
+    for name in names:
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -39,7 +39,7 @@ def demo(
     """Teach SmolLM2-135M to write summary lines of functions: our plan and uniform LoRA on the same batches."""
     quiet_libraries()
     from aletheia.anatomy.load import load
-    from aletheia.data.encode import load_data
+    from aletheia.data.encode import encode, load_data
     from aletheia.data.rows import load_rows
     from aletheia.data.stdlib_task import write_stdlib_task
     from aletheia.planning.make import plan as make_plan
@@ -62,8 +62,9 @@ def demo(
     with timed(seconds, "load"):
         base = load(str(checkpoint))
     examples = load_data(str(train_file), base.tokenizer)
-    held_out = load_data(str(held_out_file), base.tokenizer)
-    prompt = load_rows(str(held_out_file)).rows[0].messages[0]["content"]
+    held_out_rows = load_rows(str(held_out_file))
+    held_out = encode(held_out_rows, base.tokenizer)
+    prompt = held_out_rows.rows[0].messages[0]["content"]
     before = answer(base, prompt)
     say("probe  5 batches of 1")
     scores = probe(base.model, examples, seed=seed)

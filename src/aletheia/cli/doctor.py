@@ -1,7 +1,6 @@
 """``aletheia doctor``: what is here, what works, and the command that adds what is missing."""
 
 import platform
-from importlib import metadata
 from typing import Any
 
 import typer
@@ -30,7 +29,10 @@ def doctor(as_json: JsonOption = False) -> None:
 
 
 def _examine() -> dict[str, Any]:
-    packages = {name: _version(name) for name in (*REQUIRED, *(name for names in EXTRAS.values() for name in names))}
+    from aletheia.files import package_versions
+
+    asked = [*REQUIRED, *(name for names in EXTRAS.values() for name in names)]
+    packages = dict.fromkeys(asked) | package_versions(asked)
     missing = [name for name in REQUIRED if packages[name] is None]
     found: dict[str, Any] = {
         "python": platform.python_version(),
@@ -52,13 +54,6 @@ def _examine() -> dict[str, Any]:
     found["dtypes"] = {name: _step_milliseconds(device, dtype) for name, dtype in DTYPES.items()}
     found["auto_dtype"] = str(pick_dtype(device)).removeprefix("torch.")
     return found
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _step_milliseconds(device: Any, dtype: Any) -> float | None:

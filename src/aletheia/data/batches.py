@@ -26,6 +26,17 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.T
     return {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "labels": labels_BT}
 
 
+def on_device_of(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch where the model's parameters are."""
+    device = next(model.parameters()).device
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def labelled_tokens(labels_BT: torch.Tensor) -> torch.Tensor:
+    """How many tokens carry a loss, a 0-d tensor; position 0 is never predicted and never counts."""
+    return (labels_BT[:, 1:] != NO_LOSS).sum()
+
+
 def sample_batches(examples: Examples, batches: int, batch_size: int, seed: int) -> list[dict[str, torch.Tensor]]:
     """Draw ``batches`` batches of distinct rows, the same for a seed under every torch version.
 

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from aletheia.data.batches import length_sorted_batches
+from aletheia.data.batches import labelled_tokens, length_sorted_batches, on_device_of
 from aletheia.data.examples import Examples
 from aletheia.errors import DataError
 
@@ -19,13 +19,12 @@ def held_out_loss(model: nn.Module, examples: Examples, batch_size: int = 8) -> 
     """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
     summed = torch.zeros((), dtype=torch.float64)
     tokens = 0
     try:
         for batch in length_sorted_batches(examples, batch_size):
-            labelled = int((batch["labels"][:, 1:] != -100).sum())
-            loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).loss
+            labelled = int(labelled_tokens(batch["labels"]))
+            loss = model(**on_device_of(model, batch), use_cache=False).loss
             summed += loss.cpu().double() * labelled
             tokens += labelled
     finally:

@@ -47,7 +47,8 @@ def plan(
     anatomy = scores.anatomy
     costs = _costs(scores, settings)
     layers = select_layers(policy, scores.layers, percent, seed, costs)
-    chosen = [module for module in anatomy.modules if module.layer in set(layers)]
+    wanted = set(layers)
+    chosen = [module for module in anatomy.modules if module.layer in wanted]
     by_name = _allocate(chosen, scores, settings)
     actual = layer_costs(anatomy, {**_nominal_ranks(anatomy.modules, settings), **by_name}, _tokens_per_row(scores))
     return Plan(

@@ -10,7 +10,7 @@ from torch import nn
 from aletheia.anatomy.fingerprint import identify
 from aletheia.anatomy.read import adaptable_modules, find_layers, is_matrix, layer_index, read_anatomy
 from aletheia.anatomy.schema import Anatomy
-from aletheia.data.batches import sample_batches
+from aletheia.data.batches import labelled_tokens, on_device_of, sample_batches
 from aletheia.data.examples import Examples
 from aletheia.errors import ModelError, ProbeError
 from aletheia.files import package_versions
@@ -62,7 +62,7 @@ def probe(
     losses = []
     with borrowed(model), GhostRecorder(adaptable_modules(model)) as recorder:
         for number, batch in enumerate(used, start=1):
-            if not (batch["labels"][:, 1:] != -100).any():
+            if not labelled_tokens(batch["labels"]):
                 raise ProbeError(f"probe batch {number} has no labelled token; expected labels other than -100")
             loss, norms, others = _score_scaled(model, batch, recorder)
             losses.append(loss)
@@ -83,7 +83,7 @@ def probe(
             dtype=str(getattr(model, "dtype", first.dtype)).removeprefix("torch."),
             device=first.device.type,
             tokens=sum(int(batch["attention_mask"].sum()) for batch in used),
-            labelled_tokens=sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in used),
+            labelled_tokens=sum(int(labelled_tokens(batch["labels"])) for batch in used),
             mean_loss=sum(losses) / len(losses),
             seconds=time.perf_counter() - started,
         ),
@@ -139,9 +139,8 @@ def _score_batch(
 
     handle = layers[0].register_forward_pre_hook(start_graph, with_kwargs=True)
     try:
-        device = next(model.parameters()).device
         with torch.enable_grad():
-            loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False).loss
+            loss = model(**on_device_of(model, batch), use_cache=False).loss
         # autograd.grad walks only the path to these tensors and leaves every .grad alone
         gradients = torch.autograd.grad(loss * loss_scale, [*others.values(), *leaf], allow_unused=True)
     finally:
@@ -192,8 +191,7 @@ def _first_broken_layer(model: nn.Module, batch: Batch) -> int | None:
 
     handles = [layer.register_forward_hook(watch(index)) for index, layer in enumerate(layers)]
     try:
-        device = next(model.parameters()).device
-        model(**{name: tensor.to(device) for name, tensor in batch.items()}, use_cache=False)
+        model(**on_device_of(model, batch), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from aletheia.data.batches import labelled_tokens
 from aletheia.errors import TrainingError
 from aletheia.tuning.run import HeldOutPoint, TrainPoint
 
@@ -136,7 +137,7 @@ class TokenCounter:
     def _count(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         if model.training:
             self._tokens = self._tokens.to(kwargs["labels"].device) + kwargs["attention_mask"].sum()
-            labelled = (kwargs["labels"][:, 1:] != -100).sum()
+            labelled = labelled_tokens(kwargs["labels"])
             self._labelled = self._labelled.to(labelled.device) + labelled
 
     def remove(self) -> tuple[int, int]:
