@@ -230,9 +230,9 @@ def test_summary_gives_both_ratios_to_the_digit(two):
     text = Page(two).text
     # 112.3 / 71.2 = 1.577, 1 - 71.2 / 112.3 = 0.366; counted 84.2: 1.334, 0.250
     assert (
-        "plan trained in 71.2 s against 112 s for uniform : speed-up 1.58x, 37 % of the time saved, probe and planning "
-        "not counted. With both counted it took 84.2 s against 112 s: speed-up 1.33x, 25 % of the time saved. It ended "
-        "at a held-out loss of 0.742 against 0.731 nats per token (1.432 before training)."
+        "plan trained in 71.2 s against 112 s for uniform : speed-up 1.58x, 37 % of the time saved, probe, planning "
+        "and cache not counted. With these counted it took 84.2 s against 112 s: speed-up 1.33x, 25 % of the time "
+        "saved. It ended at a held-out loss of 0.742 against 0.731 nats per token (1.432 before training)."
     ) in text.replace("uniform:", "uniform :")
     assert "no interval" in text
     assert "Not like for like" not in text
@@ -423,7 +423,7 @@ def test_repeat_command_is_quoted_for_a_shell():
     assert command == (
         "aletheia train 'a;rm -rf /' --data train.jsonl --eval-data test.jsonl --eval-rows 96 "
         "--plan 'my run/plan.json' --steps 150 --batch-size 4 --learning-rate 0.0002 "
-        "--max-length 512 --dtype bfloat16 --seed 0 --out 'my run-again'"
+        "--max-length 512 --dtype bfloat16 --seed 0 --cache off --out 'my run-again' --no-group-by-length"
     )
     assert repeat_command(make_run(data=None)) == ()
 

@@ -17,7 +17,8 @@ from aletheia.planning.plan import Plan
 from aletheia.probing.resident import probe
 from aletheia.reporting.comparison import differences
 from aletheia.tuning import train as train_module
-from aletheia.tuning.adapters import adapt, adapted_modules, check_adapters, lowest_trainable_layer
+from aletheia.tuning.adapters import adapt, adapted_modules, check_adapters
+from aletheia.tuning.prefix import lowest_trainable_layer
 from aletheia.tuning.run import Run
 from aletheia.tuning.train import default_learning_rate, train
 from aletheia.tuning.watch import due_steps
@@ -197,7 +198,7 @@ def test_nothing_below_the_boundary(examples, scores, tmp_path, monkeypatch):
     _, layers = find_layers(model)
     for index, layer in enumerate(layers):
         layer.register_forward_hook(watch(index))
-    adapted, run = trained(examples, scores, tmp_path / "run", model, steps=3)
+    adapted, run = trained(examples, scores, tmp_path / "run", model, steps=3, cache="off")
     assert graphs == {0: {False}, 1: {False}, 2: {True}, 3: {True}}
     assert backward == {2, 3}
     names = {id(parameter): name for name, parameter in adapted.named_parameters()}

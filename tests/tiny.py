@@ -5,12 +5,25 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    CohereConfig,
+    FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
+    GPTJConfig,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    StableLmConfig,
 )
 
 CHATML = (
@@ -43,10 +56,49 @@ def make_config(family: str, layers: int = 4):
             return GPTNeoXConfig(**COMMON, num_hidden_layers=layers)
         case "gpt2":  # Conv1D: weights stored as in x out
             return GPT2Config(**GPT2, n_layer=layers, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+        case "qwen3":  # norms on q and k
+            return Qwen3Config(**COMMON, num_hidden_layers=layers, num_key_value_heads=2, head_dim=8)
+        case "mistral":
+            return MistralConfig(**COMMON, num_hidden_layers=layers, num_key_value_heads=2, sliding_window=16)
+        case "gemma2":  # soft-capped logits, scaled embedding, every second layer sees a window
+            soft_capping = {"final_logit_softcapping": 1.5, "attn_logit_softcapping": 5.0, "sliding_window": 16}
+            return Gemma2Config(**COMMON, **soft_capping, num_hidden_layers=layers, num_key_value_heads=2, head_dim=8)
+        case "gemma3":
+            window = {"sliding_window": 16, "sliding_window_pattern": 2}
+            return Gemma3TextConfig(**COMMON, **window, num_hidden_layers=layers, num_key_value_heads=2, head_dim=8)
+        case "granite":  # scales logits, attention, residuals and embedding
+            scales = {"logits_scaling": 3.0, "residual_multiplier": 0.5, "embedding_multiplier": 2.0}
+            return GraniteConfig(**COMMON, **scales, num_hidden_layers=layers, num_key_value_heads=2)
+        case "cohere":  # scales logits, attention beside the MLP
+            return CohereConfig(**COMMON, logit_scale=0.3, num_hidden_layers=layers, num_key_value_heads=2)
+        case "olmo2":
+            return Olmo2Config(**COMMON, num_hidden_layers=layers, num_key_value_heads=2)
+        case "olmo3":  # the model asks each layer's attention for its type
+            return Olmo3Config(**COMMON, num_hidden_layers=layers, num_key_value_heads=2, sliding_window=16)
+        case "stablelm":
+            return StableLmConfig(**COMMON, num_hidden_layers=layers, num_key_value_heads=2)
+        case "falcon":
+            return FalconConfig(**without("intermediate_size"), num_hidden_layers=layers, new_decoder_architecture=True)
+        case "bloom":  # layers return tuples
+            return BloomConfig(**without("intermediate_size"), n_layer=layers, n_head=4)
+        case "gptj":
+            return GPTJConfig(**GPT2, n_layer=layers, rotary_dim=4, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+        case "qwen3_moe":  # fused experts
+            experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+            return Qwen3MoeConfig(**COMMON, **experts, num_hidden_layers=layers, num_key_value_heads=2)
     raise ValueError(family)
 
 
+def without(name: str):
+    """The common settings less one."""
+    return {key: value for key, value in COMMON.items() if key != name}
+
+
 FAMILIES = ("llama", "qwen2", "phi3", "gpt_neox", "gpt2")
+MORE_FAMILIES = (
+    *("qwen3", "mistral", "gemma2", "gemma3", "granite", "cohere", "olmo2", "olmo3", "stablelm", "falcon"),
+    *("bloom", "gptj", "qwen3_moe"),
+)
 
 
 def make_model(family: str = "llama", layers: int = 4, seed: int = 0):

@@ -28,6 +28,8 @@ _HOMES = {
     "Run": "aletheia.tuning.run",
     "Scores": "aletheia.probing.scores",
     "adapt": "aletheia.tuning.adapters",
+    "fast_steps": "aletheia.tuning.train",
+    "frozen_prefix": "aletheia.tuning.prefix",
     "held_out_loss": "aletheia.evaluation.held_out",
     "inspect": "aletheia.anatomy.load",
     "load": "aletheia.anatomy.load",
@@ -54,8 +56,9 @@ if TYPE_CHECKING:
     from aletheia.probing.scores import Scores
     from aletheia.reporting.page import report
     from aletheia.tuning.adapters import adapt
+    from aletheia.tuning.prefix import frozen_prefix
     from aletheia.tuning.run import Run
-    from aletheia.tuning.train import train
+    from aletheia.tuning.train import fast_steps, train
 
 
 def __getattr__(name: str) -> object:

@@ -7,6 +7,7 @@
     ├── PlanError       a plan that cannot be made, or that belongs to another model
     ├── AdapterError    the adapted modules differ from the plan
     ├── TrainingError   a run that cannot go on (a non-finite loss)
+    ├── CacheError      a prefix cache that cannot be built, held or read
     └── ArtifactError   a file of ours that cannot be read, or an output that would overwrite something
 
 Each message says what was found, what was expected and the remedy, in one line. The command line prints it
@@ -40,6 +41,10 @@ class AdapterError(AletheiaError):
 
 class TrainingError(AletheiaError):
     """The run cannot go on."""
+
+
+class CacheError(AletheiaError):
+    """The prefix cache cannot be built, does not fit, or was damaged."""
 
 
 class ArtifactError(AletheiaError):

@@ -55,6 +55,22 @@ def train(
     ] = None,
     eval_rows: Annotated[int, typer.Option("--eval-rows", help="Held-out rows used, at most.", min=1)] = 96,
     skip_emptied: SkipEmptiedOption = False,
+    cache: Annotated[
+        str,
+        typer.Option(
+            "--cache", help="Keep what enters the lowest adapted layer: auto (measured), memory, disk or off."
+        ),
+    ] = "auto",
+    cache_dir: Annotated[
+        Path | None, typer.Option("--cache-dir", help="For a cache on disk ($ALETHEIA_CACHE, or your cache folder).")
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, more time.")
+    ] = False,
+    group_by_length: Annotated[
+        bool,
+        typer.Option("--group-by-length/--no-group-by-length", help="Make batches of rows of like length."),
+    ] = True,
     dtype: DtypeOption = "auto",
     seed: SeedOption = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another run in --out.")] = False,
@@ -78,7 +94,7 @@ def train(
     from aletheia.tuning.train import check_settings, claim_output
     from aletheia.tuning.train import train as run_training
 
-    check_settings(steps, epochs, batch_size, learning_rate)
+    check_settings(steps, epochs, batch_size, learning_rate, cache)
     claim_output(out, overwrite)
     plan = Plan.read(plan_file) if plan_file else None
     rows = load_rows(data)
@@ -112,6 +128,11 @@ def train(
         batch_size=batch_size,
         learning_rate=learning_rate,
         seed=seed,
+        cache=cache,  # type: ignore[arg-type]
+        cache_dir=cache_dir,
+        free_prefix=True,
+        gradient_checkpointing=gradient_checkpointing,
+        group_by_length=group_by_length,
         overwrite=overwrite,
         earlier_seconds=seconds,
     )

@@ -1,12 +1,15 @@
 """Padded batches of examples. Shapes: B rows of the batch, T tokens of its longest row."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 
 from aletheia.data.examples import NO_LOSS, Example, Examples
 from aletheia.errors import DataError
+
+Collator = Callable[[Sequence[Example]], dict[str, torch.Tensor]]
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -53,15 +56,21 @@ def sample_batches(examples: Examples, batches: int, batch_size: int, seed: int)
     return [_batch(examples, drawn[start : start + batch_size]) for start in range(0, count, batch_size)]
 
 
-def length_sorted_batches(examples: Examples, batch_size: int) -> Iterator[dict[str, torch.Tensor]]:
+def length_sorted_batches(
+    examples: Examples, batch_size: int, collator: Collator | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
     """Every row once, longest first: little padding, and a lack of memory shows at once.
+
+    ``collator`` makes a batch of rows, by default :func:`collate`.
 
     Raises:
         DataError: no examples, or batch_size below 1.
     """
     _check(examples, batch_size)
     order = sorted(range(len(examples)), key=lambda index: (-len(examples[index]), index))
-    return (_batch(examples, order[start : start + batch_size]) for start in range(0, len(order), batch_size))
+    make = collator or partial(collate, pad_token_id=examples.pad_token_id)
+    starts = range(0, len(order), batch_size)
+    return (make([examples[index] for index in order[start : start + batch_size]]) for start in starts)
 
 
 def _batch(examples: Examples, indices: Sequence[int]) -> dict[str, torch.Tensor]:

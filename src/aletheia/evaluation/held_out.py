@@ -3,16 +3,17 @@
 import torch
 from torch import nn
 
-from aletheia.data.batches import labelled_tokens, length_sorted_batches, on_device_of
+from aletheia.data.batches import Collator, labelled_tokens, length_sorted_batches, on_device_of
 from aletheia.data.examples import Examples
 from aletheia.errors import DataError
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, examples: Examples, batch_size: int = 8) -> float:
+def held_out_loss(model: nn.Module, examples: Examples, batch_size: int = 8, collator: Collator | None = None) -> float:
     """Mean cross-entropy over the labelled tokens of ``examples``, in nats per token.
 
-    The model is evaluated in eval mode and put back into the mode it was in.
+    The model is evaluated in eval mode and put back into the mode it was in. ``collator`` makes a batch of rows, by
+    default :func:`aletheia.data.batches.collate`.
 
     Raises:
         DataError: the examples hold no labelled token.
@@ -22,7 +23,7 @@ def held_out_loss(model: nn.Module, examples: Examples, batch_size: int = 8) -> 
     summed = torch.zeros((), dtype=torch.float64)
     tokens = 0
     try:
-        for batch in length_sorted_batches(examples, batch_size):
+        for batch in length_sorted_batches(examples, batch_size, collator):
             labelled = int(labelled_tokens(batch["labels"]))
             loss = model(**on_device_of(model, batch), use_cache=False).loss
             summed += loss.cpu().double() * labelled

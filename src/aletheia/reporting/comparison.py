@@ -68,13 +68,13 @@ def train_speed(run: Run, reference: Run) -> Speed:
 
 
 def counted_seconds(run: Run) -> float:
-    """Seconds of training with the probe and the planning that made it possible."""
+    """Seconds of training with the probe, the planning and the cache that made it possible."""
     seconds = run.metrics.seconds
-    return seconds.probe + seconds.plan + seconds.train
+    return seconds.probe + seconds.plan + seconds.cache + seconds.train
 
 
 def counted_speed(run: Run, reference: Run) -> Speed:
-    """Training with probe and planning counted on both sides."""
+    """Training with probe, planning and cache counted on both sides."""
     return Speed(counted_seconds(run), counted_seconds(reference))
 
 
@@ -129,6 +129,12 @@ def _conditions(runs: Sequence[Run]) -> dict[str, list[tuple[object, str]]]:
         "steps": [(metrics.steps, str(metrics.steps)) for metrics in every],
         "batch size": [(setting.batch_size, str(setting.batch_size)) for setting in settings],
         "max length": [(setting.max_length, str(setting.max_length)) for setting in settings],
+        "length grouping": [
+            (setting.group_by_length, "on" if setting.group_by_length else "off") for setting in settings
+        ],
+        "checkpointing": [
+            (setting.gradient_checkpointing, "on" if setting.gradient_checkpointing else "off") for setting in settings
+        ],
         "seed": [(setting.seed, str(setting.seed)) for setting in settings],
         "learning rate": [(setting.learning_rate, f"{setting.learning_rate:g}") for setting in settings],
         "dtype": [(setting.dtype, setting.dtype) for setting in settings],
@@ -232,7 +238,7 @@ def _loss_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
 
 def _phase_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
     every = [run.metrics.seconds for run in runs]
-    names = ("load", "probe", "plan", "train", "eval")
+    names = ("load", "probe", "plan", "cache", "train", "eval")
     rows = [Row(name.capitalize(), tuple(human_seconds(getattr(s, name)) for s in every)) for name in names]
     return (*rows, Row("Total", tuple(human_seconds(seconds.total) for seconds in every)))
 
@@ -244,6 +250,7 @@ def _setting_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
         Row("Steps", tuple(f"{metrics.steps:,}" for metrics in every)),
         Row("Batch size", tuple(str(setting.batch_size) for setting in settings)),
         Row("Max length", tuple(f"{setting.max_length:,}" for setting in settings), "tokens"),
+        Row("Prefix cache", tuple(setting.cache for setting in settings)),
         Row("Learning rate", tuple(f"{setting.learning_rate:g}" for setting in settings)),
         Row("Tokens seen", tuple(human_count(metrics.tokens) for metrics in every)),
         Row("with a label", tuple(human_count(metrics.labelled_tokens) for metrics in every)),
@@ -275,7 +282,12 @@ def repeat_command(run: Run) -> tuple[str, ...]:
         ("--max-length", str(settings.max_length)),
         ("--dtype", settings.dtype),
         ("--seed", str(settings.seed)),
+        ("--cache", settings.cache),
         ("--out", f"{run.name}-again"),
     ]
     head = f"aletheia train {shlex.quote(metrics.model.name)}"
-    return (head, *(f"{flag} {shlex.quote(value)}" for flag, value in options))
+    switches = [
+        *(["--gradient-checkpointing"] if settings.gradient_checkpointing else []),
+        *([] if settings.group_by_length else ["--no-group-by-length"]),
+    ]
+    return (head, *(f"{flag} {shlex.quote(value)}" for flag, value in options), *switches)

@@ -30,7 +30,7 @@ from aletheia.tuning.run import PhaseSeconds, Run, TrainPoint
 WIDTH = 360.0
 HEIGHT = 200.0
 LABEL_LENGTH = 28
-PHASES = ("load", "probe", "plan", "train", "eval")
+PHASES = ("load", "probe", "plan", "cache", "train", "eval")
 MODULE_ROWS = 12  # more kinds of modules than this are drawn by role
 
 _Box = tuple[float, float, float, float]  # x, y, width, height

@@ -121,8 +121,8 @@ def _against(run: Run, reference: Run, label: str) -> dict[str, str]:
     return {
         "label": label,
         "trained": f"trained in {_seconds_against(alone)} for",
-        "speed": f"{_gain(alone)}, probe and planning not counted",
-        "counted": f"With both counted it took {_seconds_against(counted)}: {_gain(counted)}",
+        "speed": f"{_gain(alone)}, probe, planning and cache not counted",
+        "counted": f"With these counted it took {_seconds_against(counted)}: {_gain(counted)}",
         "loss": (
             f"It ended at a held-out loss of {human_loss(after)} against {human_loss(goal)} nats per token "
             f"({human_loss(before)} before training)"
@@ -148,8 +148,9 @@ def _alone(run: Run) -> str:
     moved = "fell" if after < before else "rose" if after > before else "stayed"
     return (
         f"trained adapters in {len(plan.layers)} of {plan.layer_count} decoder layers for {metrics.steps:,} steps in "
-        f"{human_seconds(metrics.seconds.train)} (probe {human_seconds(metrics.seconds.probe)} and planning "
-        f"{human_seconds(metrics.seconds.plan)} not counted); the held-out loss {moved} from {human_loss(before)} to "
+        f"{human_seconds(metrics.seconds.train)} (probe {human_seconds(metrics.seconds.probe)}, planning "
+        f"{human_seconds(metrics.seconds.plan)} and cache {human_seconds(metrics.seconds.cache)} not counted); "
+        f"the held-out loss {moved} from {human_loss(before)} to "
         f"{human_loss(after)} nats per token over {metrics.held_out_rows:,} rows"
     )
 

@@ -39,6 +39,7 @@ _PHASE_COLORS = {
     "load": "#c3cad5",
     "probe": "#e69f00",
     "plan": "#cc79a7",
+    "cache": "#009e73",
     "train": "#475467",
     "eval": "#98a2b3",
 }

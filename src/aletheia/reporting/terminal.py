@@ -195,9 +195,9 @@ def _plan_table(plan: Plan, layers: range, header: bool) -> Table:
 def _render_run(run: Run) -> RenderableType:
     metrics, plan = run.metrics, run.plan
     seconds, settings = metrics.seconds, metrics.settings
-    phases = ", ".join(
-        f"{name} {human_seconds(getattr(seconds, name))}" for name in ("load", "probe", "plan", "train", "eval")
-    )
+    names = ("load", "probe", "plan", "cache", "train", "eval")
+    phases = ", ".join(f"{name} {human_seconds(getattr(seconds, name))}" for name in names if getattr(seconds, name))
+    size = f" ({human_bytes(metrics.cache_bytes)})" if metrics.cache_bytes else ""
     per_second = f"{human_count(round(metrics.tokens / seconds.train))} tokens/s" if seconds.train else NOTHING
     data = [("data", printable(metrics.data.name))] if metrics.data else []
     head = _head(
@@ -212,6 +212,7 @@ def _render_run(run: Run) -> RenderableType:
             ("tokens", f"{metrics.tokens:,}, {metrics.labelled_tokens:,} with a label"),
             ("time", f"{human_seconds(seconds.total)}: {phases}"),
             ("speed", f"{step_time(metrics)} per step, {per_second}"),
+            ("cache", f"{settings.cache}{size}{': ' + metrics.cache_reason if metrics.cache_reason else ''}"),
             ("memory", f"{human_bytes(metrics.peak_memory_bytes)} at peak"),
             ("numbers", f"{settings.dtype} on {settings.device}, seed {settings.seed}"),
         ],

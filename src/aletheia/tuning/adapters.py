@@ -8,7 +8,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from aletheia.anatomy.fingerprint import identify
-from aletheia.anatomy.read import find_layers, read_anatomy
+from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import Anatomy
 from aletheia.errors import AdapterError, PlanError
 from aletheia.planning.plan import Plan
@@ -115,16 +115,3 @@ def check_adapters(model: nn.Module, plan: Plan) -> None:
             f"{trainable:,} parameters are trainable, the plan has {plan.trainable_parameters:,}; "
             "expected everything but the adapters to be frozen"
         )
-
-
-def lowest_trainable_layer(model: nn.Module) -> int:
-    """Index of the lowest decoder layer with a trainable parameter: the boundary, read off the model itself.
-
-    Raises:
-        AdapterError: nothing in the layers is trainable.
-    """
-    _, layers = find_layers(model)
-    for index, layer in enumerate(layers):
-        if any(parameter.requires_grad for parameter in layer.parameters()):
-            return index
-    raise AdapterError("no decoder layer has a trainable parameter; expected an adapted model")

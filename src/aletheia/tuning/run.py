@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
@@ -18,19 +18,24 @@ REPORT_FILE = "report.html"
 
 
 class PhaseSeconds(BaseModel):
-    """Wall-clock seconds by phase. ``train`` holds the optimizer steps alone, held-out evaluation is ``eval``."""
+    """Wall-clock seconds by phase.
+
+    ``cache`` is deciding on the prefix cache and filling it, ``train`` the optimizer steps alone, ``eval`` the held-out
+    evaluation.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     load: float
     probe: float
     plan: float
+    cache: float = 0.0
     train: float
     eval: float
 
     @property
     def total(self) -> float:
         """All phases."""
-        return self.load + self.probe + self.plan + self.train + self.eval
+        return self.load + self.probe + self.plan + self.cache + self.train + self.eval
 
 
 class TrainPoint(BaseModel):
@@ -61,6 +66,9 @@ class TrainSettings(BaseModel):
     dtype: str
     device: str
     seed: int
+    group_by_length: bool = False
+    gradient_checkpointing: bool = False
+    cache: Literal["memory", "disk", "off"] = "off"
 
 
 class Metrics(Artifact):
@@ -82,6 +90,8 @@ class Metrics(Artifact):
     trainable_parameters: int
     seconds: PhaseSeconds
     peak_memory_bytes: int
+    cache_bytes: int = 0
+    cache_reason: str = ""
     held_out_loss_before: FiniteFloat
     held_out_loss_after: FiniteFloat
     train_curve: tuple[TrainPoint, ...]

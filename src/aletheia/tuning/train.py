@@ -3,23 +3,33 @@
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 from peft import PeftModel
+from rich.console import Console
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from aletheia.data.batches import collate
-from aletheia.data.examples import Examples
+from aletheia.data.batches import Collator, collate
+from aletheia.data.examples import Example, Examples
+from aletheia.data.order import training_batches
 from aletheia.errors import ArtifactError, TrainingError
 from aletheia.evaluation.held_out import held_out_loss
 from aletheia.files import artifact_format, check_writable, package_versions, write_text
 from aletheia.planning.plan import Plan
-from aletheia.tuning.adapters import check_adapters, lowest_trainable_layer
+from aletheia.tuning.adapters import check_adapters
+from aletheia.tuning.cache import PrefixCache, collate_with_prefix
 from aletheia.tuning.card import model_card
+from aletheia.tuning.fill import CacheDecision, CacheKind, fill, open_cache
+from aletheia.tuning.lean import lean_adapters, lean_loss
+from aletheia.tuning.logits import labelled_logits
 from aletheia.tuning.memory import peak_memory_bytes, reset_peak_memory
+from aletheia.tuning.prefix import frozen_prefix, lowest_trainable_layer, stored_prefix
 from aletheia.tuning.run import (
     METRICS_FILE,
     PLAN_FILE,
@@ -30,7 +40,7 @@ from aletheia.tuning.run import (
     Run,
     TrainSettings,
 )
-from aletheia.tuning.watch import TokenCounter, Watch
+from aletheia.tuning.watch import Watch
 
 WARMUP_SHARE = 0.05
 SHORT_RUN_STEPS = 200
@@ -48,15 +58,20 @@ def train(
     batch_size: int = 4,
     learning_rate: float | None = None,
     seed: int = 0,
+    cache: CacheKind = "auto",
+    cache_dir: str | Path | None = None,
+    free_prefix: bool = False,
+    gradient_checkpointing: bool = False,
+    group_by_length: bool = True,
     overwrite: bool = False,
     earlier_seconds: Mapping[str, float] | None = None,
     show_progress: bool = True,
 ) -> Run:
     """Train the adapters of ``model`` and leave a run folder: a standard PEFT adapter, the plan and the metrics.
 
-    AdamW, linear decay after 5 % warm-up, gradient clipping at 1.0, no weight decay. Only adapters are trained;
-    the graph starts at the boundary, so there is no backward pass and no optimizer state below it. Sets the global
-    random seeds, as Trainer does.
+    AdamW, linear decay after 5 % warm-up, gradient clipping at 1.0, no weight decay. Only adapters are trained; the
+    graph starts at the boundary, logits are computed where labels are, and what enters the boundary layer is computed
+    once per row where that pays. All of it is exact up to rounding. Sets the global random seeds, as Trainer does.
 
     Args:
         model: the adapted model, from :func:`aletheia.adapt`.
@@ -69,22 +84,35 @@ def train(
         batch_size: sequences per step.
         learning_rate: peak learning rate; by default :func:`default_learning_rate`.
         seed: of the order of rows.
+        cache: where the prefix cache goes: ``memory``, ``disk``, ``off``, or ``auto``, which measures and decides.
+        cache_dir: for a cache on disk; by default ``ALETHEIA_CACHE`` or the user's cache folder.
+        free_prefix: with a cache, drop the layers below the boundary from memory for good: the model in hand is
+            of no use afterwards, the run folder is complete.
+        gradient_checkpointing: recompute the suffix's activations instead of keeping them.
+        group_by_length: make batches of rows of like length.
         overwrite: allow ``out`` to hold another run, which is replaced.
         earlier_seconds: time already spent, by phase (``load``, ``probe``, ``plan``), for the record; by default the
             probe's time as the plan tells it.
-        show_progress: draw a progress bar on stderr.
+        show_progress: draw progress bars on stderr.
 
     Raises:
         AdapterError: the model is not adapted as planned.
         ArtifactError: ``out`` is taken or cannot be written.
+        CacheError: the cache asked for is not possible or does not fit.
         TrainingError: a setting is out of range, or a loss is not finite.
     """
-    check_settings(steps, epochs, batch_size, learning_rate)
+    check_settings(steps, epochs, batch_size, learning_rate, cache)
+    steps = steps or math.ceil(epochs * math.ceil(len(data) / batch_size))
     if learning_rate is None:
-        expected_steps = steps or math.ceil(epochs * math.ceil(len(data) / batch_size))
-        learning_rate = default_learning_rate(model.config.get_text_config().hidden_size, expected_steps)
+        learning_rate = default_learning_rate(model.config.get_text_config().hidden_size, steps)
     out = claim_output(out, overwrite)
     check_adapters(model, plan)
+    batches = training_batches([len(example) for example in data.examples], batch_size, steps, seed, group_by_length)
+    schedule = [[data[row] for row in batch] for batch in batches]
+    boundary = lowest_trainable_layer(model)
+    started = time.perf_counter()
+    stored, decision = _stored_rows(model, boundary, schedule, held_out, batch_size, cache, cache_dir, show_progress)
+    cache_seconds = time.perf_counter() - started
     settings = TrainSettings(
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -92,12 +120,18 @@ def train(
         dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.type,
         seed=seed,
+        group_by_length=group_by_length,
+        gradient_checkpointing=gradient_checkpointing,
+        cache=decision.kind,
     )
-    watch = Watch(lambda: held_out_loss(model, held_out, batch_size), EVALUATIONS, show_progress)
-    reset_peak_memory(model.device)
-    watch.measure(step=0)
-    done, tokens, labelled_tokens = _fit(model, data, settings, steps, epochs, watch)
-    check_adapters(model, plan)
+    collator = _collator(data, stored)
+    watch = Watch(lambda: held_out_loss(model, held_out, batch_size, collator), EVALUATIONS, show_progress)
+    with fast_steps(model, boundary if stored else None, free_prefix):
+        reset_peak_memory(model.device)
+        watch.measure(step=0)
+        _fit(model, schedule, collator, settings, watch)
+        check_adapters(model, plan)
+        peak = peak_memory_bytes(model.device)
     spent = _earlier(plan) | dict(earlier_seconds or {})
     metrics = Metrics(
         model=plan.model,
@@ -107,13 +141,15 @@ def train(
         held_out_tokens=held_out.labelled_tokens,
         packages=package_versions(),
         settings=settings,
-        steps=done,
-        tokens=tokens,
-        labelled_tokens=labelled_tokens,
-        boundary=lowest_trainable_layer(model),
+        steps=len(watch.train_curve),
+        tokens=sum(len(row) for batch in schedule for row in batch),
+        labelled_tokens=sum(row.labelled_tokens for batch in schedule for row in batch),
+        boundary=boundary,
         trainable_parameters=plan.trainable_parameters,
-        seconds=PhaseSeconds(train=watch.train_seconds, eval=watch.eval_seconds, **spent),
-        peak_memory_bytes=peak_memory_bytes(model.device),
+        seconds=PhaseSeconds(cache=cache_seconds, train=watch.train_seconds, eval=watch.eval_seconds, **spent),
+        peak_memory_bytes=peak,
+        cache_bytes=decision.size_bytes,
+        cache_reason=decision.reason,
         held_out_loss_before=watch.held_out_curve[0].loss,
         held_out_loss_after=watch.held_out_curve[-1].loss,
         train_curve=tuple(watch.train_curve),
@@ -124,27 +160,72 @@ def train(
     return run
 
 
+@contextmanager
+def fast_steps(model: PeftModel, stored_from: int | None = None, free: bool = False) -> Iterator[None]:
+    """Everything that makes a step cheaper and leaves its result alone, for a training loop of one's own, too.
+
+    Args:
+        model: the adapted model.
+        stored_from: the boundary, if every batch will bring its stored prefix.
+        free: see :func:`aletheia.tuning.prefix.stored_prefix`.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(frozen_prefix(model))
+        stack.enter_context(labelled_logits(model))
+        stack.enter_context(lean_adapters(model))
+        stack.enter_context(lean_loss(model))
+        if stored_from is not None:
+            stack.enter_context(stored_prefix(model, stored_from, free))
+        yield
+
+
+def _stored_rows(
+    model: PeftModel,
+    boundary: int,
+    schedule: list[list[Example]],
+    held_out: Examples,
+    batch_size: int,
+    kind: CacheKind,
+    folder: str | Path | None,
+    show_progress: bool,
+) -> tuple[PrefixCache | None, CacheDecision]:
+    """A filled cache for every row of the run, or None; says what was decided."""
+    trained = [row for batch in schedule for row in batch]
+    uses = sum(map(len, trained)) + (1 + EVALUATIONS) * held_out.tokens
+    rows, pad = [*trained, *held_out.examples], held_out.pad_token_id
+    where = Path(folder) if folder else None
+    stored, decision = open_cache(model, boundary, rows, uses, batch_size, pad, kind, where)
+    if show_progress:
+        Console(stderr=True).print(f"cache  {decision.kind}: {decision.reason}", highlight=False, soft_wrap=True)
+    if stored is not None:
+        fill(model, boundary, rows, stored, batch_size, pad, show_progress)
+    return stored, decision
+
+
+def _collator(data: Examples, stored: PrefixCache | None) -> Collator:
+    if stored is None:
+        return partial(collate, pad_token_id=data.pad_token_id)
+    return partial(collate_with_prefix, pad_token_id=data.pad_token_id, cache=stored)
+
+
 def _fit(
-    model: PeftModel, data: Examples, settings: TrainSettings, steps: int | None, epochs: float, watch: Watch
-) -> tuple[int, int, int]:
-    """Run Trainer; the steps done, the tokens that were not padding, and those that counted in the loss."""
+    model: PeftModel, schedule: list[list[Example]], collator: Collator, settings: TrainSettings, watch: Watch
+) -> None:
+    """Run Trainer over the batches as scheduled: to it, each is one item of a data set in order."""
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model=model,
-            args=_arguments(settings, scratch, steps, epochs),
-            train_dataset=data,
-            data_collator=partial(collate, pad_token_id=data.pad_token_id),
+            args=_arguments(settings, scratch, len(schedule)),
+            train_dataset=schedule,
+            data_collator=lambda batches: collator(batches[0]),
             callbacks=[watch],
         )
         for noisy in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(noisy)
-        counter = TokenCounter(model)
         try:
             trainer.train()
         finally:
-            tokens, labelled_tokens = counter.remove()
             watch.close()
-    return trainer.state.global_step, tokens, labelled_tokens
 
 
 def _earlier(plan: Plan) -> dict[str, float]:
@@ -152,13 +233,15 @@ def _earlier(plan: Plan) -> dict[str, float]:
     return {"load": 0.0, "probe": plan.probe.seconds if plan.uses_scores else 0.0, "plan": 0.0}
 
 
-def _arguments(settings: TrainSettings, scratch: str, steps: int | None, epochs: float) -> TrainingArguments:
+def _arguments(settings: TrainSettings, scratch: str, steps: int) -> TrainingArguments:
     """Trainer settings; it saves nothing by itself, and shows a loss that is not finite instead of hiding it."""
     arguments = TrainingArguments(
         output_dir=scratch,
-        max_steps=steps or -1,
-        num_train_epochs=epochs,
-        per_device_train_batch_size=settings.batch_size,
+        max_steps=steps,
+        per_device_train_batch_size=1,  # one scheduled batch
+        train_sampling_strategy="sequential",
+        activation_checkpointing=settings.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=WARMUP_SHARE,
@@ -228,7 +311,11 @@ def claim_output(out: str | Path, overwrite: bool = False) -> Path:
 
 
 def check_settings(
-    steps: int | None = None, epochs: float | None = None, batch_size: int = 1, learning_rate: float | None = None
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch_size: int = 1,
+    learning_rate: float | None = None,
+    cache: str = "auto",
 ) -> None:
     """Refuse settings that are out of range, and a distributed launch, where every process would write one folder.
 
@@ -239,6 +326,8 @@ def check_settings(
         raise TrainingError(
             "found a distributed launch (WORLD_SIZE above 1); expected one process, this release trains on one device"
         )
+    if cache not in get_args(CacheKind):
+        raise TrainingError(f"--cache is {cache!r}; expected one of {', '.join(get_args(CacheKind))}")
     limits = (("--steps", steps, 1), ("--batch-size", batch_size, 1))
     for flag, value, least in limits:
         if value is not None and value < least:

@@ -7,10 +7,8 @@ from collections.abc import Callable
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from aletheia.data.batches import labelled_tokens
 from aletheia.errors import TrainingError
 from aletheia.tuning.run import HeldOutPoint, TrainPoint
 
@@ -124,23 +122,3 @@ def due_steps(steps: int, evaluations: int) -> set[int]:
     """The steps after which the held-out loss is taken: evenly spaced, the last step among them."""
     count = min(evaluations, steps)
     return {round(steps * number / count) for number in range(1, count + 1)}
-
-
-class TokenCounter:
-    """Counts the tokens a model is trained on; a forward pre-hook, active in train mode only."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """Install on ``model``."""
-        self._tokens = self._labelled = torch.zeros((), dtype=torch.int64)
-        self._handle = model.register_forward_pre_hook(self._count, with_kwargs=True)
-
-    def _count(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        if model.training:
-            self._tokens = self._tokens.to(kwargs["labels"].device) + kwargs["attention_mask"].sum()
-            labelled = labelled_tokens(kwargs["labels"])
-            self._labelled = self._labelled.to(labelled.device) + labelled
-
-    def remove(self) -> tuple[int, int]:
-        """Remove the hook; tokens that are not padding, and those that counted in the loss."""
-        self._handle.remove()
-        return int(self._tokens), int(self._labelled)

@@ -1,0 +1,275 @@
+"""Filling the prefix cache: whether it pays, where it goes, and the one pass that computes it."""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+from aletheia.anatomy.read import find_layers
+from aletheia.data.batches import collate, on_device_of
+from aletheia.data.examples import Example
+from aletheia.errors import CacheError
+from aletheia.files import package_versions
+from aletheia.tuning.cache import CacheInfo, DiskCache, MemoryCache, PrefixCache, check_space, distinct_tokens
+from aletheia.tuning.prefix import dropout_below, prefix_output
+
+CacheKind = Literal["auto", "memory", "disk", "off"]
+MEMORY_SHARE = 0.5  # of the memory that is free now: what auto may fill
+TRIAL_BYTES = 1 << 24  # written and read once to measure the disk
+_FILTERED = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "architectures")
+
+
+@dataclass(frozen=True)
+class CacheDecision:
+    """Where the cache goes and why, in a line for people. ``size_bytes`` is that of all its entries."""
+
+    kind: Literal["memory", "disk", "off"]
+    reason: str
+    size_bytes: int = 0
+
+
+def default_cache_dir() -> Path:
+    """``ALETHEIA_CACHE``, else ``aletheia/prefix`` in the user's cache folder."""
+    if "ALETHEIA_CACHE" in os.environ:
+        return Path(os.environ["ALETHEIA_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "aletheia" / "prefix"
+
+
+def prefix_key(model: nn.Module, boundary: int) -> str:
+    """What the prefix output depends on besides the tokens, as a sha256 of 64 digits.
+
+    All weights and buffers outside the layers from ``boundary`` up and the head, the configuration, dtype, boundary,
+    kind of device, and the versions of torch and transformers.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    path, layers = find_layers(base)
+    above = tuple(f"{path}.{index}." for index in range(boundary, len(layers)))
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    head_name = next((name for name, module in base.named_modules() if module is head), None)
+    digest = hashlib.sha256()
+    config = {key: value for key, value in base.config.to_dict().items() if key not in _FILTERED}
+    about = {
+        "config": config,
+        "attention": getattr(base.config, "_attn_implementation", None),
+        "boundary": boundary,
+        "dtype": str(embedding.weight.dtype),
+        "device": embedding.weight.device.type,
+        "packages": package_versions(("torch", "transformers")),
+    }
+    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+    for name, value in base.state_dict().items():
+        if not isinstance(value, torch.Tensor) or name.startswith(above):
+            continue
+        if head_name and name.startswith(f"{head_name}.") and value.data_ptr() != embedding.weight.data_ptr():
+            continue
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(memoryview(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def open_cache(
+    model: nn.Module,
+    boundary: int,
+    rows: Sequence[Example],
+    uses: int,
+    batch_size: int,
+    pad_token_id: int,
+    kind: CacheKind = "auto",
+    folder: Path | None = None,
+) -> tuple[PrefixCache | None, CacheDecision]:
+    """Choose and open a cache for ``rows``; it is not filled yet.
+
+    Args:
+        model: the adapted model.
+        boundary: its lowest adapted layer.
+        rows: every row that the run needs.
+        uses: tokens that the run reads in all, each row counted as often as it is used.
+        batch_size: rows of a training batch.
+        pad_token_id: for the trial batch.
+        kind: ``auto`` measures the prefix's forward pass and the disk, and decides.
+        folder: for a cache on disk, by default :func:`default_cache_dir`.
+
+    Raises:
+        CacheError: an explicit choice that does not fit or cannot be exact.
+    """
+    if kind == "off":
+        return None, CacheDecision("off", "as asked")
+    obstacle = _obstacle(model, boundary)
+    if obstacle:
+        if kind != "auto":
+            raise CacheError(f"--cache {kind} is not possible: {obstacle}; pass --cache off")
+        return None, CacheDecision("off", obstacle)
+    embedding = model.get_input_embeddings().weight
+    width = model.config.get_text_config().hidden_size
+    size = distinct_tokens(rows) * width * embedding.element_size()
+    free_memory = psutil.virtual_memory().available
+    if kind == "memory":
+        if size > free_memory:
+            raise CacheError(
+                f"the prefix cache needs {_gb(size)} of memory, {_gb(free_memory)} are free; "
+                "pass --cache disk or --cache off"
+            )
+        return MemoryCache(), CacheDecision("memory", "as asked", size)
+    info = CacheInfo(
+        model=str(getattr(model.config, "_name_or_path", "")) or type(model).__name__,
+        key=prefix_key(model, boundary),
+        boundary=boundary,
+        dtype=str(embedding.dtype).removeprefix("torch."),
+        width=width,
+    )
+    root = folder or default_cache_dir()
+    if kind == "disk":
+        disk = DiskCache(root, info)
+        check_space(disk.folder, distinct_tokens(disk.missing(rows)) * width * embedding.element_size())
+        return disk, CacheDecision("disk", f"as asked, in {disk.folder}", size)
+    return _decide(model, boundary, rows, uses, batch_size, pad_token_id, size, free_memory, info, root)
+
+
+def _obstacle(model: nn.Module, boundary: int) -> str | None:
+    if boundary == 0:
+        return "layer 0 is adapted, so there is no frozen prefix"
+    if dropout_below(model, boundary):
+        return "the model draws dropout below the boundary, so its output differs from epoch to epoch"
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        return "the model adds a router loss, which looks at the layers below the boundary too"
+    return None
+
+
+def _decide(
+    model: nn.Module,
+    boundary: int,
+    rows: Sequence[Example],
+    uses: int,
+    batch_size: int,
+    pad_token_id: int,
+    size: int,
+    free_memory: int,
+    info: CacheInfo,
+    root: Path,
+) -> tuple[PrefixCache | None, CacheDecision]:
+    """``auto``: the time of every forward through the prefix against building once and reading."""
+    tokens = distinct_tokens(rows)
+    if (root / info.key[:32] / "cache.json").exists():
+        disk = DiskCache(root, info)
+        missing = distinct_tokens(disk.missing(rows))
+        if missing <= tokens / 2:
+            found = "all rows are" if missing == 0 else f"{1 - missing / tokens:.0%} of the tokens are"
+            return disk, CacheDecision("disk", f"{found} in {disk.folder} from an earlier run", size)
+    middle = sorted(rows, key=len)[len(rows) // 2 :][:batch_size]
+    forward = _forward_seconds_per_token(model, boundary, middle, pad_token_id)
+    element_bytes = size / tokens
+    without = uses * forward
+    copying = element_bytes / _copy_bytes_per_second()
+    in_memory = tokens * (forward + copying) + uses * copying
+    if size <= MEMORY_SHARE * free_memory:
+        told = f"the prefix takes {without:.0f} s run each time, {in_memory:.0f} s computed once and read from memory"
+        if in_memory < without:
+            return MemoryCache(), CacheDecision("memory", f"{told} ({_gb(size)} of {_gb(free_memory)} free)", size)
+        return None, CacheDecision("off", told)
+    try:
+        check_space(root, size)
+        write, read = _disk_bytes_per_second(root)
+    except (CacheError, OSError) as error:
+        return None, CacheDecision("off", f"too large for memory ({_gb(size)}), and the disk: {error}")
+    on_disk = tokens * (forward + element_bytes / write) + uses * element_bytes / read
+    told = (
+        f"{_gb(size)} are too much for memory; the prefix takes {without:.0f} s run each time, {on_disk:.0f} s "
+        f"computed once and read from disk ({write / 1e6:.0f} MB/s written, {read / 1e6:.0f} MB/s read)"
+    )
+    if on_disk < without:
+        return DiskCache(root, info), CacheDecision("disk", told, size)
+    return None, CacheDecision("off", told)
+
+
+def _forward_seconds_per_token(model: nn.Module, boundary: int, rows: Sequence[Example], pad_token_id: int) -> float:
+    batch = on_device_of(model, collate(rows, pad_token_id))
+    seconds = []
+    for _ in range(2):  # the first one warms up
+        started = time.perf_counter()
+        prefix_output(model, boundary, batch).cpu()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds) / sum(len(row) for row in rows)
+
+
+def _copy_bytes_per_second() -> float:
+    trial = torch.zeros(TRIAL_BYTES, dtype=torch.uint8)
+    started = time.perf_counter()
+    trial.clone()
+    return TRIAL_BYTES / max(time.perf_counter() - started, 1e-9)
+
+
+def _disk_bytes_per_second(root: Path) -> tuple[float, float]:
+    """Written (to the device itself) and read; the read comes from the system's cache where that still holds it."""
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / f".trial-{os.getpid()}"
+    data = os.urandom(TRIAL_BYTES)
+    try:
+        started = time.perf_counter()
+        with path.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        written = time.perf_counter()
+        path.read_bytes()
+        done = time.perf_counter()
+    finally:
+        path.unlink(missing_ok=True)
+    return TRIAL_BYTES / (written - started), TRIAL_BYTES / (done - written)
+
+
+def fill(
+    model: nn.Module,
+    boundary: int,
+    rows: Sequence[Example],
+    cache: PrefixCache,
+    batch_size: int,
+    pad_token_id: int,
+    show_progress: bool = True,
+) -> int:
+    """Compute and store what ``cache`` lacks, longest rows first, in eval mode; returns how many rows that were.
+
+    A build that is killed goes on where it stopped, where the cache is on disk.
+
+    Raises:
+        CacheError: a stored value would not be finite, or the disk fails.
+    """
+    missing = sorted(cache.missing(rows), key=len, reverse=True)
+    if not missing:
+        return 0
+    was_training = model.training
+    model.eval()
+    make = partial(collate, pad_token_id=pad_token_id)
+    columns = (TextColumn("cache"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    try:
+        with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
+            task = progress.add_task("cache", total=len(missing))
+            for start in range(0, len(missing), batch_size):
+                group = missing[start : start + batch_size]
+                hidden_BTD = prefix_output(model, boundary, on_device_of(model, make(group)))
+                for row, hidden_TD in zip(group, hidden_BTD.cpu(), strict=True):
+                    if not torch.isfinite(hidden_TD[: len(row)]).all():
+                        raise CacheError(
+                            f"{row.where}: the prefix gives a value that is not finite; try --dtype float32"
+                        )
+                    cache.put(row, hidden_TD[: len(row)])
+                progress.advance(task, len(group))
+    finally:
+        model.train(was_training)
+    return len(missing)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"

@@ -1,0 +1,158 @@
+"""The step without needless copies: LoRA added by the matrix product, the loss in one buffer. Exact up to rounding.
+
+Shapes: N tokens, I inputs, O outputs, R rank, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+
+class _LeanLora(torch.autograd.Function):
+    """``y = x Wt + b + s (x At) Bt`` for a frozen W.
+
+    PEFT computes the low-rank output, its scaled copy and the sum, each [N, O], and as many gradients. Here the
+    low-rank products are added by the matrix product itself, and the scale is applied to [N, R].
+    """
+
+    @staticmethod
+    def forward(ctx, x_NI, weight_OI, bias_O, a_RI, b_OR, scale):
+        reduced_NR = x_NI @ a_RI.T
+        y_NO = torch.nn.functional.linear(x_NI, weight_OI, bias_O)
+        y_NO.addmm_(reduced_NR, b_OR.T, alpha=scale)
+        ctx.save_for_backward(x_NI, weight_OI, a_RI, b_OR, reduced_NR)
+        ctx.scale = scale
+        return y_NO
+
+    @staticmethod
+    def backward(ctx, grad_NO):
+        x_NI, weight_OI, a_RI, b_OR, reduced_NR = ctx.saved_tensors
+        grad_reduced_NR = (grad_NO @ b_OR).mul_(ctx.scale)
+        grad_x_NI = None
+        if ctx.needs_input_grad[0]:
+            grad_x_NI = grad_NO @ weight_OI
+            grad_x_NI.addmm_(grad_reduced_NR, a_RI)
+        grad_a_RI = grad_reduced_NR.T @ x_NI
+        grad_b_OR = (grad_NO.T @ reduced_NR).mul_(ctx.scale)
+        return grad_x_NI, None, None, grad_a_RI, grad_b_OR, None
+
+
+@contextmanager
+def lean_adapters(model: nn.Module) -> Iterator[int]:
+    """Compute the adapters of ``model`` with fewer copies; yields how many modules that covers.
+
+    Covered are plain Linear modules with one adapter in the dtype of the weight and without dropout, DoRA or a bias of
+    its own; the others keep PEFT's forward. The sums are the same up to the order of rounding.
+    """
+    covered = [module for module in model.modules() if isinstance(module, LoraLinear) and _is_plain(module)]
+    for module in covered:
+        module.forward = partial(_forward, module, module.forward)
+    try:
+        yield len(covered)
+    finally:
+        for module in covered:
+            del module.forward
+
+
+def _is_plain(module: LoraLinear) -> bool:
+    if len(module.active_adapters) != 1 or module.active_adapters[0] not in module.lora_A:
+        return False
+    name = module.active_adapters[0]
+    a, b, base = module.lora_A[name], module.lora_B[name], module.base_layer
+    return (
+        type(base) is nn.Linear
+        and name not in module.lora_variant
+        and isinstance(module.lora_dropout[name], nn.Identity)
+        and a.bias is None
+        and b.bias is None
+        and a.weight.dtype == b.weight.dtype == base.weight.dtype
+        and not any(part.requires_grad for part in base.parameters())
+    )
+
+
+def _forward(module: LoraLinear, plain, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    if module.disable_adapters or module.merged or args or kwargs or x.dtype != module.base_layer.weight.dtype:
+        return plain(x, *args, **kwargs)
+    if torch.is_autocast_enabled(x.device.type):
+        return plain(x)
+    name, base = module.active_adapters[0], module.base_layer
+    y_NO = _LeanLora.apply(
+        x.reshape(-1, x.shape[-1]),
+        base.weight,
+        base.bias,
+        module.lora_A[name].weight,
+        module.lora_B[name].weight,
+        module.scaling[name],
+    )
+    return y_NO.view(*x.shape[:-1], -1)
+
+
+ROWS_AT_ONCE = 32  # of the softmax: a few megabytes, which stay in the processor's cache
+
+
+class _LeanCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy that turns the logits into their own gradient, so both share one buffer [N, V].
+
+    ``log sum exp z = max z - log p[argmax]``, since the softmax of the largest logit is one over the sum.
+    """
+
+    @staticmethod
+    def forward(ctx, logits_NV, target_N, ignore_index):
+        wants_grad = ctx.needs_input_grad[0]
+        summed = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
+        for start in range(0, len(target_N), ROWS_AT_ONCE):
+            chunk, target = logits_NV[start : start + ROWS_AT_ONCE], target_N[start : start + ROWS_AT_ONCE]
+            counted = target != ignore_index
+            column = torch.where(counted, target, 0)[:, None]
+            largest, at = chunk.max(dim=1, keepdim=True)
+            softmax = torch.softmax(chunk, dim=1, dtype=torch.float32)
+            loss = largest.float() - softmax.gather(1, at).log() - chunk.gather(1, column).float()
+            summed += loss.squeeze(1)[counted].sum()
+            if wants_grad:
+                softmax.scatter_add_(1, column, torch.full_like(loss, -1.0))
+                softmax *= counted[:, None]
+                chunk.copy_(softmax)
+        if wants_grad:
+            ctx.save_for_backward(logits_NV)
+        return summed
+
+    @staticmethod
+    def backward(ctx, grad):
+        (grad_NV,) = ctx.saved_tensors
+        return grad_NV.mul_(grad), None, None
+
+
+def _lean_causal_loss(
+    logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs
+):
+    """transformers' ``ForCausalLMLoss`` in one buffer: position t predicts label t + 1."""
+    if shift_labels is None:
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    target_N = shift_labels.reshape(-1).to(logits.device)
+    summed = _LeanCrossEntropy.apply(logits.view(-1, vocab_size), target_N, ignore_index)
+    items = (target_N != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
+    return summed / (items.to(summed.device) if torch.is_tensor(items) else items)
+
+
+@contextmanager
+def lean_loss(model: nn.Module) -> Iterator[bool]:
+    """Compute the causal loss of ``model`` in the buffer of its logits, which hold their gradient afterwards.
+
+    Yields whether it applies: models with a loss of their own keep it. The sums are the same up to the order of
+    rounding.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = getattr(base, "loss_function", None)
+    applies = plain is ForCausalLMLoss and not hasattr(base, "_loss_function")
+    if applies:
+        base.loss_function = _lean_causal_loss
+    try:
+        yield applies
+    finally:
+        if applies:
+            del base._loss_function

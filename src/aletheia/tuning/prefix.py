@@ -1,0 +1,248 @@
+"""The frozen prefix: no backward below the boundary, and layers that pass stored hidden states through.
+
+Shapes: B rows of the batch, T tokens of its longest row, D model width. The boundary is the lowest layer with a
+trainable parameter; the embedding and the layers below it are the prefix.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from aletheia.anatomy.read import find_layers
+from aletheia.errors import AdapterError, TrainingError
+
+PREFIX = "prefix_BTD"  # key of the stored hidden states in a batch
+
+
+def lowest_trainable_layer(model: nn.Module) -> int:
+    """Index of the lowest decoder layer with a trainable parameter: the boundary, read off the model itself.
+
+    Raises:
+        AdapterError: nothing in the layers is trainable.
+    """
+    _, layers = find_layers(model)
+    for index, layer in enumerate(layers):
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            return index
+    raise AdapterError("no decoder layer has a trainable parameter; expected an adapted model")
+
+
+@contextmanager
+def frozen_prefix(model: nn.Module) -> Iterator[int]:
+    """Keep backward, recomputation and stored activations out of the layers below the boundary; yields the boundary.
+
+    For any loop: ``with aletheia.frozen_prefix(model): trainer.train()``. Without gradient checkpointing autograd
+    stops at the boundary by itself. Checkpointing undoes that: transformers, PEFT and TRL make the embedding output
+    require a gradient. Here the prefix gets its input detached and is not checkpointed, whoever switches that on and
+    when, and the boundary layer gets the input that requires grad where re-entrant checkpointing needs one. Losses and
+    adapter gradients stay the same.
+
+    Raises:
+        AdapterError: nothing in the layers is trainable, or something below the boundary is.
+    """
+    boundary = lowest_trainable_layer(model)
+    _, layers = find_layers(model)
+    if boundary:
+        _check_nothing_trains_below(model, layers)
+    below = layers[:boundary]
+    flags = {layer: layer.gradient_checkpointing for layer in below if hasattr(layer, "gradient_checkpointing")}
+    with ExitStack() as stack:
+        for layer in below:
+            stack.callback(layer.register_forward_pre_hook(_without_graph, with_kwargs=True).remove)
+        if boundary:
+            stack.callback(layers[boundary].register_forward_pre_hook(_start_graph, with_kwargs=True).remove)
+        yield boundary
+    switched_on = bool(boundary) and getattr(layers[boundary], "gradient_checkpointing", False)
+    for layer, before in flags.items():  # as the loop has left the others
+        layer.gradient_checkpointing = before or switched_on
+
+
+def _check_nothing_trains_below(model: nn.Module, layers: nn.ModuleList) -> None:
+    inside = {id(parameter) for parameter in layers.parameters()}
+    get_embedding = getattr(model, "get_input_embeddings", None)
+    embedding = get_embedding() if get_embedding else None
+    below = {id(parameter) for parameter in embedding.parameters()} if embedding is not None else set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and (id(parameter) in below or (id(parameter) not in inside and "embed" in name)):
+            raise AdapterError(f"{name} is trainable and lies below the layers; expected a frozen embedding")
+
+
+def _without_graph(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Pre-hook of a layer below the boundary: nothing it gets requires grad, and it is not checkpointed."""
+    if getattr(layer, "gradient_checkpointing", False):
+        layer.gradient_checkpointing = False
+    return tuple(_detached(value) for value in args), {name: _detached(value) for name, value in kwargs.items()}
+
+
+def _start_graph(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """Pre-hook of the boundary layer; it runs outside the checkpoint, so what it sets is what the checkpoint sees."""
+    args, kwargs = tuple(_detached(value) for value in args), {name: _detached(value) for name, value in kwargs.items()}
+    if torch.is_grad_enabled() and _is_reentrant(layer):
+        hidden_states(args, kwargs).requires_grad_(True)
+    return args, kwargs
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) and value.requires_grad else value
+
+
+def _is_reentrant(layer: nn.Module) -> bool:
+    """Whether this layer is about to run under re-entrant checkpointing, torch's default where nothing is said."""
+    if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
+        return False
+    settings = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})
+    return settings.get("use_reentrant") is not False
+
+
+def hidden_states(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states [B, T, D] among the arguments of a decoder layer: the first, or the one so named."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+class _Reached(BaseException):
+    """The boundary layer was called; the model's forward ends here."""
+
+
+@torch.no_grad()
+def prefix_output(model: nn.Module, boundary: int, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Hidden states [B, T, D] that enter layer ``boundary``; nothing above the prefix is computed.
+
+    The model runs in the mode it is in. ``batch`` holds ``input_ids`` and ``attention_mask``, both [B, T].
+    """
+    _, layers = find_layers(model)
+    caught: list[torch.Tensor] = []
+
+    def catch(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        caught.append(hidden_states(args, kwargs))
+        raise _Reached
+
+    handle = layers[boundary].register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    except _Reached:
+        return caught[0]
+    finally:
+        handle.remove()
+    raise TrainingError(f"layer {boundary} of {type(model).__name__} was never called; --cache off trains without it")
+
+
+def dropout_below(model: nn.Module, boundary: int) -> bool:
+    """Whether training mode would draw dropout in the prefix, so that its output differs from epoch to epoch."""
+    _, layers = find_layers(model)
+    suffix = {id(module) for layer in layers[boundary:] for module in layer.modules()}
+    for module in model.modules():
+        if id(module) in suffix:
+            continue
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            return True
+        if any(float(getattr(module, name, 0.0) or 0.0) > 0 for name in ("attention_dropout", "dropout_p")):
+            return True
+    return False
+
+
+class Skeleton(nn.Module):
+    """The plain attributes of a module and of those inside it, such as ``attention_type``, without any weight."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """``module`` is left alone."""
+        super().__init__()
+        for name, value in vars(module).items():
+            if not name.startswith("_") and isinstance(value, bool | int | float | str):
+                setattr(self, name, value)
+        for name, child in module.named_children():
+            self.add_module(name, Skeleton(child))
+
+
+class PassThrough(Skeleton):
+    """Stands in for a decoder layer and returns its input, in the form (tensor or tuple) of the layer's output.
+
+    The attributes stay, because models choose masks and positions by them.
+    """
+
+    def __init__(self, layer: nn.Module, outputs: int) -> None:
+        """``outputs`` is the length of the tuple that ``layer`` returns, 0 if it returns a tensor."""
+        super().__init__(layer)
+        self._outputs = outputs
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The hidden states as they came."""
+        hidden_BTD = hidden_states(args, kwargs)
+        return (hidden_BTD, *[None] * (self._outputs - 1)) if self._outputs else hidden_BTD
+
+
+class NoEmbedding(nn.Module):
+    """Stands in for an input embedding whose output is replaced anyway; it holds no weights and fills no memory."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        """``width`` is D."""
+        super().__init__()
+        self._width, self._dtype = width, dtype
+
+    def forward(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+        """Zeros [B, T, D] in one element of memory."""
+        return torch.zeros((), dtype=self._dtype, device=input_ids_BT.device).expand(*input_ids_BT.shape, self._width)
+
+
+@contextmanager
+def stored_prefix(model: nn.Module, boundary: int, free: bool = False) -> Iterator[None]:
+    """Let the model start at layer ``boundary`` from the hidden states in its batch, under the key ``prefix_BTD``.
+
+    The layer list stays as long as it is, so masks, positions, layer types and adapter names stay right.
+
+    Args:
+        model: the adapted model.
+        boundary: the layer that gets the stored hidden states; above 0.
+        free: drop the layers below the boundary, and the embedding unless it is tied to the head. Their memory is
+            given back once nothing else refers to them; the model then needs ``prefix_BTD`` for good.
+    """
+    _, layers = find_layers(model)
+    outputs = _layer_outputs(model, layers[:boundary])
+    kept = list(layers[:boundary])
+    for index in range(boundary):
+        layers[index] = PassThrough(layers[index], outputs[index]).train(model.training)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if free:
+        kept.clear()
+        embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+        if head is not None and head.weight is not embedding.weight:
+            base.set_input_embeddings(NoEmbedding(embedding.weight.shape[1], embedding.weight.dtype))
+    stored: list[torch.Tensor] = []
+
+    def take(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        stored[:] = [kwargs.pop(PREFIX)]
+        return args, kwargs
+
+    def put(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if args:
+            return (stored.pop(), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": stored.pop()}
+
+    with ExitStack() as stack:
+        stack.callback(model.register_forward_pre_hook(take, with_kwargs=True).remove)
+        stack.callback(layers[boundary].register_forward_pre_hook(put, with_kwargs=True, prepend=True).remove)
+        try:
+            yield
+        finally:
+            for index, layer in enumerate(kept):
+                layers[index] = layer
+
+
+@torch.no_grad()
+def _layer_outputs(model: nn.Module, layers: nn.ModuleList) -> list[int]:
+    """Length of the tuple that each layer returns, 0 for a tensor: seen in one forward over two tokens."""
+    seen: dict[int, int] = {}
+    with ExitStack() as stack:
+        for index, layer in enumerate(layers):
+
+            def see(module: nn.Module, args: tuple, output: Any, index: int = index) -> None:
+                seen[index] = len(output) if isinstance(output, tuple) else 0
+
+            stack.callback(layer.register_forward_hook(see).remove)
+        was_training = model.training
+        ids = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
+        prefix_output(model.eval(), len(layers), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        model.train(was_training)
+    return [seen[index] for index in range(len(layers))]

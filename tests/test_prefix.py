@@ -1,0 +1,280 @@
+"""Fast steps equal plain ones; nothing runs backward below the boundary, whoever owns the loop."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tiny import FAMILIES, MORE_FAMILIES, make_model
+from transformers import Trainer, TrainingArguments
+
+import aletheia
+from aletheia.anatomy.read import find_layers, is_matrix
+from aletheia.data.batches import collate
+from aletheia.errors import AdapterError
+from aletheia.tuning.cache import MemoryCache, collate_with_prefix
+from aletheia.tuning.fill import fill, open_cache
+from aletheia.tuning.lean import lean_adapters, lean_loss
+from aletheia.tuning.logits import labelled_logits
+from aletheia.tuning.prefix import PassThrough, dropout_below, frozen_prefix, stored_prefix
+from aletheia.tuning.train import fast_steps
+
+BOUNDARY = 2
+
+
+def adapted(family="llama", boundary=BOUNDARY, layers=4):
+    """LoRA with random B on every matrix from ``boundary`` up; A and B alike get gradients."""
+    model = make_model(family, layers)
+    path, found = find_layers(model)
+    names = [
+        f"{path}.{index}.{name}"
+        for index, layer in enumerate(found)
+        for name, module in layer.named_modules()
+        if is_matrix(module) and index >= boundary and "gate" not in name.split(".")
+    ]
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=names))
+        for name, parameter in peft.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    return peft.train()
+
+
+def gradients(model, batch):
+    """Loss and all adapter gradients in one vector."""
+    model.zero_grad()
+    loss = model(**batch, use_cache=False).loss
+    loss.backward()
+    grads = [parameter.grad.flatten() for parameter in model.parameters() if parameter.requires_grad]
+    return loss.item(), torch.cat(grads)
+
+
+def difference(found, expected):
+    """Relative errors of the loss and of the gradient vector."""
+    (loss, grad), (loss_0, grad_0) = found, expected
+    return max(abs(loss - loss_0) / loss_0, ((grad - grad_0).norm() / grad_0.norm()).item())
+
+
+def stored(model, rows, boundary=BOUNDARY):
+    """A batch with the prefix from a cache that was filled row by row, in other batches than it is used in."""
+    cache = MemoryCache()
+    fill(model, boundary, rows, cache, batch_size=3, pad_token_id=0, show_progress=False)
+    return collate_with_prefix(rows, 0, cache)
+
+
+@pytest.fixture(scope="module")
+def rows(examples):
+    return examples.examples[:5]
+
+
+# --- exactness
+
+
+@pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
+def test_every_fast_path_equals_the_plain_one(family, rows):
+    model = adapted(family)
+    batch = collate(rows, 0)
+    plain = gradients(model, batch)
+    with_prefix = stored(model, rows)
+    assert plain[1].norm() > 0
+    for path in (frozen_prefix, labelled_logits, lean_adapters, lean_loss):
+        with path(model):
+            assert difference(gradients(model, batch), plain) < 1e-6, path.__name__
+    with stored_prefix(model, BOUNDARY):
+        assert difference(gradients(model, with_prefix), plain) < 1e-6
+    with fast_steps(model, BOUNDARY):
+        assert difference(gradients(model, with_prefix), plain) < 1e-6
+    assert difference(gradients(model, batch), plain) == 0  # and every context leaves the model as it was
+
+
+def test_the_paths_are_taken(rows):
+    model = adapted()
+    batch = collate(rows, 0)
+    with lean_adapters(model) as covered, lean_loss(model) as applies, labelled_logits(model):
+        assert covered == 14
+        assert applies
+        logits = model(**batch).logits
+    labelled = int((batch["labels"][:, 1:] != -100).sum())
+    assert logits.shape == (1, labelled + 1, 259)
+    assert model(**batch).logits.shape == (*batch["input_ids"].shape, 259)
+    with labelled_logits(model):  # no labels, no gathering
+        assert model(input_ids=batch["input_ids"]).logits.shape[:2] == batch["input_ids"].shape
+
+
+@pytest.mark.parametrize("items", [None, 7, torch.tensor(7)])
+def test_the_lean_loss_counts_items_as_trainer_does(rows, items):
+    model, batch = adapted(), collate(rows, 0) | {"num_items_in_batch": items}
+    plain = gradients(model, batch)
+    with lean_loss(model), labelled_logits(model):
+        assert difference(gradients(model, batch), plain) < 1e-6
+
+
+def test_extreme_logits_do_not_overflow(rows):
+    model, batch = adapted(), collate(rows, 0)
+    model.get_output_embeddings().weight.data *= 3e3
+    plain = gradients(model, batch)
+    with lean_loss(model):
+        assert difference(gradients(model, batch), plain) < 1e-5
+
+
+def test_adapters_that_are_not_plain_keep_their_forward():
+    model = make_model("llama")
+    peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], lora_dropout=0.1))
+    with lean_adapters(peft.train()) as covered:
+        assert covered == 0
+    peft = get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj"], use_dora=True))
+    with lean_adapters(peft) as covered:
+        assert covered == 0
+
+
+def test_disabled_adapters_stay_disabled(rows):
+    model, ids = adapted(), collate(rows, 0)["input_ids"]
+    with lean_adapters(model):
+        adapted_logits = model(input_ids=ids).logits
+        with model.disable_adapter():
+            base_logits = model(input_ids=ids).logits
+    with model.disable_adapter():
+        assert torch.equal(base_logits, model(input_ids=ids).logits)
+    assert not torch.allclose(base_logits, adapted_logits)
+
+
+def test_a_router_loss_is_kept_and_forbids_the_cache(rows):
+    """It looks at the routers of all layers, the ones below the boundary included."""
+    model, batch = adapted("qwen3_moe"), collate(rows, 0)
+    without = gradients(model, batch)
+    model.config.output_router_logits = True
+    plain = gradients(model, batch)
+    assert difference(plain, without) > 1e-4
+    with fast_steps(model):
+        assert difference(gradients(model, batch), plain) < 1e-6
+    cache, decision = open_cache(model, BOUNDARY, rows, 10**9, 4, 0)
+    assert cache is None
+    assert "router loss" in decision.reason
+
+
+def test_stored_layers_keep_what_models_choose_by():
+    layer = find_layers(make_model("olmo3"))[1][1]
+    stand_in = PassThrough(layer, 0)
+    assert stand_in.self_attn.attention_type == layer.self_attn.attention_type
+    assert sum(parameter.numel() for parameter in stand_in.parameters()) == 0
+
+
+def test_dropout_below_the_boundary_is_seen():
+    model = make_model("gpt2")
+    assert not dropout_below(model, 2)
+    model.transformer.h[3].attn.attn_dropout.p = 0.1
+    assert not dropout_below(model, 2)
+    model.transformer.h[1].mlp.dropout.p = 0.1
+    assert dropout_below(model, 2)
+    llama = make_model("llama")
+    llama.model.layers[0].self_attn.attention_dropout = 0.1
+    assert dropout_below(llama, 1)
+
+
+# --- nothing below the boundary
+
+
+class Spy:
+    """Which layers a backward pass reaches, and how often each layer's arithmetic runs."""
+
+    def __init__(self, model):
+        self.backward, self.calls = set(), {}
+        for index, layer in enumerate(find_layers(model)[1]):
+            layer.register_forward_hook(self._watch(index))
+            first = next(module for module in layer.modules() if is_matrix(module))
+            first.register_forward_hook(self._count(index))
+
+    def _watch(self, index):
+        def hook(module, args, output):
+            output = output[0] if isinstance(output, tuple) else output
+            if output.requires_grad and output.grad_fn is not None:
+                output.register_hook(lambda gradient: self.backward.add(index))
+
+        return hook
+
+    def _count(self, index):
+        def hook(module, args, output):
+            self.calls[index] = self.calls.get(index, 0) + 1
+
+        return hook
+
+
+MODES = {
+    "plain": None,
+    "re-entrant": {"use_reentrant": True},
+    "not re-entrant": {"use_reentrant": False},
+    "every second layer": {"use_reentrant": False, "every_n_layers": 2},
+}
+
+
+@pytest.mark.parametrize("hooks", [0, 2], ids=["no input hook", "two input hooks"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_no_backward_and_no_recomputation_below_the_boundary(family, mode, hooks, rows):
+    model, batch = adapted(family), collate(rows, 0)
+    plain = gradients(model, batch)
+    if MODES[mode] is not None:
+        model.get_base_model().activation_checkpointing_enable(activation_checkpointing_kwargs=MODES[mode])
+    model.get_base_model().disable_input_require_grads()
+    for _ in range(hooks):
+        model.enable_input_require_grads()
+    spy = Spy(model)
+    with frozen_prefix(model) as boundary:
+        found = gradients(model, batch)
+    assert boundary == BOUNDARY
+    assert difference(found, plain) < 1e-6
+    assert spy.backward == {2, 3}
+    assert spy.calls[0] == spy.calls[1] == 1
+    flags = [layer.gradient_checkpointing for layer in find_layers(model)[1]]
+    assert flags[0] == (MODES[mode] is not None)  # given back as it was
+    if hooks and mode != "plain":  # the claim is worth something: without it, backward does go down
+        gradients(model, batch)
+        assert spy.backward == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["frozen_prefix", "without"])
+def test_sft_trainer_with_its_defaults(own, rows, tmp_path, tokenizer):
+    """TRL switches checkpointing on and makes the embedding require grad; the context undoes what that costs."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    model = adapted()
+    spy = Spy(model)
+    data = Dataset.from_list([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
+    settings = trl.SFTConfig(output_dir=str(tmp_path), max_steps=2, report_to="none", use_cpu=True, bf16=False)
+    assert settings.gradient_checkpointing
+    trainer = trl.SFTTrainer(model=model, args=settings, train_dataset=data, processing_class=tokenizer)
+    with aletheia.frozen_prefix(model) if own else nullcontext():
+        trainer.train()
+    assert spy.backward == ({2, 3} if own else {0, 1, 2, 3})
+    assert (spy.calls[0] == 2) == own
+
+
+def test_trainer_learns_the_same_under_checkpointing(rows, tmp_path):
+    batch = collate(rows, 0)
+
+    def trained(name, context, **settings):
+        model = adapted()
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path / name), max_steps=20, use_cpu=True, report_to="none", disable_tqdm=True,
+            save_strategy="no", logging_steps=1, learning_rate=1e-3, **settings,
+        )  # fmt: skip
+        trainer = Trainer(model=model, args=arguments, train_dataset=[0] * 400, data_collator=lambda _: dict(batch))
+        with context(model):
+            trainer.train()
+        return torch.tensor([log["loss"] for log in trainer.state.log_history if "loss" in log], dtype=torch.float64)
+
+    plain = trained("plain", nullcontext)
+    for reentrant in (True, False):
+        kwargs = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
+        assert torch.equal(trained(f"checkpointed-{reentrant}", frozen_prefix, **kwargs), plain)
+    fast = trained("fast", fast_steps)
+    assert ((fast - plain).abs() / plain).max() < 1e-5
+
+
+def test_a_trainable_embedding_is_refused():
+    model = adapted()
+    model.get_input_embeddings().weight.requires_grad_(True)
+    with pytest.raises(AdapterError, match="below the layers; expected a frozen embedding"), frozen_prefix(model):
+        pass
