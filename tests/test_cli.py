@@ -118,7 +118,8 @@ def test_frontier_marks_the_plan(run, scores_file):
     assert code == 0
     assert [line for line in out.splitlines() if line.startswith(">")]
     points = json.loads(run("plan", scores_file, "--frontier", "--json")[1])
-    assert points[-1]["relative_step_time"] == pytest.approx(1.0)
+    assert points[-1]["relative_step_time"] == points[-1]["relative_cached_step_time"]
+    assert "seconds per step, measured parts" in out
 
 
 def test_doctor_tells_what_works(run):
@@ -205,3 +206,15 @@ def test_bad_input_is_one_clear_line(run, scores_file, model_folder, data_file, 
         assert "another-model (000000000000)" in lines[0]
     assert not (tmp_path / "r").exists()
     assert (tmp_path / "full" / "thesis.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("suffix", ["svg", "png"])
+def test_the_frontier_is_drawn(run, scores_file, tmp_path, suffix):
+    picture = tmp_path / f"frontier.{suffix}"
+    code, _, err = run("plan", scores_file, "--plot", picture, "--speedup", "1.1", "--epochs", "3")
+    assert code == 0
+    assert str(picture) in err
+    assert picture.read_bytes()[:5] in (b"<?xml", b"\x89PNG\r")
+    code, _, err = run("plan", scores_file, "--plot", tmp_path / "frontier.doc")
+    assert code == 2
+    assert "expected a file that ends with .svg, .png or .pdf" in err

@@ -21,6 +21,7 @@ from aletheia.planning.plan import Plan, Policy, RankMode
 from aletheia.planning.policies import layer_share, select_layers
 from aletheia.planning.ranks import ranks_by_score
 from aletheia.probing.scores import ProbeSettings, Scores
+from aletheia.probing.timings import LayerTiming, Timings
 
 SHAPES = (("attn.q", "attention", 64, 64), ("attn.o", "attention", 64, 64), ("mlp.up", "mlp", 64, 160))
 POLICIES, RANK_MODES = get_args(Policy), get_args(RankMode)
@@ -90,7 +91,7 @@ def test_controls_take_as_many_layers_as_the_published_policy(scores, percent, s
 
 
 def test_ties_go_to_the_lower_layer():
-    costs = LayerCosts((1.0,) * 4, (1.0,) * 4, (0.1,) * 4, 1.0)
+    costs = LayerCosts((1.0,) * 4, (1.0,) * 4, (0.1,) * 4, 1.0, 9.4)
     assert select_layers("top-percent", [1, 1, 1, 1], 50, 0, costs) == (0, 1)
     assert select_layers("bottom", [1, 1, 1, 1], 50, 0, costs) == (0, 1)
 
@@ -111,7 +112,7 @@ def test_depth_aware_is_as_fast_as_last_and_captures_at_least_as_much(scores, pe
 
 
 def test_depth_aware_trades_weak_suffix_layers_for_a_strong_deeper_one():
-    costs = LayerCosts((1.0,) * 8, (1.0,) * 8, (0.5,) * 8, 1.0)
+    costs = LayerCosts((1.0,) * 8, (1.0,) * 8, (0.5,) * 8, 1.0, 21.0)
     scores = [0, 0, 0, 50, 9, 9, 1, 1]
     assert select_layers("last", scores, 50, 0, costs) == (4, 5, 6, 7)
     assert select_layers("depth-aware", scores, 50, 0, costs) == (3, 4)  # one layer deeper, two adapters fewer
@@ -123,7 +124,7 @@ def test_depth_aware_trades_weak_suffix_layers_for_a_strong_deeper_one():
 def test_costs_are_those_of_the_formula():
     read = make_scores([1.0, 1.0])
     ranks = {module.name: 8 for module in read.anatomy.modules}
-    costs = layer_costs(read.anatomy, ranks, sequence_length=100)
+    costs = layer_costs(read.anatomy, ranks, baseline_rank=16, sequence_length=100, labelled_share=0.4)
     weights = 2 * (64 * 64 + 64 * 64 + 64 * 160)
     attention = 4 * 100 * 64
     adapters = 6 * 8 * (128 + 128 + 224)
@@ -131,31 +132,95 @@ def test_costs_are_those_of_the_formula():
     assert costs.forward == (weights + attention,) * 2
     assert costs.backward == (weights + 2 * attention,) * 2
     assert costs.adapter == (adapters,) * 2
-    assert costs.step([1]) == 2 * (weights + attention) + weights + 2 * attention + adapters + head
-    assert costs.uniform == costs.step([0, 1])
+    above = 2 * weights + 3 * attention + adapters + 0.4 * head
+    assert costs.cached_step([1]) == above
+    assert costs.step([1]) == above + weights + attention
+    assert costs.mean_step([1], epochs=4) == pytest.approx(above + (weights + attention) / 4)
+    assert costs.baseline == 4 * weights + 6 * attention + 2 * 2 * adapters + head  # twice the rank
+
+
+def timed(read: Scores, **changes) -> Scores:
+    """The same scores with invented timings: 2 s forward, 3 s backward, adapters 1 s and 1 ms per 1,000 parameters."""
+    layer = LayerTiming(forward=2.0, backward=3.0, adapter_fixed=1.0, adapter_per_parameter=1e-6)
+    fields = {
+        "device": "cpu", "dtype": "float32", "threads": 2, "batch_size": 4, "tokens": 800.0, "random_padding": 1.25,
+        "layers": (layer,) * read.anatomy.layer_count, "head": 5.0, "outside": 0.5, "baseline": 100.0,
+        "baseline_rank": 16, "seconds": 9.0,
+    }  # fmt: skip
+    return Scores.model_validate(read.model_dump() | {"timings": Timings(**fields | changes)})
+
+
+def test_measured_costs_are_seconds():
+    read = timed(make_scores([1.0] * 4))
+    made = plan(read, "last", 50)
+    adapters = 2 * (1.0 + 1e-6 * 16 * (128 + 128 + 224))
+    assert made.predicted.baseline_step_seconds == 100.0
+    assert made.predicted.relative_cached_step_time == pytest.approx((0.5 + 2 * 5 + adapters + 5) / 100)
+    assert made.predicted.relative_step_time == pytest.approx((0.5 + 4 * 2 + 2 * 3 + adapters + 5) / 100)
+    assert made.predicted.cached_speedup > made.predicted.speedup
+    higher = plan(read, "last", 50, rank=32).predicted.baseline_step_seconds
+    assert higher == pytest.approx(100 + 1.25 * 4 * 1e-6 * 16 * (128 + 128 + 224))
+    with pytest.raises(ValueError, match="1 timed layers for 2 layers"):
+        timed(make_scores([1.0, 1.0]), layers=read.timings.layers[:1])
+
+
+@pytest.mark.parametrize("is_timed", [False, True])
+def test_a_speedup_is_a_floor_and_gets_the_most_importance(is_timed):
+    read = make_scores([float(7 - abs(layer - 5)) for layer in range(12)])
+    read = timed(read) if is_timed else read
+    for epochs in (1, 3):
+        points = plan_frontier(read, epochs=epochs)
+        for target in (points[0].speedup, 1.7, points[-1].speedup):
+            made = plan(read, speedup=target, epochs=epochs)
+            mean = (
+                made.predicted.relative_step_time + (epochs - 1) * made.predicted.relative_cached_step_time
+            ) / epochs
+            assert 1 / mean >= target * (1 - 1e-6)
+            fitting = [point for point in points if point.speedup >= target * (1 - 1e-9)]
+            assert made.predicted.captured_importance == max(point.captured_importance for point in fitting)
+    assert plan(read, quality_first=True).layers == plan(read, speedup=1.30).layers
+    later = plan(read, speedup=2.0, epochs=4).predicted.captured_importance
+    assert later >= plan(read, speedup=2.0).predicted.captured_importance  # the cache buys depth
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"speedup": 1e6}, r"--speedup is 1e\+06; the fastest choice of layers is predicted at .*x"),
+        ({"speedup": -1.0}, "--speedup is -1; expected a positive number"),
+        ({"epochs": 0}, "--epochs is 0; expected a positive number"),
+        ({"speedup": 2.0, "quality_first": True}, "both given"),
+        ({"speedup": 2.0, "policy": "last"}, "go with '--policy depth-aware', not with last"),
+    ],
+)
+def test_speedups_that_cannot_be(settings, expected):
+    with pytest.raises(PlanError, match=expected):
+        plan(make_scores([1.0] * 4), **settings)
 
 
 @given(
     st.lists(st.integers(0, 9).map(float), min_size=1, max_size=7),
     st.floats(0.1, 3),
     st.floats(0.01, 2),
+    st.sampled_from([1.0, 3.0]),
 )
 @settings(max_examples=60, deadline=None)
-def test_the_frontier_is_exact(scores, backward, adapter):
+def test_the_frontier_is_exact(scores, backward, adapter, epochs):
     """Against every subset of the layers: nothing on the frontier is beaten, nothing better is missed."""
     count = len(scores)
-    costs = LayerCosts((1.0,) * count, (backward,) * count, (adapter,) * count, 0.5)
-    points = frontier(scores, costs)
+    costs = LayerCosts((1.0,) * count, (backward,) * count, (adapter,) * count, 0.5, 3.0)
+    points = frontier(scores, costs, epochs)
     subsets = [layers for size in range(1, count + 1) for layers in itertools.combinations(range(count), size)]
     for layers in subsets:
         importance = sum(scores[layer] for layer in layers) / (sum(scores) or 1)
-        best = best_within(points, costs.step(layers) / costs.uniform)
+        best = best_within(points, costs.mean_step(layers, epochs) / costs.baseline)
         assert best is not None
         assert sum(scores[layer] for layer in best.layers) / (sum(scores) or 1) >= importance - 1e-9
-    times = [point.relative_step_time for point in points]
+    times = [point.relative_run_time for point in points]
     assert times == sorted(times)
     for point in points:
-        assert point.relative_step_time == pytest.approx(costs.step(point.layers) / costs.uniform)
+        assert point.relative_step_time == pytest.approx(costs.step(point.layers) / costs.baseline)
+        assert point.relative_cached_step_time == pytest.approx(costs.cached_step(point.layers) / costs.baseline)
 
 
 def test_the_plan_lies_on_the_frontier_and_uniform_is_its_end():
@@ -163,7 +228,7 @@ def test_the_plan_lies_on_the_frontier_and_uniform_is_its_end():
     points = plan_frontier(read)
     assert plan(read).layers in [point.layers for point in points]
     assert points[-1].layers == tuple(range(12))
-    assert points[-1].relative_step_time == pytest.approx(1.0)
+    assert points[-1].relative_step_time == points[-1].relative_cached_step_time < 1.0  # logits at labels alone
     assert best_within(points, 0.0) is None
 
 
@@ -208,8 +273,9 @@ def test_by_role_gives_the_published_ranks_and_alpha_keeps_its_ratio():
 
 def test_predictions_are_relative_to_uniform_at_the_same_rank():
     read = make_scores([3.0, 1.0, 1.0, 1.0])
-    assert plan(read, "uniform").predicted.relative_step_time == 1.0
-    assert plan(read, "uniform", ranks="by-role").predicted.relative_step_time > 1.0
+    uniform = plan(read, "uniform").predicted.relative_step_time
+    assert uniform < 1.0  # logits at labels alone
+    assert plan(read, "uniform", ranks="by-role").predicted.relative_step_time > uniform
     assert plan(read, "first", 25).predicted.captured_importance == 0.5
     assert plan(read, "last", 25).predicted.speedup > plan(read, "last", 75).predicted.speedup > 1.0
 

@@ -451,7 +451,7 @@ def test_plan_in_the_terminal_marks_layers_and_boundary():
     lines = shown(render(make_plan((3, 5)))).splitlines()
     text = "\n".join(lines)
     assert "2 of 6: 3, 5" in text
-    assert "step speed-up 1.60x over uniform LoRA" in text
+    assert "steps 1.60x as fast as uniform LoRA in plain PEFT" in text
     assert "39 % of the summed layer scores" in text
     marked = [line.split()[0] for line in lines if "●" in line]
     assert marked == ["3", "5"]

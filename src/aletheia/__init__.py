@@ -28,6 +28,7 @@ _HOMES = {
     "Run": "aletheia.tuning.run",
     "Scores": "aletheia.probing.scores",
     "adapt": "aletheia.tuning.adapters",
+    "calibrate": "aletheia.tuning.calibrate",
     "fast_steps": "aletheia.tuning.train",
     "frozen_prefix": "aletheia.tuning.prefix",
     "held_out_loss": "aletheia.evaluation.held_out",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from aletheia.probing.scores import Scores
     from aletheia.reporting.page import report
     from aletheia.tuning.adapters import adapt
+    from aletheia.tuning.calibrate import calibrate
     from aletheia.tuning.prefix import frozen_prefix
     from aletheia.tuning.run import Run
     from aletheia.tuning.train import fast_steps, train

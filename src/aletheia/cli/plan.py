@@ -33,10 +33,23 @@ def plan(
         float | None,
         typer.Option("--alpha", help="Alpha at --rank; the ratio holds everywhere (2 x rank by default)."),
     ] = None,
+    speedup: Annotated[
+        float | None,
+        typer.Option("--speedup", help="For depth-aware: the most importance at this predicted speed-up."),
+    ] = None,
+    quality_first: Annotated[
+        bool, typer.Option("--quality-first", help="The most importance at the paper's saving: --speedup 1.30.")
+    ] = False,
+    epochs: Annotated[
+        float, typer.Option("--epochs", help="Passes that the time is counted for; later ones read the prefix cache.")
+    ] = 1.0,
     seed: SeedOption = 0,
     show_frontier: Annotated[
         bool, typer.Option("--frontier", help="Print predicted step time against captured importance.")
     ] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the frontier to this file: .svg, .png or .pdf.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Choose layers and ranks from scores and write them as a plan, or print the frontier of all choices."""
@@ -44,25 +57,39 @@ def plan(
     from aletheia.planning.make import plan as make_plan
     from aletheia.planning.make import plan_frontier
     from aletheia.probing.scores import Scores
-    from aletheia.reporting.frontier import frontier_view
+    from aletheia.reporting.frontier import frontier_view, plot_frontier
     from aletheia.reporting.terminal import render
 
-    if out is None and not show_frontier:
-        raise PlanError("nothing to do: expected --out plan.json, --frontier, or both")
+    if out is None and not show_frontier and plot is None:
+        raise PlanError("nothing to do: expected --out plan.json, --frontier, --plot, or several of them")
     read = Scores.read(scores)
-    made = make_plan(read, policy, percent, rank, ranks, attention_rank, mlp_rank, alpha, seed)  # type: ignore[arg-type]
+    made = make_plan(
+        read,
+        policy,
+        percent,
+        rank,
+        ranks,
+        attention_rank,
+        mlp_rank,
+        alpha,
+        seed,
+        speedup,
+        quality_first,
+        epochs,  # type: ignore[arg-type]
+    )
     if out is not None:
         made.write(out)
-    if not show_frontier:
-        if as_json:
-            print_json(made.model_dump(mode="json"))
-        else:
-            print_rich(render(made))
+    points = []
+    if show_frontier or plot is not None:
+        points = plan_frontier(read, rank, made.settings.ranks, attention_rank, mlp_rank, epochs)
+    if plot is not None:
+        plot_frontier(points, made, plot)
+        say(f"wrote {plot}")
+    if show_frontier and as_json:
+        print_json([asdict(point) | {"boundary": point.boundary, "speedup": point.speedup} for point in points])
+    elif as_json:
+        print_json(made.model_dump(mode="json"))
     else:
-        points = plan_frontier(read, rank, made.settings.ranks, attention_rank, mlp_rank)
-        if as_json:
-            print_json([asdict(point) | {"boundary": point.boundary, "speedup": point.speedup} for point in points])
-        else:
-            print_rich(frontier_view(points, made))
+        print_rich(frontier_view(points, made) if show_frontier else render(made))
     if out is not None:
         say(f"wrote {out}")

@@ -30,6 +30,13 @@ def probe(
     batches: Annotated[int, typer.Option("--batches", help="Probe batches.", min=1)] = 5,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per probe batch.", min=1)] = 1,
     score: Annotated[str, typer.Option("--score", help="What is measured: gradient-norm.")] = "gradient-norm",
+    train_batch_size: Annotated[
+        int,
+        typer.Option("--train-batch-size", help="Rows per training step, for which step times are measured.", min=1),
+    ] = 4,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrate/--no-calibrate", help="Measure step times, so that plans predict seconds.")
+    ] = True,
     max_length: MaxLengthOption = 1024,
     skip_emptied: SkipEmptiedOption = False,
     dtype: DtypeOption = "auto",
@@ -45,6 +52,7 @@ def probe(
     from aletheia.probing.resident import SCORE
     from aletheia.probing.resident import probe as run_probe
     from aletheia.reporting.terminal import render
+    from aletheia.tuning.calibrate import calibrate
 
     if score != SCORE:
         raise ProbeError(f"unknown --score {score!r}; expected {SCORE}")
@@ -55,6 +63,9 @@ def probe(
     examples = encode_for(base, rows, max_length, skip_emptied)
     say(f"probe  {batches} batches of {batch_size}")
     scores = run_probe(base.model, examples, batches, batch_size, seed)
+    if calibrated:
+        say(f"time   the parts of a training step of {train_batch_size} rows")
+        scores = scores.model_copy(update={"timings": calibrate(base.model, examples, train_batch_size, seed)})
     scores.write(out)
     if as_json:
         print_json(scores.model_dump(mode="json"))

@@ -111,10 +111,12 @@ def train(
     else:
         fraction = 0.05 if eval_fraction is None else eval_fraction
         examples, held_out = split_held_out(examples, fraction, seed, eval_rows)
-    plan, scores = _follow_or_make(plan, base, examples, seed, seconds)
+    passes = steps * batch_size / len(examples) if steps else epochs or 1.0
+    plan, scores = _follow_or_make(plan, base, examples, batch_size, passes, seed, seconds)
     say(
         f"plan   {plan.settings.policy}: {len(plan.layers)} of {plan.layer_count} layers from {plan.boundary} up, "
-        f"{plan.trainable_parameters:,} trainable parameters, predicted step speed-up {plan.predicted.speedup:.2f}x"
+        f"{plan.trainable_parameters:,} trainable parameters, predicted step speed-up {plan.predicted.speedup:.2f}x, "
+        f"{plan.predicted.cached_speedup:.2f}x from a filled cache"
     )
     adapted = adapt(base.model, plan, seed)
     run = run_training(
@@ -147,7 +149,13 @@ def train(
 
 
 def _follow_or_make(
-    plan: "Plan | None", base: "Loaded", examples: "Examples", seed: int, seconds: dict[str, float]
+    plan: "Plan | None",
+    base: "Loaded",
+    examples: "Examples",
+    batch_size: int,
+    epochs: float,
+    seed: int,
+    seconds: dict[str, float],
 ) -> tuple["Plan", "Scores | None"]:
     """The plan given, checked against the model, or one made from a probe now."""
     if plan is not None:
@@ -159,10 +167,12 @@ def _follow_or_make(
         return plan, None
     from aletheia.planning.make import plan as make_plan
     from aletheia.probing.resident import probe
+    from aletheia.tuning.calibrate import calibrate
 
     say("probe  5 batches of 1")
     with timed(seconds, "probe"):
         scores = probe(base.model, examples, seed=seed)
     with timed(seconds, "plan"):
-        made = make_plan(scores, seed=seed)
+        scores = scores.model_copy(update={"timings": calibrate(base.model, examples, batch_size, seed)})
+        made = make_plan(scores, seed=seed, epochs=epochs)
     return made, scores

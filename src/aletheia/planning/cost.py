@@ -1,52 +1,88 @@
-"""The analytic cost model: floating-point operations of one training step, per token and decoder layer.
+"""The cost model: what one training step takes, in operations (analytic) or in seconds (calibrated).
 
-For boundary ``k = min S`` a step costs ``sum_l F_l + sum_{l >= k} B_l + sum_{l in S} A_l + head``: every layer runs
-forward, only the suffix is crossed by backward, only adapted layers pay for their adapters. Only matrix products
-are counted; norms, activations, the optimizer and memory traffic are not.
+For boundary ``k = min S`` a step costs ``outside + sum_l F_l + sum_{l >= k} B_l + sum_{l in S} A_l + head``: all layers
+run forward, only the suffix is crossed by backward, only adapted layers pay for their adapters. From a filled prefix
+cache, layers below ``k`` do not run forward either.
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from aletheia.anatomy.schema import Anatomy
+from aletheia.probing.timings import Timings
 
 
 @dataclass(frozen=True)
 class LayerCosts:
-    """FLOPs per token: ``forward[l]``, ``backward[l]`` (activations only), ``adapter[l]``, and ``head``."""
+    """Cost of the parts of a step, all in one unit: FLOPs per token, or seconds per batch.
+
+    ``forward[l]``, ``backward[l]`` (activations only) and ``adapter[l]`` per layer; ``head`` is the LM head and loss at
+    labelled tokens, ``outside`` the rest. ``baseline`` is a step of uniform LoRA in plain PEFT and Trainer: logits
+    everywhere and, if measured, random batches and PEFT's adapters.
+    """
 
     forward: tuple[float, ...]
     backward: tuple[float, ...]
     adapter: tuple[float, ...]
     head: float
+    baseline: float
+    outside: float = 0.0
 
     def step(self, layers: Collection[int]) -> float:
-        """Cost of one step that adapts ``layers``, which must not be empty."""
+        """Cost of one step that adapts ``layers``, which must not be empty, without a cache."""
+        return sum(self.forward[: min(layers)]) + self.cached_step(layers)
+
+    def cached_step(self, layers: Collection[int]) -> float:
+        """Cost of one step from a filled prefix cache."""
         boundary = min(layers)
-        return (
-            sum(self.forward) + sum(self.backward[boundary:]) + sum(self.adapter[layer] for layer in layers) + self.head
-        )
+        crossed = sum(self.forward[boundary:]) + sum(self.backward[boundary:])
+        return self.outside + crossed + sum(self.adapter[layer] for layer in layers) + self.head
 
-    @property
-    def uniform(self) -> float:
-        """Cost of one step that adapts every layer."""
-        return self.step(range(len(self.forward)))
+    def mean_step(self, layers: Collection[int], epochs: float = 1.0) -> float:
+        """Mean cost of a step over a run of ``epochs`` passes: the prefix runs once per row, then is read."""
+        return self.cached_step(layers) + sum(self.forward[: min(layers)]) / max(epochs, 1.0)
 
 
-def layer_costs(anatomy: Anatomy, ranks: dict[str, int], sequence_length: float) -> LayerCosts:
-    """Costs of each layer for sequences of ``sequence_length`` tokens.
+def layer_costs(
+    anatomy: Anatomy, ranks: dict[str, int], baseline_rank: int, sequence_length: float, labelled_share: float = 1.0
+) -> LayerCosts:
+    """FLOPs per token of each part, for sequences of ``sequence_length`` tokens.
 
-    ``ranks`` holds the rank an adapter on a module would have, by full module name. A matrix product costs
-    2 FLOPs per weight and token; its activation-backward the same again. The two attention products cost
-    ``4 x T x width`` forward and twice that backward. LoRA adds three products of ``2 r (in + out)``: forward,
-    backward to the input, and the gradients of A and B.
+    ``ranks`` holds the rank an adapter on a module would have, by full module name; ``baseline_rank`` is that of
+    uniform LoRA. A matrix product costs 2 FLOPs per weight and token; its activation-backward the same again. The two
+    attention products cost ``4 x T x width`` forward and twice that backward. LoRA adds three products of
+    ``2 r (in + out)``: forward, backward to the input, and the gradients of A and B. Only matrix products are counted;
+    norms, activations, the optimizer and memory traffic are not.
     """
     attention = 4.0 * sequence_length * anatomy.attention_width
     forward, backward, adapter = [], [], []
+    uniform = 0.0
     for layer in range(anatomy.layer_count):
         modules = anatomy.in_layer(layer)
         weights = float(sum(module.flops_per_token for module in modules))
         forward.append(weights + attention)
         backward.append(weights + 2 * attention)
         adapter.append(float(sum(6 * module.lora_parameters(ranks[module.name]) for module in modules)))
-    return LayerCosts(tuple(forward), tuple(backward), tuple(adapter), 2.0 * anatomy.head_flops_per_token)
+        uniform += sum(6 * module.lora_parameters(baseline_rank) for module in modules)
+    head = 2.0 * anatomy.head_flops_per_token
+    baseline = sum(forward) + sum(backward) + uniform + head
+    return LayerCosts(tuple(forward), tuple(backward), tuple(adapter), head * labelled_share, baseline)
+
+
+def measured_costs(anatomy: Anatomy, ranks: dict[str, int], baseline_rank: int, timings: Timings) -> LayerCosts:
+    """Seconds of each part of a step, from a calibration; arguments as in :func:`layer_costs`."""
+    adapter, baseline = [], timings.baseline
+    for layer, timing in enumerate(timings.layers):
+        sizes = anatomy.in_layer(layer)
+        parameters = sum(module.lora_parameters(ranks[module.name]) for module in sizes)
+        adapter.append(timing.adapter_fixed + timing.adapter_per_parameter * parameters)
+        more = sum(m.lora_parameters(baseline_rank) - m.lora_parameters(timings.baseline_rank) for m in sizes)
+        baseline += timing.adapter_per_parameter * more * timings.random_padding
+    return LayerCosts(
+        forward=tuple(timing.forward for timing in timings.layers),
+        backward=tuple(timing.backward for timing in timings.layers),
+        adapter=tuple(adapter),
+        head=timings.head,
+        baseline=baseline,
+        outside=timings.outside,
+    )

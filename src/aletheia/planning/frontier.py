@@ -8,10 +8,16 @@ from aletheia.planning.cost import LayerCosts
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """One choice of layers that no other choice beats in both time and importance."""
+    """One choice of layers that no other choice beats in both time and importance.
+
+    Times are relative to a step of the baseline, uniform LoRA in plain PEFT: without a cache, from a filled cache, and
+    the mean over the epochs of a run, by which the frontier is drawn.
+    """
 
     layers: tuple[int, ...]
     relative_step_time: float
+    relative_cached_step_time: float
+    relative_run_time: float
     captured_importance: float
 
     @property
@@ -21,8 +27,8 @@ class FrontierPoint:
 
     @property
     def speedup(self) -> float:
-        """Predicted step time of uniform LoRA divided by this choice's."""
-        return 1.0 / self.relative_step_time
+        """Predicted time of the baseline divided by this choice's, over the run."""
+        return 1.0 / self.relative_run_time
 
 
 def captured_importance(scores: Sequence[float], layers: Sequence[int]) -> float:
@@ -31,37 +37,47 @@ def captured_importance(scores: Sequence[float], layers: Sequence[int]) -> float
     return sum(scores[layer] for layer in layers) / total if total > 0 else 1.0
 
 
-def frontier(scores: Sequence[float], costs: LayerCosts) -> list[FrontierPoint]:
-    """All choices that are not dominated, fastest first.
+def frontier(scores: Sequence[float], costs: LayerCosts, epochs: float = 1.0) -> list[FrontierPoint]:
+    """All choices that are not dominated, fastest first, for a run of ``epochs`` passes over the data.
 
     For a boundary ``k`` the best set of ``n`` layers is ``k`` and the ``n - 1`` highest scores above it, since
     layers of one shape cost the same to adapt. So L boundaries x L sizes hold every optimum: O(L^2 log L).
     Where layers differ in shape (a dense first layer before mixtures) the set is chosen by score all the same.
     """
-    uniform = costs.uniform
     total = sum(scores) or 1.0
     candidates: list[tuple[float, float, int, int]] = []  # time, -importance, -boundary, number of layers
     ordered: dict[int, list[int]] = {}
     for boundary in range(len(scores)):
         above = sorted(range(boundary + 1, len(scores)), key=lambda layer: -scores[layer])
         ordered[boundary] = [boundary, *above]
-        time = sum(costs.forward) + sum(costs.backward[boundary:]) + costs.head
+        time = costs.mean_step((boundary,), epochs) - costs.adapter[boundary]
         importance = 0.0
         for count, layer in enumerate(ordered[boundary], start=1):
             time += costs.adapter[layer]
             importance += scores[layer]
-            candidates.append((time / uniform, -importance / total, -boundary, count))
+            candidates.append((time, -importance / total, -boundary, count))
     points: list[FrontierPoint] = []
     best = -1.0
-    for time, negative_importance, negative_boundary, count in sorted(candidates):
+    for _, negative_importance, negative_boundary, count in sorted(candidates):
         if -negative_importance > best:
             best = -negative_importance
             layers = tuple(sorted(ordered[-negative_boundary][:count]))
-            points.append(FrontierPoint(layers, time, captured_importance(scores, layers)))
+            points.append(point(scores, costs, layers, epochs))
     return points
 
 
-def best_within(points: Sequence[FrontierPoint], relative_step_time: float) -> FrontierPoint | None:
+def point(scores: Sequence[float], costs: LayerCosts, layers: tuple[int, ...], epochs: float = 1.0) -> FrontierPoint:
+    """Time and importance of one choice of layers."""
+    return FrontierPoint(
+        layers=layers,
+        relative_step_time=costs.step(layers) / costs.baseline,
+        relative_cached_step_time=costs.cached_step(layers) / costs.baseline,
+        relative_run_time=costs.mean_step(layers, epochs) / costs.baseline,
+        captured_importance=captured_importance(scores, layers),
+    )
+
+
+def best_within(points: Sequence[FrontierPoint], relative_run_time: float) -> FrontierPoint | None:
     """The point with the most importance whose predicted time fits, or None if even the fastest does not."""
-    fitting = [point for point in points if point.relative_step_time <= relative_step_time * (1 + 1e-9)]
+    fitting = [point for point in points if point.relative_run_time <= relative_run_time * (1 + 1e-9)]
     return fitting[-1] if fitting else None

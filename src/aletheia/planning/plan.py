@@ -38,19 +38,32 @@ class PlanSettings(BaseModel):
     mlp_rank: int | None
     alpha: float = Field(description="alpha at ``rank``; every adapter keeps the ratio alpha / rank")
     seed: int
+    speedup: float | None = None
+    epochs: float = 1.0
 
 
 class Prediction(BaseModel):
-    """What the analytic cost model expects of the plan, relative to uniform LoRA at the same rank."""
+    """What the cost model expects of the plan, relative to uniform LoRA at the same rank in plain PEFT and Trainer.
+
+    ``relative_step_time`` is a step of the first epoch, ``relative_cached_step_time`` one from a filled prefix cache.
+    ``baseline_step_seconds`` is the baseline's step where the parts were measured; None: counted in operations.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     relative_step_time: FiniteFloat = Field(gt=0)
+    relative_cached_step_time: FiniteFloat | None = Field(default=None, gt=0)
+    baseline_step_seconds: FiniteFloat | None = Field(default=None, gt=0)
     captured_importance: FiniteFloat = Field(ge=0, description="share of the summed layer scores in the adapted layers")
 
     @property
     def speedup(self) -> float:
-        """Uniform step time divided by this plan's."""
+        """Baseline step time divided by this plan's in the first epoch."""
         return 1.0 / self.relative_step_time
+
+    @property
+    def cached_speedup(self) -> float:
+        """Baseline step time divided by this plan's from a filled cache."""
+        return 1.0 / (self.relative_cached_step_time or self.relative_step_time)
 
 
 class Plan(Artifact):

@@ -26,15 +26,18 @@ def select_layers(
     percent: float,
     seed: int,
     costs: LayerCosts,
+    epochs: float = 1.0,
+    speedup: float | None = None,
 ) -> tuple[int, ...]:
     """The sorted layers that ``policy`` adapts.
 
-    ``top-percent`` is the published method. ``depth-aware`` spends the predicted step time of adapting the last
-    ``percent`` of the layers on the set that captures the most importance. ``last``, ``first``, ``random`` and
-    ``bottom`` (lowest scores) take as many layers as ``top-percent``: they are its controls.
+    ``top-percent`` is the published method. ``depth-aware`` spends the predicted time of a run of ``epochs`` passes,
+    that of adapting the last ``percent`` of the layers or the baseline's divided by ``speedup``, on the set that
+    captures the most importance. ``last``, ``first``, ``random`` and ``bottom`` (lowest scores) take as many layers as
+    ``top-percent``: they are its controls.
 
     Raises:
-        PlanError: ``percent`` is outside (0, 100].
+        PlanError: ``percent`` is outside (0, 100], or no choice is that fast.
     """
     count = layer_share(len(scores), percent)
     layers = range(len(scores))
@@ -52,7 +55,12 @@ def select_layers(
         case "random":
             return tuple(sorted(random.Random(seed).sample(layers, count)))
         case "depth-aware":
-            budget = costs.step(layers[-count:]) / costs.uniform
-            point = best_within(frontier(scores, costs), budget)
-            assert point is not None  # the last layers themselves fit their own budget
+            points = frontier(scores, costs, epochs)
+            budget = 1 / speedup if speedup else costs.mean_step(layers[-count:], epochs) / costs.baseline
+            point = best_within(points, budget)
+            if point is None:
+                raise PlanError(
+                    f"--speedup is {speedup:g}; the fastest choice of layers is predicted at "
+                    f"{points[0].speedup:.2f}x; expected at most that"
+                )
             return point.layers

@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from aletheia.anatomy.schema import Anatomy, DataIdentity, ModelIdentity
 from aletheia.files import Artifact
+from aletheia.probing.timings import Timings
 
 Score = Annotated[FiniteFloat, Field(ge=0)]
 
@@ -32,6 +33,7 @@ class Scores(Artifact):
     ``layers[i]`` is the sum over probe batches and over the parameters of layer ``i`` of the Frobenius norm of
     the loss gradient [arXiv:2604.15351]; ``modules`` holds the share of each adaptable weight matrix by full
     name. A layer's score also counts its norms and biases, so it is a little more than the sum of its modules.
+    ``timings``, if measured, turn the plan's predictions into seconds.
     """
 
     FORMAT: ClassVar[str] = "aletheia-scores"
@@ -43,11 +45,14 @@ class Scores(Artifact):
     layers: tuple[Score, ...] = Field(min_length=1)
     modules: dict[str, Score]
     anatomy: Anatomy
+    timings: Timings | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "Scores":
         if len(self.layers) != self.anatomy.layer_count:
             raise ValueError(f"{len(self.layers)} layer scores for {self.anatomy.layer_count} layers")
+        if self.timings is not None and len(self.timings.layers) != self.anatomy.layer_count:
+            raise ValueError(f"{len(self.timings.layers)} timed layers for {self.anatomy.layer_count} layers")
         if self.modules.keys() != {module.name for module in self.anatomy.modules}:
             raise ValueError("'modules' and the modules of 'anatomy' have different names")
         return self

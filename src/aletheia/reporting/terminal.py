@@ -6,8 +6,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from aletheia.planning.plan import Adapter, Plan, PlanSettings, layer_ranges
+from aletheia.planning.plan import Adapter, Plan, PlanSettings, Prediction, layer_ranges
 from aletheia.probing.scores import ProbeSettings, Scores
+from aletheia.probing.timings import Timings
 from aletheia.reporting.comparison import (
     NO_INTERVAL,
     Row,
@@ -107,8 +108,20 @@ def _render_scores(scores: Scores) -> RenderableType:
         line = Text(bar(score, highest, _BAR_WIDTH), style=_ACCENT)
         table.add_row(str(layer), _score(score), line, human_percent(score / total))
     data = [("data", printable(scores.data.name))] if scores.data else []
-    head = _head("Scores", scores.model.name, [*data, *_probe(scores.probe)])
+    head = _head("Scores", scores.model.name, [*data, *_probe(scores.probe), *_timings(scores.timings)])
     return Group(head, Text(), table, Text(), _top_modules(scores))
+
+
+def _timings(timings: Timings | None) -> list[tuple[str, str]]:
+    if timings is None:
+        return []
+    count = len(timings.layers)
+    forward = human_seconds(sum(layer.forward for layer in timings.layers) / count)
+    backward = human_seconds(sum(layer.backward for layer in timings.layers) / count)
+    return [
+        ("step", f"of {timings.batch_size} rows: {human_seconds(timings.baseline)} with uniform LoRA in plain PEFT"),
+        ("", f"a layer {forward} forward, {backward} backward; the head {human_seconds(timings.head)}"),
+    ]
 
 
 def _top_modules(scores: Scores) -> Table:
@@ -143,11 +156,27 @@ def _render_plan(plan: Plan) -> RenderableType:
             ("alpha", f"{settings.alpha:g} at rank {settings.rank}"),
             ("trainable", f"{human_count(plan.trainable_parameters)} parameters"),
             ("importance", f"{share} of the summed layer scores captured"),
-            ("predicted", f"step speed-up {human_ratio(predicted.speedup)} over uniform LoRA"),
+            (
+                "predicted",
+                f"steps {human_ratio(predicted.speedup)} as fast as uniform LoRA in plain PEFT, "
+                f"{human_ratio(predicted.cached_speedup)} from a filled cache",
+            ),
+            ("", _predicted_seconds(predicted)),
         ],
     )
     parts: list[RenderableType] = [head, Text(), *_plan_layers(plan)]
     return Group(*parts)
+
+
+def _predicted_seconds(predicted: Prediction) -> str:
+    """The same in seconds, or that it was only counted."""
+    baseline = predicted.baseline_step_seconds
+    if baseline is None:
+        return "counted in operations, not measured"
+    cached = predicted.relative_cached_step_time or predicted.relative_step_time
+    times = (baseline * predicted.relative_step_time, baseline * cached, baseline)
+    ours, stored, plain = (human_seconds(time) for time in times)
+    return f"{ours} per step, {stored} cached, against {plain} (measured in parts)"
 
 
 def _policy(settings: PlanSettings) -> str:

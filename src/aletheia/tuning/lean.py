@@ -127,7 +127,7 @@ class _LeanCrossEntropy(torch.autograd.Function):
         return grad_NV.mul_(grad), None, None
 
 
-def _lean_causal_loss(
+def lean_causal_loss(
     logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs
 ):
     """transformers' ``ForCausalLMLoss`` in one buffer: position t predicts label t + 1."""
@@ -150,7 +150,7 @@ def lean_loss(model: nn.Module) -> Iterator[bool]:
     plain = getattr(base, "loss_function", None)
     applies = plain is ForCausalLMLoss and not hasattr(base, "_loss_function")
     if applies:
-        base.loss_function = _lean_causal_loss
+        base.loss_function = lean_causal_loss
     try:
         yield applies
     finally:
