@@ -1,39 +1,80 @@
-"""Timings as ratios, interleaved in one process: the probe against the reference, plans against uniform LoRA.
+"""Interleaved steps, the gain taken apart, predictions, memory and growth; written to docs/benchmarks.md.
 
     make bench
 
-Reads GSM8K from ../shared/data or the folder in ALETHEIA_DATA. Every figure is a median over interleaved repeats with
-its range; nothing is asserted.
+Reads GSM8K from ../shared/data or the folder in ALETHEIA_DATA. Every speed is a ratio within one process, steps of all
+arms interleaved, with a 95 % bootstrap interval over rounds; nothing is asserted.
 """
 
 import os
-import statistics
+import platform
 import time
 from collections.abc import Callable
-from functools import partial
+from datetime import date
 from pathlib import Path
 
 import torch
 from aletheia_lora.probe import gradient_probe
+from growth import growth
+from memory import peaks
+from steps import Arm, interleaved_steps, prepared, speedup, table
 
 import aletheia
 from aletheia.cli.demo import demo_checkpoint
 from aletheia.cli.options import quiet_libraries
-from aletheia.data.batches import collate
+from aletheia.data.examples import Examples
+from aletheia.files import package_versions
+from aletheia.planning.plan import Plan, layer_ranges
+from aletheia.probing.scores import Scores
+from aletheia.tuning.cache import MemoryCache
+from aletheia.tuning.fill import fill
 
 DATA = Path(os.environ.get("ALETHEIA_DATA", "../shared/data")) / "gsm8k" / "train.jsonl"
-PROBE_REPEATS = 5
-STEP_REPEATS = 8
-BATCH_SIZE = 4
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+ROWS, MAX_TOKENS, BATCH_SIZE, EPOCHS = 640, 256, 8, 3
+ROUNDS, PLAN_ROUNDS, PROBE_REPEATS = 8, 4, 5
 
 
 def main() -> None:
     quiet_libraries()
     base = aletheia.load(str(demo_checkpoint()), "float32")
-    data = aletheia.load_data(str(DATA), base.tokenizer)
-    print(f"SmolLM2-135M-Instruct, GSM8K, float32, {torch.get_num_threads()} threads\n")
-    bench_probe(base.model, data)
-    bench_steps(base.model, data)
+    every = aletheia.load_data(str(DATA), base.tokenizer)
+    fitting = [index for index, example in enumerate(every.examples) if len(example) <= MAX_TOKENS]
+    data = every.subset(fitting[:ROWS])
+    started = time.perf_counter()
+    scores = aletheia.probe(base.model, data)
+    timings = aletheia.calibrate(base.model, data, BATCH_SIZE)
+    probing = time.perf_counter() - started
+    scores = scores.model_copy(update={"timings": timings})
+    default = aletheia.plan(scores, epochs=EPOCHS)
+    page = [
+        "# Benchmarks",
+        "",
+        f"Written by `make bench` on {date.today()}: SmolLM2-135M-Instruct, {ROWS} GSM8K rows of up to {MAX_TOKENS} tokens "
+        f"(mean {data.tokens / ROWS:.0f}, {data.labelled_tokens / ROWS:.0f} with a label), batch {BATCH_SIZE}, float32, "
+        f"{platform.machine()} with {torch.get_num_threads()} threads, no GPU; "
+        + ", ".join(f"{name} {version}" for name, version in package_versions().items())
+        + ".",
+        "",
+        "The baseline is plain PEFT as transformers' Trainer steps it (forward, backward, clipping, fused AdamW): rank 16, "
+        "alpha 32, seven modules, every layer, random batches. Ratios are sums over rounds, the arms interleaved in one "
+        "process, with 95 % bootstrap intervals.",
+        "",
+        *bench_probe(base.model, every),
+        *bench_arms(base.model, data, scores, default, probing),
+        *bench_predictions(base.model, data, scores),
+        *peaks(default, BATCH_SIZE),
+        *growth(),
+    ]
+    PAGE.write_text("\n".join(page) + "\n")
+    print(f"\nwrote {PAGE}")
+
+
+def section(title: str, lines: list[str]) -> list[str]:
+    """Print a section and return it for the page."""
+    found = [f"## {title}", "", *lines, ""]
+    print("\n".join(found), flush=True)
+    return found
 
 
 def interleaved(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
@@ -48,19 +89,7 @@ def interleaved(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str
     return seconds
 
 
-def show(seconds: dict[str, list[float]]) -> None:
-    """A line per job; ratios are taken repeat by repeat against the first job."""
-    reference = next(iter(seconds.values()))
-    for name, values in seconds.items():
-        ratios = [a / b for a, b in zip(reference, values, strict=True)]
-        print(
-            f"  {name:34s} {statistics.median(values):7.2f} s   {statistics.median(ratios):5.2f}x "
-            f"({min(ratios):.2f}-{max(ratios):.2f}, {len(values)} repeats)"
-        )
-    print()
-
-
-def bench_probe(model: torch.nn.Module, data: aletheia.Examples) -> None:
+def bench_probe(model: torch.nn.Module, data: Examples) -> list[str]:
     """The five-sequence probe of the published method: labels are the inputs."""
     rows = [torch.tensor(example.input_ids) for example in data.examples[:5]]
     dataset = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows]
@@ -72,40 +101,110 @@ def bench_probe(model: torch.nn.Module, data: aletheia.Examples) -> None:
     reference = gradient_probe(model, dataset, layers, 5)
     ours = aletheia.probe(model, batches).layers
     worst = max(abs(ours[layer] - reference[layer]) / reference[layer] for layer in range(layers))
-    print(f"probe, 5 sequences of {sum(map(len, rows))} tokens; largest relative difference of a layer {worst:.1e}")
     jobs = {
         "aletheia-lora 0.1.2": lambda: gradient_probe(model, dataset, layers, 5),
         "aletheia probe": lambda: aletheia.probe(model, batches),
     }
-    show(interleaved(jobs, PROBE_REPEATS))
+    lines = [
+        f"5 sequences of {sum(map(len, rows))} tokens, {PROBE_REPEATS} repeats; largest relative difference of a layer's "
+        f"score {worst:.1e}.",
+        "",
+        "| probe | median s | against the first |",
+        "|---|---:|---:|",
+        *table(interleaved(jobs, PROBE_REPEATS)),
+    ]
+    return section("Probe", lines)
 
 
-def bench_steps(model: torch.nn.Module, data: aletheia.Examples) -> None:
-    """One optimizer step of each plan on the same batch, interleaved; adapters are swapped between steps."""
-    scores = aletheia.probe(model, data)
+def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: Plan, probing: float) -> list[str]:
+    """The gain taken apart, then put together; and a whole run from its measured parts."""
+    uniform = aletheia.plan(scores, "uniform")
+    arms = [
+        Arm("baseline", uniform, truncated=False),
+        Arm("baseline + labelled-token logits", uniform, labelled=True),
+        Arm("baseline + length grouping", uniform, grouped=True),
+        Arm("baseline + lean adapters and loss", uniform, lean=True),
+        Arm.fast("every layer, these three together", uniform),
+        Arm("default plan alone (truncated backward)", default),
+        Arm("default plan + cache alone", default, cached=True),
+        Arm.fast("default plan, everything, first epoch", default),
+        Arm.fast("default plan, everything, from a filled cache", default, cached=True),
+        Arm("baseline, gradient checkpointing", uniform, truncated=False, checkpointed=True),
+        Arm.fast("default plan, cached, gradient checkpointing", default, cached=True, checkpointed=True),
+    ]
+    seconds = interleaved_steps(model, arms, data, BATCH_SIZE, ROUNDS)
+    steps = ROWS // BATCH_SIZE * EPOCHS
+    building = _building_seconds(model, data, default)
+    lines = [
+        f"Default plan: {default.settings.policy}, layers {layer_ranges(default.layers)}, rank {default.settings.rank}, "
+        f"{default.trainable_parameters:,} parameters (uniform {uniform.trainable_parameters:,}). {ROUNDS} rounds.",
+        "",
+        "| step | median s | speed-up |",
+        "|---|---:|---:|",
+        *table(seconds),
+        "",
+        f"A whole run of {EPOCHS} epochs, {steps} steps, from these parts: probe and calibration {probing:.0f} s, cache "
+        f"{building:.0f} s, then every step from the cache.",
+        "",
+        "| run | baseline s | default plan s | speed-up |",
+        "|---|---:|---:|---:|",
+    ]
+    names = [arm.name for arm in arms]
+    for label, plain, ours in (("plain", names[0], names[8]), ("gradient checkpointing", names[9], names[10])):
+        pair = [sum(seconds[name]) / ROUNDS * steps for name in (plain, ours)]
+        whole = pair[1] + probing + building
+        lines.append(f"| {label} | {pair[0]:.0f} | {whole:.0f} | {pair[0] / whole:.2f}x |")
+    ratio, low, high = speedup(seconds[names[9]], seconds[names[10]])
+    lines += ["", f"Checkpointed steps, cached against baseline: {ratio:.2f}x ({low:.2f}-{high:.2f})."]
+    return section("Steps", lines)
+
+
+def _building_seconds(model: torch.nn.Module, data: Examples, plan: Plan) -> float:
+    with prepared(model, Arm("fill", plan)) as adapted:
+        started = time.perf_counter()
+        fill(adapted, plan.boundary, data.examples, MemoryCache(), BATCH_SIZE, data.pad_token_id, show_progress=False)
+        return time.perf_counter() - started
+
+
+def bench_predictions(model: torch.nn.Module, data: Examples, scores: Scores) -> list[str]:
+    """What the calibrated cost model says, and what steps then take."""
     plans = {
         "uniform": aletheia.plan(scores, "uniform"),
         "top-percent 50 (the paper)": aletheia.plan(scores, "top-percent"),
-        "depth-aware 50 (default)": aletheia.plan(scores),
-        "depth-aware 33": aletheia.plan(scores, percent=33),
+        "by-role 16/64, the paper's layers": aletheia.plan(scores, "top-percent", ranks="by-role"),
+        "last 67 %": aletheia.plan(scores, "last", 67),
+        "last 50 %, rank 64": aletheia.plan(scores, "last", rank=64),
+        "last 33 %": aletheia.plan(scores, "last", 33),
+        "last 10 %": aletheia.plan(scores, "last", 10),
+        "random 50 %": aletheia.plan(scores, "random", seed=3),
     }
-    batch = partial(collate, pad_token_id=data.pad_token_id)(data.examples[:BATCH_SIZE])
-    print(f"step, {BATCH_SIZE} x {batch['input_ids'].shape[1]} tokens, forward + backward + AdamW")
+    baseline = Arm("baseline", plans["uniform"], truncated=False)
+    arms = [baseline]
     for name, plan in plans.items():
-        print(f"  {name:34s} predicted {plan.predicted.speedup:.2f}x, layers {list(plan.layers)}")
-    seconds: dict[str, list[float]] = {name: [] for name in plans}
-    for number in range(STEP_REPEATS + 1):
-        for name, plan in plans.items():
-            adapted = aletheia.adapt(model, plan)
-            adapted.train()
-            optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad])
-            started = time.perf_counter()
-            adapted(**batch, use_cache=False).loss.backward()
-            optimizer.step()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-            adapted.unload()
-    show(seconds)
+        arms.append(Arm.fast(f"{name}, first epoch", plan))
+        if plan.boundary:
+            arms.append(Arm.fast(f"{name}, cached", plan, cached=True))
+    seconds = interleaved_steps(model, arms, data, BATCH_SIZE, PLAN_ROUNDS)
+    timings = scores.timings
+    assert timings is not None
+    lines = [
+        f"Calibration took {timings.seconds:.0f} s. {PLAN_ROUNDS} rounds. Predicted and measured speed-ups are against the "
+        f"baseline at rank 16, predicted at {timings.baseline:.2f} s a step.",
+        "",
+        "| plan | predicted | measured | difference |",
+        "|---|---:|---:|---:|",
+    ]
+    for arm in arms[1:]:
+        relative = arm.plan.predicted.relative_cached_step_time if arm.cached else arm.plan.predicted.relative_step_time
+        assert relative is not None
+        own = arm.plan.predicted.baseline_step_seconds
+        assert own is not None
+        predicted = timings.baseline / (relative * own)
+        measured, low, high = speedup(seconds["baseline"], seconds[arm.name])
+        lines.append(
+            f"| {arm.name} | {predicted:.2f}x | {measured:.2f}x ({low:.2f}-{high:.2f}) | {predicted / measured - 1:+.0%} |"
+        )
+    return section("Predicted against measured", lines)
 
 
 if __name__ == "__main__":

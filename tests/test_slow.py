@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,9 @@ from peft import PeftModel
 
 import aletheia
 from aletheia.cli.demo import demo_checkpoint
+from aletheia.data.batches import collate
+from aletheia.tuning.cache import MemoryCache, collate_with_prefix
+from aletheia.tuning.fill import fill
 from aletheia.tuning.run import Run
 
 pytestmark = pytest.mark.slow
@@ -41,6 +45,51 @@ def test_layer_scores_equal_the_reference(base):
     ]
     reference = gradient_probe(base.model, dataset, 30, 5)
     assert aletheia.probe(base.model, batches).layers == pytest.approx([reference[i] for i in range(30)], rel=1e-4)
+
+
+@needs_gsm8k
+@pytest.mark.parametrize("boundary", [0, 15])
+def test_fast_steps_equal_plain_ones(base, boundary):
+    """SmolLM2, float32: loss and adapter gradients to 1e-6, then 20 steps of AdamW to 1e-5, from stored prefixes."""
+    data = aletheia.load_data(str(GSM8K / "train.jsonl"), base.tokenizer).subset(range(40))
+    scores = aletheia.probe(base.model, data, batches=1)
+    plan = aletheia.plan(scores, "last", 100 - boundary / 30 * 100)
+    assert plan.boundary == boundary
+    cache = MemoryCache()
+    curves, gradients = {}, {}
+    for kind in ("plain", "fast"):
+        model = aletheia.adapt(base.model, plan, seed=1).train()
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(2)
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.01)
+        if boundary:
+            fill(model, boundary, data.examples, cache, 3, data.pad_token_id, show_progress=False)
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4)
+        losses = []
+        with aletheia.fast_steps(model, boundary or None) if kind == "fast" else nullcontext():
+            for step in range(20):
+                rows = data.examples[2 * step : 2 * step + 2]
+                batch = collate(rows, data.pad_token_id)
+                if kind == "fast" and boundary:
+                    batch = collate_with_prefix(rows, data.pad_token_id, cache)
+                loss = model(**batch, use_cache=False).loss
+                loss.backward()
+                if step == 0:
+                    gradients[kind] = torch.cat([parameter.grad.flatten() for parameter in parameters])
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+        curves[kind] = torch.tensor(losses, dtype=torch.float64)
+        model.unload()
+    relative = (curves["fast"] - curves["plain"]).abs() / curves["plain"]
+    error = (gradients["fast"] - gradients["plain"]).norm() / gradients["plain"].norm()
+    print(f"boundary {boundary}: loss {relative[0]:.1e}, gradient {error:.1e}, 20 steps {relative.max():.1e}")
+    assert relative[0] < 1e-6
+    assert error < 1e-6
+    assert relative.max() < 1e-5
 
 
 @needs_gsm8k

@@ -20,6 +20,7 @@ from aletheia.tuning.lean import lean_adapters, lean_causal_loss
 from aletheia.tuning.prefix import hidden_states
 
 REPEATS = 3
+SHORT_SECONDS, MOST_REPEATS = 0.2, 25
 ROWS = 4  # of the batch that is timed; times grow in proportion to tokens
 SAMPLED_BATCHES = 200
 RANKS = (16, 64)  # adapter times are measured at both; between and beyond, they are a line in the parameters
@@ -209,16 +210,15 @@ def _head(model: nn.Module, hidden_BTD: torch.Tensor, labels_BT: torch.Tensor) -
 
 
 def _seconds(job: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Median seconds of a job after one run that is not counted."""
-    is_cpu = not torch.accelerator.is_available()
-    found = []
-    for number in range(repeats + 1):
+    """Median seconds of a job, after one run that is not counted; short jobs are repeated more often."""
+    found: list[float] = []
+    job()
+    while len(found) < repeats or (sum(found) < SHORT_SECONDS and len(found) < MOST_REPEATS):
         started = time.perf_counter()
         job()
-        if not is_cpu:
+        if torch.accelerator.is_available():
             torch.accelerator.synchronize()
-        if number:
-            found.append(time.perf_counter() - started)
+        found.append(time.perf_counter() - started)
     return statistics.median(found)
 
 

@@ -1,0 +1,100 @@
+"""Peak memory of the training phase beyond the process before loading, each side in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import aletheia
+from aletheia.cli.demo import demo_checkpoint
+from aletheia.cli.options import quiet_libraries
+from aletheia.data.batches import collate
+from aletheia.planning.plan import Plan
+from aletheia.tuning.memory import peak_memory_bytes, reset_peak_memory
+
+DATA = Path(os.environ.get("ALETHEIA_DATA", "../shared/data")) / "gsm8k" / "train.jsonl"
+ROWS, MAX_TOKENS, STEPS = 160, 256, 6
+
+
+def peaks(plan: Plan, batch_size: int) -> list[str]:
+    """A section of the page: the baseline against the plan from a full cache on disk."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        plan.write(folder / "plan.json")
+        found = {side: _measured(side, folder, batch_size) for side in ("baseline", "fill", "cached")}
+    ratio = found["cached"] / found["baseline"]
+    lines = [
+        "## Peak memory of the training phase",
+        "",
+        f"Beyond the process before loading, {STEPS} steps of batch {batch_size}, each side in a process of its own; ours reads a "
+        "full cache on disk and holds the suffix only.",
+        "",
+        "| side | peak | against the first |",
+        "|---|---:|---:|",
+        f"| baseline | {found['baseline'] / 2**30:.2f} GiB | 1.00x |",
+        f"| default plan, cached | {found['cached'] / 2**30:.2f} GiB | {ratio:.2f}x |",
+        "",
+    ]
+    print("\n".join(lines), flush=True)
+    return lines
+
+
+def _measured(side: str, folder: Path, batch_size: int) -> int:
+    command = [sys.executable, __file__, side, str(folder), str(batch_size)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return int(json.loads(output.splitlines()[-1]))
+
+
+def _resident_bytes() -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("no VmRSS in /proc/self/status; this benchmark needs Linux")
+
+
+def run(side: str, folder: Path, batch_size: int) -> int:
+    """Peak bytes of the training phase beyond what the process held before loading."""
+    quiet_libraries()
+    torch.zeros(1).sum()
+    before = _resident_bytes()
+    base = aletheia.load(str(demo_checkpoint()), "float32")
+    every = aletheia.load_data(str(DATA), base.tokenizer)
+    data = every.subset([index for index, row in enumerate(every.examples) if len(row) <= MAX_TOKENS][:ROWS])
+    plan = Plan.read(folder / "plan.json")
+    if side == "baseline":
+        return _baseline(base.model, data, batch_size) - before
+    model = aletheia.adapt(base.model, plan)
+    base = base.model = None  # type: ignore[assignment]  # nothing else may hold the prefix
+    made = aletheia.train(
+        model, data, plan, folder / side, data.subset(range(8)), steps=STEPS, batch_size=batch_size, cache="disk",
+        cache_dir=folder / "cache", free_prefix=True, show_progress=False,
+    )  # fmt: skip
+    return made.metrics.peak_memory_bytes - before
+
+
+def _baseline(model: torch.nn.Module, data: aletheia.Examples, batch_size: int) -> int:
+    from peft import LoraConfig, get_peft_model
+
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted = get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=names)
+    ).train()
+    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, fused=True)
+    device = torch.device("cpu")
+    reset_peak_memory(device)
+    for step in range(STEPS):
+        batch = collate(data.examples[step * batch_size : (step + 1) * batch_size], data.pad_token_id)
+        adapted(**batch, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return peak_memory_bytes(device)
+
+
+if __name__ == "__main__":
+    print(run(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])))
