@@ -14,7 +14,7 @@ from aletheia.data.batches import collate
 from aletheia.errors import AdapterError
 from aletheia.tuning.cache import MemoryCache, collate_with_prefix
 from aletheia.tuning.fill import fill, open_cache
-from aletheia.tuning.lean import lean_adapters, lean_loss
+from aletheia.tuning.lean import lean_adapters, lean_causal_loss, lean_loss
 from aletheia.tuning.logits import labelled_logits
 from aletheia.tuning.prefix import PassThrough, dropout_below, frozen_prefix, stored_prefix
 from aletheia.tuning.train import fast_steps
@@ -274,7 +274,25 @@ def test_trainer_learns_the_same_under_checkpointing(rows, tmp_path):
 
 
 def test_a_trainable_embedding_is_refused():
-    model = adapted()
-    model.get_input_embeddings().weight.requires_grad_(True)
-    with pytest.raises(AdapterError, match="below the layers; expected a frozen embedding"), frozen_prefix(model):
-        pass
+    for family, name in (("llama", "embed_tokens"), ("gpt2", "wpe")):
+        model = adapted(family)
+        next(p for n, p in model.named_parameters() if name in n).requires_grad_(True)
+        with pytest.raises(AdapterError, match="below the layers; expected a frozen embedding"), frozen_prefix(model):
+            pass
+
+
+def test_an_error_inside_leaves_the_model_as_it_was(rows):
+    model, batch = adapted(), collate(rows, 0)
+    plain = gradients(model, batch)
+    layers = list(find_layers(model)[1])
+    with pytest.raises(KeyError), fast_steps(model, BOUNDARY):
+        model(**batch)  # no stored prefix in the batch
+    assert list(find_layers(model)[1]) == layers
+    assert difference(gradients(model, batch), plain) == 0
+
+
+def test_float16_logits_take_the_plain_loss():
+    logits = torch.randn(6, 259, dtype=torch.float16, requires_grad=True)
+    labels = torch.randint(0, 259, (6,))
+    loss = lean_causal_loss(logits * 1, None, 259, shift_labels=labels)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.float(), labels))

@@ -130,7 +130,12 @@ class _LeanCrossEntropy(torch.autograd.Function):
 def lean_causal_loss(
     logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs
 ):
-    """transformers' ``ForCausalLMLoss`` in one buffer: position t predicts label t + 1."""
+    """transformers' ``ForCausalLMLoss`` in one buffer: position t predicts label t + 1.
+
+    float16 logits take the plain way: small probabilities would be lost in a buffer that is scaled only afterwards.
+    """
+    if logits.dtype == torch.float16:
+        return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target_N = shift_labels.reshape(-1).to(logits.device)

@@ -4,6 +4,7 @@ Shapes: B rows of the batch, T tokens of its longest row, D model width. The bou
 trainable parameter; the embedding and the layers below it are the prefix.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from aletheia.anatomy.read import find_layers
 from aletheia.errors import AdapterError, TrainingError
 
 PREFIX = "prefix_BTD"  # key of the stored hidden states in a batch
+ABOVE_NAMES = re.compile(r"head|norm|ln_f|embed_out", re.IGNORECASE)  # of what comes after the layers
 
 
 def lowest_trainable_layer(model: nn.Module) -> int:
@@ -49,25 +51,31 @@ def frozen_prefix(model: nn.Module) -> Iterator[int]:
         _check_nothing_trains_below(model, layers)
     below = layers[:boundary]
     flags = {layer: layer.gradient_checkpointing for layer in below if hasattr(layer, "gradient_checkpointing")}
+
+    def give_back() -> None:
+        switched_on = bool(boundary) and getattr(layers[boundary], "gradient_checkpointing", False)
+        for layer, before in flags.items():  # as the loop has left the others
+            layer.gradient_checkpointing = before or switched_on
+
     with ExitStack() as stack:
+        stack.callback(give_back)
         for layer in below:
             stack.callback(layer.register_forward_pre_hook(_without_graph, with_kwargs=True).remove)
         if boundary:
             stack.callback(layers[boundary].register_forward_pre_hook(_start_graph, with_kwargs=True).remove)
         yield boundary
-    switched_on = bool(boundary) and getattr(layers[boundary], "gradient_checkpointing", False)
-    for layer, before in flags.items():  # as the loop has left the others
-        layer.gradient_checkpointing = before or switched_on
 
 
 def _check_nothing_trains_below(model: nn.Module, layers: nn.ModuleList) -> None:
+    """Outside the layers, only what lies above them may train: the final norm, and a head that is not tied."""
     inside = {id(parameter) for parameter in layers.parameters()}
     get_embedding = getattr(model, "get_input_embeddings", None)
     embedding = get_embedding() if get_embedding else None
     below = {id(parameter) for parameter in embedding.parameters()} if embedding is not None else set()
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and (id(parameter) in below or (id(parameter) not in inside and "embed" in name)):
-            raise AdapterError(f"{name} is trainable and lies below the layers; expected a frozen embedding")
+        is_above = id(parameter) in inside or (id(parameter) not in below and ABOVE_NAMES.search(name))
+        if parameter.requires_grad and not is_above:
+            raise AdapterError(f"{name} is trainable and may lie below the layers; expected a frozen embedding")
 
 
 def _without_graph(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

@@ -162,7 +162,9 @@ def train(
 
 @contextmanager
 def fast_steps(model: PeftModel, stored_from: int | None = None, free: bool = False) -> Iterator[None]:
-    """Everything that makes a step cheaper and leaves its result alone, for a training loop of one's own, too.
+    """Everything that makes a step cheaper and leaves loss and gradients alone, for a training loop of one's own, too.
+
+    The output's ``logits`` are those of labelled positions only, and hold their gradient after a loss that needs one.
 
     Args:
         model: the adapted model.
