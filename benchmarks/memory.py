@@ -17,7 +17,7 @@ from aletheia.planning.plan import Plan
 from aletheia.tuning.memory import peak_memory_bytes, reset_peak_memory
 
 DATA = Path(os.environ.get("ALETHEIA_DATA", "../shared/data")) / "gsm8k" / "train.jsonl"
-ROWS, MAX_TOKENS, STEPS = 160, 256, 6
+MAX_TOKENS, STEPS = 256, 6
 
 
 def peaks(plan: Plan, batch_size: int) -> list[str]:
@@ -30,7 +30,7 @@ def peaks(plan: Plan, batch_size: int) -> list[str]:
     lines = [
         "## Peak memory of the training phase",
         "",
-        f"Beyond the process before loading, {STEPS} steps of batch {batch_size}, each side in a process of its own; ours reads a "
+        f"Beyond the process before loading, {STEPS} steps over the longest rows, batch {batch_size}, each side in a process of its own; ours reads a "
         "full cache on disk and holds the suffix only.",
         "",
         "| side | peak | against the first |",
@@ -45,7 +45,7 @@ def peaks(plan: Plan, batch_size: int) -> list[str]:
 
 def _measured(side: str, folder: Path, batch_size: int) -> int:
     command = [sys.executable, __file__, side, str(folder), str(batch_size)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return int(json.loads(output.splitlines()[-1]))
 
 
@@ -63,12 +63,14 @@ def run(side: str, folder: Path, batch_size: int) -> int:
     before = _resident_bytes()
     base = aletheia.load(str(demo_checkpoint()), "float32")
     every = aletheia.load_data(str(DATA), base.tokenizer)
-    data = every.subset([index for index, row in enumerate(every.examples) if len(row) <= MAX_TOKENS][:ROWS])
+    fitting = [index for index, row in enumerate(every.examples) if len(row) <= MAX_TOKENS]
+    longest = sorted(fitting, key=lambda index: -len(every[index]))[: STEPS * batch_size]  # the same for both sides
+    data = every.subset(longest)
     plan = Plan.read(folder / "plan.json")
     if side == "baseline":
         return _baseline(base.model, data, batch_size) - before
     model = aletheia.adapt(base.model, plan)
-    base = base.model = None  # type: ignore[assignment]  # nothing else may hold the prefix
+    del base  # nothing else may hold the prefix
     made = aletheia.train(
         model, data, plan, folder / side, data.subset(range(8)), steps=STEPS, batch_size=batch_size, cache="disk",
         cache_dir=folder / "cache", free_prefix=True, show_progress=False,

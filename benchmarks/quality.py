@@ -55,6 +55,8 @@ ARMS = (
     Spec("last-15-1e-3", "last", 50, 16, 1e-3),
     Spec("last-15-r32-1e-3", "last", 50, 32, 1e-3),
     Spec("last-15-r32-7e-4", "last", 50, 32, 7e-4),
+    Spec("last-15-r32-2e-3", "last", 50, 32, 2e-3),
+    Spec("last-20-2e-3", "last", 66.7, 16, 2e-3),
     Spec("top-percent-1e-3", "top-percent", 50, 16, 1e-3),
     Spec("random-1e-3", "random", 50, 16, 1e-3),
 )
@@ -84,15 +86,18 @@ def run_arms(args: argparse.Namespace) -> None:
     data, held_out = rows(args, base.tokenizer)
     scores = aletheia.probe(base.model, data)
     uniform = aletheia.plan(scores, "uniform")
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "arms", "report")}
     for spec in ARMS:
         path = args.out / f"{spec.name}.json"
+        if path.exists() and json.loads(path.read_text()).get("settings", settings) != settings:
+            raise SystemExit(f"{path} was made with other settings; choose another OUT")
         if path.exists() or not spec.name.startswith(tuple(args.arms.split(","))):
             continue
         plan = aletheia.plan(scores, spec.policy, spec.percent, spec.rank)
         baseline, own = Arm("baseline", uniform, truncated=False), Arm.fast("own", plan, cached=plan.boundary > 0)
         timed = interleaved_steps(base.model, [baseline, own], data, BATCH_SIZE, 3)
         found = train(base.model, own, data, held_out, spec, args)
-        found |= {"layers": plan.layers, "rank": spec.rank, "learning_rate": spec.learning_rate}
+        found |= {"settings": settings, "layers": plan.layers, "rank": spec.rank, "learning_rate": spec.learning_rate}
         found |= {
             "step_seconds": float(np.mean(timed["own"])),
             "baseline_step_seconds": float(np.mean(timed["baseline"])),

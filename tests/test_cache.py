@@ -18,9 +18,11 @@ from tiny import make_model
 from aletheia.anatomy.read import find_layers
 from aletheia.data.order import training_batches
 from aletheia.errors import CacheError, TrainingError
+from aletheia.evaluation.held_out import held_out_loss
 from aletheia.planning.make import plan as make_plan
 from aletheia.probing.resident import probe
 from aletheia.tuning import fill as fill_module
+from aletheia.tuning import train as train_module
 from aletheia.tuning.cache import CacheInfo, DiskCache, MemoryCache, check_space
 from aletheia.tuning.fill import fill, open_cache, prefix_key
 from aletheia.tuning.train import check_settings
@@ -76,7 +78,7 @@ def test_bfloat16_entries_come_back_as_they_went(tmp_path, rows):
 def test_a_second_run_with_another_seed_computes_nothing(examples, scores, tmp_path, monkeypatch):
     settings = {"cache": "disk", "cache_dir": tmp_path / "cache", "epochs": 2, "steps": None, "batch_size": 8}
     trained(examples, scores, tmp_path / "one", **settings)
-    monkeypatch.setattr(fill_module, "prefix_output", lambda *_: pytest.fail("the prefix ran again"))
+    monkeypatch.setattr(DiskCache, "put", lambda *_: pytest.fail("a row was computed again"))
     _, run = trained(examples, scores, tmp_path / "two", seed=7, **settings)
     assert run.metrics.settings.cache == "disk"
     _, run = trained(examples, scores, tmp_path / "three", seed=8, **settings | {"cache": "auto"})
@@ -169,8 +171,10 @@ def test_damage_is_found_and_repaired(tmp_path, rows, seed):
     fresh = MemoryCache()
     filled(fresh, model, rows)
     filled(cache, model, rows)
-    for row in rows:
-        torch.testing.assert_close(cache.get(row), fresh.get(row), rtol=1e-5, atol=1e-6)
+    for found in (cache, disk(tmp_path)):
+        assert not found.missing(rows)  # and the repair is there to stay
+        for row in rows:
+            torch.testing.assert_close(found.get(row), fresh.get(row), rtol=1e-5, atol=1e-6)
 
 
 def test_damage_during_a_run_is_one_clear_line(tmp_path, rows):
@@ -186,7 +190,7 @@ def test_damage_during_a_run_is_one_clear_line(tmp_path, rows):
         MemoryCache().get(rows[0])
 
 
-def test_two_processes_may_write_the_same_cache(tmp_path, rows):
+def test_two_writers_may_share_a_cache(tmp_path, rows):
     one, other, model = disk(tmp_path), disk(tmp_path), adapted()
     filled(one, model, rows[:20])
     filled(other, model, rows[10:])
@@ -227,7 +231,7 @@ def decide(monkeypatch, rows, uses, folder, forward=1.0, memory=10**12, speed=1e
     monkeypatch.setattr(fill_module, "_forward_seconds_per_token", lambda *_: forward)
     monkeypatch.setattr(fill_module, "_copy_bytes_per_second", lambda: 1e10)
     monkeypatch.setattr(fill_module, "_disk_bytes_per_second", lambda root: (speed, speed))
-    monkeypatch.setattr(fill_module.psutil, "virtual_memory", lambda: type("Memory", (), {"available": memory}))
+    monkeypatch.setattr(fill_module, "_free_memory_bytes", lambda: memory)
     return open_cache(adapted(), BOUNDARY, rows, uses, 4, 0, "auto", folder)[1]
 
 
@@ -248,6 +252,10 @@ def test_auto_measures_something(rows):
     assert fill_module._copy_bytes_per_second() > 1e7
 
 
+def test_free_memory_is_what_the_machine_has():
+    assert 10**8 < fill_module._free_memory_bytes() <= fill_module.psutil.virtual_memory().total
+
+
 def test_the_disk_is_measured(tmp_path):
     write, read = fill_module._disk_bytes_per_second(tmp_path)
     assert write > 0
@@ -258,27 +266,30 @@ def test_the_disk_is_measured(tmp_path):
 # --- memory
 
 
-def test_the_prefix_leaves_memory(examples, scores, tmp_path):
-    model = make_model("llama")
-    gone = [weakref.ref(layer) for layer in find_layers(model)[1][:2]]
-    stays = weakref.ref(find_layers(model)[1][2])
-    _, run = trained(examples, scores, tmp_path / "run", model, cache="memory", free_prefix=True)
-    gc.collect()
-    assert [ref() for ref in gone] == [None, None]
-    assert stays() is not None
-    assert run.metrics.held_out_loss_after < run.metrics.held_out_loss_before
-    kept, again = trained(examples, scores, tmp_path / "kept", make_model("llama"), cache="memory")
+@pytest.mark.parametrize("family", ["llama", "qwen2"])  # a head tied to the embedding, and one that is not
+def test_the_prefix_leaves_memory_while_training(family, examples, tmp_path, monkeypatch):
+    model = make_model(family)
+    layers, embedding = find_layers(model)[1], model.get_input_embeddings()
+    gone = [weakref.ref(layer) for layer in layers[:2]] + ([] if family == "llama" else [weakref.ref(embedding.weight)])
+    stays = weakref.ref(layers[2])
+    del layers, embedding
+    alive = []
+
+    def look(*args, **kwargs):
+        gc.collect()
+        alive.append([ref() is not None for ref in (*gone, stays)])
+        return held_out_loss(*args, **kwargs)
+
+    monkeypatch.setattr(train_module, "held_out_loss", look)
+    scores = {"llama": probe(model, examples, batches=2)}
+    adapted_model, run = trained(examples, scores, tmp_path / "run", model, cache="memory", free_prefix=True)
+    assert alive == [[False] * len(gone) + [True]] * 5  # before, during and after
+    with pytest.raises(TrainingError, match="were freed for training; load the model again"):
+        adapted_model(input_ids=torch.zeros((1, 2), dtype=torch.int64))
+    monkeypatch.undo()
+    kept, again = trained(examples, scores, tmp_path / "kept", make_model(family), cache="memory")
     assert again.metrics.held_out_loss_after == run.metrics.held_out_loss_after
     assert len(list(find_layers(kept)[1][0].parameters())) > 0
-
-
-def test_an_untied_embedding_leaves_memory_too(examples, tmp_path):
-    model = make_model("qwen2")
-    gone = weakref.ref(model.get_input_embeddings().weight)
-    scores = {"llama": probe(model, examples, batches=2)}
-    trained(examples, scores, tmp_path / "run", model, cache="memory", free_prefix=True)
-    gc.collect()
-    assert gone() is None
 
 
 # --- order

@@ -11,12 +11,12 @@ from transformers import Trainer, TrainingArguments
 import aletheia
 from aletheia.anatomy.read import find_layers, is_matrix
 from aletheia.data.batches import collate
-from aletheia.errors import AdapterError
+from aletheia.errors import AdapterError, TrainingError
 from aletheia.tuning.cache import MemoryCache, collate_with_prefix
-from aletheia.tuning.fill import fill, open_cache
+from aletheia.tuning.fill import _trial, fill, open_cache
 from aletheia.tuning.lean import lean_adapters, lean_causal_loss, lean_loss
 from aletheia.tuning.logits import labelled_logits
-from aletheia.tuning.prefix import PassThrough, dropout_below, frozen_prefix, stored_prefix
+from aletheia.tuning.prefix import PassThrough, frozen_prefix, stored_prefix
 from aletheia.tuning.train import fast_steps
 
 BOUNDARY = 2
@@ -128,6 +128,32 @@ def test_adapters_that_are_not_plain_keep_their_forward():
         assert covered == 0
 
 
+def test_adapters_may_change_inside(rows):
+    """Two at once, and a switch to one that is not plain: PEFT's own forward takes over."""
+    model, ids = adapted(), collate(rows, 0)["input_ids"]
+    model.add_adapter(
+        "other", LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    model.eval()
+    model.base_model.set_adapter(["default", "other"])
+    expected = model(input_ids=ids).logits
+    with lean_adapters(model):
+        assert torch.equal(model(input_ids=ids).logits, expected)
+        model.set_adapter("default")
+        torch.testing.assert_close(model(input_ids=ids).logits.sum(), model(input_ids=ids).logits.sum())
+        module = next(m for m in model.modules() if hasattr(m, "lora_A") and m.lora_A)
+        assert module(torch.zeros(0, 32)).shape[0] == 0  # an expert that no token goes to
+
+
+def test_a_forward_of_someone_elses_comes_back(rows):
+    model = adapted()
+    module = next(m for m in model.modules() if hasattr(m, "lora_A") and m.lora_A)
+    module.forward = own = lambda x: x
+    with lean_adapters(model):
+        assert module.forward is not own
+    assert module.forward is own
+
+
 def test_disabled_adapters_stay_disabled(rows):
     model, ids = adapted(), collate(rows, 0)["input_ids"]
     with lean_adapters(model):
@@ -160,16 +186,48 @@ def test_stored_layers_keep_what_models_choose_by():
     assert sum(parameter.numel() for parameter in stand_in.parameters()) == 0
 
 
-def test_dropout_below_the_boundary_is_seen():
-    model = make_model("gpt2")
-    assert not dropout_below(model, 2)
-    model.transformer.h[3].attn.attn_dropout.p = 0.1
-    assert not dropout_below(model, 2)
-    model.transformer.h[1].mlp.dropout.p = 0.1
-    assert dropout_below(model, 2)
-    llama = make_model("llama")
-    llama.model.layers[0].self_attn.attention_dropout = 0.1
-    assert dropout_below(llama, 1)
+def obstacle(model, rows):
+    return _trial(model, BOUNDARY, rows, 0)[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
+def test_every_family_can_be_cached(family, rows):
+    model = adapted(family)
+    layers, state = list(find_layers(model)[1]), torch.get_rng_state()
+    assert _trial(model, BOUNDARY, rows, 0) == (None, torch.float32)
+    assert model.training
+    assert list(find_layers(model)[1]) == layers
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_dropout_below_the_boundary_is_seen(rows):
+    model = adapted("gpt2")
+    path = find_layers(model)[1]
+    path[3].attn.attn_dropout.p = 0.1
+    assert obstacle(model, rows) is None
+    path[1].mlp.dropout.p = 0.1
+    assert "draw at random" in obstacle(model, rows)
+    llama = adapted()
+    find_layers(llama)[1][0].self_attn.attention_dropout = 0.1
+    assert "draw at random" in obstacle(llama, rows)
+
+
+def test_layers_that_read_more_than_the_hidden_states_are_seen(rows):
+    """An upper layer that looks back, at the embedding or at a layer below: both give other logits or fail."""
+    model = adapted()
+    seen = {}
+    rotary = model.get_base_model().model.rotary_emb  # is called with the embedded tokens
+    rotary.register_forward_pre_hook(lambda module, args: seen.update(embedding=args[0]))
+    layers = find_layers(model)[1]
+    handle = layers[3].register_forward_pre_hook(lambda module, args: (args[0] + seen["embedding"], *args[1:]))
+    assert "read more than its hidden states" in obstacle(model, rows)
+    handle.remove()
+    assert obstacle(model, rows) is None
+    layers[0].register_forward_hook(lambda module, args, output: seen.update(below=output))
+    layers[3].register_forward_pre_hook(lambda module, args: (args[0] + seen.pop("below"), *args[1:]))
+    assert "does not start at layer 2 (RuntimeError" in obstacle(model, rows)  # of another shape
+    cache, decision = open_cache(model, BOUNDARY, rows, 10**9, 4, 0)
+    assert (cache, decision.kind) == (None, "off")
 
 
 # --- nothing below the boundary
@@ -285,8 +343,8 @@ def test_an_error_inside_leaves_the_model_as_it_was(rows):
     model, batch = adapted(), collate(rows, 0)
     plain = gradients(model, batch)
     layers = list(find_layers(model)[1])
-    with pytest.raises(KeyError), fast_steps(model, BOUNDARY):
-        model(**batch)  # no stored prefix in the batch
+    with pytest.raises(TrainingError, match="the batch brings no 'prefix_BTD'"), fast_steps(model, BOUNDARY):
+        model(**batch)
     assert list(find_layers(model)[1]) == layers
     assert difference(gradients(model, batch), plain) == 0
 

@@ -57,11 +57,13 @@ def plan(
     from aletheia.planning.make import plan as make_plan
     from aletheia.planning.make import plan_frontier
     from aletheia.probing.scores import Scores
-    from aletheia.reporting.frontier import frontier_view, plot_frontier
+    from aletheia.reporting.frontier import check_plot, frontier_view, plot_frontier
     from aletheia.reporting.terminal import render
 
     if out is None and not show_frontier and plot is None:
         raise PlanError("nothing to do: expected --out plan.json, --frontier, --plot, or several of them")
+    if plot is not None:
+        check_plot(plot)
     read = Scores.read(scores)
     made = make_plan(
         read,

@@ -111,12 +111,12 @@ def train(
     else:
         fraction = 0.05 if eval_fraction is None else eval_fraction
         examples, held_out = split_held_out(examples, fraction, seed, eval_rows)
-    passes = steps * batch_size / len(examples) if steps else epochs or 1.0
+    passes = 1.0 if cache == "off" else steps * batch_size / len(examples) if steps else epochs or 1.0
     plan, scores = _follow_or_make(plan, base, examples, batch_size, passes, seed, seconds)
     say(
         f"plan   {plan.settings.policy}: {len(plan.layers)} of {plan.layer_count} layers from {plan.boundary} up, "
-        f"{plan.trainable_parameters:,} trainable parameters, predicted step speed-up {plan.predicted.speedup:.2f}x, "
-        f"{plan.predicted.cached_speedup:.2f}x from a filled cache"
+        f"{plan.trainable_parameters:,} trainable parameters, predicted step speed-up {plan.predicted.speedup:.2f}x"
+        + ("" if cache == "off" else f", {plan.predicted.cached_speedup:.2f}x from a filled cache")
     )
     adapted = adapt(base.model, plan, seed)
     run = run_training(
@@ -165,6 +165,8 @@ def _follow_or_make(
         if plan.data and plan.data.fingerprint != examples.identity.fingerprint:
             say(f"note: the plan was made from {plan.data.name}, this run trains on {examples.identity.name}")
         return plan, None
+    import torch
+
     from aletheia.planning.make import plan as make_plan
     from aletheia.probing.resident import probe
     from aletheia.tuning.calibrate import calibrate
@@ -173,6 +175,9 @@ def _follow_or_make(
     with timed(seconds, "probe"):
         scores = probe(base.model, examples, seed=seed)
     with timed(seconds, "plan"):
-        scores = scores.model_copy(update={"timings": calibrate(base.model, examples, batch_size, seed)})
+        try:
+            scores = scores.model_copy(update={"timings": calibrate(base.model, examples, batch_size, seed)})
+        except torch.OutOfMemoryError:  # the yardstick, plain uniform LoRA, may need more than this run
+            say("note: a step of plain uniform LoRA does not fit in memory; the plan counts operations instead")
         made = make_plan(scores, seed=seed, epochs=epochs)
     return made, scores

@@ -59,14 +59,22 @@ def frontier_view(points: Sequence[FrontierPoint], chosen: Plan, rows: int = 40)
     return Group(table, Text(note), Text(plan_line))
 
 
+def check_plot(path: Path) -> None:
+    """Refuse a picture that cannot be drawn, before anything is computed.
+
+    Raises:
+        PlanError: an unknown suffix.
+    """
+    if path.suffix not in (".svg", ".png", ".pdf"):
+        raise PlanError(f"--plot is {path}; expected a file that ends with .svg, .png or .pdf")
+
+
 def plot_frontier(points: Sequence[FrontierPoint], chosen: Plan, path: Path) -> None:
     """Draw step time, first epoch and from a filled cache, against captured importance; the suffix says the format.
 
     Raises:
-        PlanError: a suffix that cannot be drawn, or a place that cannot be written.
+        PlanError: a place that cannot be written.
     """
-    if path.suffix not in (".svg", ".png", ".pdf"):
-        raise PlanError(f"--plot is {path}; expected a file that ends with .svg, .png or .pdf")
     seconds = chosen.predicted.baseline_step_seconds
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()

@@ -104,7 +104,8 @@ class DiskCache:
         self._dtype = getattr(torch, info.dtype)
         self._row_bytes = info.width * self._dtype.itemsize
         self._width = info.width
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, list[_Entry]] = {}  # several writers may have stored a row
+        self._good: dict[str, _Entry] = {}  # whose checksum was seen to hold
         self._maps: dict[str, np.memmap] = {}
         self._shard = f"{os.getpid()}-{os.urandom(4).hex()}"
         self.folder = Path(root) / info.key[:32]
@@ -132,17 +133,20 @@ class DiskCache:
                 continue
             entry = _Entry(index.stem, *map(int, fields[1:]))
             if entry.offset + entry.tokens * self._row_bytes <= size:
-                self._entries[fields[0]] = entry
+                self._entries.setdefault(fields[0], []).append(entry)
 
     def missing(self, rows: Sequence[Example]) -> list[Example]:
         """The rows without an entry or with a damaged one, each distinct row once; reads what it finds."""
-        found = []
-        for key, row in _distinct(rows).items():
-            if key in self._entries and self._bytes(key) is None:
-                del self._entries[key]
-            if key not in self._entries:
-                found.append(row)
-        return found
+        return [row for key, row in _distinct(rows).items() if not self._find(key)]
+
+    def _find(self, key: str) -> bool:
+        """Whether a row has an entry that is whole; each is read once."""
+        if key not in self._good:
+            for entry in self._entries.get(key, ()):
+                if self._bytes(entry) is not None:
+                    self._good[key] = entry
+                    break
+        return key in self._good
 
     def put(self, row: Example, hidden_TD: torch.Tensor) -> None:
         """Append to this process's shard.
@@ -151,6 +155,8 @@ class DiskCache:
             CacheError: the disk is full or fails; what was written before stays good.
         """
         raw = hidden_TD.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        if len(raw) != len(row) * self._row_bytes:
+            raise CacheError(f"{row.where}: {len(raw)} bytes to store, expected {len(row) * self._row_bytes}")
         key, data = row_key(row.input_ids), self.folder / f"{self._shard}.bin"
         try:
             with data.open("ab") as stream:
@@ -164,21 +170,20 @@ class DiskCache:
                 f"cannot write to the cache {self.folder}: {error.strerror or error}; "
                 "free some space and run again, it goes on from here, or pass --cache off"
             ) from error
-        self._entries[key] = entry
+        self._good[key] = entry
 
     def get(self, row: Example) -> torch.Tensor:
         """The entry, checked against its checksum; CacheError if there is none or it was damaged."""
         key = row_key(row.input_ids)
-        if key not in self._entries:
+        if not self._find(key):
             raise _no_entry(row)
-        raw = self._bytes(key)
+        raw = self._bytes(self._good[key])
         if raw is None:
             raise CacheError(f"{row.where}: its entry in {self.folder} was damaged; run again, which computes it anew")
         return torch.frombuffer(bytearray(raw), dtype=self._dtype).view(len(row), self._width)
 
-    def _bytes(self, key: str) -> memoryview | None:
+    def _bytes(self, entry: _Entry) -> memoryview | None:
         """The raw entry, or None if its checksum does not hold."""
-        entry = self._entries[key]
         end = entry.offset + entry.tokens * self._row_bytes
         mapped = self._maps.get(entry.shard)
         if mapped is None or len(mapped) < end:

@@ -123,6 +123,8 @@ def _layer(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> LayerTiming
     points = []
     for rank in RANKS:
         adapted = inject_adapter_in_model(LoraConfig(r=rank, target_modules=names), copy.deepcopy(layer))
+        for adapter in _adapters(adapted):
+            adapter.data = adapter.data.float()  # as get_peft_model keeps them
         parameters = sum(parameter.numel() for parameter in _adapters(adapted))
         with lean_adapters(adapted):
             points.append((parameters, max(_pass(adapted, args, kwargs, hidden_BTD) - frozen, 0.0)))
@@ -214,12 +216,17 @@ def _seconds(job: Callable[[], object], repeats: int = REPEATS) -> float:
     found: list[float] = []
     job()
     while len(found) < repeats or (sum(found) < SHORT_SECONDS and len(found) < MOST_REPEATS):
+        _synchronize()
         started = time.perf_counter()
         job()
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
+        _synchronize()
         found.append(time.perf_counter() - started)
     return statistics.median(found)
+
+
+def _synchronize() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
 def _scaled(timing: LayerTiming, scale: float) -> LayerTiming:

@@ -5,6 +5,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,12 @@ from aletheia.data.examples import Example
 from aletheia.errors import CacheError
 from aletheia.files import package_versions
 from aletheia.tuning.cache import CacheInfo, DiskCache, MemoryCache, PrefixCache, check_space, distinct_tokens
-from aletheia.tuning.prefix import dropout_below, prefix_output
+from aletheia.tuning.prefix import PREFIX, prefix_output, stored_prefix
 
 CacheKind = Literal["auto", "memory", "disk", "off"]
 MEMORY_SHARE = 0.5  # of the memory that is free now: what auto may fill
 TRIAL_BYTES = 1 << 24  # written and read once to measure the disk
+SAME = 1e-3  # relative; two runs of one shape are equal to the last digits
 _FILTERED = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "architectures")
 
 
@@ -105,15 +107,14 @@ def open_cache(
     """
     if kind == "off":
         return None, CacheDecision("off", "as asked")
-    obstacle = _obstacle(model, boundary)
+    obstacle, dtype = _trial(model, boundary, rows, pad_token_id)
     if obstacle:
         if kind != "auto":
             raise CacheError(f"--cache {kind} is not possible: {obstacle}; pass --cache off")
         return None, CacheDecision("off", obstacle)
-    embedding = model.get_input_embeddings().weight
     width = model.config.get_text_config().hidden_size
-    size = distinct_tokens(rows) * width * embedding.element_size()
-    free_memory = psutil.virtual_memory().available
+    size = distinct_tokens(rows) * width * dtype.itemsize
+    free_memory = _free_memory_bytes()
     if kind == "memory":
         if size > free_memory:
             raise CacheError(
@@ -125,25 +126,69 @@ def open_cache(
         model=str(getattr(model.config, "_name_or_path", "")) or type(model).__name__,
         key=prefix_key(model, boundary),
         boundary=boundary,
-        dtype=str(embedding.dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."),
         width=width,
     )
     root = folder or default_cache_dir()
     if kind == "disk":
         disk = DiskCache(root, info)
-        check_space(disk.folder, distinct_tokens(disk.missing(rows)) * width * embedding.element_size())
+        check_space(disk.folder, distinct_tokens(disk.missing(rows)) * width * dtype.itemsize)
         return disk, CacheDecision("disk", f"as asked, in {disk.folder}", size)
     return _decide(model, boundary, rows, uses, batch_size, pad_token_id, size, free_memory, info, root)
 
 
-def _obstacle(model: nn.Module, boundary: int) -> str | None:
+@torch.no_grad()
+def _trial(
+    model: nn.Module, boundary: int, rows: Sequence[Example], pad_token_id: int
+) -> tuple[str | None, torch.dtype]:
+    """Why a cache would not be exact, if so, and the dtype of what it would hold: tried on the two shortest rows.
+
+    Twice in training mode, the prefix must give the same (no dropout, no noise); started from its output, with an
+    embedding of zeros, the model must give the logits it gives from the start (nothing above reads anything else).
+    """
+    dtype = model.get_input_embeddings().weight.dtype
     if boundary == 0:
-        return "layer 0 is adapted, so there is no frozen prefix"
-    if dropout_below(model, boundary):
-        return "the model draws dropout below the boundary, so its output differs from epoch to epoch"
+        return "layer 0 is adapted, so there is no frozen prefix", dtype
     if getattr(model.config.get_text_config(), "output_router_logits", False):
-        return "the model adds a router loss, which looks at the layers below the boundary too"
-    return None
+        return "the model adds a router loss, which looks at the layers below the boundary too", dtype
+    batch = on_device_of(model, collate(sorted(rows, key=len)[:2], pad_token_id))
+    del batch["labels"]
+    was_training = model.training
+    try:
+        with torch.random.fork_rng():
+            model.train()
+            if _differ(*(prefix_output(model, boundary, batch) for _ in range(2))):
+                return "the layers below the boundary draw at random (dropout), so every epoch differs", dtype
+        model.eval()
+        hidden_BTD = prefix_output(model, boundary, batch)
+        plain = model(**batch, use_cache=False).logits
+        with ExitStack() as stack:
+            blank = model.get_input_embeddings().register_forward_hook(lambda *called: torch.zeros_like(called[2]))
+            stack.callback(blank.remove)
+            stack.enter_context(stored_prefix(model, boundary))
+            stored = model(**batch, **{PREFIX: hidden_BTD}, use_cache=False).logits
+    except Exception as error:  # whatever a family of tomorrow does with its layers
+        told = str(error).splitlines()[0] if str(error) else ""
+        return f"{type(model).__name__} does not start at layer {boundary} ({type(error).__name__}: {told})", dtype
+    finally:
+        model.train(was_training)
+    if hidden_BTD.dim() != 3 or _differ(plain, stored):
+        return "the layers above the boundary read more than its hidden states", dtype
+    return None, hidden_BTD.dtype
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool((one.float() - other.float()).norm() > SAME * one.float().norm())
+
+
+def _free_memory_bytes() -> int:
+    """What the system has left, or the control group, where that is less (containers, batch systems)."""
+    free = int(psutil.virtual_memory().available)
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    try:
+        return min(free, int(limit.read_text()) - int(used.read_text()))
+    except (OSError, ValueError):  # no control group, or no limit in it ("max")
+        return free
 
 
 def _decide(

@@ -50,13 +50,17 @@ def lean_adapters(model: nn.Module) -> Iterator[int]:
     its own; the others keep PEFT's forward. The sums are the same up to the order of rounding.
     """
     covered = [module for module in model.modules() if isinstance(module, LoraLinear) and _is_plain(module)]
+    own = [(module, module.__dict__.get("forward")) for module in covered]  # a hook of accelerate's, perhaps
     for module in covered:
         module.forward = partial(_forward, module, module.forward)
     try:
         yield len(covered)
     finally:
-        for module in covered:
-            del module.forward
+        for module, before in own:
+            if before is None:
+                del module.forward
+            else:
+                module.forward = before
 
 
 def _is_plain(module: LoraLinear) -> bool:
@@ -76,11 +80,12 @@ def _is_plain(module: LoraLinear) -> bool:
 
 
 def _forward(module: LoraLinear, plain, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    if module.disable_adapters or module.merged or args or kwargs or x.dtype != module.base_layer.weight.dtype:
+    usual = not (module.disable_adapters or module.merged or args or kwargs) and x.numel() > 0
+    if not usual or torch.is_autocast_enabled(x.device.type) or not _is_plain(module):
         return plain(x, *args, **kwargs)
-    if torch.is_autocast_enabled(x.device.type):
-        return plain(x)
     name, base = module.active_adapters[0], module.base_layer
+    if x.dtype != base.weight.dtype:
+        return plain(x)
     y_NO = _LeanLora.apply(
         x.reshape(-1, x.shape[-1]),
         base.weight,
@@ -92,7 +97,8 @@ def _forward(module: LoraLinear, plain, x: torch.Tensor, *args, **kwargs) -> tor
     return y_NO.view(*x.shape[:-1], -1)
 
 
-ROWS_AT_ONCE = 32  # of the softmax: a few megabytes, which stay in the processor's cache
+ROWS_AT_ONCE = {"cpu": 32}  # of the softmax: a few megabytes, which stay in the processor's cache
+ROWS_ON_DEVICE = 4096
 
 
 class _LeanCrossEntropy(torch.autograd.Function):
@@ -105,14 +111,15 @@ class _LeanCrossEntropy(torch.autograd.Function):
     def forward(ctx, logits_NV, target_N, ignore_index):
         wants_grad = ctx.needs_input_grad[0]
         summed = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
-        for start in range(0, len(target_N), ROWS_AT_ONCE):
-            chunk, target = logits_NV[start : start + ROWS_AT_ONCE], target_N[start : start + ROWS_AT_ONCE]
+        at_once = ROWS_AT_ONCE.get(logits_NV.device.type, ROWS_ON_DEVICE)
+        for start in range(0, len(target_N), at_once):
+            chunk, target = logits_NV[start : start + at_once], target_N[start : start + at_once]
             counted = target != ignore_index
             column = torch.where(counted, target, 0)[:, None]
             largest, at = chunk.max(dim=1, keepdim=True)
             softmax = torch.softmax(chunk, dim=1, dtype=torch.float32)
             loss = largest.float() - softmax.gather(1, at).log() - chunk.gather(1, column).float()
-            summed += loss.squeeze(1)[counted].sum()
+            summed += torch.where(counted, loss.squeeze(1), 0.0).sum()
             if wants_grad:
                 softmax.scatter_add_(1, column, torch.full_like(loss, -1.0))
                 softmax *= counted[:, None]

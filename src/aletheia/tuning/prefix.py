@@ -16,7 +16,7 @@ from aletheia.anatomy.read import find_layers
 from aletheia.errors import AdapterError, TrainingError
 
 PREFIX = "prefix_BTD"  # key of the stored hidden states in a batch
-ABOVE_NAMES = re.compile(r"head|norm|ln_f|embed_out", re.IGNORECASE)  # of what comes after the layers
+ABOVE_NAMES = re.compile(r"head|embed_out|^((?!embed).)*(norm|ln_f)", re.IGNORECASE)  # what comes after the layers
 
 
 def lowest_trainable_layer(model: nn.Module) -> int:
@@ -137,20 +137,6 @@ def prefix_output(model: nn.Module, boundary: int, batch: dict[str, torch.Tensor
     raise TrainingError(f"layer {boundary} of {type(model).__name__} was never called; --cache off trains without it")
 
 
-def dropout_below(model: nn.Module, boundary: int) -> bool:
-    """Whether training mode would draw dropout in the prefix, so that its output differs from epoch to epoch."""
-    _, layers = find_layers(model)
-    suffix = {id(module) for layer in layers[boundary:] for module in layer.modules()}
-    for module in model.modules():
-        if id(module) in suffix:
-            continue
-        if isinstance(module, nn.Dropout) and module.p > 0:
-            return True
-        if any(float(getattr(module, name, 0.0) or 0.0) > 0 for name in ("attention_dropout", "dropout_p")):
-            return True
-    return False
-
-
 class Skeleton(nn.Module):
     """The plain attributes of a module and of those inside it, such as ``attention_type``, without any weight."""
 
@@ -211,15 +197,14 @@ def stored_prefix(model: nn.Module, boundary: int, free: bool = False) -> Iterat
     kept = list(layers[:boundary])
     for index in range(boundary):
         layers[index] = PassThrough(layers[index], outputs[index]).train(model.training)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if free:
         kept.clear()
-        embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-        if head is not None and head.weight is not embedding.weight:
-            base.set_input_embeddings(NoEmbedding(embedding.weight.shape[1], embedding.weight.dtype))
+        _drop_embedding(model.get_base_model() if hasattr(model, "get_base_model") else model)
     stored: list[torch.Tensor] = []
 
     def take(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if PREFIX not in kwargs:
+            raise TrainingError(f"the layers below {boundary} are stored, and the batch brings no {PREFIX!r}")
         stored[:] = [kwargs.pop(PREFIX)]
         return args, kwargs
 
@@ -236,6 +221,19 @@ def stored_prefix(model: nn.Module, boundary: int, free: bool = False) -> Iterat
         finally:
             for index, layer in enumerate(kept):
                 layers[index] = layer
+            if free:
+                model.register_forward_pre_hook(_refuse)
+
+
+def _drop_embedding(base: nn.Module) -> None:
+    """Free the input embedding, unless the head holds the same weights."""
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if head is not None and head.weight is not embedding.weight:
+        base.set_input_embeddings(NoEmbedding(embedding.weight.shape[1], embedding.weight.dtype))
+
+
+def _refuse(module: nn.Module, args: tuple) -> None:
+    raise TrainingError("the layers below the boundary were freed for training; load the model again to use it")
 
 
 @torch.no_grad()

@@ -102,6 +102,8 @@ def train(
         TrainingError: a setting is out of range, or a loss is not finite.
     """
     check_settings(steps, epochs, batch_size, learning_rate, cache)
+    if not len(data):
+        raise TrainingError(f"{data.identity.name}: found no rows to train on, expected at least one")
     steps = steps or math.ceil(epochs * math.ceil(len(data) / batch_size))
     if learning_rate is None:
         learning_rate = default_learning_rate(model.config.get_text_config().hidden_size, steps)
@@ -172,12 +174,12 @@ def fast_steps(model: PeftModel, stored_from: int | None = None, free: bool = Fa
         free: see :func:`aletheia.tuning.prefix.stored_prefix`.
     """
     with ExitStack() as stack:
+        if stored_from is not None:  # first, so that nothing else holds the layers that it frees
+            stack.enter_context(stored_prefix(model, stored_from, free))
         stack.enter_context(frozen_prefix(model))
         stack.enter_context(labelled_logits(model))
         stack.enter_context(lean_adapters(model))
         stack.enter_context(lean_loss(model))
-        if stored_from is not None:
-            stack.enter_context(stored_prefix(model, stored_from, free))
         yield
 
 
