@@ -26,7 +26,7 @@ import aletheia
 from aletheia.cli.demo import demo_checkpoint
 from aletheia.cli.options import quiet_libraries
 from aletheia.data.batches import collate
-from aletheia.data.examples import Examples
+from aletheia.data.examples import NO_LOSS, Examples
 from aletheia.data.order import training_batches
 from aletheia.tuning.cache import MemoryCache, collate_with_prefix
 from aletheia.tuning.fill import fill
@@ -173,8 +173,8 @@ def per_row(model: torch.nn.Module, held_out: Examples, cache: MemoryCache | Non
         inputs = batch([held_out[row] for row in chosen], held_out, cache)
         logits = model(**inputs, use_cache=False).logits[0, :-1]  # labelled positions alone, row after row
         targets = inputs["labels"][:, 1:]
-        losses = torch.nn.functional.cross_entropy(logits, targets[targets != -100], reduction="none")
-        counts = (targets != -100).sum(dim=1).tolist()
+        losses = torch.nn.functional.cross_entropy(logits, targets[targets != NO_LOSS], reduction="none")
+        counts = (targets != NO_LOSS).sum(dim=1).tolist()
         for row, part in zip(chosen, losses.split(counts), strict=True):
             found[row] = (part.sum().item(), len(part))
     model.train()

@@ -17,7 +17,7 @@ from aletheia.reporting.format import (
     printable,
     rank_summary,
 )
-from aletheia.tuning.run import HeldOutPoint, Metrics, Run
+from aletheia.tuning.run import PHASES, HeldOutPoint, Metrics, Run
 
 NO_INTERVAL = (
     "One run each: these are single wall-clock timings on a machine whose noise was not removed, so they carry "
@@ -238,8 +238,7 @@ def _loss_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
 
 def _phase_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
     every = [run.metrics.seconds for run in runs]
-    names = ("load", "probe", "plan", "cache", "train", "eval")
-    rows = [Row(name.capitalize(), tuple(human_seconds(getattr(s, name)) for s in every)) for name in names]
+    rows = [Row(name.capitalize(), tuple(human_seconds(getattr(s, name)) for s in every)) for name in PHASES]
     return (*rows, Row("Total", tuple(human_seconds(seconds.total) for seconds in every)))
 
 

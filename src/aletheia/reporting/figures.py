@@ -24,13 +24,12 @@ from aletheia.reporting.svg import (
     run_dash,
     to_svg,
 )
-from aletheia.tuning.run import PhaseSeconds, Run, TrainPoint
+from aletheia.tuning.run import PHASES, PhaseSeconds, Run, TrainPoint
 
 # One width for all: 360 points stay legible on a phone and in two columns on a desk.
 WIDTH = 360.0
 HEIGHT = 200.0
 LABEL_LENGTH = 28
-PHASES = ("load", "probe", "plan", "cache", "train", "eval")
 MODULE_ROWS = 12  # more kinds of modules than this are drawn by role
 
 _Box = tuple[float, float, float, float]  # x, y, width, height

@@ -30,7 +30,7 @@ from aletheia.reporting.format import (
     rank_summary,
     shorten,
 )
-from aletheia.tuning.run import Run
+from aletheia.tuning.run import PHASES, Run
 
 TOP_MODULES = 10
 _BAR_WIDTH = 26
@@ -173,8 +173,7 @@ def _predicted_seconds(predicted: Prediction) -> str:
     baseline = predicted.baseline_step_seconds
     if baseline is None:
         return "counted in operations, not measured"
-    cached = predicted.relative_cached_step_time or predicted.relative_step_time
-    times = (baseline * predicted.relative_step_time, baseline * cached, baseline)
+    times = (baseline / predicted.speedup, baseline / predicted.cached_speedup, baseline)
     ours, stored, plain = (human_seconds(time) for time in times)
     return f"{ours} per step, {stored} cached, against {plain} (measured in parts)"
 
@@ -224,8 +223,7 @@ def _plan_table(plan: Plan, layers: range, header: bool) -> Table:
 def _render_run(run: Run) -> RenderableType:
     metrics, plan = run.metrics, run.plan
     seconds, settings = metrics.seconds, metrics.settings
-    names = ("load", "probe", "plan", "cache", "train", "eval")
-    phases = ", ".join(f"{name} {human_seconds(getattr(seconds, name))}" for name in names if getattr(seconds, name))
+    phases = ", ".join(f"{name} {human_seconds(getattr(seconds, name))}" for name in PHASES if getattr(seconds, name))
     size = f" ({human_bytes(metrics.cache_bytes)})" if metrics.cache_bytes else ""
     per_second = f"{human_count(round(metrics.tokens / seconds.train))} tokens/s" if seconds.train else NOTHING
     data = [("data", printable(metrics.data.name))] if metrics.data else []

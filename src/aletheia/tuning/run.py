@@ -38,6 +38,9 @@ class PhaseSeconds(BaseModel):
         return self.load + self.probe + self.plan + self.cache + self.train + self.eval
 
 
+PHASES = tuple(PhaseSeconds.model_fields)  # in the order in which they happen
+
+
 class TrainPoint(BaseModel):
     """One optimizer step. ``train_seconds`` counts from the first step, without evaluation."""
 
