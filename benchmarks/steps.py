@@ -21,6 +21,7 @@ from aletheia.tuning.fill import fill
 from aletheia.tuning.lean import lean_adapters, lean_loss
 from aletheia.tuning.logits import labelled_logits
 from aletheia.tuning.prefix import frozen_prefix, stored_prefix
+from aletheia.tuning.recompute import Recompute, recomputation
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,12 @@ class Arm:
     grouped: bool = False
     lean: bool = False
     cached: bool = False
-    checkpointed: bool = False
+    recompute: Recompute = "off"
 
     @classmethod
-    def fast(cls, name: str, plan: Plan, cached: bool = False, checkpointed: bool = False) -> "Arm":
+    def fast(cls, name: str, plan: Plan, cached: bool = False, recompute: Recompute = "off") -> "Arm":
         """Everything that ``aletheia train`` does."""
-        return cls(name, plan, True, True, True, True, cached, checkpointed)
+        return cls(name, plan, True, True, True, True, cached, recompute)
 
 
 @contextmanager
@@ -48,20 +49,13 @@ def prepared(model: torch.nn.Module, arm: Arm) -> Iterator[torch.nn.Module]:
     adapted = aletheia.adapt(model, arm.plan)
     adapted.train()
     with ExitStack() as stack:
-        if arm.checkpointed:
-            base = adapted.get_base_model()
-            base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-            stack.callback(base.activation_checkpointing_disable)
-            if not arm.truncated:
-                adapted.enable_input_require_grads()
-                stack.callback(base.disable_input_require_grads)
-            stack.callback(base.disable_input_require_grads)
         contexts = [
             (arm.truncated, frozen_prefix),
             (arm.labelled, labelled_logits),
             (arm.lean, lean_adapters),
             (arm.lean, lean_loss),
             (arm.cached, partial(stored_prefix, boundary=arm.plan.boundary)),
+            (True, partial(recomputation, kind=arm.recompute)),
         ]
         for wanted, context in contexts:
             if wanted:

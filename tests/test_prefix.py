@@ -17,6 +17,7 @@ from aletheia.tuning.fill import _trial, fill, open_cache
 from aletheia.tuning.lean import lean_adapters, lean_causal_loss, lean_loss
 from aletheia.tuning.logits import labelled_logits
 from aletheia.tuning.prefix import PassThrough, frozen_prefix, stored_prefix
+from aletheia.tuning.recompute import recomputation
 from aletheia.tuning.train import fast_steps
 
 BOUNDARY = 2
@@ -329,6 +330,37 @@ def test_trainer_learns_the_same_under_checkpointing(rows, tmp_path):
         assert torch.equal(trained(f"checkpointed-{reentrant}", frozen_prefix, **kwargs), plain)
     fast = trained("fast", fast_steps)
     assert ((fast - plain).abs() / plain).max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["selective", "full"])
+def test_recomputation_changes_no_digit(family, kind, rows):
+    model = adapted(family)
+    batch = stored(model, rows)
+    with fast_steps(model, BOUNDARY):
+        plain = gradients(model, batch)
+        with recomputation(model, kind):
+            assert difference(gradients(model, batch), plain) == 0
+    assert not any(layer.gradient_checkpointing for layer in find_layers(model)[1])
+
+
+@pytest.mark.parametrize(("kind", "repeated"), [("off", 0), ("selective", 0), ("full", 1)])
+def test_selective_recomputation_repeats_no_matrix_product(kind, repeated, rows, monkeypatch):
+    model, calls = adapted(), []
+    plain = torch.nn.functional.linear
+    with fast_steps(model), recomputation(model, kind):
+        loss = model(**collate(rows, 0), use_cache=False).loss
+        monkeypatch.setattr(torch.nn.functional, "linear", lambda *given: calls.append(given) or plain(*given))
+        loss.backward()
+    assert len(calls) == repeated * 14  # seven modules in each of two layers
+
+
+def test_a_family_without_checkpointing_is_refused(rows):
+    model = adapted()
+    model.get_base_model().supports_gradient_checkpointing = False
+    refusal = pytest.raises(TrainingError, match="has no gradient checkpointing; use --gradient-checkpointing off")
+    with refusal, recomputation(model, "full"):
+        pass
 
 
 def test_a_trainable_embedding_is_refused():

@@ -65,8 +65,12 @@ def train(
         Path | None, typer.Option("--cache-dir", help="For a cache on disk ($ALETHEIA_CACHE, or your cache folder).")
     ] = None,
     gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Recompute activations: less memory, more time.")
-    ] = False,
+        str,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Less memory, more time: compute again in backward all but matrix products (selective) or all (full).",
+        ),
+    ] = "off",
     group_by_length: Annotated[
         bool,
         typer.Option("--group-by-length/--no-group-by-length", help="Make batches of rows of like length."),
@@ -94,7 +98,7 @@ def train(
     from aletheia.tuning.train import check_settings, claim_output
     from aletheia.tuning.train import train as run_training
 
-    check_settings(steps, epochs, batch_size, learning_rate, cache)
+    check_settings(steps, epochs, batch_size, learning_rate, cache, gradient_checkpointing)
     claim_output(out, overwrite)
     plan = Plan.read(plan_file) if plan_file else None
     rows = load_rows(data)
@@ -133,7 +137,7 @@ def train(
         cache=cache,  # type: ignore[arg-type]
         cache_dir=cache_dir,
         free_prefix=True,
-        gradient_checkpointing=gradient_checkpointing,
+        gradient_checkpointing=gradient_checkpointing,  # type: ignore[arg-type]
         group_by_length=group_by_length,
         overwrite=overwrite,
         earlier_seconds=seconds,

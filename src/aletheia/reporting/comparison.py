@@ -132,9 +132,7 @@ def _conditions(runs: Sequence[Run]) -> dict[str, list[tuple[object, str]]]:
         "length grouping": [
             (setting.group_by_length, "on" if setting.group_by_length else "off") for setting in settings
         ],
-        "checkpointing": [
-            (setting.gradient_checkpointing, "on" if setting.gradient_checkpointing else "off") for setting in settings
-        ],
+        "checkpointing": [(setting.gradient_checkpointing, setting.gradient_checkpointing) for setting in settings],
         "seed": [(setting.seed, str(setting.seed)) for setting in settings],
         "learning rate": [(setting.learning_rate, f"{setting.learning_rate:g}") for setting in settings],
         "dtype": [(setting.dtype, setting.dtype) for setting in settings],
@@ -282,11 +280,9 @@ def repeat_command(run: Run) -> tuple[str, ...]:
         ("--dtype", settings.dtype),
         ("--seed", str(settings.seed)),
         ("--cache", settings.cache),
+        ("--gradient-checkpointing", settings.gradient_checkpointing),
         ("--out", f"{run.name}-again"),
     ]
     head = f"aletheia train {shlex.quote(metrics.model.name)}"
-    switches = [
-        *(["--gradient-checkpointing"] if settings.gradient_checkpointing else []),
-        *([] if settings.group_by_length else ["--no-group-by-length"]),
-    ]
+    switches = [] if settings.group_by_length else ["--no-group-by-length"]
     return (head, *(f"{flag} {shlex.quote(value)}" for flag, value in options), *switches)

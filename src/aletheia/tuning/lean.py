@@ -13,33 +13,50 @@ from torch import nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 
-class _LeanLora(torch.autograd.Function):
-    """``y = x Wt + b + s (x At) Bt`` for a frozen W.
+@torch.library.custom_op("aletheia::lora_linear", mutates_args=())
+def lora_linear(
+    x_NI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    a_RI: torch.Tensor,
+    b_OR: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x Wt + b + s (x At) Bt`` [N, O] for a frozen W, and the low-rank ``x At`` [N, R].
 
     PEFT computes the low-rank output, its scaled copy and the sum, each [N, O], and as many gradients. Here the
-    low-rank products are added by the matrix product itself, and the scale is applied to [N, R].
+    low-rank products are added by the matrix product itself, and the scale is applied to [N, R]. It is one operator
+    to autograd and to selective recomputation, which may keep its result.
     """
+    reduced_NR = x_NI @ a_RI.T
+    y_NO = nn.functional.linear(x_NI, weight_OI, bias_O)
+    return y_NO.addmm_(reduced_NR, b_OR.T, alpha=scale), reduced_NR
 
-    @staticmethod
-    def forward(ctx, x_NI, weight_OI, bias_O, a_RI, b_OR, scale):
-        reduced_NR = x_NI @ a_RI.T
-        y_NO = torch.nn.functional.linear(x_NI, weight_OI, bias_O)
-        y_NO.addmm_(reduced_NR, b_OR.T, alpha=scale)
-        ctx.save_for_backward(x_NI, weight_OI, a_RI, b_OR, reduced_NR)
-        ctx.scale = scale
-        return y_NO
 
-    @staticmethod
-    def backward(ctx, grad_NO):
-        x_NI, weight_OI, a_RI, b_OR, reduced_NR = ctx.saved_tensors
-        grad_reduced_NR = (grad_NO @ b_OR).mul_(ctx.scale)
-        grad_x_NI = None
-        if ctx.needs_input_grad[0]:
-            grad_x_NI = grad_NO @ weight_OI
-            grad_x_NI.addmm_(grad_reduced_NR, a_RI)
-        grad_a_RI = grad_reduced_NR.T @ x_NI
-        grad_b_OR = (grad_NO.T @ reduced_NR).mul_(ctx.scale)
-        return grad_x_NI, None, None, grad_a_RI, grad_b_OR, None
+@lora_linear.register_fake
+def _(x_NI, weight_OI, bias_O, a_RI, b_OR, scale):
+    return x_NI.new_empty(len(x_NI), len(weight_OI)), x_NI.new_empty(len(x_NI), len(a_RI))
+
+
+def _keep(ctx, inputs, output):
+    x_NI, weight_OI, _, a_RI, b_OR, ctx.scale = inputs
+    ctx.save_for_backward(x_NI, weight_OI, a_RI, b_OR, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _lora_linear_backward(ctx, grad_NO, _):
+    x_NI, weight_OI, a_RI, b_OR, reduced_NR = ctx.saved_tensors
+    grad_reduced_NR = (grad_NO @ b_OR).mul_(ctx.scale)
+    grad_x_NI = None
+    if ctx.needs_input_grad[0]:
+        grad_x_NI = grad_NO @ weight_OI
+        grad_x_NI.addmm_(grad_reduced_NR, a_RI)
+    grad_a_RI = grad_reduced_NR.T @ x_NI
+    grad_b_OR = (grad_NO.T @ reduced_NR).mul_(ctx.scale)
+    return grad_x_NI, None, None, grad_a_RI, grad_b_OR, None
+
+
+lora_linear.register_autograd(_lora_linear_backward, setup_context=_keep)
 
 
 @contextmanager
@@ -86,7 +103,7 @@ def _forward(module: LoraLinear, plain, x: torch.Tensor, *args, **kwargs) -> tor
     name, base = module.active_adapters[0], module.base_layer
     if x.dtype != base.weight.dtype:
         return plain(x)
-    y_NO = _LeanLora.apply(
+    y_NO, _ = lora_linear(
         x.reshape(-1, x.shape[-1]),
         base.weight,
         base.bias,

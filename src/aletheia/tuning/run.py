@@ -70,7 +70,7 @@ class TrainSettings(BaseModel):
     device: str
     seed: int
     group_by_length: bool = False
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["off", "selective", "full"] = "off"
     cache: Literal["memory", "disk", "off"] = "off"
 
 

@@ -30,6 +30,7 @@ from aletheia.tuning.lean import lean_adapters, lean_loss
 from aletheia.tuning.logits import labelled_logits
 from aletheia.tuning.memory import peak_memory_bytes, reset_peak_memory
 from aletheia.tuning.prefix import frozen_prefix, lowest_trainable_layer, stored_prefix
+from aletheia.tuning.recompute import Recompute, recomputation
 from aletheia.tuning.run import (
     METRICS_FILE,
     PLAN_FILE,
@@ -61,7 +62,7 @@ def train(
     cache: CacheKind = "auto",
     cache_dir: str | Path | None = None,
     free_prefix: bool = False,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Recompute = "off",
     group_by_length: bool = True,
     overwrite: bool = False,
     earlier_seconds: Mapping[str, float] | None = None,
@@ -88,7 +89,8 @@ def train(
         cache_dir: for a cache on disk; by default ``ALETHEIA_CACHE`` or the user's cache folder.
         free_prefix: with a cache, drop the layers below the boundary from memory for good: the model in hand is
             of no use afterwards, the run folder is complete.
-        gradient_checkpointing: recompute the suffix's activations instead of keeping them.
+        gradient_checkpointing: what of the suffix is computed again in backward instead of kept: ``off``,
+            ``selective`` (all but the matrix products) or ``full``.
         group_by_length: make batches of rows of like length.
         overwrite: allow ``out`` to hold another run, which is replaced.
         earlier_seconds: time already spent, by phase (``load``, ``probe``, ``plan``), for the record; by default the
@@ -101,7 +103,7 @@ def train(
         CacheError: the cache asked for is not possible or does not fit.
         TrainingError: a setting is out of range, or a loss is not finite.
     """
-    check_settings(steps, epochs, batch_size, learning_rate, cache)
+    check_settings(steps, epochs, batch_size, learning_rate, cache, gradient_checkpointing)
     if not len(data):
         raise TrainingError(f"{data.identity.name}: found no rows to train on, expected at least one")
     steps = steps or math.ceil(epochs * math.ceil(len(data) / batch_size))
@@ -128,7 +130,7 @@ def train(
     )
     collator = _collator(data, stored)
     watch = Watch(lambda: held_out_loss(model, held_out, batch_size, collator), EVALUATIONS, show_progress)
-    with fast_steps(model, boundary if stored else None, free_prefix):
+    with fast_steps(model, boundary if stored else None, free_prefix), recomputation(model, gradient_checkpointing):
         reset_peak_memory(model.device)
         watch.measure(step=0)
         _fit(model, schedule, collator, settings, watch)
@@ -244,8 +246,6 @@ def _arguments(settings: TrainSettings, scratch: str, steps: int) -> TrainingArg
         max_steps=steps,
         per_device_train_batch_size=1,  # one scheduled batch
         train_sampling_strategy="sequential",
-        activation_checkpointing=settings.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=WARMUP_SHARE,
@@ -320,6 +320,7 @@ def check_settings(
     batch_size: int = 1,
     learning_rate: float | None = None,
     cache: str = "auto",
+    gradient_checkpointing: str = "off",
 ) -> None:
     """Refuse settings that are out of range, and a distributed launch, where every process would write one folder.
 
@@ -330,8 +331,12 @@ def check_settings(
         raise TrainingError(
             "found a distributed launch (WORLD_SIZE above 1); expected one process, this release trains on one device"
         )
-    if cache not in get_args(CacheKind):
-        raise TrainingError(f"--cache is {cache!r}; expected one of {', '.join(get_args(CacheKind))}")
+    for flag, choice, known in (
+        ("--cache", cache, get_args(CacheKind)),
+        ("--gradient-checkpointing", gradient_checkpointing, get_args(Recompute)),
+    ):
+        if choice not in known:
+            raise TrainingError(f"{flag} is {choice!r}; expected one of {', '.join(known)}")
     limits = (("--steps", steps, 1), ("--batch-size", batch_size, 1))
     for flag, value, least in limits:
         if value is not None and value < least:
