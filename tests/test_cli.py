@@ -8,7 +8,7 @@ import pytest
 
 from aletheia.cli import main as cli
 
-COMMANDS = ("inspect", "probe", "plan", "show", "train", "report", "demo", "doctor")
+COMMANDS = ("inspect", "probe", "plan", "show", "train", "report", "cache", "demo", "doctor")
 
 
 @pytest.fixture
@@ -175,6 +175,11 @@ BAD = {
     "no run": (("report", "full", "--out", "x.html"), "holds no finished run"),
     "not ours": (("show", "empty.jsonl"), "none of ours"),
     "nothing there": (("show", "absent.json"), "cannot read absent.json"),
+    "no such cache": (("cache", "--cache-dir", "caches", "--delete", "abc"), "0 caches in caches begin with 'abc'"),
+    "recompute": (
+        ("train", "{model}", "--data", "{data}", "--out", "r", "--gradient-checkpointing", "some"),
+        "expected one of off, selective, full",
+    ),
     "bad dtype": (("probe", "{model}", "--data", "{data}", "--out", "s.json", "--dtype", "int3"), "'int3'"),
     "no such command": (("tune",), "tune"),
     "no such option": (("doctor", "--fast"), "--fast"),
@@ -206,6 +211,28 @@ def test_bad_input_is_one_clear_line(run, scores_file, model_folder, data_file, 
         assert "another-model (000000000000)" in lines[0]
     assert not (tmp_path / "r").exists()
     assert (tmp_path / "full" / "thesis.txt").read_text() == "precious"
+
+
+def test_caches_are_listed_and_deleted(run, scores_file, model_folder, data_file, tmp_path):
+    for top in (50, 25):
+        run("plan", scores_file, "--policy", "last", "--percent", top, "--out", "plan.json")
+        places = ("--plan", "plan.json", "--cache", "disk", "--cache-dir", "caches", "--out", f"run-{top}")
+        assert run("train", model_folder, "--data", data_file, *SMALL, *places)[0] == 0
+    code, out, _ = run("cache", "--cache-dir", "caches", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert [one["boundary"] for one in found] == [3, 2]  # the one used last comes first
+    assert found[0]["size_bytes"] > json.loads((tmp_path / "run-25" / "metrics.json").read_text())["cache_bytes"] > 0
+    assert run("cache", "--cache-dir", "caches", "--delete", found[0]["key"][:8])[0] == 0
+    code, out, _ = run("cache", "--cache-dir", "caches")
+    assert code == 0
+    assert found[1]["key"][:12] in out
+    assert found[0]["key"][:12] not in out
+    assert run("cache", "--cache-dir", "caches", "--delete-unused", 1)[2] == ""  # used today
+    _, out, err = run("cache", "--cache-dir", "caches", "--delete-unused", 0)
+    assert out == ""
+    assert err.startswith("deleted ")
+    assert list((tmp_path / "caches").iterdir()) == []
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])

@@ -11,6 +11,7 @@ import os
 import shutil
 import zlib
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -25,6 +26,13 @@ from aletheia.files import Artifact
 from aletheia.tuning.prefix import PREFIX
 
 KEPT_FREE_BYTES = 1 << 30  # of a disk that a cache may not fill to the brim
+
+
+def default_cache_dir() -> Path:
+    """``ALETHEIA_CACHE``, else ``aletheia/prefix`` in the user's cache folder."""
+    if "ALETHEIA_CACHE" in os.environ:
+        return Path(os.environ["ALETHEIA_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "aletheia" / "prefix"
 
 
 def row_key(tokens: Sequence[int]) -> str:
@@ -120,6 +128,8 @@ class DiskCache:
             raise CacheError(
                 f"cannot use the cache folder {self.folder}: {error}; choose another --cache-dir or delete it"
             ) from error
+        with suppress(OSError):  # another user's folder, perhaps
+            os.utime(self.folder / "cache.json")  # when it was last used
         for index in sorted(self.folder.glob("*.idx")):
             self._read_index(index)
 
@@ -193,6 +203,40 @@ class DiskCache:
             mapped = self._maps[entry.shard] = np.memmap(path, dtype=np.uint8, mode="r")
         raw = memoryview(mapped)[entry.offset : end]
         return raw if zlib.crc32(raw) == entry.checksum else None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCache:
+    """A cache folder as it lies on disk: what it holds, its bytes, and when a run last opened it (seconds, POSIX)."""
+
+    folder: Path
+    info: CacheInfo
+    size_bytes: int
+    used: float
+
+    def delete(self) -> None:
+        """Remove the folder.
+
+        Raises:
+            CacheError: the system refuses.
+        """
+        try:
+            shutil.rmtree(self.folder)
+        except OSError as error:
+            raise CacheError(f"cannot delete {self.folder}: {error.strerror or error}") from error
+
+
+def stored_caches(root: str | Path) -> list[StoredCache]:
+    """The caches under ``root``, the one used last first; anything else that lies there is left out."""
+    found = []
+    for marker in Path(root).glob("*/cache.json"):
+        try:
+            info = CacheInfo.read(marker)
+            size = sum(path.stat().st_size for path in marker.parent.iterdir())
+            found.append(StoredCache(marker.parent, info, size, marker.stat().st_mtime))
+        except (ArtifactError, OSError):
+            continue
+    return sorted(found, key=lambda stored: -stored.used)
 
 
 def collate_with_prefix(examples: Sequence[Example], pad_token_id: int, cache: PrefixCache) -> dict[str, torch.Tensor]:

@@ -22,7 +22,15 @@ from aletheia.data.batches import collate, on_device_of
 from aletheia.data.examples import Example
 from aletheia.errors import CacheError
 from aletheia.files import package_versions
-from aletheia.tuning.cache import CacheInfo, DiskCache, MemoryCache, PrefixCache, check_space, distinct_tokens
+from aletheia.tuning.cache import (
+    CacheInfo,
+    DiskCache,
+    MemoryCache,
+    PrefixCache,
+    check_space,
+    default_cache_dir,
+    distinct_tokens,
+)
 from aletheia.tuning.prefix import PREFIX, prefix_output, stored_prefix
 
 CacheKind = Literal["auto", "memory", "disk", "off"]
@@ -39,13 +47,6 @@ class CacheDecision:
     kind: Literal["memory", "disk", "off"]
     reason: str
     size_bytes: int = 0
-
-
-def default_cache_dir() -> Path:
-    """``ALETHEIA_CACHE``, else ``aletheia/prefix`` in the user's cache folder."""
-    if "ALETHEIA_CACHE" in os.environ:
-        return Path(os.environ["ALETHEIA_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "aletheia" / "prefix"
 
 
 def prefix_key(model: nn.Module, boundary: int) -> str:
@@ -100,7 +101,7 @@ def open_cache(
         batch_size: rows of a training batch.
         pad_token_id: for the trial batch.
         kind: ``auto`` measures the prefix's forward pass and the disk, and decides.
-        folder: for a cache on disk, by default :func:`default_cache_dir`.
+        folder: for a cache on disk, by default :func:`aletheia.tuning.cache.default_cache_dir`.
 
     Raises:
         CacheError: an explicit choice that does not fit or cannot be exact.

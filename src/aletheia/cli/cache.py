@@ -1,0 +1,82 @@
+"""``aletheia cache``: the prefix caches on disk, and their removal."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from aletheia.cli.options import JsonOption, print_json, print_rich, say
+
+if TYPE_CHECKING:
+    from aletheia.tuning.cache import StoredCache
+
+EXAMPLE = "aletheia cache --delete-unused 30"
+DAY_SECONDS = 24 * 3600
+
+
+def cache(
+    cache_dir: Annotated[
+        Path | None, typer.Option("--cache-dir", help="Where to look ($ALETHEIA_CACHE, or your cache folder).")
+    ] = None,
+    delete: Annotated[
+        str | None, typer.Option("--delete", help="Delete the cache of this key, or of its beginning.", metavar="KEY")
+    ] = None,
+    delete_unused: Annotated[
+        float | None,
+        typer.Option("--delete-unused", help="Delete what no run has opened for this many days.", min=0),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the prefix caches on disk; delete one, or those that no run has used for long."""
+    from aletheia.errors import CacheError
+    from aletheia.reporting.format import human_bytes
+    from aletheia.tuning.cache import default_cache_dir, stored_caches
+
+    root = cache_dir or default_cache_dir()
+    found = stored_caches(root)
+    unwanted = []
+    if delete is not None:
+        unwanted = [one for one in found if delete and one.folder.name.startswith(delete)]
+        if len(unwanted) != 1:
+            raise CacheError(
+                f"{len(unwanted)} caches in {root} begin with {delete!r}; expected one, see 'aletheia cache'"
+            )
+    if delete_unused is not None:
+        before = time.time() - delete_unused * DAY_SECONDS
+        unwanted += [one for one in found if one.used < before and one not in unwanted]
+    for one in unwanted:
+        one.delete()
+        say(f"deleted {one.folder} ({human_bytes(one.size_bytes)})")
+    left = [one for one in found if one not in unwanted]
+    if as_json:
+        print_json([_described(one) for one in left])
+    elif left:
+        print_rich(_table(left))
+    else:
+        say(f"no prefix cache in {root}")
+
+
+def _described(stored: "StoredCache") -> dict[str, object]:
+    return {
+        "key": stored.folder.name,
+        "folder": str(stored.folder),
+        "model": stored.info.model,
+        "boundary": stored.info.boundary,
+        "dtype": stored.info.dtype,
+        "size_bytes": stored.size_bytes,
+        "used": stored.used,
+    }
+
+
+def _table(caches: "list[StoredCache]") -> object:
+    from rich.table import Table
+
+    from aletheia.reporting.format import human_bytes
+
+    table = Table("key", "model", "boundary", "dtype", "size", "last used", box=None, pad_edge=False)
+    for one in caches:
+        used = time.strftime("%Y-%m-%d", time.localtime(one.used))
+        size = human_bytes(one.size_bytes)
+        table.add_row(one.folder.name[:12], one.info.model, str(one.info.boundary), one.info.dtype, size, used)
+    return table
