@@ -1,5 +1,6 @@
 """Filling the prefix cache: whether it pays, where it goes, and the one pass that computes it."""
 
+import functools
 import hashlib
 import json
 import os
@@ -7,7 +8,6 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +30,7 @@ from aletheia.tuning.cache import (
     check_space,
     default_cache_dir,
     distinct_tokens,
+    stored_caches,
 )
 from aletheia.tuning.prefix import PREFIX, prefix_output, stored_prefix
 
@@ -115,27 +116,41 @@ def open_cache(
         return None, CacheDecision("off", obstacle)
     width = model.config.get_text_config().hidden_size
     size = distinct_tokens(rows) * width * dtype.itemsize
-    free_memory = _free_memory_bytes()
     if kind == "memory":
-        if size > free_memory:
+        if size > (free := _free_memory_bytes()):
             raise CacheError(
-                f"the prefix cache needs {_gb(size)} of memory, {_gb(free_memory)} are free; "
-                "pass --cache disk or --cache off"
+                f"the prefix cache needs {_gb(size)} of memory, {_gb(free)} are free; pass --cache disk or --cache off"
             )
         return MemoryCache(), CacheDecision("memory", "as asked", size)
-    info = CacheInfo(
-        model=str(getattr(model.config, "_name_or_path", "")) or type(model).__name__,
-        key=prefix_key(model, boundary),
-        boundary=boundary,
-        dtype=str(dtype).removeprefix("torch."),
-        width=width,
-    )
     root = folder or default_cache_dir()
+
+    @functools.cache
+    def info() -> CacheInfo:
+        """Reads every weight below the boundary, so not before it is needed."""
+        return CacheInfo(
+            model=str(getattr(model.config, "_name_or_path", "")) or type(model).__name__,
+            key=prefix_key(model, boundary),
+            boundary=boundary,
+            dtype=str(dtype).removeprefix("torch."),
+            width=width,
+        )
+
     if kind == "disk":
-        disk = DiskCache(root, info)
+        disk = DiskCache(root, info())
         check_space(disk.folder, distinct_tokens(disk.missing(rows)) * width * dtype.itemsize)
         return disk, CacheDecision("disk", f"as asked, in {disk.folder}", size)
-    return _decide(model, boundary, rows, uses, batch_size, pad_token_id, size, free_memory, info, root)
+    candidates = [stored for stored in stored_caches(root) if stored.info.boundary == boundary]
+    if candidates and info().key in {stored.info.key for stored in candidates}:
+        disk = DiskCache(root, info())
+        tokens, missing = distinct_tokens(rows), distinct_tokens(disk.missing(rows))
+        if missing <= tokens / 2:
+            found = "all rows are" if missing == 0 else f"{1 - missing / tokens:.0%} of the tokens are"
+            return disk, CacheDecision("disk", f"{found} in {disk.folder} from an earlier run", size)
+    middle = sorted(rows, key=len)[len(rows) // 2 :][:batch_size]
+    decision = _decide(rows, uses, _forward_seconds_per_token(model, boundary, middle, pad_token_id), size, root)
+    if decision.kind == "disk":
+        return DiskCache(root, info()), decision
+    return MemoryCache() if decision.kind == "memory" else None, decision
 
 
 @torch.no_grad()
@@ -192,50 +207,31 @@ def _free_memory_bytes() -> int:
         return free
 
 
-def _decide(
-    model: nn.Module,
-    boundary: int,
-    rows: Sequence[Example],
-    uses: int,
-    batch_size: int,
-    pad_token_id: int,
-    size: int,
-    free_memory: int,
-    info: CacheInfo,
-    root: Path,
-) -> tuple[PrefixCache | None, CacheDecision]:
-    """``auto``: the time of every forward through the prefix against building once and reading."""
+def _decide(rows: Sequence[Example], uses: int, forward: float, size: int, root: Path) -> CacheDecision:
+    """``auto``: every forward through the prefix, ``forward`` seconds a token, against building once and reading."""
     tokens = distinct_tokens(rows)
-    if (root / info.key[:32] / "cache.json").exists():
-        disk = DiskCache(root, info)
-        missing = distinct_tokens(disk.missing(rows))
-        if missing <= tokens / 2:
-            found = "all rows are" if missing == 0 else f"{1 - missing / tokens:.0%} of the tokens are"
-            return disk, CacheDecision("disk", f"{found} in {disk.folder} from an earlier run", size)
-    middle = sorted(rows, key=len)[len(rows) // 2 :][:batch_size]
-    forward = _forward_seconds_per_token(model, boundary, middle, pad_token_id)
     element_bytes = size / tokens
     without = uses * forward
     copying = element_bytes / _copy_bytes_per_second()
     in_memory = tokens * (forward + copying) + uses * copying
-    if size <= MEMORY_SHARE * free_memory:
+    if size <= MEMORY_SHARE * (free := _free_memory_bytes()):
         told = f"the prefix takes {without:.0f} s run each time, {in_memory:.0f} s computed once and read from memory"
         if in_memory < without:
-            return MemoryCache(), CacheDecision("memory", f"{told} ({_gb(size)} of {_gb(free_memory)} free)", size)
-        return None, CacheDecision("off", told)
+            return CacheDecision("memory", f"{told} ({_gb(size)} of {_gb(free)} free)", size)
+        return CacheDecision("off", told)
     try:
         check_space(root, size)
         write, read = _disk_bytes_per_second(root)
     except (CacheError, OSError) as error:
-        return None, CacheDecision("off", f"too large for memory ({_gb(size)}), and the disk: {error}")
+        return CacheDecision("off", f"too large for memory ({_gb(size)}), and the disk: {error}")
     on_disk = tokens * (forward + element_bytes / write) + uses * element_bytes / read
     told = (
         f"{_gb(size)} are too much for memory; the prefix takes {without:.0f} s run each time, {on_disk:.0f} s "
         f"computed once and read from disk ({write / 1e6:.0f} MB/s written, {read / 1e6:.0f} MB/s read)"
     )
     if on_disk < without:
-        return DiskCache(root, info), CacheDecision("disk", told, size)
-    return None, CacheDecision("off", told)
+        return CacheDecision("disk", told, size)
+    return CacheDecision("off", told)
 
 
 def _forward_seconds_per_token(model: nn.Module, boundary: int, rows: Sequence[Example], pad_token_id: int) -> float:
@@ -297,7 +293,7 @@ def fill(
         return 0
     was_training = model.training
     model.eval()
-    make = partial(collate, pad_token_id=pad_token_id)
+    make = functools.partial(collate, pad_token_id=pad_token_id)
     columns = (TextColumn("cache"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     try:
         with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
