@@ -6,7 +6,9 @@ from tiny import make_model
 
 import aletheia
 from aletheia.anatomy.fingerprint import identify
-from aletheia.tuning.calibrate import _kinds, _typical_batch
+from aletheia.anatomy.read import read_anatomy
+from aletheia.planning.cost import layer_costs
+from aletheia.tuning.calibrate import _average_batch, _parts, _Step
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bloom", "qwen3_moe"])
@@ -28,16 +30,44 @@ def test_every_part_is_measured_and_the_model_is_left_as_it_was(family, examples
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_layers_of_other_shapes_are_measured_for_themselves():
-    model = make_model("qwen3_moe")
-    assert _kinds(model) == [[0, 1, 2, 3]]
-    model.model.layers[0].mlp = torch.nn.Sequential(torch.nn.Linear(32, 40), torch.nn.Linear(40, 32))
-    assert _kinds(model) == [[0], [1, 2, 3]]
+def test_seconds_are_shared_out_so_that_steps_come_back():
+    """Steps that take what the cost model says, in a model with layers of two shapes, give the parts back."""
+    model = make_model("llama", layers=6)
+    for layer in model.model.layers[4:]:
+        layer.mlp = torch.nn.Sequential(torch.nn.Linear(32, 400), torch.nn.Linear(400, 32))
+    anatomy = read_anatomy(model)
+    batch = {"input_ids": torch.ones(2, 10), "labels": torch.ones(2, 10, dtype=torch.int64)}
+    operations = layer_costs(anatomy, {module.name: 16 for module in anatomy.modules}, 16, 10, 0.9)
+    features = [sum(module.lora_parameters(1) for module in anatomy.in_layer(layer)) for layer in range(6)]
+    steps = [_Step([5]), _Step(range(3, 6)), _Step([3]), _Step(range(3, 6), 64), _Step(range(3, 6), way="prefix")]
+    for step in steps:
+        k = min(step.layers)
+        seconds = 2e-9 * sum(operations.forward[:k])
+        if step.way == "fast":
+            seconds = 0.5 + 2e-9 * sum(operations.forward[k:]) + 3e-9 * sum(operations.backward[k:])
+            seconds += sum((1e-6 + 1e-7 * step.rank) * features[layer] for layer in step.layers)
+        step.seconds.append(seconds)
+    layers, head = _parts(anatomy, steps, batch, tokens=40)  # twice the tokens that were timed
+    assert head == pytest.approx(2 * 0.5, rel=1e-5)
+    for layer, found in enumerate(layers):
+        assert found.forward == pytest.approx(4e-9 * operations.forward[layer], rel=1e-5)
+        assert found.backward == pytest.approx(6e-9 * operations.backward[layer], rel=1e-4)
+        assert found.adapter_fixed == pytest.approx(2e-6 * features[layer], rel=1e-4)
+        assert found.adapter_per_parameter == pytest.approx(2e-7, rel=1e-4)
 
 
-def test_padding_is_that_of_the_batches(examples):
-    rows, tokens, padding = _typical_batch(examples, 4, seed=0)
-    assert len(rows) == 4
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_the_smallest_models_are_calibrated_too(layers, examples):
+    timings = aletheia.calibrate(make_model("llama", layers), examples, batch_size=4)
+    assert len(timings.layers) == layers
+    assert sum(layer.forward + layer.backward for layer in timings.layers) + timings.head > 0
+
+
+def test_batches_are_of_average_size(examples):
     lengths = [len(example) for example in examples.examples]
-    assert 4 * min(lengths) < tokens < 4 * max(lengths)
-    assert padding > 1.02
+    mean = {}
+    for grouped in (True, False):
+        rows, mean[grouped] = _average_batch(examples, 4, 0, grouped)
+        assert len(rows) == 4
+        assert 4 * max(lengths[row] for row in rows) == pytest.approx(mean[grouped], rel=0.25)
+    assert mean[False] > 1.02 * mean[True]

@@ -45,6 +45,8 @@ def probe(
 ) -> None:
     """Score layers and modules by the gradient norm they receive on a few batches; nothing is trained."""
     quiet_libraries()
+    import torch
+
     from aletheia.anatomy.load import load
     from aletheia.data.rows import load_rows
     from aletheia.errors import ProbeError
@@ -65,7 +67,10 @@ def probe(
     scores = run_probe(base.model, examples, batches, batch_size, seed)
     if calibrated:
         say(f"time   the parts of a training step of {train_batch_size} rows")
-        scores = scores.model_copy(update={"timings": calibrate(base.model, examples, train_batch_size, seed)})
+        try:
+            scores = scores.model_copy(update={"timings": calibrate(base.model, examples, train_batch_size, seed)})
+        except torch.OutOfMemoryError:  # the yardstick, plain uniform LoRA, may need more than any plan
+            say("note: a step of plain uniform LoRA does not fit in memory; plans count operations instead")
     scores.write(out)
     if as_json:
         print_json(scores.model_dump(mode="json"))

@@ -116,7 +116,7 @@ def train(
         fraction = 0.05 if eval_fraction is None else eval_fraction
         examples, held_out = split_held_out(examples, fraction, seed, eval_rows)
     passes = 1.0 if cache == "off" else steps * batch_size / len(examples) if steps else epochs or 1.0
-    plan, scores = _follow_or_make(plan, base, examples, batch_size, passes, seed, seconds)
+    plan, scores = _follow_or_make(plan, base, examples, passes, seed, seconds)
     say(
         f"plan   {plan.settings.policy}: {len(plan.layers)} of {plan.layer_count} layers from {plan.boundary} up, "
         f"{plan.trainable_parameters:,} trainable parameters, predicted step speed-up {plan.predicted.speedup:.2f}x"
@@ -156,7 +156,6 @@ def _follow_or_make(
     plan: "Plan | None",
     base: "Loaded",
     examples: "Examples",
-    batch_size: int,
     epochs: float,
     seed: int,
     seconds: dict[str, float],
@@ -169,19 +168,12 @@ def _follow_or_make(
         if plan.data and plan.data.fingerprint != examples.identity.fingerprint:
             say(f"note: the plan was made from {plan.data.name}, this run trains on {examples.identity.name}")
         return plan, None
-    import torch
-
     from aletheia.planning.make import plan as make_plan
     from aletheia.probing.resident import probe
-    from aletheia.tuning.calibrate import calibrate
 
     say("probe  5 batches of 1")
     with timed(seconds, "probe"):
         scores = probe(base.model, examples, seed=seed)
     with timed(seconds, "plan"):
-        try:
-            scores = scores.model_copy(update={"timings": calibrate(base.model, examples, batch_size, seed)})
-        except torch.OutOfMemoryError:  # the yardstick, plain uniform LoRA, may need more than this run
-            say("note: a step of plain uniform LoRA does not fit in memory; the plan counts operations instead")
         made = make_plan(scores, seed=seed, epochs=epochs)
     return made, scores

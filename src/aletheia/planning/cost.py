@@ -1,8 +1,8 @@
 """The cost model: what one training step takes, in operations (analytic) or in seconds (calibrated).
 
-For boundary ``k = min S`` a step costs ``outside + sum_l F_l + sum_{l >= k} B_l + sum_{l in S} A_l + head``: all layers
-run forward, only the suffix is crossed by backward, only adapted layers pay for their adapters. From a filled prefix
-cache, layers below ``k`` do not run forward either.
+For boundary ``k = min S`` a step costs ``sum_l F_l + sum_{l >= k} B_l + sum_{l in S} A_l + head``: all layers run
+forward, only the suffix is crossed by backward, only adapted layers pay for their adapters. From a filled prefix cache,
+layers below ``k`` do not run forward either.
 """
 
 from collections.abc import Collection
@@ -17,8 +17,8 @@ class LayerCosts:
     """Cost of the parts of a step, all in one unit: FLOPs per token, or seconds per batch.
 
     ``forward[l]``, ``backward[l]`` (activations only) and ``adapter[l]`` per layer; ``head`` is the LM head and loss at
-    labelled tokens, ``outside`` the rest. ``baseline`` is a step of uniform LoRA in plain PEFT and Trainer: logits
-    everywhere and, if measured, random batches and PEFT's adapters.
+    labelled tokens and, if measured, what else does not depend on the plan. ``baseline`` is a step of uniform LoRA in
+    plain PEFT and Trainer: logits everywhere and, if measured, random batches and PEFT's adapters.
     """
 
     forward: tuple[float, ...]
@@ -26,7 +26,6 @@ class LayerCosts:
     adapter: tuple[float, ...]
     head: float
     baseline: float
-    outside: float = 0.0
 
     def step(self, layers: Collection[int]) -> float:
         """Cost of one step that adapts ``layers``, which must not be empty, without a cache."""
@@ -36,7 +35,7 @@ class LayerCosts:
         """Cost of one step from a filled prefix cache."""
         boundary = min(layers)
         crossed = sum(self.forward[boundary:]) + sum(self.backward[boundary:])
-        return self.outside + crossed + sum(self.adapter[layer] for layer in layers) + self.head
+        return crossed + sum(self.adapter[layer] for layer in layers) + self.head
 
     def mean_step(self, layers: Collection[int], epochs: float = 1.0) -> float:
         """Mean cost of a step over a run of ``epochs`` passes: the prefix runs once per row, then is read."""
@@ -84,5 +83,4 @@ def measured_costs(anatomy: Anatomy, ranks: dict[str, int], baseline_rank: int, 
         adapter=tuple(adapter),
         head=timings.head,
         baseline=baseline,
-        outside=timings.outside,
     )

@@ -4,7 +4,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 
 class LayerTiming(BaseModel):
-    """Seconds that one decoder layer takes for one batch.
+    """Seconds that one decoder layer takes for one batch, shared out from whole steps.
 
     ``forward`` and ``backward`` (activations only) are those of the frozen layer. Adapters on all its matrices add
     ``adapter_fixed + adapter_per_parameter x trainable parameters``, their optimizer step included.
@@ -20,9 +20,9 @@ class LayerTiming(BaseModel):
 class Timings(BaseModel):
     """Measured parts of a training step; all seconds are for one length-grouped batch of ``batch_size`` rows.
 
-    ``tokens`` counts its padding too. ``head`` is the LM head and loss over labelled tokens, forward and backward;
-    ``outside`` is the rest (embedding, masks, positions). ``baseline`` is a whole step of uniform LoRA of rank
-    ``baseline_rank`` as plain PEFT and transformers take it, on a batch of rows drawn at random, which holds
+    ``tokens`` counts its padding too. ``head`` is the LM head and loss over labelled tokens, forward and backward, and
+    what else does not depend on the plan (embedding, masks, positions). ``baseline`` is a whole step of uniform LoRA of
+    rank ``baseline_rank`` as plain PEFT and transformers take it, on a batch of rows drawn at random, which holds
     ``random_padding`` times the tokens.
     """
 
@@ -35,7 +35,6 @@ class Timings(BaseModel):
     random_padding: FiniteFloat = Field(ge=1)
     layers: tuple[LayerTiming, ...] = Field(min_length=1)
     head: FiniteFloat = Field(ge=0)
-    outside: FiniteFloat = Field(ge=0)
     baseline: FiniteFloat = Field(gt=0)
     baseline_rank: int = Field(ge=1)
     seconds: FiniteFloat = Field(ge=0, description="what the calibration itself took")

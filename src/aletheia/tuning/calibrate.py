@@ -1,83 +1,104 @@
-"""A few seconds of measurement: what each part of a training step costs here. Shapes as in ``prefix.py``."""
+"""Whole training steps of a few kinds, timed: what each part of a step costs here. Shapes as in ``prefix.py``."""
 
-import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model
+from scipy.optimize import nnls
 from torch import nn
 
-from aletheia.anatomy.read import adaptable_modules, find_layers, is_matrix, read_anatomy
-from aletheia.data.batches import collate, on_device_of
-from aletheia.data.examples import NO_LOSS, Examples
+from aletheia.anatomy.read import read_anatomy
+from aletheia.anatomy.schema import Anatomy
+from aletheia.data.batches import collate, labelled_tokens, on_device_of
+from aletheia.data.examples import Examples
 from aletheia.data.order import training_batches
+from aletheia.planning.cost import layer_costs
 from aletheia.probing.timings import LayerTiming, Timings
-from aletheia.tuning.lean import lean_adapters, lean_causal_loss
-from aletheia.tuning.prefix import hidden_states, prefix_output
+from aletheia.tuning.prefix import PREFIX, prefix_output
+from aletheia.tuning.train import fast_steps
 
 ROUNDS = 3
 SHORT_SECONDS, MOST_REPEATS = 0.2, 25
-ROWS = 4  # of the batch that is timed; times grow in proportion to tokens
 SAMPLED_BATCHES = 200
-Job = Callable[[], object]
-RANKS = (16, 64)  # adapter times are measured at both; between and beyond, they are a line in the parameters
+RANK, HIGH_RANK = 16, 64  # adapters are timed at both; between and beyond, their time is a line in the parameters
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A kind of step and its measured seconds, round by round.
+
+    Our steps start from a stored prefix where there is one. ``way`` is ``fast``, ``plain`` (as PEFT and transformers
+    take it) or ``prefix`` (forward through the layers below the first of ``layers``, and nothing else).
+    """
+
+    layers: Sequence[int]
+    rank: int = RANK
+    way: str = "fast"
+    seconds: list[float] = field(default_factory=list)
 
 
 def calibrate(model: nn.Module, data: Examples, batch_size: int = 4, seed: int = 0) -> Timings:
-    """Measure forward, backward and adapter times of each kind of layer, and of the head, on a typical batch.
+    """Time whole training steps of a few kinds on batches of average size, and share their seconds out over the parts.
 
-    Layers with modules of the same shapes count as one kind; one of each is run by itself on the hidden states that
-    reach it. One whole step of uniform LoRA, as PEFT takes it, is the yardstick. The model is left as it was.
+    Our steps differ in one thing each: how many layers are crossed, how many of them are adapted, the rank. Forward,
+    backward and adapter times, and the rest (head, loss, embedding), are the non-negative least-squares solution over
+    them; layers of other shapes get seconds in proportion to their operations. A plain step of uniform LoRA is the
+    yardstick. The model is left as it was.
 
     Args:
         model: the base model, without adapters.
-        data: rows to train on; a typical batch is one of median size among 200 length-grouped ones.
+        data: rows to train on.
         batch_size: rows per training step.
         seed: of the batches.
     """
     started = time.perf_counter()
+    anatomy = read_anatomy(model)
+    rows, tokens = _average_batch(data, batch_size, seed, grouped=True)
+    random_rows, random_tokens = _average_batch(data, batch_size, seed, grouped=False)
+    batch, random_batch = (
+        on_device_of(model, collate([data[row] for row in chosen], data.pad_token_id)) for chosen in (rows, random_rows)
+    )
+    last, middle = anatomy.layer_count - 1, anatomy.layer_count // 2
+    upper = range(middle, last + 1)
+    baseline = _Step(range(last + 1), way="plain")
+    steps = [_Step([last]), _Step(upper), _Step([middle]), _Step(upper, HIGH_RANK), _Step(upper, way="prefix")]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     was_training = model.training
     model.eval()
-    rows, tokens, padding = _typical_batch(data, batch_size, seed)
-    batch = on_device_of(model, collate([data[row] for row in rows[:ROWS]], data.pad_token_id))
-    kinds = _kinds(model)
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    with torch.random.fork_rng(), ExitStack() as stack:  # adapters are drawn
-        jobs, parameters = _layer_jobs(model, batch, [members[0] for members in kinds], stack)
-        jobs["head"] = _head_job(model, batch)
-        jobs["outside"] = partial(prefix_output, model, 0, batch)
-        jobs["baseline"] = _baseline_job(model, batch, stack)
-        seconds = _interleaved(jobs)
-    for parameter, flag in flags:
-        parameter.requires_grad_(flag)
-    model.train(was_training)
-    scale = tokens / batch["input_ids"].numel()  # from the tokens at hand to those of an average batch
-    measured: dict[int, LayerTiming] = {}
-    for members in kinds:
-        measured |= dict.fromkeys(members, _timing(members[0], seconds, parameters, scale))
+    try:
+        with torch.random.fork_rng():  # adapters are drawn
+            for _ in range(ROUNDS):  # every kind in each, so that a machine that slows down slows all of them
+                for step in (baseline, *steps):
+                    with _prepared(model, anatomy, step, random_batch if step is baseline else batch) as job:
+                        step.seconds.append(_timed(job))
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        model.train(was_training)
+    layers, head = _parts(anatomy, steps, batch, tokens)
     return Timings(
         device=batch["input_ids"].device.type,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         batch_size=batch_size,
         tokens=tokens,
-        random_padding=padding,
-        layers=tuple(measured[index] for index in range(len(measured))),
-        head=seconds["head"] * scale,
-        outside=seconds["outside"] * scale,
-        baseline=seconds["baseline"] * scale * padding,
-        baseline_rank=RANKS[0],
+        random_padding=max(1.0, random_tokens / tokens),
+        layers=layers,
+        head=head,
+        baseline=statistics.median(baseline.seconds) * random_tokens / random_batch["input_ids"].numel(),
+        baseline_rank=RANK,
         seconds=time.perf_counter() - started,
     )
 
 
-def _typical_batch(data: Examples, batch_size: int, seed: int) -> tuple[list[int], float, float]:
-    """Rows of a batch of median size, the mean tokens of a batch with padding, and random batches' tokens to that."""
+def _average_batch(data: Examples, batch_size: int, seed: int, grouped: bool) -> tuple[list[int], float]:
+    """Rows of the batch whose padded size is nearest to the mean, and that mean, in tokens."""
     lengths = [len(example) for example in data.examples]
     size = min(batch_size, len(lengths))
 
@@ -85,158 +106,94 @@ def _typical_batch(data: Examples, batch_size: int, seed: int) -> tuple[list[int
         return max(lengths[row] for row in batch) * len(batch)
 
     count = min(SAMPLED_BATCHES, max(1, len(lengths) // size))
-    batches = {grouped: training_batches(lengths, size, count, seed, grouped) for grouped in (True, False)}
-    means = {grouped: statistics.fmean(map(padded, found)) for grouped, found in batches.items()}
-    middle = sorted(batches[True], key=padded)[count // 2]
-    return middle, means[True], max(1.0, means[False] / means[True])
+    batches = training_batches(lengths, size, count, seed, grouped)
+    mean = statistics.fmean(map(padded, batches))
+    return min(batches, key=lambda batch: abs(padded(batch) - mean)), mean
 
 
-def _kinds(model: nn.Module) -> list[list[int]]:
-    """Layer indices, those of like modules together."""
-    anatomy = read_anatomy(model)
-    found: dict[tuple, list[int]] = {}
-    for layer in range(anatomy.layer_count):
-        shape = tuple((m.role, m.in_features, m.out_features) for m in anatomy.in_layer(layer))
-        found.setdefault(shape, []).append(layer)
-    return list(found.values())
-
-
-def _layer_jobs(
-    model: nn.Module, batch: dict[str, torch.Tensor], wanted: Sequence[int], stack: ExitStack
-) -> tuple[dict[str, Job], dict[str, int]]:
-    """A layer of each kind, on a copy: forward, and forward and backward without and with adapters of both ranks.
-
-    Also the trainable parameters of each adapted copy.
-    """
-    _, layers = find_layers(model)
-    inputs = _inputs(model, batch, wanted)
-    jobs: dict[str, Job] = {}
-    parameters: dict[str, int] = {}
-    for index in wanted:
-        args, kwargs = inputs[index]
-        frozen = copy.deepcopy(layers[index]).requires_grad_(False)
-        names = [name for name, module in frozen.named_modules() if is_matrix(module)]
-        jobs[f"{index} forward"] = torch.no_grad()(partial(frozen, *args, **kwargs))
-        jobs[f"{index} frozen"] = _pass(frozen, args, kwargs)
-        for rank in RANKS:
-            adapted = inject_adapter_in_model(LoraConfig(r=rank, target_modules=names), copy.deepcopy(frozen))
-            for adapter in _adapters(adapted):
-                adapter.data = adapter.data.float()  # as get_peft_model keeps them
-            stack.enter_context(lean_adapters(adapted))
-            jobs[f"{index} rank {rank}"] = _pass(adapted, args, kwargs)
-            parameters[f"{index} rank {rank}"] = sum(parameter.numel() for parameter in _adapters(adapted))
-    return jobs, parameters
-
-
-def _timing(index: int, seconds: dict[str, float], parameters: dict[str, int], scale: float) -> LayerTiming:
-    """The parts of a layer, from what was run: differences, and a line through both ranks."""
-    forward, frozen = seconds[f"{index} forward"], seconds[f"{index} frozen"]
-    low, high = (max(seconds[f"{index} rank {rank}"] - frozen, 0.0) for rank in RANKS)
-    few, many = (parameters[f"{index} rank {rank}"] for rank in RANKS)
-    slope = max((high - low) / (many - few), 0.0)
-    return LayerTiming(
-        forward=forward * scale,
-        backward=max(frozen - forward, 0.0) * scale,
-        adapter_fixed=max(low - slope * few, 0.0) * scale,
-        adapter_per_parameter=slope * scale,
-    )
-
-
-@torch.no_grad()
-def _inputs(model: nn.Module, batch: dict[str, torch.Tensor], wanted: Sequence[int]) -> dict[int, Any]:
-    """The arguments that layers are called with."""
-    _, layers = find_layers(model)
-    caught: dict[int, Any] = {}
+@contextmanager
+def _prepared(model: nn.Module, anatomy: Anatomy, step: _Step, batch: Batch) -> Iterator[Callable[[], object]]:
+    """The step as something to call; afterwards the model has no adapters again."""
+    boundary = min(step.layers)
+    if step.way == "prefix":
+        yield lambda: prefix_output(model, boundary, batch)
+        return
+    names = [module.name for module in anatomy.modules if module.layer in step.layers and module.role != "router"]
+    config = LoraConfig(task_type="CAUSAL_LM", r=step.rank, lora_alpha=2 * step.rank, target_modules=names)
+    adapted = get_peft_model(model, config)
+    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     with ExitStack() as stack:
-        for index in wanted:
+        stack.callback(adapted.unload)
+        if step.way == "fast":
+            if boundary:
+                batch = batch | {PREFIX: prefix_output(adapted, boundary, batch)}
+            stack.enter_context(fast_steps(adapted, boundary or None))
 
-            def catch(module: nn.Module, args: tuple, kwargs: dict[str, Any], index: int = index) -> None:
-                caught[index] = (args, kwargs)
+        def run() -> None:
+            adapted(**batch, use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
 
-            stack.callback(layers[index].register_forward_pre_hook(catch, with_kwargs=True).remove)
-        model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    return caught
-
-
-def _pass(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Job:
-    """A layer forward and backward, with the optimizer's step where it has adapters."""
-    hidden_BTD = hidden_states(args, kwargs).detach()
-    upstream = torch.randn_like(hidden_BTD)
-    adapters = _adapters(layer)
-    step = _optimizer_step(adapters) if adapters else None
-
-    def run() -> None:
-        start = hidden_BTD.clone().requires_grad_(True)
-        output = layer(start, *args[1:], **kwargs) if args else layer(**kwargs | {"hidden_states": start})
-        (output[0] if isinstance(output, tuple) else output).backward(upstream)
-        if step is not None:
-            step()
-
-    return run
+        yield run
 
 
-def _head_job(model: nn.Module, batch: dict[str, torch.Tensor]) -> Job:
-    """Head and loss at labelled tokens, forward and backward."""
-    head = model.get_output_embeddings()
-    targets_N = batch["labels"][:, 1:]
-    targets_N = targets_N[targets_N != NO_LOSS]
-    hidden_ND = torch.randn(len(targets_N), head.weight.shape[1], dtype=head.weight.dtype, device=head.weight.device)
-
-    def run() -> None:
-        logits_NV = head(hidden_ND.clone().requires_grad_(True))
-        lean_causal_loss(logits_NV, None, logits_NV.shape[-1], shift_labels=targets_N).backward()
-
-    return run
-
-
-def _baseline_job(model: nn.Module, batch: dict[str, torch.Tensor], stack: ExitStack) -> Job:
-    """A whole step with adapters on every matrix, as PEFT and transformers take it; ``stack`` takes them off again."""
-    names = list(adaptable_modules(model))
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=RANKS[0], target_modules=names))
-    stack.callback(adapted.unload)
-    step = _optimizer_step([parameter for parameter in adapted.parameters() if parameter.requires_grad])
-
-    def run() -> None:
-        adapted(**batch, use_cache=False).loss.backward()
-        step()
-
-    return run
-
-
-def _optimizer_step(adapters: list[nn.Parameter]) -> Job:
-    optimizer = torch.optim.AdamW(adapters, lr=1e-4, fused=True)
-
-    def run() -> None:
-        torch.nn.utils.clip_grad_norm_(adapters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
-
-
-def _adapters(layer: nn.Module) -> list[nn.Parameter]:
-    return [parameter for name, parameter in layer.named_parameters() if "lora_" in name]
-
-
-def _interleaved(jobs: dict[str, Job]) -> dict[str, float]:
-    """Median seconds of each job over rounds of all, so that a machine that slows down slows all of them.
-
-    Short jobs are repeated within a round, after one run that is not counted.
-    """
-    found: dict[str, list[float]] = {name: [] for name in jobs}
-    for _ in range(ROUNDS):
-        for name, job in jobs.items():
-            spent: list[float] = []
-            while not spent or (sum(spent) < SHORT_SECONDS and len(spent) < MOST_REPEATS):
-                _synchronize()
-                started = time.perf_counter()
-                job()
-                _synchronize()
-                spent.append(time.perf_counter() - started)
-            found[name].append(statistics.median(spent[1:] or spent))
-    return {name: statistics.median(values) for name, values in found.items()}
+def _timed(job: Callable[[], object]) -> float:
+    """Median seconds of a job, which is repeated if it is short; the first of several runs is not counted."""
+    spent: list[float] = []
+    while not spent or (sum(spent) < SHORT_SECONDS and len(spent) < MOST_REPEATS):
+        _synchronize()
+        started = time.perf_counter()
+        job()
+        _synchronize()
+        spent.append(time.perf_counter() - started)
+    return statistics.median(spent[1:] or spent)
 
 
 def _synchronize() -> None:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
+
+
+def _parts(
+    anatomy: Anatomy, steps: Sequence[_Step], batch: Batch, tokens: float
+) -> tuple[tuple[LayerTiming, ...], float]:
+    """Seconds per layer, and of the head and the rest, for a batch of ``tokens``.
+
+    A fast step from boundary k over layers S takes ``rest + sum_{l >= k} (u F_l + v B_l) + sum_{l in S} (p + q r) w_l``
+    with the operations F and B of the cost model and w the in and out features of a layer's modules; a step's row is
+    divided by its seconds, so that relative errors count.
+    """
+    sequence, count = batch["input_ids"].shape[1], batch["input_ids"].numel()
+    share = float(labelled_tokens(batch["labels"])) / count
+    adapted = [module for module in anatomy.modules if module.role != "router"]
+    operations = layer_costs(anatomy, {module.name: RANK for module in anatomy.modules}, RANK, sequence, share)
+    features = [0] * anatomy.layer_count
+    for module in adapted:
+        features[module.layer] += module.lora_parameters(1)
+    rows, seconds = [], []
+    for step in steps:
+        boundary, median = min(step.layers), statistics.median(step.seconds)
+        width = sum(features[layer] for layer in step.layers)
+        if step.way == "prefix":
+            row = [0.0, sum(operations.forward[:boundary]), 0.0, 0.0, 0.0]
+        else:
+            crossed = sum(operations.forward[boundary:]), sum(operations.backward[boundary:])
+            row = [1.0, *crossed, width, width * step.rank]
+        if any(row):
+            rows.append(np.array(row) / median)
+            seconds.append(median)
+    matrix = np.stack(rows)
+    largest = matrix.max(axis=0)
+    rest, forward, backward, fixed, slope = nnls(matrix / largest, np.ones(len(rows)))[0] / largest * tokens / count
+    layers = tuple(
+        LayerTiming(
+            forward=forward * operations.forward[layer],
+            backward=backward * operations.backward[layer],
+            adapter_fixed=fixed * features[layer],
+            adapter_per_parameter=slope,
+        )
+        for layer in range(anatomy.layer_count)
+    )
+    return layers, float(rest)
