@@ -1,7 +1,7 @@
 """Loss against time: arms of the evidence on GSM8K or another set, at equal steps and against the wall clock.
 
     .venv/bin/python benchmarks/quality.py OUT                  # every arm below, hours; finished arms are kept
-    .venv/bin/python benchmarks/quality.py OUT --arms last-15   # those whose name begins so
+    .venv/bin/python benchmarks/quality.py OUT --arms depth-aware   # those whose name begins so
     .venv/bin/python benchmarks/quality.py OUT --report         # the table from what is there
 
 All arms share rows, order, batches (of like length), optimizer and schedule; held-out losses are kept per row, so that
@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,38 +28,40 @@ from aletheia.cli.options import quiet_libraries
 from aletheia.data.batches import collate
 from aletheia.data.examples import NO_LOSS, Examples
 from aletheia.data.order import training_batches
+from aletheia.planning.plan import layer_ranges
 from aletheia.tuning.cache import MemoryCache, collate_with_prefix
 from aletheia.tuning.fill import fill
+from aletheia.tuning.initial import ROWS, Init, align_with_gradient
 
 BATCH_SIZE, WARMUP = 8, 0.05
 
 
 @dataclass(frozen=True)
 class Spec:
-    """An arm: how layers are chosen, the rank and the peak learning rate."""
+    """An arm: how layers are chosen, the rank, the peak learning rate, and where A starts."""
 
-    name: str
     policy: str
     percent: float
     rank: int
     learning_rate: float
+    init: Init = "random"
 
 
-ARMS = (
-    Spec("uniform-5e-4", "uniform", 100, 16, 5e-4),
-    Spec("uniform-1e-3", "uniform", 100, 16, 1e-3),
-    Spec("uniform-2.5e-4", "uniform", 100, 16, 2.5e-4),
-    Spec("last-20-1e-3", "last", 66.7, 16, 1e-3),
-    Spec("last-20-5e-4", "last", 66.7, 16, 5e-4),
-    Spec("last-20-r32-7e-4", "last", 66.7, 32, 7e-4),
-    Spec("last-15-1e-3", "last", 50, 16, 1e-3),
-    Spec("last-15-r32-1e-3", "last", 50, 32, 1e-3),
-    Spec("last-15-r32-7e-4", "last", 50, 32, 7e-4),
-    Spec("last-15-r32-2e-3", "last", 50, 32, 2e-3),
-    Spec("last-20-2e-3", "last", 66.7, 16, 2e-3),
-    Spec("top-percent-1e-3", "top-percent", 50, 16, 1e-3),
-    Spec("random-1e-3", "random", 50, 16, 1e-3),
-)
+BASELINES = {f"uniform-{rate:g}": Spec("uniform", 100, 16, rate) for rate in (0.0005, 0.001, 0.00025)}
+ARMS = BASELINES | {
+    f"{policy}-{percent}-r{rank}-{rate:g}-{init}": Spec(policy, percent, rank, rate, init)
+    for policy, percent, rank, rates in (
+        ("depth-aware", 50, 16, (0.001, 0.002, 0.0005)),
+        ("last", 67, 16, (0.001, 0.002)),
+        ("last", 50, 32, (0.001, 0.002)),
+        ("uniform", 100, 16, (0.0005, 0.001)),
+        ("top-percent", 50, 16, (0.001,)),
+        ("random", 50, 16, (0.001,)),
+    )
+    for rate in rates
+    for init in ("gradient", "random")
+    if (policy, init) != ("uniform", "random")
+}
 
 
 def main() -> None:
@@ -87,17 +89,18 @@ def run_arms(args: argparse.Namespace) -> None:
     scores = aletheia.probe(base.model, data)
     uniform = aletheia.plan(scores, "uniform")
     settings = {name: value for name, value in vars(args).items() if name not in ("out", "arms", "report")}
-    for spec in ARMS:
-        path = args.out / f"{spec.name}.json"
+    for name, spec in ARMS.items():
+        path = args.out / f"{name}.json"
         if path.exists() and json.loads(path.read_text()).get("settings", settings) != settings:
             raise SystemExit(f"{path} was made with other settings; choose another OUT")
-        if path.exists() or not spec.name.startswith(tuple(args.arms.split(","))):
+        if path.exists() or not name.startswith(tuple(args.arms.split(","))):
             continue
         plan = aletheia.plan(scores, spec.policy, spec.percent, spec.rank)
         baseline, own = Arm("baseline", uniform, truncated=False), Arm.fast("own", plan, cached=plan.boundary > 0)
         timed = interleaved_steps(base.model, [baseline, own], data, BATCH_SIZE, 3)
+        print(f"{name}: layers {layer_ranges(plan.layers)}, {plan.trainable_parameters:,} parameters", flush=True)
         found = train(base.model, own, data, held_out, spec, args)
-        found |= {"settings": settings, "layers": plan.layers, "rank": spec.rank, "learning_rate": spec.learning_rate}
+        found |= {"settings": settings, "layers": plan.layers, "arm": asdict(spec)}
         found |= {
             "step_seconds": float(np.mean(timed["own"])),
             "baseline_step_seconds": float(np.mean(timed["baseline"])),
@@ -136,15 +139,23 @@ def train(
             fill(adapted, arm.plan.boundary, both, cache, BATCH_SIZE, data.pad_token_id, show_progress=False)
     building = time.perf_counter() - started
     points = []
+
+    def of(chosen: list[int]) -> dict[str, torch.Tensor]:
+        return batch([data[row] for row in chosen], data, cache)
+
     with prepared(model, arm) as adapted:
         parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        started = time.perf_counter()
+        if spec.init == "gradient":
+            align_with_gradient(adapted, (of(chosen) for chosen in order[: ROWS // BATCH_SIZE]))
+        starting = time.perf_counter() - started
         optimizer = torch.optim.AdamW(parameters, lr=spec.learning_rate, weight_decay=0.0, fused=True)
         warmup = math.ceil(WARMUP * steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(step / warmup, max(0.0, (steps - step) / (steps - warmup)))
         )
         for number, chosen in enumerate(order, start=1):
-            adapted(**batch([data[row] for row in chosen], data, cache), use_cache=False).loss.backward()
+            adapted(**of(chosen), use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             schedule.step()
@@ -152,8 +163,8 @@ def train(
             if number in due:
                 points.append({"step": number, "rows": per_row(adapted, held_out, cache)})
                 total = np.sum(points[-1]["rows"], axis=0)
-                print(f"{spec.name} step {number}: {total[0] / total[1]:.4f}", flush=True)
-    return {"points": points, "building_seconds": building}
+                print(f"step {number}: {total[0] / total[1]:.4f}", flush=True)
+    return {"points": points, "building_seconds": building + starting}
 
 
 def batch(chosen: list, data: Examples, cache: MemoryCache | None) -> dict[str, torch.Tensor]:
@@ -185,12 +196,12 @@ def report(out: Path) -> list[str]:
     """A table over arms: each against the best point of the best uniform arm, paired by row."""
     arms = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json"))}
     best_name, best_point = min(
-        ((name, point) for name, arm in arms.items() if name.startswith("uniform") for point in arm["points"]),
+        ((name, point) for name, arm in arms.items() if name in BASELINES for point in arm["points"]),
         key=lambda pair: mean(pair[1]["rows"]),
     )
     target, last = mean(best_point["rows"]), arms[best_name]["points"][-1]
     lines = [
-        f"Best uniform arm: {best_name}, {target:.4f} after {best_point['step']} steps, {mean(last['rows']):.4f} at end.",
+        f"Best baseline: {best_name}, {target:.4f} after {best_point['step']} steps, {mean(last['rows']):.4f} at end.",
         "",
         "| arm | layers | held-out loss | at the end against it | cached s/step (baseline) | time to its best |",
         "|---|---|---|---:|---:|---:|",
@@ -199,11 +210,11 @@ def report(out: Path) -> list[str]:
         curve = " / ".join(f"{mean(point['rows']):.4f}" for point in arm["points"])
         end = difference(arm["points"][-1]["rows"], last["rows"])
         reached = next((point["step"] for point in arm["points"] if mean(point["rows"]) <= target), None)
-        is_uniform = name.startswith("uniform")
-        seconds = arm["baseline_step_seconds"] if is_uniform else arm["step_seconds"]
+        is_baseline = name in BASELINES
+        seconds = arm["baseline_step_seconds"] if is_baseline else arm["step_seconds"]
         share = "never"
         if reached:
-            own = reached * seconds + (0 if is_uniform else arm["building_seconds"])
+            own = reached * seconds + (0 if is_baseline else arm["building_seconds"])
             share = f"{own / (best_point['step'] * arm['baseline_step_seconds']):.2f}"
         lines.append(
             f"| {name} | {arm['layers'][0]}-{arm['layers'][-1]} ({len(arm['layers'])}) | {curve} | {end} | "

@@ -45,6 +45,9 @@ def train(
         float | None,
         typer.Option("--learning-rate", help="Peak learning rate (by default from the model's width and the steps)."),
     ] = None,
+    init: Annotated[
+        str, typer.Option("--init", help="Where A starts: along the gradient of the first rows, or at random.")
+    ] = "gradient",
     max_length: MaxLengthOption = 1024,
     eval_data: Annotated[
         str | None, typer.Option("--eval-data", help="Held-out rows, in any form that --data takes.")
@@ -98,7 +101,7 @@ def train(
     from aletheia.tuning.train import check_settings, claim_output
     from aletheia.tuning.train import train as run_training
 
-    check_settings(steps, epochs, batch_size, learning_rate, cache, gradient_checkpointing)
+    check_settings(steps, epochs, batch_size, learning_rate, cache, gradient_checkpointing, init)
     claim_output(out, overwrite)
     plan = Plan.read(plan_file) if plan_file else None
     rows = load_rows(data)
@@ -133,6 +136,7 @@ def train(
         epochs=1.0 if epochs is None else epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        init=init,  # type: ignore[arg-type]
         seed=seed,
         cache=cache,  # type: ignore[arg-type]
         cache_dir=cache_dir,

@@ -68,9 +68,9 @@ def train_speed(run: Run, reference: Run) -> Speed:
 
 
 def counted_seconds(run: Run) -> float:
-    """Seconds of training with the probe, the planning and the cache that made it possible."""
+    """Seconds of training with all that made it possible: probe, planning, cache, the adapters' start."""
     seconds = run.metrics.seconds
-    return seconds.probe + seconds.plan + seconds.cache + seconds.train
+    return seconds.probe + seconds.plan + seconds.cache + seconds.init + seconds.train
 
 
 def counted_speed(run: Run, reference: Run) -> Speed:
@@ -133,6 +133,7 @@ def _conditions(runs: Sequence[Run]) -> dict[str, list[tuple[object, str]]]:
             (setting.group_by_length, "on" if setting.group_by_length else "off") for setting in settings
         ],
         "checkpointing": [(setting.gradient_checkpointing, setting.gradient_checkpointing) for setting in settings],
+        "start": [(setting.init, setting.init) for setting in settings],
         "seed": [(setting.seed, str(setting.seed)) for setting in settings],
         "learning rate": [(setting.learning_rate, f"{setting.learning_rate:g}") for setting in settings],
         "dtype": [(setting.dtype, setting.dtype) for setting in settings],
@@ -280,6 +281,7 @@ def repeat_command(run: Run) -> tuple[str, ...]:
         ("--dtype", settings.dtype),
         ("--seed", str(settings.seed)),
         ("--cache", settings.cache),
+        ("--init", settings.init),
         ("--gradient-checkpointing", settings.gradient_checkpointing),
         ("--out", f"{run.name}-again"),
     ]

@@ -149,7 +149,8 @@ def _alone(run: Run) -> str:
     return (
         f"trained adapters in {len(plan.layers)} of {plan.layer_count} decoder layers for {metrics.steps:,} steps in "
         f"{human_seconds(metrics.seconds.train)} (probe {human_seconds(metrics.seconds.probe)}, planning "
-        f"{human_seconds(metrics.seconds.plan)} and cache {human_seconds(metrics.seconds.cache)} not counted); "
+        f"{human_seconds(metrics.seconds.plan)}, cache {human_seconds(metrics.seconds.cache)} and init "
+        f"{human_seconds(metrics.seconds.init)} not counted); "
         f"the held-out loss {moved} from {human_loss(before)} to "
         f"{human_loss(after)} nats per token over {metrics.held_out_rows:,} rows"
     )

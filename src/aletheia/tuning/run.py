@@ -20,8 +20,8 @@ REPORT_FILE = "report.html"
 class PhaseSeconds(BaseModel):
     """Wall-clock seconds by phase.
 
-    ``cache`` is deciding on the prefix cache and filling it, ``train`` the optimizer steps alone, ``eval`` the held-out
-    evaluation.
+    ``cache`` is deciding on the prefix cache and filling it, ``init`` the passes that turn the adapters towards the
+    gradient, ``train`` the optimizer steps alone, ``eval`` the held-out evaluation.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -29,13 +29,14 @@ class PhaseSeconds(BaseModel):
     probe: float
     plan: float
     cache: float = 0.0
+    init: float = 0.0
     train: float
     eval: float
 
     @property
     def total(self) -> float:
         """All phases."""
-        return self.load + self.probe + self.plan + self.cache + self.train + self.eval
+        return self.load + self.probe + self.plan + self.cache + self.init + self.train + self.eval
 
 
 PHASES = tuple(PhaseSeconds.model_fields)  # in the order in which they happen
@@ -72,6 +73,7 @@ class TrainSettings(BaseModel):
     group_by_length: bool = False
     gradient_checkpointing: Literal["off", "selective", "full"] = "off"
     cache: Literal["memory", "disk", "off"] = "off"
+    init: Literal["gradient", "random"] = "random"
 
 
 class Metrics(Artifact):

@@ -26,6 +26,7 @@ from aletheia.tuning.adapters import check_adapters
 from aletheia.tuning.cache import PrefixCache, collate_with_prefix
 from aletheia.tuning.card import model_card
 from aletheia.tuning.fill import CacheDecision, CacheKind, fill, open_cache
+from aletheia.tuning.initial import ROWS, Init, align_with_gradient
 from aletheia.tuning.lean import lean_adapters, lean_loss
 from aletheia.tuning.logits import labelled_logits
 from aletheia.tuning.memory import peak_memory_bytes, reset_peak_memory
@@ -58,6 +59,7 @@ def train(
     epochs: float = 1.0,
     batch_size: int = 4,
     learning_rate: float | None = None,
+    init: Init = "gradient",
     seed: int = 0,
     cache: CacheKind = "auto",
     cache_dir: str | Path | None = None,
@@ -84,6 +86,8 @@ def train(
         epochs: passes over ``data``.
         batch_size: sequences per step.
         learning_rate: peak learning rate; by default :func:`default_learning_rate`.
+        init: where the A matrices start: ``gradient`` turns them along the loss gradient of the first rows
+            (:func:`aletheia.tuning.initial.align_with_gradient`), ``random`` leaves them as they are.
         seed: of the order of rows.
         cache: where the prefix cache goes: ``memory``, ``disk``, ``off``, or ``auto``, which measures and decides.
         cache_dir: for a cache on disk; by default ``ALETHEIA_CACHE`` or the user's cache folder.
@@ -103,7 +107,7 @@ def train(
         CacheError: the cache asked for is not possible or does not fit.
         TrainingError: a setting is out of range, or a loss is not finite.
     """
-    check_settings(steps, epochs, batch_size, learning_rate, cache, gradient_checkpointing)
+    check_settings(steps, epochs, batch_size, learning_rate, cache, gradient_checkpointing, init)
     if not len(data):
         raise TrainingError(f"{data.identity.name}: found no rows to train on, expected at least one")
     steps = steps or math.ceil(epochs * math.ceil(len(data) / batch_size))
@@ -127,12 +131,17 @@ def train(
         group_by_length=group_by_length,
         gradient_checkpointing=gradient_checkpointing,
         cache=decision.kind,
+        init=init,
     )
     collator = _collator(data, stored)
     watch = Watch(lambda: held_out_loss(model, held_out, batch_size, collator), EVALUATIONS, show_progress)
     with fast_steps(model, boundary if stored else None, free_prefix), recomputation(model, gradient_checkpointing):
         reset_peak_memory(model.device)
         watch.measure(step=0)
+        started = time.perf_counter()
+        if init == "gradient":
+            align_with_gradient(model, (collator(batch) for batch in schedule[: math.ceil(ROWS / batch_size)]))
+        init_seconds = time.perf_counter() - started
         _fit(model, schedule, collator, settings, watch)
         check_adapters(model, plan)
         peak = peak_memory_bytes(model.device)
@@ -150,7 +159,9 @@ def train(
         labelled_tokens=sum(row.labelled_tokens for batch in schedule for row in batch),
         boundary=boundary,
         trainable_parameters=plan.trainable_parameters,
-        seconds=PhaseSeconds(cache=cache_seconds, train=watch.train_seconds, eval=watch.eval_seconds, **spent),
+        seconds=PhaseSeconds(
+            cache=cache_seconds, init=init_seconds, train=watch.train_seconds, eval=watch.eval_seconds, **spent
+        ),
         peak_memory_bytes=peak,
         cache_bytes=decision.size_bytes,
         cache_reason=decision.reason,
@@ -321,6 +332,7 @@ def check_settings(
     learning_rate: float | None = None,
     cache: str = "auto",
     gradient_checkpointing: str = "off",
+    init: str = "gradient",
 ) -> None:
     """Refuse settings that are out of range, and a distributed launch, where every process would write one folder.
 
@@ -334,6 +346,7 @@ def check_settings(
     for flag, choice, known in (
         ("--cache", cache, get_args(CacheKind)),
         ("--gradient-checkpointing", gradient_checkpointing, get_args(Recompute)),
+        ("--init", init, get_args(Init)),
     ):
         if choice not in known:
             raise TrainingError(f"{flag} is {choice!r}; expected one of {', '.join(known)}")
