@@ -144,7 +144,7 @@ def timed(read: Scores, **changes) -> Scores:
     layer = LayerTiming(forward=2.0, backward=3.0, adapter_fixed=1.0, adapter_per_parameter=1e-6)
     fields = {
         "device": "cpu", "dtype": "float32", "threads": 2, "batch_size": 4, "tokens": 800.0, "random_padding": 1.25,
-        "layers": (layer,) * read.anatomy.layer_count, "head": 5.0, "outside": 0.5, "baseline": 100.0,
+        "layers": (layer,) * read.anatomy.layer_count, "head": 5.5, "baseline": 100.0,
         "baseline_rank": 16, "seconds": 9.0,
     }  # fmt: skip
     return Scores.model_validate(read.model_dump() | {"timings": Timings(**fields | changes)})
@@ -155,8 +155,8 @@ def test_measured_costs_are_seconds():
     made = plan(read, "last", 50)
     adapters = 2 * (1.0 + 1e-6 * 16 * (128 + 128 + 224))
     assert made.predicted.baseline_step_seconds == 100.0
-    assert made.predicted.relative_cached_step_time == pytest.approx((0.5 + 2 * 5 + adapters + 5) / 100)
-    assert made.predicted.relative_step_time == pytest.approx((0.5 + 4 * 2 + 2 * 3 + adapters + 5) / 100)
+    assert made.predicted.relative_cached_step_time == pytest.approx((2 * 5 + adapters + 5.5) / 100)
+    assert made.predicted.relative_step_time == pytest.approx((4 * 2 + 2 * 3 + adapters + 5.5) / 100)
     assert made.predicted.cached_speedup > made.predicted.speedup
     higher = plan(read, "last", 50, rank=32).predicted.baseline_step_seconds
     assert higher == pytest.approx(100 + 1.25 * 4 * 1e-6 * 16 * (128 + 128 + 224))
