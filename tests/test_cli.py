@@ -29,7 +29,8 @@ def run(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture
 def scores_file(run, model_folder, data_file, tmp_path):
-    assert run("probe", model_folder, "--data", data_file, "--out", "scores.json", "--batches", 2)[0] == 0
+    steps = ("--batches", 2, "--no-calibrate")
+    assert run("probe", model_folder, "--data", data_file, "--out", "scores.json", *steps)[0] == 0
     return tmp_path / "scores.json"
 
 
@@ -113,7 +114,9 @@ def test_inspect_counts_parameters_and_flops(run, model_folder):
     assert found["modules"][0]["flops_per_token"] == 2 * found["modules"][0]["parameters"] == 2 * 32 * 32
 
 
-def test_frontier_marks_the_plan(run, scores_file):
+def test_frontier_marks_the_plan(run, model_folder, data_file, tmp_path):
+    scores_file = tmp_path / "measured.json"
+    assert run("probe", model_folder, "--data", data_file, "--out", scores_file, "--batches", 2)[0] == 0
     code, out, _ = run("plan", scores_file, "--frontier")
     assert code == 0
     assert [line for line in out.splitlines() if line.startswith(">")]

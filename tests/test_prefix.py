@@ -9,9 +9,10 @@ from tiny import FAMILIES, MORE_FAMILIES, make_model
 from transformers import Trainer, TrainingArguments
 
 import aletheia
-from aletheia.anatomy.read import find_layers, is_matrix
+from aletheia.anatomy.read import find_layers, is_matrix, read_anatomy
 from aletheia.data.batches import collate
 from aletheia.errors import AdapterError, TrainingError
+from aletheia.tuning.adapters import lora_config
 from aletheia.tuning.cache import MemoryCache, collate_with_prefix
 from aletheia.tuning.fill import _trial, fill, open_cache
 from aletheia.tuning.lean import lean_adapters, lean_causal_loss, lean_loss
@@ -24,18 +25,12 @@ BOUNDARY = 2
 
 
 def adapted(family="llama", boundary=BOUNDARY, layers=4):
-    """LoRA with random B on every matrix from ``boundary`` up; A and B alike get gradients."""
+    """LoRA with random B on every weight from ``boundary`` up, routers left out; A and B alike get gradients."""
     model = make_model(family, layers)
-    path, found = find_layers(model)
-    names = [
-        f"{path}.{index}.{name}"
-        for index, layer in enumerate(found)
-        for name, module in layer.named_modules()
-        if is_matrix(module) and index >= boundary and "gate" not in name.split(".")
-    ]
+    weights = [module for module in read_anatomy(model).modules if module.layer >= boundary and module.role != "router"]
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=names))
+        peft = get_peft_model(model, lora_config(weights, model, rank=4, alpha=8))
         for name, parameter in peft.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)

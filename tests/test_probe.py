@@ -4,11 +4,10 @@ import pytest
 import torch
 from aletheia_lora.probe import gradient_probe
 from tiny import FAMILIES, make_model
-from transformers import AutoModelForCausalLM, MixtralConfig
 
-from aletheia.anatomy.read import adaptable_modules, find_layers, read_anatomy
+from aletheia.anatomy.read import adaptable_modules, find_layers
 from aletheia.data.batches import collate
-from aletheia.errors import ModelError, ProbeError
+from aletheia.errors import ProbeError
 from aletheia.probing.ghost import LayerInput, ghost_norm
 from aletheia.probing.resident import probe
 from aletheia.probing.scores import Scores
@@ -202,17 +201,6 @@ def test_batches_without_labels_or_rows_are_refused(examples):
         probe(model, [])
     with pytest.raises(ProbeError, match="--batches is 0"):
         probe(model, examples, batches=0)
-
-
-def test_fused_experts_are_refused_not_skipped():
-    config = MixtralConfig(
-        vocab_size=259, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    assert read_anatomy(model).fused_parameters
-    with pytest.raises(ModelError, match=r"mixtral keeps its experts in fused parameters such as model\.layers\.0"):
-        probe(model, [batch_of(9)])
 
 
 def test_the_same_seed_draws_the_same_rows_and_the_file_survives(examples, tmp_path):

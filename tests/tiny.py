@@ -7,20 +7,26 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     CohereConfig,
+    DeepseekV3Config,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     Phi3Config,
+    PhimoeConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
     StableLmConfig,
@@ -86,6 +92,29 @@ def make_config(family: str, layers: int = 4):
         case "qwen3_moe":  # fused experts
             experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
             return Qwen3MoeConfig(**COMMON, **experts, num_hidden_layers=layers, num_key_value_heads=2)
+        case "mixtral":
+            experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+            return MixtralConfig(**COMMON, **experts, num_hidden_layers=layers, num_key_value_heads=2)
+        case "qwen2_moe":  # a shared expert with a gate of its own; layer 0 is dense
+            experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+            shared = {"shared_expert_intermediate_size": 24, "mlp_only_layers": [0]}
+            return Qwen2MoeConfig(**COMMON, **experts, **shared, num_hidden_layers=layers, num_key_value_heads=2)
+        case "olmoe":
+            experts = {"num_experts": 4, "num_experts_per_tok": 2}
+            return OlmoeConfig(**COMMON, **experts, num_hidden_layers=layers, num_key_value_heads=2)
+        case "phimoe":  # the router is a Linear that returns a tuple
+            experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_jitter_noise": 0.0}
+            experts["input_jitter_noise"] = 0.0
+            return PhimoeConfig(**COMMON, **experts, num_hidden_layers=layers, num_key_value_heads=2)
+        case "gpt_oss":  # experts stored as in x out, with biases
+            experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "sliding_window": 16}
+            return GptOssConfig(**COMMON, **experts, num_hidden_layers=layers, num_key_value_heads=2)
+        case "deepseek_v3":  # latent attention, shared experts, layer 0 is dense
+            experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 2}
+            latent = {"kv_lora_rank": 8, "q_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "head_dim": 4}
+            others = {"n_shared_experts": 1, "topk_group": 1, "first_k_dense_replace": 1, "v_head_dim": 8}
+            settings = experts | latent | others | {"num_key_value_heads": 4}
+            return DeepseekV3Config(**COMMON, **settings, num_hidden_layers=layers)
     raise ValueError(family)
 
 
@@ -98,7 +127,9 @@ FAMILIES = ("llama", "qwen2", "phi3", "gpt_neox", "gpt2")
 MORE_FAMILIES = (
     *("qwen3", "mistral", "gemma2", "gemma3", "granite", "cohere", "olmo2", "olmo3", "stablelm", "falcon"),
     *("bloom", "gptj", "qwen3_moe"),
+    *("mixtral", "qwen2_moe", "olmoe", "phimoe", "gpt_oss", "deepseek_v3"),
 )
+MIXTURES = MORE_FAMILIES[-7:]
 
 
 def make_model(family: str = "llama", layers: int = 4, seed: int = 0):

@@ -1,18 +1,21 @@
 """Read a model's anatomy by its structure alone; works on the meta device, weights are never touched.
 
 The decoder layers are the ``ModuleList`` that holds the most parameters; modules are every Linear and Conv1D
-inside it; roles come from names.
+inside it and every 3-D parameter, which stacks one matrix per expert; roles come from names.
 """
 
 import re
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from aletheia.anatomy.schema import Anatomy, Module, Role
 from aletheia.errors import ModelError
 
+ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 ATTENTION_NAMES = re.compile(r"attn|attention|query|[qkvo]_proj|qkv|wqkv", re.IGNORECASE)
 
 
@@ -41,9 +44,44 @@ def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {f"{path}.{name}": module for name, module in layers.named_modules() if is_matrix(module)}
 
 
+def fused_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Every 3-D parameter of the decoder layers that is no convolution's: by full name, its owner and its own name."""
+    path, layers = find_layers(model)
+    return {
+        f"{path}.{prefix}.{name}": (owner, name)
+        for prefix, owner in layers.named_modules()
+        for name, parameter in owner.named_parameters(recurse=False)
+        if parameter.dim() == 3 and not isinstance(owner, _ConvNd)
+    }
+
+
 def is_matrix(module: nn.Module) -> bool:
-    """Whether LoRA can adapt this module: Linear (quantized ones are subclasses) or GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear | Conv1D)
+    """Whether LoRA can adapt this module: Linear or GPT-2's Conv1D.
+
+    Subclasses of Linear count (quantized ones, Falcon's) unless they return something else than the product, as a
+    router may.
+    """
+    if isinstance(module, nn.Linear):
+        if type(module) not in _RETURNS_PRODUCT:
+            _RETURNS_PRODUCT[type(module)] = _returns_product(module)
+        return _RETURNS_PRODUCT[type(module)]
+    return isinstance(module, Conv1D)
+
+
+_RETURNS_PRODUCT: dict[type[nn.Linear], bool] = {nn.Linear: True}
+
+
+def _returns_product(linear: nn.Linear) -> bool:
+    """Tried on the meta device where the weights are ordinary ones."""
+    if type(linear).forward is nn.Linear.forward or not linear.weight.is_floating_point():
+        return True
+    meta = {name: parameter.to("meta") for name, parameter in linear.named_parameters()}
+    row = torch.empty(1, linear.in_features, device="meta", dtype=linear.weight.dtype)
+    try:
+        output = torch.func.functional_call(linear, meta, (row,))
+    except Exception:  # it wants other arguments
+        return False
+    return isinstance(output, torch.Tensor)
 
 
 def read_anatomy(model: nn.Module) -> Anatomy:
@@ -59,10 +97,10 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     if config is None or embedding is None:
         missing = "config" if config is None else "input embedding"
         raise ModelError(f"{type(model).__name__} has no {missing}; expected a transformers causal language model")
-    modules = tuple(_describe(name, module, path) for name, module in adaptable_modules(model).items())
+    text = config.get_text_config()
+    modules = _modules(model, path, text)
     if not modules:
         raise ModelError(f"{path} of {type(model).__name__} holds no Linear or Conv1D module to adapt")
-    text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None)
     head_size = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
     return Anatomy(
@@ -76,15 +114,37 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         embedding_parameters=_parameters(embedding),
         layer_parameters=tuple(_parameters(layer) for layer in layers),
         modules=modules,
-        fused_parameters=tuple(
-            f"{path}.{name}" for name, parameter in layers.named_parameters() if _is_fused(name, parameter)
-        ),
     )
 
 
 def layer_index(name: str, layer_path: str) -> int:
     """Decoder layer that the full name ``name`` belongs to."""
     return int(name.removeprefix(f"{layer_path}.").split(".", 1)[0])
+
+
+def _modules(model: nn.Module, path: str, text: Any) -> tuple[Module, ...]:
+    """Matrices and stacks, layer by layer."""
+    found = [_describe(name, module, path) for name, module in adaptable_modules(model).items()]
+    named = (getattr(text, name, None) for name in ACTIVE_EXPERTS)
+    active = next((count for count in named if isinstance(count, int) and count > 0), None)
+    for name, (owner, own_name) in fused_parameters(model).items():
+        experts, *sizes = getattr(owner, own_name).shape
+        # stored as out x in, unless the owner says otherwise: the same mark that PEFT reads
+        out_features, in_features = sizes[::-1] if getattr(owner, "is_transposed", False) else sizes
+        role = _role(name.removeprefix(f"{path}."))
+        found.append(
+            Module(
+                name=name,
+                layer=layer_index(name, path),
+                role=role if role == "shared_expert" else "expert",
+                in_features=in_features,
+                out_features=out_features,
+                fused=True,
+                experts=experts,
+                active_experts=min(active or experts, experts),
+            )
+        )
+    return tuple(sorted(found, key=lambda module: module.layer))  # stable: the model's order within a layer
 
 
 def _describe(name: str, module: nn.Module, layer_path: str) -> Module:
@@ -111,10 +171,6 @@ def _role(inside: str) -> Role:
     if "expert" in inside:
         return "expert"
     return "attention" if ATTENTION_NAMES.search(inside) else "mlp"
-
-
-def _is_fused(name: str, parameter: torch.Tensor) -> bool:
-    return parameter.dim() == 3 and "expert" in name
 
 
 def _parameters(module: nn.Module) -> int:

@@ -2,16 +2,18 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 Role = Literal["attention", "mlp", "expert", "shared_expert", "router"]
 
 
 class Module(BaseModel):
-    """One weight matrix inside a decoder layer that LoRA can adapt.
+    """One weight inside a decoder layer that LoRA can adapt: a matrix, or a stack of like matrices, one per expert.
 
-    ``name`` is the full path in the model, e.g. ``model.layers.3.self_attn.q_proj``. Sizes are logical:
-    ``y = x W`` maps ``in_features`` to ``out_features``, however the weight is stored or quantized.
+    ``name`` is the full path in the model, e.g. ``model.layers.3.self_attn.q_proj``; of a stack, that of the parameter,
+    e.g. ``model.layers.3.mlp.experts.down_proj``, and ``fused`` is set. Sizes are logical and those of one matrix:
+    ``y = x W`` maps ``in_features`` to ``out_features``, however the weight is stored or quantized. A token passes
+    through ``active_experts`` of the ``experts``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -20,27 +22,33 @@ class Module(BaseModel):
     role: Role
     in_features: int
     out_features: int
+    fused: bool = False
+    experts: int = Field(default=1, ge=1)
+    active_experts: int = Field(default=1, ge=1)
 
     @property
     def parameters(self) -> int:
-        """Elements of the weight matrix."""
-        return self.in_features * self.out_features
+        """Elements of the weight."""
+        return self.in_features * self.out_features * self.experts
 
     @property
     def flops_per_token(self) -> int:
-        """Floating-point operations of the forward matrix product for one token, 2 per multiply-add."""
-        return 2 * self.parameters
+        """Floating-point operations of the forward matrix products for one token, 2 per multiply-add."""
+        return 2 * self.in_features * self.out_features * self.active_experts
 
     def lora_parameters(self, rank: int) -> int:
-        """Trainable parameters of a rank-``rank`` adapter: A is rank x in, B is out x rank."""
-        return rank * (self.in_features + self.out_features)
+        """Trainable parameters of a rank-``rank`` adapter: A is rank x in, B is out x rank, for each expert."""
+        return rank * (self.in_features + self.out_features) * self.experts
+
+    def lora_flops_per_token(self, rank: int) -> int:
+        """Operations of the two low-rank products for one token, forward."""
+        return 2 * rank * (self.in_features + self.out_features) * self.active_experts
 
 
 class Anatomy(BaseModel):
     """Decoder layers and their modules, plus the sizes around them.
 
-    ``attention_width`` is heads x head size, the width of the two attention products. ``fused_parameters``
-    names 3-D expert weights, which are listed but can not be adapted yet.
+    ``attention_width`` is heads x head size, the width of the two attention products.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,7 +62,6 @@ class Anatomy(BaseModel):
     embedding_parameters: int
     layer_parameters: tuple[int, ...]
     modules: tuple[Module, ...]
-    fused_parameters: tuple[str, ...] = ()
 
     def in_layer(self, index: int) -> tuple[Module, ...]:
         """The modules of one decoder layer, in the model's order."""

@@ -43,6 +43,9 @@ def plan(
     epochs: Annotated[
         float, typer.Option("--epochs", help="Passes that the time is counted for; later ones read the prefix cache.")
     ] = 1.0,
+    routers: Annotated[
+        bool, typer.Option("--adapt-routers", help="Adapt the routers of a mixture of experts, too.")
+    ] = False,
     seed: SeedOption = 0,
     show_frontier: Annotated[
         bool, typer.Option("--frontier", help="Print predicted step time against captured importance.")
@@ -77,7 +80,8 @@ def plan(
         seed,
         speedup,
         quality_first,
-        epochs,  # type: ignore[arg-type]
+        epochs,
+        routers,  # type: ignore[arg-type]
     )
     if out is not None:
         made.write(out)

@@ -47,11 +47,12 @@ def layer_costs(
 ) -> LayerCosts:
     """FLOPs per token of each part, for sequences of ``sequence_length`` tokens.
 
-    ``ranks`` holds the rank an adapter on a module would have, by full module name; ``baseline_rank`` is that of
-    uniform LoRA. A matrix product costs 2 FLOPs per weight and token; its activation-backward the same again. The two
-    attention products cost ``4 x T x width`` forward and twice that backward. LoRA adds three products of
-    ``2 r (in + out)``: forward, backward to the input, and the gradients of A and B. Only matrix products are counted;
-    norms, activations, the optimizer and memory traffic are not.
+    ``ranks`` holds the rank an adapter on a module would have, by full module name, of those that may be adapted;
+    ``baseline_rank`` is that of uniform LoRA, which leaves routers alone. A matrix product costs 2 FLOPs per weight and
+    token; its activation-backward the same again. The two attention products cost ``4 x T x width`` forward and twice
+    that backward. LoRA adds three products of ``2 r (in + out)``: forward, backward to the input, and the gradients of
+    A and B. Of experts only those that a token passes through are counted. Norms, activations, the optimizer and
+    memory traffic are not.
     """
     attention = 4.0 * sequence_length * anatomy.attention_width
     forward, backward, adapter = [], [], []
@@ -61,8 +62,9 @@ def layer_costs(
         weights = float(sum(module.flops_per_token for module in modules))
         forward.append(weights + attention)
         backward.append(weights + 2 * attention)
-        adapter.append(float(sum(6 * module.lora_parameters(ranks[module.name]) for module in modules)))
-        uniform += sum(6 * module.lora_parameters(baseline_rank) for module in modules)
+        adapted = [module for module in modules if module.name in ranks]
+        adapter.append(float(sum(3 * module.lora_flops_per_token(ranks[module.name]) for module in adapted)))
+        uniform += sum(3 * module.lora_flops_per_token(baseline_rank) for module in modules if module.role != "router")
     head = 2.0 * anatomy.head_flops_per_token
     baseline = sum(forward) + sum(backward) + uniform + head
     return LayerCosts(tuple(forward), tuple(backward), tuple(adapter), head * labelled_share, baseline)
@@ -72,7 +74,7 @@ def measured_costs(anatomy: Anatomy, ranks: dict[str, int], baseline_rank: int, 
     """Seconds of each part of a step, from a calibration; arguments as in :func:`layer_costs`."""
     adapter, baseline = [], timings.baseline
     for layer, timing in enumerate(timings.layers):
-        sizes = anatomy.in_layer(layer)
+        sizes = [module for module in anatomy.in_layer(layer) if module.name in ranks]
         parameters = sum(module.lora_parameters(ranks[module.name]) for module in sizes)
         adapter.append(timing.adapter_fixed + timing.adapter_per_parameter * parameters)
         more = sum(m.lora_parameters(baseline_rank) - m.lora_parameters(timings.baseline_rank) for m in sizes)

@@ -30,6 +30,7 @@ def plan(
     speedup: float | None = None,
     quality_first: bool = False,
     epochs: float = 1.0,
+    routers: bool = False,
 ) -> Plan:
     """Choose layers and ranks for the model that ``scores`` were measured on.
 
@@ -46,6 +47,7 @@ def plan(
         speedup: for ``depth-aware``: the most importance at this predicted speed-up over uniform LoRA in plain PEFT.
         quality_first: the most importance at the published method's mean saving, a ``speedup`` of 1.30.
         epochs: passes over the data that the time is counted for; after the first, the prefix comes from its cache.
+        routers: adapt the routers of a mixture of experts, too, where they are modules that LoRA can adapt.
 
     Raises:
         PlanError: a setting is out of range, settings contradict each other, or no plan is as fast as asked.
@@ -55,13 +57,15 @@ def plan(
             raise PlanError("--speedup and --quality-first are both given; expected one of them")
         speedup = PAPER_SPEEDUP
     settings = _settings(policy, percent, rank, ranks, attention_rank, mlp_rank, alpha, seed, speedup, epochs)
+    settings = settings.model_copy(update={"routers": routers})
     anatomy = scores.anatomy
-    costs = _costs(scores, settings, _nominal_ranks(anatomy.modules, settings))
+    adaptable = [module for module in anatomy.modules if routers or module.role != "router"]
+    costs = _costs(scores, settings, _nominal_ranks(adaptable, settings))
     layers = select_layers(policy, scores.layers, percent, seed, costs, epochs, speedup)
     wanted = set(layers)
-    chosen = [module for module in anatomy.modules if module.layer in wanted]
+    chosen = [module for module in adaptable if module.layer in wanted]
     by_name = _allocate(chosen, scores, settings)
-    actual = _costs(scores, settings, {**_nominal_ranks(anatomy.modules, settings), **by_name})
+    actual = _costs(scores, settings, {**_nominal_ranks(adaptable, settings), **by_name})
     made = point(scores.layers, actual, layers, epochs)
     return Plan(
         model=scores.model,
@@ -96,7 +100,8 @@ def plan_frontier(
         PlanError: a setting is out of range.
     """
     settings = _settings("depth-aware", 100, rank, ranks, attention_rank, mlp_rank, None, 0, None, epochs)
-    return frontier(scores.layers, _costs(scores, settings, _nominal_ranks(scores.anatomy.modules, settings)), epochs)
+    adaptable = [module for module in scores.anatomy.modules if module.role != "router"]
+    return frontier(scores.layers, _costs(scores, settings, _nominal_ranks(adaptable, settings)), epochs)
 
 
 def _settings(
@@ -180,5 +185,6 @@ def _adapter(module: Module, rank: int, settings: PlanSettings) -> Adapter:
         role=module.role,
         rank=rank,
         alpha=settings.alpha * rank / settings.rank,
+        fused=module.fused,
         parameters=module.lora_parameters(rank),
     )

@@ -15,7 +15,7 @@ RankMode = Literal["uniform", "by-role", "by-score"]
 
 
 class Adapter(BaseModel):
-    """LoRA on one module: ``y = x W + (alpha / rank) x A B``."""
+    """LoRA on one weight: ``y = x W + (alpha / rank) x A B``; where ``fused``, each expert has its own A and B."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -23,6 +23,7 @@ class Adapter(BaseModel):
     role: Role
     rank: int = Field(ge=1)
     alpha: FiniteFloat = Field(gt=0)
+    fused: bool = False
     parameters: int = Field(ge=1, description="trainable parameters of this adapter")
 
 
@@ -40,6 +41,7 @@ class PlanSettings(BaseModel):
     seed: int
     speedup: float | None = None
     epochs: float = 1.0
+    routers: bool = False
 
 
 class Prediction(BaseModel):

@@ -19,7 +19,7 @@ def ranks_by_role(modules: Sequence[Module], attention_rank: int, mlp_rank: int)
     return {module.name: attention_rank if module.role == "attention" else mlp_rank for module in modules}
 
 
-def ranks_by_score(modules: Sequence[Module], scores: Mapping[str, float], budget_params: int) -> dict[str, int]:
+def ranks_by_score(modules: Sequence[Module], scores: Mapping[str, float | None], budget_params: int) -> dict[str, int]:
     """Ranks proportional to score, multiples of 4, within a budget of trainable parameters.
 
     Every module starts at rank 4. Steps of 4 then go, one by one, to the module with the highest
@@ -39,9 +39,9 @@ def ranks_by_score(modules: Sequence[Module], scores: Mapping[str, float], budge
     by_name = {module.name: module for module in modules}
 
     def priority(name: str) -> float:
-        return -scores[name] / (ranks[name] + RANK_STEP / 2)
+        return -(scores[name] or 0.0) / (ranks[name] + RANK_STEP / 2)
 
-    queue = [(priority(name), name) for name in ranks if scores[name] > 0]
+    queue = [(priority(name), name) for name in ranks if scores[name]]  # an expert that saw no token stays at rank 4
     heapq.heapify(queue)
     while queue:
         _, name = heapq.heappop(queue)

@@ -2,20 +2,29 @@
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from aletheia.anatomy.fingerprint import identify
-from aletheia.anatomy.read import adaptable_modules, find_layers, is_matrix, layer_index, read_anatomy
+from aletheia.anatomy.read import (
+    adaptable_modules,
+    find_layers,
+    fused_parameters,
+    is_matrix,
+    layer_index,
+    read_anatomy,
+)
 from aletheia.anatomy.schema import Anatomy
 from aletheia.data.batches import labelled_tokens, on_device_of, sample_batches
 from aletheia.data.examples import Examples
-from aletheia.errors import ModelError, ProbeError
+from aletheia.errors import ProbeError
 from aletheia.files import package_versions
+from aletheia.probing.experts import ExpertRecorder
 from aletheia.probing.ghost import GhostRecorder, at_least_float32
-from aletheia.probing.scores import ProbeSettings, Scores
+from aletheia.probing.scores import ExpertScores, ProbeSettings, Scores
 from aletheia.probing.state import borrowed
 
 SCORE = "gradient-norm"
@@ -45,32 +54,34 @@ def probe(
         seed: of the draw.
 
     Raises:
-        ModelError: the model cannot be taken apart, or holds fused experts.
+        ModelError: the model cannot be taken apart.
         ProbeError: there is no batch, or a loss or score is not finite; the message names the layer.
     """
     started = time.perf_counter()
     anatomy = read_anatomy(model)
-    if anatomy.fused_parameters:
-        raise ModelError(
-            f"{anatomy.model_type} keeps its experts in fused parameters such as {anatomy.fused_parameters[0]}; "
-            "this release scores and adapts Linear and Conv1D modules only"
-        )
     drawn = isinstance(data, Examples)
     used = _draw(data, batches, batch_size, seed)
     layer_scores = [0.0] * anatomy.layer_count
-    module_scores = {module.name: 0.0 for module in anatomy.modules}
+    module_scores: dict[str, float | None] = {
+        module.name: None if module.role == "expert" else 0.0 for module in anatomy.modules
+    }
+    fused = fused_parameters(model)
+    stacks: dict[str, list[Stack]] = {name: [] for name in fused}
     losses = []
-    with borrowed(model), GhostRecorder(adaptable_modules(model)) as recorder:
+    with borrowed(model), GhostRecorder(adaptable_modules(model)) as recorder, ExpertRecorder(fused) as experts:
         for number, batch in enumerate(used, start=1):
             if not labelled_tokens(batch["labels"]):
                 raise ProbeError(f"probe batch {number} has no labelled token; expected labels other than -100")
-            loss, norms, others = _score_scaled(model, batch, recorder)
-            losses.append(loss)
-            _check_finite(model, anatomy, batch, number, loss, norms | others)
+            measured = _score_scaled(model, batch, recorder, experts)
+            losses.append(measured.loss)
+            norms = measured.modules | measured.others
+            _check_finite(model, anatomy, batch, number, measured.loss, norms)
+            for name, norm in measured.modules.items():
+                module_scores[name] = (module_scores[name] or 0.0) + norm
             for name, norm in norms.items():
-                module_scores[name] += norm
-            for name, norm in (norms | others).items():
                 layer_scores[layer_index(name, anatomy.layer_path)] += norm
+            for name, stack in measured.experts.items():
+                stacks[name].append(stack)
     first = next(model.parameters())
     return Scores(
         model=identify(model, anatomy),
@@ -90,6 +101,7 @@ def probe(
         packages=package_versions(),
         layers=tuple(layer_scores),
         modules=module_scores,
+        experts={name: _expert_scores(found) for name, found in stacks.items() if found},
         anatomy=anatomy,
     )
 
@@ -106,24 +118,46 @@ def _draw(data: Examples | Iterable[Batch], batches: int, batch_size: int, seed:
 
 
 Norms = dict[str, float]  # by full name
+Stack = tuple[list[float], list[int] | None]  # of experts: gradient norms, and tokens where the routing was seen
 
 
-def _score_scaled(model: nn.Module, batch: Batch, recorder: GhostRecorder) -> tuple[float, Norms, Norms]:
+@dataclass(frozen=True)
+class _Measured:
+    """One batch: its loss, gradient norms of matrices and stacks, of all other parameters, and of single experts."""
+
+    loss: float
+    modules: Norms
+    others: Norms
+    experts: dict[str, Stack]
+
+
+def _expert_scores(stacks: Sequence[Stack]) -> ExpertScores:
+    """Summed over the batches; an expert without a token, or, where that was not seen, without a gradient, has None."""
+    norms = [sum(of_expert) for of_expert in zip(*(norms for norms, _ in stacks), strict=True)]
+    counted = [tokens for _, tokens in stacks if tokens is not None]
+    tokens = tuple(map(sum, zip(*counted, strict=True))) if len(counted) == len(stacks) else None
+    reached = tokens or norms
+    return ExpertScores(
+        norms=tuple(norm if seen else None for norm, seen in zip(norms, reached, strict=True)), tokens=tokens
+    )
+
+
+def _score_scaled(model: nn.Module, batch: Batch, recorder: GhostRecorder, experts: ExpertRecorder) -> _Measured:
     """In float16 small gradients underflow, so the loss is scaled up, and less where that overflows."""
     half = next(model.parameters()).dtype == torch.float16
     for scale in (2.0**12, 2.0**6, 1.0) if half else (1.0,):
-        loss, norms, others = _score_batch(model, batch, recorder, scale)
-        if all(map(math.isfinite, (*norms.values(), *others.values()))):
+        measured = _score_batch(model, batch, recorder, experts, scale)
+        if all(map(math.isfinite, (*measured.modules.values(), *measured.others.values()))):
             break
-    return loss, norms, others
+    return measured
 
 
 def _score_batch(
-    model: nn.Module, batch: Batch, recorder: GhostRecorder, loss_scale: float
-) -> tuple[float, Norms, Norms]:
-    """Loss, gradient norms of the modules' weights, and of all other parameters of the layers."""
+    model: nn.Module, batch: Batch, recorder: GhostRecorder, experts: ExpertRecorder, loss_scale: float
+) -> _Measured:
     path, layers = find_layers(model)
     ghosts = {id(module.weight) for module in layers.modules() if is_matrix(module)}
+    ghosts |= {id(owner._parameters[name]) for owner, name in fused_parameters(model).values()}
     others = {
         f"{path}.{name}": parameter.requires_grad_(True)
         for name, parameter in layers.named_parameters()
@@ -137,21 +171,27 @@ def _score_batch(
         leaf.append(held.detach().requires_grad_(True))
         return ((leaf[0], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": leaf[0]})
 
+    experts.mask_N = batch["attention_mask"].flatten()
     handle = layers[0].register_forward_pre_hook(start_graph, with_kwargs=True)
     try:
         with torch.enable_grad():
             loss = model(**on_device_of(model, batch), use_cache=False).loss
         # autograd.grad walks only the path to these tensors and leaves every .grad alone
-        gradients = torch.autograd.grad(loss * loss_scale, [*others.values(), *leaf], allow_unused=True)
+        wanted = [*others.values(), *leaf, experts.anchor]
+        gradients = torch.autograd.grad(loss * loss_scale, wanted, allow_unused=True)
     finally:
         handle.remove()
     norms = {name: norm.item() / loss_scale for name, norm in recorder.pop().items()}
+    stacks: dict[str, Stack] = {}
+    for name, (norms_E, tokens_E) in experts.pop().items():
+        norms[name] = norms_E.norm().item() / loss_scale
+        stacks[name] = ((norms_E / loss_scale).tolist(), None if tokens_E is None else tokens_E.tolist())
     other_norms = {
         name: torch.linalg.vector_norm(at_least_float32(gradient)).item() / loss_scale
         for name, gradient in zip(others, gradients, strict=False)
         if gradient is not None
     }
-    return loss.item(), norms, other_norms
+    return _Measured(loss.item(), norms, other_norms, stacks)
 
 
 def _check_finite(

@@ -27,12 +27,25 @@ class ProbeSettings(BaseModel):
     seconds: float
 
 
+class ExpertScores(BaseModel):
+    """One stack of experts in the probe, expert by expert.
+
+    ``norms`` sum the gradient norms over the batches; None for an expert that no token reached, about which the probe
+    says nothing. ``tokens`` counts the tokens that were routed to each; None where that could not be seen.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    norms: tuple[Score | None, ...]
+    tokens: tuple[int, ...] | None = None
+
+
 class Scores(Artifact):
     """Importance per decoder layer and per module.
 
     ``layers[i]`` is the sum over probe batches and over the parameters of layer ``i`` of the Frobenius norm of
-    the loss gradient [arXiv:2604.15351]; ``modules`` holds the share of each adaptable weight matrix by full
-    name. A layer's score also counts its norms and biases, so it is a little more than the sum of its modules.
+    the loss gradient [arXiv:2604.15351]; ``modules`` holds the share of each adaptable weight by full name, None for
+    an expert's module that no token reached. A layer's score also counts its norms and biases, so it is a little more
+    than the sum of its modules. ``experts`` has the parts of the fused stacks.
     ``timings``, if measured, turn the plan's predictions into seconds.
     """
 
@@ -43,7 +56,8 @@ class Scores(Artifact):
     probe: ProbeSettings
     packages: dict[str, str]
     layers: tuple[Score, ...] = Field(min_length=1)
-    modules: dict[str, Score]
+    modules: dict[str, Score | None]
+    experts: dict[str, ExpertScores] = Field(default_factory=dict)
     anatomy: Anatomy
     timings: Timings | None = None
 

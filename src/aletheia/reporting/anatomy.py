@@ -30,18 +30,13 @@ def anatomy_view(anatomy: Anatomy, name: str) -> RenderableType:
                 layers if position == 0 else "",
                 _inside(module, anatomy.layer_path),
                 module.role,
-                f"{module.in_features} x {module.out_features}",
+                f"{module.in_features} x {module.out_features}" + (f" x {module.experts}" if module.fused else ""),
                 f"{module.parameters:,}",
                 human_count(module.flops_per_token),
             )
     table.add_row(
         "head", "", "", f"{anatomy.hidden_size} x {anatomy.vocab_size}", "", human_count(anatomy.head_flops_per_token)
     )
-    if anatomy.fused_parameters:
-        note = (
-            f"{len(anatomy.fused_parameters)} fused expert parameters, not adaptable yet: {anatomy.fused_parameters[0]}"
-        )
-        return Group(head, table, Text(note, style="yellow"))
     return Group(head, table)
 
 
@@ -53,9 +48,9 @@ def _inside(module: Module, layer_path: str) -> str:
 def _folded(anatomy: Anatomy) -> list[tuple[str, tuple[Module, ...]]]:
     """Neighbouring layers with the same modules, roles and shapes as one range."""
 
-    def build(layer: int) -> tuple[tuple[str, str, int, int], ...]:
+    def build(layer: int) -> tuple[tuple[str, str, int, int, int], ...]:
         return tuple(
-            (_inside(module, anatomy.layer_path), module.role, module.in_features, module.out_features)
+            (_inside(module, anatomy.layer_path), module.role, module.in_features, module.out_features, module.experts)
             for module in anatomy.in_layer(layer)
         )
 

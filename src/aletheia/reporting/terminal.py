@@ -109,7 +109,8 @@ def _render_scores(scores: Scores) -> RenderableType:
         table.add_row(str(layer), _score(score), line, human_percent(score / total))
     data = [("data", printable(scores.data.name))] if scores.data else []
     head = _head("Scores", scores.model.name, [*data, *_probe(scores.probe), *_timings(scores.timings)])
-    return Group(head, Text(), table, Text(), _top_modules(scores))
+    experts = [Text(), _experts(scores)] if scores.experts else []
+    return Group(head, Text(), table, Text(), _top_modules(scores), *experts)
 
 
 def _timings(timings: Timings | None) -> list[tuple[str, str]]:
@@ -125,11 +126,27 @@ def _timings(timings: Timings | None) -> list[tuple[str, str]]:
 
 
 def _top_modules(scores: Scores) -> Table:
-    best = sorted(scores.modules.items(), key=lambda item: (-item[1], item[0]))[:TOP_MODULES]
+    known = [(name, score) for name, score in scores.modules.items() if score is not None]
+    best = sorted(known, key=lambda item: (-item[1], item[0]))[:TOP_MODULES]
     table = _table(("top modules", 52, "left"), ("score", 10, "right"), ("", 12, "left"))
     for name, score in best:
         line = Text(bar(score, best[0][1], 12), style=_ACCENT)
         table.add_row(Text(shorten(name, 52)), _score(score), line)
+    return table
+
+
+def _experts(scores: Scores) -> Table:
+    """How the probe's tokens spread over the experts of each layer, and which experts none of them reached."""
+    table = _table(
+        ("layer", 5, "right"), ("experts", 7, "right"), ("tokens each", 14, "right"), ("no token", 40, "left")
+    )
+    layers = {module.name: module.layer for module in scores.anatomy.modules}
+    stacks = {layers[name]: stack for name, stack in scores.experts.items()}  # those of a layer got the same tokens
+    for layer, stack in sorted(stacks.items()):
+        unreached = [str(index) for index, norm in enumerate(stack.norms) if norm is None]
+        spread = f"{min(stack.tokens):,} - {max(stack.tokens):,}" if stack.tokens else NOTHING
+        told = f"{len(unreached)}: {', '.join(unreached)}" if unreached else ""
+        table.add_row(str(layer), str(len(stack.norms)), spread, Text(shorten(told, 40)))
     return table
 
 

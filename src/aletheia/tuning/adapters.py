@@ -1,17 +1,23 @@
 """From a plan to a PEFT model, and the proof that the model is adapted exactly as planned."""
 
 import re
+from collections.abc import Mapping, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_config_for_transformers,
+    get_model_conversion_mapping,
+)
 from torch import nn
 
 from aletheia.anatomy.fingerprint import identify
-from aletheia.anatomy.read import read_anatomy
-from aletheia.anatomy.schema import Anatomy
+from aletheia.anatomy.read import is_matrix, read_anatomy
+from aletheia.anatomy.schema import Anatomy, Module
 from aletheia.errors import AdapterError, PlanError
-from aletheia.planning.plan import Plan
+from aletheia.planning.plan import Adapter, Plan
 
 
 def adapt(model: nn.Module, plan: Plan, seed: int = 0) -> PeftModel:
@@ -33,7 +39,9 @@ def adapt(model: nn.Module, plan: Plan, seed: int = 0) -> PeftModel:
     check_names(plan, anatomy)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        adapted = get_peft_model(model, lora_config(plan))
+        own = {adapter.name: (adapter.rank, adapter.alpha) for adapter in plan.adapters}
+        config = lora_config(plan.adapters, model, plan.settings.rank, plan.settings.alpha, own)
+        adapted = get_peft_model(model, config)
     check_adapters(adapted, plan)
     return adapted
 
@@ -60,21 +68,54 @@ def check_names(plan: Plan, anatomy: Anatomy) -> None:
             )
 
 
-def lora_config(plan: Plan) -> LoraConfig:
-    """The PEFT configuration with every module named in full.
+def lora_config(
+    weights: Sequence[Adapter | Module],
+    model: nn.Module,
+    rank: int,
+    alpha: float,
+    own: Mapping[str, tuple[int, float]] | None = None,
+) -> LoraConfig:
+    """The PEFT configuration with every module and every stack of experts named in full.
 
     PEFT takes the first pattern that matches, as a regular expression, and ignores unmatched ones silently: so
     names are escaped, complete, and compared after injection.
+
+    Args:
+        weights: what to adapt.
+        model: the base model.
+        rank: the common rank.
+        alpha: the common alpha.
+        own: rank and alpha of those that have others, by full name.
     """
-    common = plan.settings.rank
+    modules = [weight.name for weight in weights if not weight.fused]
+    as_parameter = {name: f"{name}.weight" for name in _rewritten(modules, model)}
+    stacks = [weight.name for weight in weights if weight.fused]
+    patterns = {re.escape(as_parameter.get(name, name)): pair for name, pair in (own or {}).items()}
     return LoraConfig(
         task_type="CAUSAL_LM",
-        target_modules=[adapter.name for adapter in plan.adapters],
-        r=common,
-        lora_alpha=_integral(plan.settings.alpha),
-        rank_pattern={re.escape(a.name): a.rank for a in plan.adapters if a.rank != common},
-        alpha_pattern={re.escape(a.name): _integral(a.alpha) for a in plan.adapters if a.alpha != plan.settings.alpha},
+        target_modules=[name for name in modules if name not in as_parameter],
+        target_parameters=[*stacks, *as_parameter.values()] or None,
+        r=rank,
+        lora_alpha=_integral(alpha),
+        rank_pattern={name: own_rank for name, (own_rank, _) in patterns.items() if own_rank != rank},
+        alpha_pattern={name: _integral(own_alpha) for name, (_, own_alpha) in patterns.items() if own_alpha != alpha},
     )
+
+
+def _rewritten(names: list[str], model: nn.Module) -> list[str]:
+    """The modules that PEFT would take for names of experts in older checkpoints.
+
+    In some mixtures of experts it turns every ``gate_proj``, ``up_proj`` and ``down_proj``, however fully named, into
+    the stacks of all layers. Dense layers and shared experts have modules of these names; their weights are then
+    named as parameters, which PEFT leaves alone.
+    """
+    trial = LoraConfig(task_type="CAUSAL_LM", target_modules=list(names))
+    try:
+        convert_peft_config_for_transformers(trial, model, get_model_conversion_mapping(model))
+    except ValueError:  # it finds a part of a stack without the other
+        leaves = {"gate_proj", "up_proj", "down_proj"}
+        return [name for name in names if name.rpartition(".")[2] in leaves]
+    return [name for name in names if name not in trial.target_modules]
 
 
 def _integral(alpha: float) -> int | float:
@@ -83,12 +124,15 @@ def _integral(alpha: float) -> int | float:
 
 
 def adapted_modules(model: nn.Module) -> dict[str, tuple[int, float]]:
-    """Rank and alpha of every adapted module, by its full name in the base model."""
+    """Rank and alpha of every adapted module and stack of experts, by its full name in the base model."""
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
+            # a parameter's wrapper goes around its owner, and around the wrapper of the owner's other parameters
+            base_name = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            if isinstance(module, ParamWrapper) and not is_matrix(module.get_base_layer()):
+                base_name = f"{base_name}.{module.parameter_name}"
             for adapter, rank in module.r.items():
-                base_name = name.removeprefix("base_model.model.")
                 found[base_name] = (rank, float(module.lora_alpha[adapter]))
     return found
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from scipy.optimize import nnls
 from torch import nn
 
@@ -19,6 +19,7 @@ from aletheia.data.examples import Examples
 from aletheia.data.order import training_batches
 from aletheia.planning.cost import layer_costs
 from aletheia.probing.timings import LayerTiming, Timings
+from aletheia.tuning.adapters import lora_config
 from aletheia.tuning.prefix import PREFIX, prefix_output
 from aletheia.tuning.train import fast_steps
 
@@ -118,9 +119,8 @@ def _prepared(model: nn.Module, anatomy: Anatomy, step: _Step, batch: Batch) -> 
     if step.way == "prefix":
         yield lambda: prefix_output(model, boundary, batch)
         return
-    names = [module.name for module in anatomy.modules if module.layer in step.layers and module.role != "router"]
-    config = LoraConfig(task_type="CAUSAL_LM", r=step.rank, lora_alpha=2 * step.rank, target_modules=names)
-    adapted = get_peft_model(model, config)
+    wanted = [module for module in anatomy.modules if module.layer in step.layers and module.role != "router"]
+    adapted = get_peft_model(model, lora_config(wanted, model, step.rank, 2.0 * step.rank))
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     with ExitStack() as stack:

@@ -33,31 +33,34 @@ def align_with_gradient(model: nn.Module, batches: Iterable[dict[str, torch.Tens
         batches: what the gradient is taken from, as ``model`` takes them; one forward and backward pass each.
 
     Returns:
-        How many adapters were turned. Those whose gradient is zero or not finite (an expert that saw no token) stay.
+        How many adapters were turned, those of an expert counted for itself. Those whose gradient is zero or not
+        finite (an expert that saw no token) stay.
     """
     factors = [
-        (module.lora_A[name].weight, module.lora_B[name].weight)
+        (module.lora_A[name].weight, module.lora_B[name].weight, getattr(module, "num_experts", 1))
         for module in model.modules()
         if isinstance(module, LoraLayer)
         for name in module.active_adapters
         if name in module.lora_A
     ]
-    random_a = [a_RI.detach().clone() for a_RI, _ in factors]
+    random_a = [a_RI.detach().clone() for a_RI, _, _ in factors]
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
-        for a_RI, b_OR in factors:
+        for a_RI, b_OR, _ in factors:
             a_RI.zero_()
             b_OR.copy_(torch.randn(b_OR.shape))
-    sketches = _gradients(model, [a_RI for a_RI, _ in factors], batches)
+    sketches = _gradients(model, [a_RI for a_RI, _, _ in factors], batches)
     turned = 0
     with torch.no_grad():
-        for (a_RI, b_OR), sketch_RI, random_RI in zip(factors, sketches, random_a, strict=True):
+        for (a_RI, b_OR, experts), sketch_RI, random_RI in zip(factors, sketches, random_a, strict=True):
             a_RI.copy_(random_RI)
             b_OR.zero_()
-            if torch.isfinite(sketch_RI).all() and sketch_RI.any():
-                rows = torch.linalg.svd(sketch_RI, full_matrices=False)[2]
-                a_RI[: len(rows)] = rows / 3**0.5
-                turned += 1
+            of_expert = zip(a_RI.chunk(experts), sketch_RI.chunk(experts), strict=True)  # PEFT stacks their rows
+            for own_a_RI, own_sketch_RI in of_expert:
+                if torch.isfinite(own_sketch_RI).all() and own_sketch_RI.any():
+                    rows = torch.linalg.svd(own_sketch_RI, full_matrices=False)[2]
+                    own_a_RI[: len(rows)] = rows / 3**0.5
+                    turned += 1
     return turned
 
 

@@ -1,0 +1,104 @@
+"""Gradient norms of fused experts, one stack at a time: the gradient is looked at and let go during backward.
+
+Shapes: E experts, N tokens, K experts per token.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from aletheia.probing.ghost import at_least_float32
+
+
+class _Look(torch.autograd.Function):
+    """A frozen weight as it is; in backward its gradient is shown to ``look`` and goes no further."""
+
+    @staticmethod
+    def forward(ctx, weight, anchor, look):
+        ctx.look = look
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.look(grad)
+        return None, None, None
+
+
+class ExpertRecorder:
+    """Hooks on the owners of 3-D parameters: per stack, the gradient norm of each expert and the tokens it got.
+
+    How the owner computes does not matter (expert by expert, grouped, batched): for the time of its forward, the
+    parameter is shadowed by an attribute of the same name through which the gradient passes. ``anchor`` must be among
+    the inputs of ``torch.autograd.grad``, or autograd would not go there.
+    """
+
+    def __init__(self, parameters: Mapping[str, tuple[nn.Module, str]]) -> None:
+        """Prepare for ``parameters``: full name to owner and own name."""
+        self.anchor = torch.zeros((), requires_grad=True)
+        self.mask_N: torch.Tensor | None = None  # 1 for tokens that are not padding
+        self._parameters = dict(parameters)
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._norms: dict[str, torch.Tensor] = {}
+        self._tokens: dict[str, torch.Tensor] = {}
+
+    def __enter__(self) -> "ExpertRecorder":
+        """Install the hooks."""
+        owners: dict[nn.Module, dict[str, str]] = {}
+        for name, (owner, own_name) in self._parameters.items():
+            owners.setdefault(owner, {})[own_name] = name
+        for owner, names in owners.items():
+            self._handles.append(owner.register_forward_pre_hook(self._shadow(names), with_kwargs=True))
+            self._handles.append(owner.register_forward_hook(self._uncover(names), always_call=True))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def pop(self) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
+        """Norms [E] and tokens [E] (None if the routing was not seen) by parameter since the last call."""
+        found = {name: (norms, self._tokens.get(name)) for name, norms in self._norms.items()}
+        self._norms, self._tokens = {}, {}
+        return found
+
+    def _shadow(self, names: dict[str, str]):
+        def hook(owner: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            if not torch.is_grad_enabled():
+                return
+            for own_name, name in names.items():
+                weight = owner._parameters[own_name]
+                owner.__dict__[own_name] = _Look.apply(weight, self.anchor.to(weight.device), self._record(name))
+                routed = _routing([*args, *kwargs.values()], len(weight), self.mask_N)
+                if routed is not None:
+                    self._tokens[name] = self._tokens.get(name, 0) + routed
+
+        return hook
+
+    @staticmethod
+    def _uncover(names: dict[str, str]):
+        def hook(owner: nn.Module, args: tuple, output: Any) -> None:
+            for own_name in names:
+                owner.__dict__.pop(own_name, None)
+
+        return hook
+
+    def _record(self, name: str):
+        def look(grad: torch.Tensor) -> None:
+            norms_E = torch.linalg.vector_norm(at_least_float32(grad).flatten(1), dim=1)
+            self._norms[name] = self._norms.get(name, 0) + norms_E
+
+        return look
+
+
+def _routing(given: list[Any], experts: int, mask_N: torch.Tensor | None) -> torch.Tensor | None:
+    """Tokens [E] per expert, read off the indices [N, K] among the arguments of the owner; padding is left out."""
+    for value in given:
+        if isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32) and value.dim() >= 2:
+            index_NK = value.flatten(0, -2)
+            if mask_N is not None and len(mask_N) == len(index_NK):
+                index_NK = index_NK[mask_N.to(index_NK.device).bool()]
+            return torch.bincount(index_NK.flatten().clamp(max=experts), minlength=experts + 1)[:experts]
+    return None
