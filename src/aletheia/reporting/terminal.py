@@ -109,7 +109,7 @@ def _render_scores(scores: Scores) -> RenderableType:
         table.add_row(str(layer), _score(score), line, human_percent(score / total))
     data = [("data", printable(scores.data.name))] if scores.data else []
     head = _head("Scores", scores.model.name, [*data, *_probe(scores.probe), *_timings(scores.timings)])
-    experts = [Text(), _experts(scores)] if scores.experts else []
+    experts: list[RenderableType] = [Text(), _experts(scores)] if scores.experts else []
     return Group(head, Text(), table, Text(), _top_modules(scores), *experts)
 
 
