@@ -9,6 +9,7 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 import aletheia
+from aletheia.anatomy.fingerprint import identify
 from aletheia.anatomy.read import read_anatomy
 from aletheia.data.batches import collate
 from aletheia.tuning.adapters import adapted_modules
@@ -159,6 +160,14 @@ def test_only_planned_layers_have_adapted_experts(examples):
         trainable = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
         assert any("experts" in name for name in trainable)
         assert all(".layers.3." in name for name in trainable)
+
+
+def test_a_changed_expert_is_another_model():
+    model = make_model("mixtral")
+    before = identify(model)
+    with torch.no_grad():
+        model.model.layers[2].mlp.experts.down_proj.mul_(2)
+    assert not identify(model).is_same_model(before)
 
 
 def test_every_expert_starts_along_its_own_gradient(examples):

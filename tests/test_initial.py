@@ -11,8 +11,8 @@ from tiny import make_model
 
 from aletheia.anatomy.read import adaptable_modules
 from aletheia.data.batches import collate
+from aletheia.tuning.fast import fast_steps
 from aletheia.tuning.initial import align_with_gradient
-from aletheia.tuning.train import fast_steps
 
 
 def fresh(family="llama", rank=4):

@@ -14,12 +14,12 @@ from aletheia.data.batches import collate
 from aletheia.errors import AdapterError, TrainingError
 from aletheia.tuning.adapters import lora_config
 from aletheia.tuning.cache import MemoryCache, collate_with_prefix
+from aletheia.tuning.fast import fast_steps
 from aletheia.tuning.fill import _trial, fill, open_cache
 from aletheia.tuning.lean import lean_adapters, lean_causal_loss, lean_loss
 from aletheia.tuning.logits import labelled_logits
 from aletheia.tuning.prefix import PassThrough, frozen_prefix, stored_prefix
 from aletheia.tuning.recompute import recomputation
-from aletheia.tuning.train import fast_steps
 
 BOUNDARY = 2
 

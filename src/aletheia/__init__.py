@@ -29,7 +29,7 @@ _HOMES = {
     "Scores": "aletheia.probing.scores",
     "adapt": "aletheia.tuning.adapters",
     "calibrate": "aletheia.tuning.calibrate",
-    "fast_steps": "aletheia.tuning.train",
+    "fast_steps": "aletheia.tuning.fast",
     "frozen_prefix": "aletheia.tuning.prefix",
     "held_out_loss": "aletheia.evaluation.held_out",
     "inspect": "aletheia.anatomy.load",
@@ -58,9 +58,10 @@ if TYPE_CHECKING:
     from aletheia.reporting.page import report
     from aletheia.tuning.adapters import adapt
     from aletheia.tuning.calibrate import calibrate
+    from aletheia.tuning.fast import fast_steps
     from aletheia.tuning.prefix import frozen_prefix
     from aletheia.tuning.run import Run
-    from aletheia.tuning.train import fast_steps, train
+    from aletheia.tuning.train import train
 
 
 def __getattr__(name: str) -> object:

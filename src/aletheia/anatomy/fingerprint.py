@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import nn
 
-from aletheia.anatomy.read import adaptable_modules, find_layers, is_matrix, read_anatomy
+from aletheia.anatomy.read import adaptable_modules, find_layers, fused_parameters, is_matrix, read_anatomy
 from aletheia.anatomy.schema import Anatomy, ModelIdentity
 
 EMBEDDING_SAMPLES = 1024
@@ -18,10 +18,10 @@ def identify(model: nn.Module, anatomy: Anatomy | None = None) -> ModelIdentity:
 
     ``fingerprint`` hashes every module's name and shape, 1,024 evenly spaced values of the embedding and all norm
     weights and biases of the layers: what QLoRA leaves unquantized, so a model and its 4-bit form share it.
-    ``weights`` hashes 64 evenly spaced values of every matrix and is None if any is quantized; it tells a model from
-    one whose adapters were merged. Values are hashed in bfloat16 with small ones as zero, so the same checkpoint gives
-    the same fingerprints whatever dtype it is loaded in. (An fp32 checkpoint loaded in fp16 is rounded twice and may
-    differ.)
+    ``weights`` hashes 64 evenly spaced values of every matrix and every stack of experts, and is None if any is
+    quantized; it tells a model from one whose adapters were merged. Values are hashed in bfloat16 with small ones as
+    zero, so the same checkpoint gives the same fingerprints whatever dtype it is loaded in. (An fp32 checkpoint loaded
+    in fp16 is rounded twice and may differ.)
 
     Raises:
         ModelError: the model cannot be taken apart.
@@ -46,6 +46,8 @@ def _matrices(model: nn.Module) -> str | None:
         if not module.weight.is_floating_point():
             return None
         digest.update(_sampled(module.weight, MATRIX_SAMPLES))
+    for owner, name in fused_parameters(model).values():
+        digest.update(_sampled(getattr(owner, name), MATRIX_SAMPLES))
     return digest.hexdigest()
 
 

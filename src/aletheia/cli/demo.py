@@ -47,8 +47,9 @@ def demo(
     from aletheia.reporting.page import report
     from aletheia.reporting.terminal import comparison_table, render
     from aletheia.tuning.adapters import adapt
+    from aletheia.tuning.output import claim_output
     from aletheia.tuning.run import REPORT_FILE, SCORES_FILE
-    from aletheia.tuning.train import check_settings, claim_output, train
+    from aletheia.tuning.train import check_settings, train
 
     check_settings(steps)
     arms = {"uniform": out / "uniform", "plan": out / "plan"}

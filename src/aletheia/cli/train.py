@@ -97,8 +97,9 @@ def train(
     from aletheia.reporting.page import report
     from aletheia.reporting.terminal import render
     from aletheia.tuning.adapters import adapt
+    from aletheia.tuning.output import claim_output
     from aletheia.tuning.run import REPORT_FILE, SCORES_FILE
-    from aletheia.tuning.train import check_settings, claim_output
+    from aletheia.tuning.train import check_settings
     from aletheia.tuning.train import train as run_training
 
     check_settings(steps, epochs, batch_size, learning_rate, cache, gradient_checkpointing, init)

@@ -20,8 +20,8 @@ from aletheia.data.order import training_batches
 from aletheia.planning.cost import layer_costs
 from aletheia.probing.timings import LayerTiming, Timings
 from aletheia.tuning.adapters import lora_config
+from aletheia.tuning.fast import fast_steps
 from aletheia.tuning.prefix import PREFIX, prefix_output
-from aletheia.tuning.train import fast_steps
 
 ROUNDS = 3
 SHORT_SECONDS, MOST_REPEATS = 0.2, 25

@@ -4,8 +4,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -18,30 +17,20 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from aletheia.data.batches import Collator, collate
 from aletheia.data.examples import Example, Examples
 from aletheia.data.order import training_batches
-from aletheia.errors import ArtifactError, TrainingError
+from aletheia.errors import TrainingError
 from aletheia.evaluation.held_out import held_out_loss
-from aletheia.files import artifact_format, check_writable, package_versions, write_text
+from aletheia.files import package_versions
 from aletheia.planning.plan import Plan
 from aletheia.tuning.adapters import check_adapters
 from aletheia.tuning.cache import PrefixCache, collate_with_prefix
-from aletheia.tuning.card import model_card
+from aletheia.tuning.fast import fast_steps
 from aletheia.tuning.fill import CacheDecision, CacheKind, fill, open_cache
 from aletheia.tuning.initial import ROWS, Init, align_with_gradient
-from aletheia.tuning.lean import lean_adapters, lean_loss
-from aletheia.tuning.logits import labelled_logits
 from aletheia.tuning.memory import peak_memory_bytes, reset_peak_memory
-from aletheia.tuning.prefix import frozen_prefix, lowest_trainable_layer, stored_prefix
+from aletheia.tuning.output import claim_output, save
+from aletheia.tuning.prefix import lowest_trainable_layer
 from aletheia.tuning.recompute import Recompute, recomputation
-from aletheia.tuning.run import (
-    METRICS_FILE,
-    PLAN_FILE,
-    REPORT_FILE,
-    SCORES_FILE,
-    Metrics,
-    PhaseSeconds,
-    Run,
-    TrainSettings,
-)
+from aletheia.tuning.run import Metrics, PhaseSeconds, Run, TrainSettings
 from aletheia.tuning.watch import Watch
 
 WARMUP_SHARE = 0.05
@@ -175,27 +164,6 @@ def train(
     return run
 
 
-@contextmanager
-def fast_steps(model: PeftModel, stored_from: int | None = None, free: bool = False) -> Iterator[None]:
-    """Everything that makes a step cheaper and leaves loss and gradients alone, for a training loop of one's own, too.
-
-    The output's ``logits`` are those of labelled positions only, and hold their gradient after a loss that needs one.
-
-    Args:
-        model: the adapted model.
-        stored_from: the boundary, if every batch will bring its stored prefix.
-        free: see :func:`aletheia.tuning.prefix.stored_prefix`.
-    """
-    with ExitStack() as stack:
-        if stored_from is not None:  # first, so that nothing else holds the layers that it frees
-            stack.enter_context(stored_prefix(model, stored_from, free))
-        stack.enter_context(frozen_prefix(model))
-        stack.enter_context(labelled_logits(model))
-        stack.enter_context(lean_adapters(model))
-        stack.enter_context(lean_loss(model))
-        yield
-
-
 def _stored_rows(
     model: PeftModel,
     boundary: int,
@@ -287,42 +255,6 @@ def default_learning_rate(hidden_size: int, steps: int) -> float:
     """
     multiplier = 10 + 5 * min(1.0, SHORT_RUN_STEPS / steps)
     return 5e-5 * multiplier * (2000 / hidden_size) ** 0.781
-
-
-def save(model: PeftModel, run: Run) -> None:
-    """Write the run folder; ``metrics.json`` goes first and comes last, so a folder that has one is complete.
-
-    Raises:
-        ArtifactError: the folder cannot be written.
-    """
-    try:
-        for name in (METRICS_FILE, PLAN_FILE, SCORES_FILE, REPORT_FILE):
-            (run.path / name).unlink(missing_ok=True)
-        model.save_pretrained(str(run.path), save_embedding_layers=False)
-        write_text(run.path / "README.md", model_card(run))
-    except OSError as error:
-        raise ArtifactError(f"cannot write the run to {run.path}: {error.strerror or error}") from error
-    run.plan.write(run.path / PLAN_FILE)
-    run.metrics.write(run.path / METRICS_FILE)
-
-
-def claim_output(out: str | Path, overwrite: bool = False) -> Path:
-    """Check early that a run can be written to ``out``.
-
-    Raises:
-        ArtifactError: it cannot be written, is a file, or holds something that may not be replaced: other files, or
-            a run while ``overwrite`` is off.
-    """
-    out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise ArtifactError(f"{out} is a file; expected a folder for the run, choose another --out")
-    if out.is_dir() and any(out.iterdir()):
-        if artifact_format(out / METRICS_FILE) != Metrics.FORMAT:
-            raise ArtifactError(f"{out} holds other files; expected a new or empty folder, choose another --out")
-        if not overwrite:
-            raise ArtifactError(f"{out} holds another run; choose another --out or pass --overwrite")
-    check_writable(out)
-    return out
 
 
 def check_settings(

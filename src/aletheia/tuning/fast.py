@@ -1,0 +1,31 @@
+"""All that makes a step cheaper and changes no result, in one context."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from peft import PeftModel
+
+from aletheia.tuning.lean import lean_adapters, lean_loss
+from aletheia.tuning.logits import labelled_logits
+from aletheia.tuning.prefix import frozen_prefix, stored_prefix
+
+
+@contextmanager
+def fast_steps(model: PeftModel, stored_from: int | None = None, free: bool = False) -> Iterator[None]:
+    """Everything that makes a step cheaper and leaves loss and gradients alone, for a training loop of one's own, too.
+
+    The output's ``logits`` are those of labelled positions only, and hold their gradient after a loss that needs one.
+
+    Args:
+        model: the adapted model.
+        stored_from: the boundary, if every batch will bring its stored prefix.
+        free: see :func:`aletheia.tuning.prefix.stored_prefix`.
+    """
+    with ExitStack() as stack:
+        if stored_from is not None:  # first, so that nothing else holds the layers that it frees
+            stack.enter_context(stored_prefix(model, stored_from, free))
+        stack.enter_context(frozen_prefix(model))
+        stack.enter_context(labelled_logits(model))
+        stack.enter_context(lean_adapters(model))
+        stack.enter_context(lean_loss(model))
+        yield
