@@ -9,11 +9,11 @@ from functools import partial
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
-from torch import nn
+from torch import library, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 
-@torch.library.custom_op("aletheia::lora_linear", mutates_args=())
+@library.custom_op("aletheia::lora_linear", mutates_args=())
 def lora_linear(
     x_NI: torch.Tensor,
     weight_OI: torch.Tensor,
