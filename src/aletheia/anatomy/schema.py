@@ -67,6 +67,10 @@ class Anatomy(BaseModel):
         """The modules of one decoder layer, in the model's order."""
         return tuple(module for module in self.modules if module.layer == index)
 
+    def adaptable(self, routers: bool = False) -> tuple[Module, ...]:
+        """The weights that a plan may adapt: all, routers only if asked for."""
+        return tuple(module for module in self.modules if routers or module.role != "router")
+
     @property
     def head_flops_per_token(self) -> int:
         """Forward FLOPs of the LM head for one token."""

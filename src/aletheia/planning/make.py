@@ -59,7 +59,7 @@ def plan(
     settings = _settings(policy, percent, rank, ranks, attention_rank, mlp_rank, alpha, seed, speedup, epochs)
     settings = settings.model_copy(update={"routers": routers})
     anatomy = scores.anatomy
-    adaptable = [module for module in anatomy.modules if routers or module.role != "router"]
+    adaptable = anatomy.adaptable(routers)
     costs = _costs(scores, settings, _nominal_ranks(adaptable, settings))
     layers = select_layers(policy, scores.layers, percent, seed, costs, epochs, speedup)
     wanted = set(layers)
@@ -100,8 +100,8 @@ def plan_frontier(
         PlanError: a setting is out of range.
     """
     settings = _settings("depth-aware", 100, rank, ranks, attention_rank, mlp_rank, None, 0, None, epochs)
-    adaptable = [module for module in scores.anatomy.modules if module.role != "router"]
-    return frontier(scores.layers, _costs(scores, settings, _nominal_ranks(adaptable, settings)), epochs)
+    ranks_by_name = _nominal_ranks(scores.anatomy.adaptable(), settings)
+    return frontier(scores.layers, _costs(scores, settings, ranks_by_name), epochs)
 
 
 def _settings(

@@ -119,7 +119,7 @@ def _prepared(model: nn.Module, anatomy: Anatomy, step: _Step, batch: Batch) -> 
     if step.way == "prefix":
         yield lambda: prefix_output(model, boundary, batch)
         return
-    wanted = [module for module in anatomy.modules if module.layer in step.layers and module.role != "router"]
+    wanted = [module for module in anatomy.adaptable() if module.layer in step.layers]
     adapted = get_peft_model(model, lora_config(wanted, model, step.rank, 2.0 * step.rank))
     parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
@@ -167,10 +167,9 @@ def _parts(
     """
     sequence, count = batch["input_ids"].shape[1], batch["input_ids"].numel()
     share = float(labelled_tokens(batch["labels"])) / count
-    adapted = [module for module in anatomy.modules if module.role != "router"]
     operations = layer_costs(anatomy, {module.name: RANK for module in anatomy.modules}, RANK, sequence, share)
     features = [0] * anatomy.layer_count
-    for module in adapted:
+    for module in anatomy.adaptable():
         features[module.layer] += module.lora_parameters(1)
     rows, seconds = [], []
     for step in steps:
