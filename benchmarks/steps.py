@@ -16,10 +16,10 @@ import aletheia
 from aletheia.data.batches import collate
 from aletheia.data.order import training_batches
 from aletheia.planning.plan import Plan
+from aletheia.probing.logits import labelled_logits
 from aletheia.tuning.cache import MemoryCache, collate_with_prefix
 from aletheia.tuning.fill import fill
 from aletheia.tuning.lean import lean_adapters, lean_loss
-from aletheia.tuning.logits import labelled_logits
 from aletheia.tuning.prefix import frozen_prefix, stored_prefix
 from aletheia.tuning.recompute import Recompute, recomputation
 

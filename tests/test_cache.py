@@ -9,12 +9,14 @@ import signal
 import time
 import weakref
 
+import psutil
 import pytest
 import torch
 from test_prefix import BOUNDARY, adapted
 from test_tuning import trained
 from tiny import make_model
 
+from aletheia.anatomy.load import free_memory_bytes
 from aletheia.anatomy.read import find_layers
 from aletheia.data.order import training_batches
 from aletheia.errors import CacheError, TrainingError
@@ -231,7 +233,7 @@ def decide(monkeypatch, rows, uses, folder, forward=1.0, memory=10**12, speed=1e
     monkeypatch.setattr(fill_module, "_forward_seconds_per_token", lambda *_: forward)
     monkeypatch.setattr(fill_module, "_copy_bytes_per_second", lambda: 1e10)
     monkeypatch.setattr(fill_module, "_disk_bytes_per_second", lambda root: (speed, speed))
-    monkeypatch.setattr(fill_module, "_free_memory_bytes", lambda: memory)
+    monkeypatch.setattr(fill_module, "free_memory_bytes", lambda: memory)
     return open_cache(adapted(), BOUNDARY, rows, uses, 4, 0, "auto", folder)[1]
 
 
@@ -253,7 +255,7 @@ def test_auto_measures_something(rows):
 
 
 def test_free_memory_is_what_the_machine_has():
-    assert 10**8 < fill_module._free_memory_bytes() <= fill_module.psutil.virtual_memory().total
+    assert 10**8 < free_memory_bytes() <= psutil.virtual_memory().total
 
 
 def test_the_disk_is_measured(tmp_path):

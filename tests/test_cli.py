@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from aletheia.cli import main as cli
+from aletheia.probing.scores import Scores
 
 COMMANDS = ("inspect", "probe", "plan", "show", "train", "report", "cache", "demo", "doctor")
 
@@ -32,6 +33,24 @@ def scores_file(run, model_folder, data_file, tmp_path):
     steps = ("--batches", 2, "--no-calibrate")
     assert run("probe", model_folder, "--data", data_file, "--out", "scores.json", *steps)[0] == 0
     return tmp_path / "scores.json"
+
+
+def test_a_streamed_probe_writes_the_same_scores(run, model_folder, data_file, scores_file, tmp_path):
+    steps = ("--batches", 2, "--stream", "--max-memory", "2GB")
+    code, _, err = run("probe", model_folder, "--data", data_file, "--out", "streamed.json", *steps)
+    assert code == 0, err
+    one, other = Scores.read(scores_file), Scores.read(tmp_path / "streamed.json")
+    assert other.model == one.model
+    assert other.layers == pytest.approx(one.layers, rel=1e-5)
+    assert not (tmp_path / "streamed.json.partial").exists()
+    assert run("plan", "streamed.json", "--out", "plan.json")[0] == 0
+
+
+def test_weights_too_large_are_streamed(run, model_folder, data_file, monkeypatch):
+    code, _, err = run("probe", model_folder, "--data", data_file, "--out", "s.json", "--max-memory", "10kB")
+    assert code != 0
+    assert "layer by layer" in err
+    assert "for one layer and its work" in err
 
 
 SMALL = ("--steps", 4, "--learning-rate", 0.01, "--max-length", 128)
@@ -183,6 +202,7 @@ BAD = {
         ("train", "{model}", "--data", "{data}", "--out", "r", "--gradient-checkpointing", "some"),
         "expected one of off, selective, full",
     ),
+    "no memory": (("probe", "{model}", "--data", "{data}", "--out", "s.json", "--max-memory", "much"), "such as 6GB"),
     "bad dtype": (("probe", "{model}", "--data", "{data}", "--out", "s.json", "--dtype", "int3"), "'int3'"),
     "no such command": (("tune",), "tune"),
     "no such option": (("doctor", "--fast"), "--fast"),

@@ -9,16 +9,17 @@ from tiny import FAMILIES, MORE_FAMILIES, make_model
 from transformers import Trainer, TrainingArguments
 
 import aletheia
+from aletheia.anatomy.layerwise import PassThrough
 from aletheia.anatomy.read import find_layers, is_matrix, read_anatomy
 from aletheia.data.batches import collate
 from aletheia.errors import AdapterError, TrainingError
+from aletheia.probing.logits import labelled_logits
 from aletheia.tuning.adapters import lora_config
 from aletheia.tuning.cache import MemoryCache, collate_with_prefix
 from aletheia.tuning.fast import fast_steps
 from aletheia.tuning.fill import _trial, fill, open_cache
 from aletheia.tuning.lean import lean_adapters, lean_causal_loss, lean_loss
-from aletheia.tuning.logits import labelled_logits
-from aletheia.tuning.prefix import PassThrough, frozen_prefix, stored_prefix
+from aletheia.tuning.prefix import frozen_prefix, stored_prefix
 from aletheia.tuning.recompute import recomputation
 
 BOUNDARY = 2

@@ -16,9 +16,9 @@ from peft import PeftModel
 import aletheia
 from aletheia.cli.demo import demo_checkpoint
 from aletheia.data.batches import collate
+from aletheia.probing.logits import labelled_logits
 from aletheia.tuning.cache import MemoryCache, collate_with_prefix
 from aletheia.tuning.fill import fill
-from aletheia.tuning.logits import labelled_logits
 from aletheia.tuning.prefix import frozen_prefix, stored_prefix
 from aletheia.tuning.run import Run
 

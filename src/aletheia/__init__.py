@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Anatomy": "aletheia.anatomy.schema",
+    "Checkpoint": "aletheia.anatomy.checkpoint",
     "Examples": "aletheia.data.examples",
     "Loaded": "aletheia.anatomy.load",
     "Plan": "aletheia.planning.plan",
@@ -38,6 +39,7 @@ _HOMES = {
     "plan": "aletheia.planning.make",
     "plan_frontier": "aletheia.planning.make",
     "probe": "aletheia.probing.resident",
+    "probe_streamed": "aletheia.probing.streamed",
     "report": "aletheia.reporting.page",
     "split_held_out": "aletheia.data.examples",
     "train": "aletheia.tuning.train",
@@ -46,6 +48,7 @@ _HOMES = {
 __all__ = [*sorted(_HOMES), "__version__"]
 
 if TYPE_CHECKING:
+    from aletheia.anatomy.checkpoint import Checkpoint
     from aletheia.anatomy.load import Loaded, inspect, load
     from aletheia.anatomy.schema import Anatomy
     from aletheia.data.encode import load_data
@@ -55,6 +58,7 @@ if TYPE_CHECKING:
     from aletheia.planning.plan import Plan
     from aletheia.probing.resident import probe
     from aletheia.probing.scores import Scores
+    from aletheia.probing.streamed import probe_streamed
     from aletheia.reporting.page import report
     from aletheia.tuning.adapters import adapt
     from aletheia.tuning.calibrate import calibrate

@@ -1,11 +1,13 @@
 """Fingerprints that tell one base model from another in milliseconds."""
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from aletheia.anatomy.read import adaptable_modules, find_layers, fused_parameters, is_matrix, read_anatomy
+from aletheia.anatomy.read import find_layers, is_matrix, matrices_of, read_anatomy, stacks_of
 from aletheia.anatomy.schema import Anatomy, ModelIdentity
 
 EMBEDDING_SAMPLES = 1024
@@ -26,29 +28,60 @@ def identify(model: nn.Module, anatomy: Anatomy | None = None) -> ModelIdentity:
     Raises:
         ModelError: the model cannot be taken apart.
     """
-    anatomy = anatomy or read_anatomy(model)
+    _, layers = find_layers(model)
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    embedding = sample_embedding(model.get_input_embeddings().weight)
+    return identity(name, anatomy or read_anatomy(model), embedding, [sample_layer(layer) for layer in layers])
+
+
+@dataclass(frozen=True)
+class LayerSample:
+    """What the fingerprints need of one layer: its vectors, and values of its matrices and of its stacks of experts.
+
+    ``matrices`` is None if any is quantized.
+    """
+
+    vectors: bytes
+    matrices: bytes | None
+    stacks: bytes
+
+
+def identity(name: str, anatomy: Anatomy, embedding: bytes, samples: Sequence[LayerSample]) -> ModelIdentity:
+    """The identity of a model from its samples, layer by layer; see :func:`identify`."""
     structure = hashlib.sha256()
     for module in anatomy.modules:
         structure.update(f"{module.name} {module.in_features} {module.out_features}\n".encode())
-    structure.update(_sampled(model.get_input_embeddings().weight, EMBEDDING_SAMPLES))
-    _, layers = find_layers(model)
-    for owner in layers.modules():
-        for name, parameter in owner.named_parameters(recurse=False):
-            if parameter.dim() == 1 and not (is_matrix(owner) and name == "weight"):
-                structure.update(_canonical_bytes(parameter.detach()))
-    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return ModelIdentity(name=name, fingerprint=structure.hexdigest(), weights=_matrices(model))
+    structure.update(embedding)
+    for sample in samples:
+        structure.update(sample.vectors)
+    matrices = [sample.matrices for sample in samples]
+    weights = None
+    if None not in matrices:
+        weights = hashlib.sha256(b"".join([*matrices, *(sample.stacks for sample in samples)])).hexdigest()
+    return ModelIdentity(name=name, fingerprint=structure.hexdigest(), weights=weights)
 
 
-def _matrices(model: nn.Module) -> str | None:
-    digest = hashlib.sha256()
-    for module in adaptable_modules(model).values():
-        if not module.weight.is_floating_point():
-            return None
-        digest.update(_sampled(module.weight, MATRIX_SAMPLES))
-    for owner, name in fused_parameters(model).values():
-        digest.update(_sampled(getattr(owner, name), MATRIX_SAMPLES))
-    return digest.hexdigest()
+def sample_embedding(weight: torch.Tensor) -> bytes:
+    """1,024 evenly spaced values of an embedding."""
+    return _sampled(weight, EMBEDDING_SAMPLES)
+
+
+def sample_layer(layer: nn.Module) -> LayerSample:
+    """The values of one layer that its model is known by."""
+    vectors = [
+        _canonical_bytes(parameter.detach())
+        for owner in layer.modules()
+        for name, parameter in owner.named_parameters(recurse=False)
+        if parameter.dim() == 1 and not (is_matrix(owner) and name == "weight")
+    ]
+    matrices = [module.weight for module in matrices_of(layer).values()]
+    is_plain = all(weight.is_floating_point() for weight in matrices)
+    stacks = [getattr(owner, name) for owner, name in stacks_of(layer).values()]
+    return LayerSample(
+        b"".join(vectors),
+        b"".join(_sampled(weight, MATRIX_SAMPLES) for weight in matrices) if is_plain else None,
+        b"".join(_sampled(stack, MATRIX_SAMPLES) for stack in stacks),
+    )
 
 
 def _sampled(weight: torch.Tensor, count: int) -> bytes:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import (
     AutoConfig,
@@ -30,6 +31,11 @@ class Loaded:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that the model has an embedding for."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
 
 def pick_device() -> torch.device:
     """CUDA, else Apple's MPS, else the CPU."""
@@ -53,10 +59,35 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def pick(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name, :func:`pick_dtype` for ``auto``.
+
+    Raises:
+        ModelError: there is no such dtype.
+    """
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ModelError(f"unknown dtype {dtype!r}; expected auto, {', '.join(DTYPES)}")
+    return DTYPES.get(dtype) or pick_dtype(device)
+
+
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16, AMX, or Arm's bf16)."""
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
+
+
+def free_memory_bytes(device: torch.device | None = None) -> int:
+    """What a GPU has left; else the system, or its control group, where that is less (containers, batch systems)."""
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no control group, or no limit in it ("max")
+        return free
+    return min(free, limit - used + int(counts.get("inactive_file", 0)))  # files read before are given up when needed
 
 
 def load_config(name: str) -> PretrainedConfig:
@@ -65,7 +96,7 @@ def load_config(name: str) -> PretrainedConfig:
     Raises:
         ModelError: MODEL cannot be found or its config cannot be read.
     """
-    with _explained(name):
+    with explained(name):
         return AutoConfig.from_pretrained(**_place(name))
 
 
@@ -77,7 +108,7 @@ def inspect(name: str) -> Anatomy:
     """
     config = load_config(name)
     config.__dict__.pop("quantization_config", None)  # shapes are wanted, not the quantizer's packages
-    with _explained(name), torch.device("meta"):
+    with explained(name), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     return read_anatomy(model)
 
@@ -93,15 +124,12 @@ def load(name: str, dtype: str = "auto", device: str | None = None) -> Loaded:
     Raises:
         ModelError: MODEL cannot be found or read, or ``dtype`` is unknown.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise ModelError(f"unknown dtype {dtype!r}; expected auto, {', '.join(DTYPES)}")
     target = torch.device(device) if device else pick_device()
-    with _explained(name):
+    chosen = pick(dtype, target)
+    with explained(name):
         place = _place(name)
         tokenizer = AutoTokenizer.from_pretrained(**place)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            **place, dtype=DTYPES.get(dtype) or pick_dtype(target), output_loading_info=True
-        )
+        model, loading = AutoModelForCausalLM.from_pretrained(**place, dtype=chosen, output_loading_info=True)
         model = model.to(target)
     _check_complete(name, loading)
     if "gguf_file" in place:
@@ -152,7 +180,7 @@ def _place(name: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
+def explained(name: str) -> Iterator[None]:
     """Turn whatever loading raises into one line."""
     try:
         yield

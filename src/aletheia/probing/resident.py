@@ -2,33 +2,29 @@
 
 import math
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from aletheia.anatomy.fingerprint import identify
+from aletheia.anatomy.layerwise import hidden_states, with_hidden_states
 from aletheia.anatomy.read import (
     adaptable_modules,
     find_layers,
     fused_parameters,
-    is_matrix,
     layer_index,
     read_anatomy,
 )
 from aletheia.anatomy.schema import Anatomy
-from aletheia.data.batches import labelled_tokens, on_device_of, sample_batches
+from aletheia.data.batches import on_device_of
 from aletheia.data.examples import Examples
 from aletheia.errors import ProbeError
-from aletheia.files import package_versions
 from aletheia.probing.experts import ExpertRecorder
-from aletheia.probing.ghost import GhostRecorder, at_least_float32
-from aletheia.probing.scores import ExpertScores, ProbeSettings, Scores
+from aletheia.probing.ghost import GhostRecorder
+from aletheia.probing.scores import Scores
 from aletheia.probing.state import borrowed
-
-SCORE = "gradient-norm"
-Batch = dict[str, torch.Tensor]
+from aletheia.probing.tally import Batch, Measured, Tally, draw, measured, other_parameters, probe_settings
 
 
 def probe(
@@ -59,117 +55,56 @@ def probe(
     """
     started = time.perf_counter()
     anatomy = read_anatomy(model)
-    drawn = isinstance(data, Examples)
-    used = _draw(data, batches, batch_size, seed)
-    layer_scores = [0.0] * anatomy.layer_count
-    module_scores: dict[str, float | None] = {
-        module.name: None if module.role == "expert" else 0.0 for module in anatomy.modules
-    }
-    fused = fused_parameters(model)
-    stacks: dict[str, list[Stack]] = {name: [] for name in fused}
+    used = draw(data, batches, batch_size, seed)
+    tally = Tally(anatomy)
     losses = []
-    with borrowed(model), GhostRecorder(adaptable_modules(model)) as recorder, ExpertRecorder(fused) as experts:
+    stacks = fused_parameters(model)
+    with borrowed(model), GhostRecorder(adaptable_modules(model)) as recorder, ExpertRecorder(stacks) as experts:
         for number, batch in enumerate(used, start=1):
-            if not labelled_tokens(batch["labels"]):
-                raise ProbeError(f"probe batch {number} has no labelled token; expected labels other than -100")
-            measured = _score_scaled(model, batch, recorder, experts)
-            losses.append(measured.loss)
-            norms = measured.modules | measured.others
-            _check_finite(model, anatomy, batch, number, measured.loss, norms)
-            for name, norm in measured.modules.items():
-                module_scores[name] = (module_scores[name] or 0.0) + norm
-            for name, norm in norms.items():
-                layer_scores[layer_index(name, anatomy.layer_path)] += norm
-            for name, stack in measured.experts.items():
-                stacks[name].append(stack)
+            loss, found = _score_scaled(model, batch, recorder, experts)
+            losses.append(loss)
+            _check_finite(model, anatomy, batch, number, loss, found.norms)
+            tally.add(found)
     first = next(model.parameters())
-    return Scores(
-        model=identify(model, anatomy),
-        data=data.identity if drawn else None,
-        probe=ProbeSettings(
-            score=SCORE,
-            batches=len(used),
-            batch_size=max(batch["input_ids"].shape[0] for batch in used),
-            seed=seed if drawn else None,
-            dtype=str(getattr(model, "dtype", first.dtype)).removeprefix("torch."),
-            device=first.device.type,
-            tokens=sum(int(batch["attention_mask"].sum()) for batch in used),
-            labelled_tokens=sum(int(labelled_tokens(batch["labels"])) for batch in used),
-            mean_loss=sum(losses) / len(losses),
-            seconds=time.perf_counter() - started,
+    return tally.scores(
+        identify(model, anatomy),
+        data.identity if isinstance(data, Examples) else None,
+        probe_settings(
+            used,
+            losses,
+            seed if isinstance(data, Examples) else None,
+            getattr(model, "dtype", first.dtype),
+            first.device,
+            time.perf_counter() - started,
         ),
-        packages=package_versions(),
-        layers=tuple(layer_scores),
-        modules=module_scores,
-        experts={name: _expert_scores(found) for name, found in stacks.items() if found},
-        anatomy=anatomy,
     )
 
 
-def _draw(data: Examples | Iterable[Batch], batches: int, batch_size: int, seed: int) -> list[Batch]:
-    if isinstance(data, Examples):
-        if batches < 1 or batch_size < 1:
-            raise ProbeError(f"--batches is {batches} and the batch size {batch_size}; expected at least 1 each")
-        return sample_batches(data, batches, batch_size, seed)
-    used = list(data)
-    if not used:
-        raise ProbeError("no batch to probe with; expected at least one")
-    return used
-
-
-Norms = dict[str, float]  # by full name
-Stack = tuple[list[float], list[int] | None]  # of experts: gradient norms, and tokens where the routing was seen
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """One batch: its loss, gradient norms of matrices and stacks, of all other parameters, and of single experts."""
-
-    loss: float
-    modules: Norms
-    others: Norms
-    experts: dict[str, Stack]
-
-
-def _expert_scores(stacks: Sequence[Stack]) -> ExpertScores:
-    """Summed over the batches; an expert without a token, or, where that was not seen, without a gradient, has None."""
-    norms = [sum(of_expert) for of_expert in zip(*(norms for norms, _ in stacks), strict=True)]
-    counted = [tokens for _, tokens in stacks if tokens is not None]
-    tokens = tuple(map(sum, zip(*counted, strict=True))) if len(counted) == len(stacks) else None
-    reached = tokens or norms
-    return ExpertScores(
-        norms=tuple(norm if seen else None for norm, seen in zip(norms, reached, strict=True)), tokens=tokens
-    )
-
-
-def _score_scaled(model: nn.Module, batch: Batch, recorder: GhostRecorder, experts: ExpertRecorder) -> _Measured:
+def _score_scaled(
+    model: nn.Module, batch: Batch, recorder: GhostRecorder, experts: ExpertRecorder
+) -> tuple[float, Measured]:
     """In float16 small gradients underflow, so the loss is scaled up, and less where that overflows."""
     half = next(model.parameters()).dtype == torch.float16
     for scale in (2.0**12, 2.0**6, 1.0) if half else (1.0,):
-        measured = _score_batch(model, batch, recorder, experts, scale)
-        if all(map(math.isfinite, (*measured.modules.values(), *measured.others.values()))):
+        loss, found = _score_batch(model, batch, recorder, experts, scale)
+        if all(map(math.isfinite, found.norms.values())):
             break
-    return measured
+    return loss, found
 
 
 def _score_batch(
     model: nn.Module, batch: Batch, recorder: GhostRecorder, experts: ExpertRecorder, loss_scale: float
-) -> _Measured:
+) -> tuple[float, Measured]:
     path, layers = find_layers(model)
-    ghosts = {id(module.weight) for module in layers.modules() if is_matrix(module)}
-    ghosts |= {id(owner._parameters[name]) for owner, name in fused_parameters(model).values()}
-    others = {
-        f"{path}.{name}": parameter.requires_grad_(True)
-        for name, parameter in layers.named_parameters()
-        if id(parameter) not in ghosts and parameter.is_floating_point()
-    }
+    others = other_parameters(layers, path)
+    for parameter in others.values():
+        parameter.requires_grad_(True)
     leaf: list[torch.Tensor] = []
 
     def start_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Make the first layer's input a leaf, so that gradients reach layer 0 and stop there."""
-        held = args[0] if args else kwargs["hidden_states"]
-        leaf.append(held.detach().requires_grad_(True))
-        return ((leaf[0], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": leaf[0]})
+        leaf.append(hidden_states(args, kwargs).detach().requires_grad_(True))
+        return with_hidden_states(args, kwargs, leaf[0])
 
     experts.mask_N = batch["attention_mask"].flatten()
     handle = layers[0].register_forward_pre_hook(start_graph, with_kwargs=True)
@@ -181,17 +116,7 @@ def _score_batch(
         gradients = torch.autograd.grad(loss * loss_scale, wanted, allow_unused=True)
     finally:
         handle.remove()
-    norms = {name: norm.item() / loss_scale for name, norm in recorder.pop().items()}
-    stacks: dict[str, Stack] = {}
-    for name, (norms_E, tokens_E) in experts.pop().items():
-        norms[name] = norms_E.norm().item() / loss_scale
-        stacks[name] = ((norms_E / loss_scale).tolist(), None if tokens_E is None else tokens_E.tolist())
-    other_norms = {
-        name: torch.linalg.vector_norm(at_least_float32(gradient)).item() / loss_scale
-        for name, gradient in zip(others, gradients, strict=False)
-        if gradient is not None
-    }
-    return _Measured(loss.item(), norms, other_norms, stacks)
+    return loss.item(), measured(recorder, experts, dict(zip(others, gradients, strict=False)), loss_scale)
 
 
 def _check_finite(

@@ -5,8 +5,8 @@ from contextlib import ExitStack, contextmanager
 
 from peft import PeftModel
 
+from aletheia.probing.logits import labelled_logits
 from aletheia.tuning.lean import lean_adapters, lean_loss
-from aletheia.tuning.logits import labelled_logits
 from aletheia.tuning.prefix import frozen_prefix, stored_prefix
 
 

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from aletheia.anatomy.load import free_memory_bytes
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate, on_device_of
 from aletheia.data.examples import Example
@@ -117,7 +117,7 @@ def open_cache(
     width = model.config.get_text_config().hidden_size
     size = distinct_tokens(rows) * width * dtype.itemsize
     if kind == "memory":
-        if size > (free := _free_memory_bytes()):
+        if size > (free := free_memory_bytes()):
             raise CacheError(
                 f"the prefix cache needs {_gb(size)} of memory, {_gb(free)} are free; pass --cache disk or --cache off"
             )
@@ -197,16 +197,6 @@ def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool((one.float() - other.float()).norm() > SAME * one.float().norm())
 
 
-def _free_memory_bytes() -> int:
-    """What the system has left, or the control group, where that is less (containers, batch systems)."""
-    free = int(psutil.virtual_memory().available)
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    try:
-        return min(free, int(limit.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):  # no control group, or no limit in it ("max")
-        return free
-
-
 def _decide(rows: Sequence[Example], uses: int, forward: float, size: int, root: Path) -> CacheDecision:
     """``auto``: every forward through the prefix, ``forward`` seconds a token, against building once and reading."""
     tokens = distinct_tokens(rows)
@@ -214,7 +204,7 @@ def _decide(rows: Sequence[Example], uses: int, forward: float, size: int, root:
     without = uses * forward
     copying = element_bytes / _copy_bytes_per_second()
     in_memory = tokens * (forward + copying) + uses * copying
-    if size <= MEMORY_SHARE * (free := _free_memory_bytes()):
+    if size <= MEMORY_SHARE * (free := free_memory_bytes()):
         told = f"the prefix takes {without:.0f} s run each time, {in_memory:.0f} s computed once and read from memory"
         if in_memory < without:
             return CacheDecision("memory", f"{told} ({_gb(size)} of {_gb(free)} free)", size)

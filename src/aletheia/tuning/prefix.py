@@ -12,6 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from aletheia.anatomy.layerwise import (
+    NoEmbedding,
+    PassThrough,
+    hidden_states,
+    layer_call,
+    replace_module,
+    with_hidden_states,
+)
 from aletheia.anatomy.read import find_layers
 from aletheia.errors import AdapterError, TrainingError
 
@@ -105,15 +113,6 @@ def _is_reentrant(layer: nn.Module) -> bool:
     return settings.get("use_reentrant") is not False
 
 
-def hidden_states(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
-    """The hidden states [B, T, D] among the arguments of a decoder layer: the first, or the one so named."""
-    return args[0] if args else kwargs["hidden_states"]
-
-
-class _Reached(BaseException):
-    """The boundary layer was called; the model's forward ends here."""
-
-
 @torch.no_grad()
 def prefix_output(model: nn.Module, boundary: int, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Hidden states [B, T, D] that enter layer ``boundary``; nothing above the prefix is computed.
@@ -121,63 +120,12 @@ def prefix_output(model: nn.Module, boundary: int, batch: dict[str, torch.Tensor
     The model runs in the mode it is in. ``batch`` holds ``input_ids`` and ``attention_mask``, both [B, T].
     """
     _, layers = find_layers(model)
-    caught: list[torch.Tensor] = []
-
-    def catch(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        caught.append(hidden_states(args, kwargs))
-        raise _Reached
-
-    handle = layers[boundary].register_forward_pre_hook(catch, with_kwargs=True)
-    try:
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-    except _Reached:
-        return caught[0]
-    finally:
-        handle.remove()
-    raise TrainingError(f"layer {boundary} of {type(model).__name__} was never called; --cache off trains without it")
-
-
-class Skeleton(nn.Module):
-    """The plain attributes of a module and of those inside it, such as ``attention_type``, without any weight."""
-
-    def __init__(self, module: nn.Module) -> None:
-        """``module`` is left alone."""
-        super().__init__()
-        for name, value in vars(module).items():
-            if not name.startswith("_") and isinstance(value, bool | int | float | str):
-                setattr(self, name, value)
-        for name, child in module.named_children():
-            self.add_module(name, Skeleton(child))
-
-
-class PassThrough(Skeleton):
-    """Stands in for a decoder layer and returns its input, in the form (tensor or tuple) of the layer's output.
-
-    The attributes stay, because models choose masks and positions by them.
-    """
-
-    def __init__(self, layer: nn.Module, outputs: int) -> None:
-        """``outputs`` is the length of the tuple that ``layer`` returns, 0 if it returns a tensor."""
-        super().__init__(layer)
-        self._outputs = outputs
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The hidden states as they came."""
-        hidden_BTD = hidden_states(args, kwargs)
-        return (hidden_BTD, *[None] * (self._outputs - 1)) if self._outputs else hidden_BTD
-
-
-class NoEmbedding(nn.Module):
-    """Stands in for an input embedding whose output is replaced anyway; it holds no weights and fills no memory."""
-
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
-        """``width`` is D."""
-        super().__init__()
-        self._width, self._dtype = width, dtype
-
-    def forward(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
-        """Zeros [B, T, D] in one element of memory."""
-        return torch.zeros((), dtype=self._dtype, device=input_ids_BT.device).expand(*input_ids_BT.shape, self._width)
+    call = layer_call(model, layers[boundary], batch)
+    if call is None:
+        raise TrainingError(
+            f"layer {boundary} of {type(model).__name__} was never called; --cache off trains without it"
+        )
+    return hidden_states(*call)
 
 
 @contextmanager
@@ -209,9 +157,7 @@ def stored_prefix(model: nn.Module, boundary: int, free: bool = False) -> Iterat
         return args, kwargs
 
     def put(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if args:
-            return (stored.pop(), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": stored.pop()}
+        return with_hidden_states(args, kwargs, stored.pop())
 
     with ExitStack() as stack:
         stack.callback(model.register_forward_pre_hook(take, with_kwargs=True).remove)
@@ -229,7 +175,7 @@ def _drop_embedding(base: nn.Module) -> None:
     """Free the input embedding, unless the head holds the same weights."""
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     if head is not None and head.weight is not embedding.weight:
-        base.set_input_embeddings(NoEmbedding(embedding.weight.shape[1], embedding.weight.dtype))
+        replace_module(base, embedding, NoEmbedding(embedding.weight.shape[1], embedding.weight.dtype))
 
 
 def _refuse(module: nn.Module, args: tuple) -> None:

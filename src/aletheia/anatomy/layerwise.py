@@ -1,0 +1,97 @@
+"""Layers called by themselves: with the arguments their model would give them, and stand-ins for those left out.
+
+Shapes: B rows of the batch, T tokens of its longest row, D model width.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def hidden_states(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states [B, T, D] among the arguments of a decoder layer: the first, or the one so named."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def with_hidden_states(args: tuple, kwargs: dict[str, Any], hidden_BTD: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a decoder layer with other hidden states."""
+    return ((hidden_BTD, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_BTD})
+
+
+class _Reached(BaseException):
+    """The layer was called; the model's forward ends here."""
+
+
+def layer_call(
+    model: nn.Module, layer: nn.Module, batch: dict[str, torch.Tensor]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """The arguments with which ``model`` calls its ``layer``, None if it never does; nothing from there up runs.
+
+    ``batch`` holds ``input_ids`` and ``attention_mask``, both [B, T].
+    """
+    caught: list[tuple[tuple, dict[str, Any]]] = []
+
+    def catch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        caught.append((args, kwargs))
+        raise _Reached
+
+    handle = layer.register_forward_pre_hook(catch, with_kwargs=True)
+    try:
+        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+    except _Reached:
+        return caught[0]
+    finally:
+        handle.remove()
+    return None
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``model`` holds ``old``."""
+    for owner in list(model.modules()):
+        for name, child in owner._modules.items():
+            if child is old:
+                owner._modules[name] = new
+
+
+class Skeleton(nn.Module):
+    """The plain attributes of a module and of those inside it, such as ``attention_type``, without any weight."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """``module`` is left alone."""
+        super().__init__()
+        for name, value in vars(module).items():
+            if not name.startswith("_") and isinstance(value, bool | int | float | str):
+                setattr(self, name, value)
+        for name, child in module.named_children():
+            self.add_module(name, Skeleton(child))
+
+
+class PassThrough(Skeleton):
+    """Stands in for a decoder layer and returns its input, in the form (tensor or tuple) of the layer's output.
+
+    The attributes stay, because models choose masks and positions by them.
+    """
+
+    def __init__(self, layer: nn.Module, outputs: int) -> None:
+        """``outputs`` is the length of the tuple that ``layer`` returns, 0 if it returns a tensor."""
+        super().__init__(layer)
+        self.outputs = outputs
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The hidden states as they came."""
+        hidden_BTD = hidden_states(args, kwargs)
+        return (hidden_BTD, *[None] * (self.outputs - 1)) if self.outputs else hidden_BTD
+
+
+class NoEmbedding(nn.Module):
+    """Stands in for an input embedding whose output is replaced anyway; it holds no weights and fills no memory."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        """``width`` is D."""
+        super().__init__()
+        self._width, self._dtype = width, dtype
+
+    def forward(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
+        """Zeros [B, T, D] in one element of memory."""
+        return torch.zeros((), dtype=self._dtype, device=input_ids_BT.device).expand(*input_ids_BT.shape, self._width)

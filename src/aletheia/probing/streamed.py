@@ -1,0 +1,379 @@
+"""The streamed probe: the scores of the resident one for a checkpoint larger than memory, layer by layer.
+
+Forward, each layer is read, run on every batch and dropped, and the states [B, T, D] that enter it are kept on disk.
+Backward, each is read once more and run again with gradients. So the weights are read twice, and memory holds a layer
+or two at a time. What is done so far lies in a folder, from which a killed probe goes on.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from aletheia.anatomy.checkpoint import Checkpoint
+from aletheia.anatomy.fingerprint import LayerSample, identity, sample_embedding, sample_layer
+from aletheia.anatomy.layerwise import hidden_states, layer_call, with_hidden_states
+from aletheia.anatomy.load import free_memory_bytes
+from aletheia.anatomy.read import matrices_of, stacks_of
+from aletheia.anatomy.schema import Anatomy, ModelIdentity
+from aletheia.data.batches import labelled_tokens
+from aletheia.data.examples import NO_LOSS, Examples
+from aletheia.errors import ProbeError
+from aletheia.files import package_versions
+from aletheia.probing.experts import ExpertRecorder
+from aletheia.probing.ghost import GhostRecorder
+from aletheia.probing.logits import labelled_logits
+from aletheia.probing.scores import Scores
+from aletheia.probing.tally import Batch, Measured, Tally, draw, measured, other_parameters, probe_settings
+
+HALF_SCALE = 2.0**12  # of the loss in float16, against underflow
+LOGITS_AT_ONCE = 1 << 26  # elements: 256 MB in float32
+
+
+def probe_streamed(
+    checkpoint: Checkpoint,
+    data: Examples | Iterable[Batch],
+    batches: int = 5,
+    batch_size: int = 1,
+    seed: int = 0,
+    work: str | Path | None = None,
+    max_memory: int | None = None,
+    show_progress: bool = True,
+) -> Scores:
+    """Score every layer and module as :func:`aletheia.probing.resident.probe` does, reading the weights twice.
+
+    Args:
+        checkpoint: the model on disk.
+        data: as for the resident probe.
+        batches: as there.
+        batch_size: as there.
+        seed: as there.
+        work: folder for what is done so far, removed at the end; a probe that was killed goes on from it. Without
+            one a temporary folder is used.
+        max_memory: bytes that the process may grow by; by default what is free.
+        show_progress: a bar with the time left.
+
+    Raises:
+        ModelError: the checkpoint is damaged.
+        ProbeError: there is no batch, memory is too small for a layer, or a state, loss or score is not finite.
+    """
+    started = time.perf_counter()
+    drawn = draw(data, batches, batch_size, seed)
+    used = [{name: tensor.to(checkpoint.device) for name, tensor in batch.items()} for batch in drawn]
+    free = free_memory_bytes(checkpoint.device) if max_memory is None else max_memory
+    ahead = peak_bytes(checkpoint, used, ahead=True) <= free
+    if (least := peak_bytes(checkpoint, used, ahead=False)) > free:
+        raise ProbeError(
+            f"the streamed probe needs {least / 1e9:.1f} GB for one layer and its work, {free / 1e9:.1f} GB may be "
+            "used; expected room for that; take fewer or shorter rows per batch, or --dtype bfloat16"
+        )
+    columns = (TextColumn("probe"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"), TimeRemainingColumn())
+    with (
+        _folder(work) as folder,
+        Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress,
+    ):
+        task = progress.add_task("probe", total=2 * checkpoint.layer_count)
+        job = _Job(folder, _key(checkpoint, used))
+
+        def advance() -> None:
+            progress.advance(task)
+
+        _forward(checkpoint, used, job, ahead, advance)
+        losses = _head(checkpoint, used, job)
+        found = _backward(checkpoint, used, job, ahead, advance)
+        model = _identity(checkpoint, job)
+    tally = Tally(checkpoint.anatomy)
+    for measured_batch in found:
+        tally.add(measured_batch)
+    is_drawn = isinstance(data, Examples)
+    seconds = time.perf_counter() - started
+    return tally.scores(
+        model,
+        data.identity if is_drawn else None,
+        probe_settings(used, losses, seed if is_drawn else None, checkpoint.dtype, checkpoint.device, seconds),
+    )
+
+
+def peak_bytes(checkpoint: Checkpoint, used: list[Batch], ahead: bool) -> int:
+    """What the probe adds to the memory of the process, at most: the weights held at once and the work on them.
+
+    Held are one layer, or two with ``ahead``, or the embedding, or the head and its logits. While it is read, a tensor
+    is there twice, as stored and as cast. A layer's work is its activations and their gradients for the largest batch,
+    counted as three times the inputs and outputs of its matrices, four copies of the attention scores, and the Gram
+    matrices or one weight gradient.
+    """
+    anatomy = checkpoint.anatomy
+    rows, length = max((tuple(batch["input_ids"].shape) for batch in used), key=lambda shape: shape[0] * shape[1])
+    labels = max(int(labelled_tokens(batch["labels"])) for batch in used)
+    item = max(checkpoint.dtype.itemsize, 4)
+    layers = [checkpoint.part_bytes(index) for index in range(anatomy.layer_count)]
+    reading = max(checkpoint.largest_tensor_bytes(index) for index in range(anatomy.layer_count))
+    states = sum(batch["input_ids"].numel() for batch in used) * anatomy.hidden_size * item
+    work = max(_layer_work_bytes(anatomy, index, rows, length, item) for index in range(anatomy.layer_count))
+    logits = 3 * min(labels * anatomy.vocab_size, max(LOGITS_AT_ONCE, anatomy.vocab_size)) * item
+    outer = checkpoint.part_bytes("embedding"), checkpoint.part_bytes("head") or checkpoint.part_bytes("embedding")
+    return 2 * states + max((2 if ahead else 1) * max(layers) + reading + work, 2 * max(outer) + logits)
+
+
+def _layer_work_bytes(anatomy: Anatomy, index: int, rows: int, length: int, item: int) -> int:
+    modules = anatomy.in_layer(index)
+    tokens = rows * length
+    widths = sum((module.in_features + module.out_features) * module.active_experts for module in modules)
+    heads = max(1, anatomy.attention_width // 64)
+    gradient = max(module.parameters for module in modules)
+    return item * (3 * tokens * widths + 4 * rows * heads * length**2 + max(2 * tokens**2, gradient))
+
+
+class _Job:
+    """What is done so far, in a folder: per layer its output, and after the head the gradient and what was measured."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        """Go on from what lies in ``folder`` if it has the same ``key``, else start anew."""
+        self._folder = folder
+        self._key = key
+        for path in folder.glob("*.safetensors"):
+            if self._metadata(path) is None:
+                path.unlink()
+
+    def write(self, name: str, tensors: dict[str, torch.Tensor], about: Any = None) -> None:
+        """A file that is there whole or not at all."""
+        path, temporary = self._folder / f"{name}.safetensors", self._folder / f".{name}-{os.getpid()}"
+        try:
+            kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+            save_file(kept, temporary, {"key": self._key, "about": json.dumps(about)})
+            os.replace(temporary, path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise ProbeError(f"cannot write to {self._folder}: {error}; free some space and run again") from error
+
+    def has(self, name: str) -> bool:
+        """Whether that step is done."""
+        return (self._folder / f"{name}.safetensors").exists()
+
+    def read(self, name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a step."""
+        with safe_open(self._folder / f"{name}.safetensors", framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dictionary
+
+    def about(self, name: str) -> Any:
+        """What else a step left."""
+        return self._metadata(self._folder / f"{name}.safetensors")
+
+    def _metadata(self, path: Path) -> Any:
+        """None if the file is torn or belongs to something else."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = file.metadata() or {}
+        except (OSError, SafetensorError):
+            return None
+        return json.loads(found["about"]) if found.get("key") == self._key else None
+
+
+@contextmanager
+def _folder(work: str | Path | None) -> Iterator[Path]:
+    """The folder of the job; removed when all is done, a temporary one in any case."""
+    if work is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+        return
+    folder = Path(work)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ProbeError(f"cannot create {folder}: {error.strerror}; choose another place") from error
+    yield folder
+    shutil.rmtree(folder)
+
+
+def _key(checkpoint: Checkpoint, used: list[Batch]) -> str:
+    """What the work depends on: the shards by size and time, the batches, dtype, device, and versions."""
+    about = [
+        checkpoint.state,
+        str(checkpoint.dtype),
+        checkpoint.device.type,
+        package_versions(("torch", "transformers")),
+    ]
+    digest = hashlib.sha256(json.dumps(about).encode())
+    for batch in used:
+        for name in ("input_ids", "attention_mask", "labels"):
+            digest.update(f"{name} {tuple(batch[name].shape)}".encode())
+            digest.update(batch[name].cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def _forward(checkpoint: Checkpoint, used: list[Batch], job: _Job, ahead: bool, advance: Any) -> None:
+    """Leave what enters each layer, ``states-N`` for layer N, and the samples that tell the model."""
+    model, layers = checkpoint.model, checkpoint.layers
+    if not job.has("states-0"):
+        with checkpoint.embedding():
+            states = [hidden_states(*_call(model, layers[0], batch)) for batch in used]
+            sample = sample_embedding(model.get_input_embeddings().weight)
+        job.write("states-0", _numbered(states), {"outputs": 0, "embedding": sample.hex()})
+    start = max(index for index in range(checkpoint.layer_count + 1) if job.has(f"states-{index}"))
+    checkpoint.set_outputs(job.about(f"states-{start}")["outputs"])
+    states = _list(job.read(f"states-{start}"), used)
+    for _ in range(start):
+        advance()
+    for index, layer in checkpoint.read_layers(range(start, checkpoint.layer_count), ahead):
+        for number, batch in enumerate(used):
+            args, kwargs = with_hidden_states(*_call(model, layers[index], batch), states[number])
+            states[number] = checkpoint.run(layer, args, kwargs)
+            if not torch.isfinite(states[number]).all():
+                raise _not_finite(f"the output of layer {index} ({checkpoint.layer_path}.{index})", number, checkpoint)
+        sample = sample_layer(layer)
+        fields = {name: None if value is None else value.hex() for name, value in asdict(sample).items()}
+        job.write(f"states-{index + 1}", _numbered(states), {"outputs": layers[0].outputs, "sample": fields})
+        del layer
+        advance()
+
+
+def _head(checkpoint: Checkpoint, used: list[Batch], job: _Job) -> list[float]:
+    """Leave the gradient at the output of the last layer; returns the loss of each batch."""
+    if not job.has("backward"):
+        states = _list(job.read(f"states-{checkpoint.layer_count}"), used)
+        losses, gradients = [], []
+        with checkpoint.head() as model:
+            for number, (batch, hidden_BTD) in enumerate(zip(used, states, strict=True)):
+                loss, gradient_BTD = _loss(
+                    model, checkpoint.layers[0], batch, hidden_BTD, checkpoint.anatomy.vocab_size
+                )
+                if not math.isfinite(loss) or not torch.isfinite(gradient_BTD).all():
+                    raise _not_finite("the loss, behind the last layer,", number, checkpoint)
+                losses.append(loss)
+                gradients.append(gradient_BTD)
+        job.write("backward", _numbered(gradients), {"layer": checkpoint.layer_count, "losses": losses, "found": []})
+    return job.about("backward")["losses"]
+
+
+def _loss(
+    model: nn.Module, first: nn.Module, batch: Batch, hidden_BTD: torch.Tensor, vocab_size: int
+) -> tuple[float, torch.Tensor]:
+    """The model's loss for what its last layer gave, and its gradient; the logits some at a time."""
+    leaf = hidden_BTD.detach().requires_grad_(True)
+    handle = first.register_forward_pre_hook(
+        lambda module, args, kwargs: with_hidden_states(args, kwargs, leaf), with_kwargs=True
+    )
+    labelled = (nn.functional.pad(batch["labels"][:, 1:], (1, 0), value=NO_LOSS) != NO_LOSS).flatten().nonzero()
+    total, gradient_BTD = 0.0, torch.zeros_like(leaf, dtype=torch.float32)
+    try:
+        with labelled_logits(model), torch.enable_grad():
+            for chosen in labelled.squeeze(1).split(max(1, LOGITS_AT_ONCE // vocab_size)):
+                labels_BT = torch.full_like(batch["labels"], NO_LOSS)
+                labels_BT.view(-1)[chosen] = batch["labels"].flatten()[chosen]
+                loss = model(**batch | {"labels": labels_BT}, use_cache=False).loss
+                share = len(chosen) / len(labelled)
+                total += share * loss.item()
+                scale = HALF_SCALE if leaf.dtype == torch.float16 else 1.0
+                gradient_BTD += torch.autograd.grad(loss * scale, leaf)[0].float() * (share / scale)
+    finally:
+        handle.remove()
+    return total, gradient_BTD
+
+
+def _backward(checkpoint: Checkpoint, used: list[Batch], job: _Job, ahead: bool, advance: Any) -> list[Measured]:
+    """Each layer once more, from the last to the first, with gradients."""
+    state = job.about("backward")
+    found = [Measured(**item) for item in state["found"]]
+    gradients = _list(job.read("backward"), used)
+    for _ in range(checkpoint.layer_count - state["layer"]):
+        advance()
+    for index, layer in checkpoint.read_layers(range(state["layer"] - 1, -1, -1), ahead):
+        states = _list(job.read(f"states-{index}"), used)
+        found += _layer_backward(checkpoint, index, layer, used, states, gradients)
+        about = {"layer": index, "losses": state["losses"], "found": [asdict(item) for item in found]}
+        job.write("backward", _numbered(gradients), about)
+        del layer  # before the one after the next is read
+        advance()
+    return found
+
+
+def _layer_backward(
+    checkpoint: Checkpoint,
+    index: int,
+    layer: nn.Module,
+    used: list[Batch],
+    states: list[torch.Tensor],
+    gradients: list[torch.Tensor],
+) -> list[Measured]:
+    """What each batch's gradient is in one layer; ``gradients``, at its output, become those at its input."""
+    path = f"{checkpoint.layer_path}.{index}"
+    others = other_parameters(layer, path)
+    for parameter in others.values():
+        parameter.requires_grad_(True)
+    found = []
+    with GhostRecorder(matrices_of(layer, path)) as recorder, ExpertRecorder(stacks_of(layer, path)) as experts:
+        for number, batch in enumerate(used):
+            with torch.no_grad():
+                call = _call(checkpoint.model, checkpoint.layers[index], batch)
+            experts.mask_N = batch["attention_mask"].flatten()
+            leaf = states[number].requires_grad_(True)
+            output_BTD = checkpoint.run(layer, *with_hidden_states(*call, leaf))
+            wanted = [*others.values(), leaf, experts.anchor]
+            scale = _half_scale(gradients[number]) if leaf.dtype == torch.float16 else 1.0
+            incoming_BTD = (gradients[number] * scale).to(output_BTD.dtype)
+            *own, gradient_BTD, _ = torch.autograd.grad(output_BTD, wanted, incoming_BTD, allow_unused=True)
+            found.append(measured(recorder, experts, dict(zip(others, own, strict=True)), scale))
+            gradients[number] = gradient_BTD.float() / scale
+            broken = [name for name, norm in found[-1].norms.items() if not math.isfinite(norm)]
+            if broken:
+                raise _not_finite(f"the gradient in layer {index} ({broken[-1]})", number, checkpoint)
+    return found
+
+
+def _half_scale(gradient: torch.Tensor) -> float:
+    """A power of two that brings the largest element to about 1, where float16 has the most room on both sides."""
+    largest = gradient.abs().max().item()
+    return 2.0 ** -math.frexp(largest)[1] if largest else 1.0
+
+
+def _identity(checkpoint: Checkpoint, job: _Job) -> ModelIdentity:
+    """The same as the resident model's."""
+    samples = []
+    for index in range(checkpoint.layer_count):
+        fields = job.about(f"states-{index + 1}")["sample"]
+        samples.append(
+            LayerSample(**{name: None if text is None else bytes.fromhex(text) for name, text in fields.items()})
+        )
+    embedding = bytes.fromhex(job.about("states-0")["embedding"])
+    return identity(checkpoint.name, checkpoint.anatomy, embedding, samples)
+
+
+def _call(model: nn.Module, layer: nn.Module, batch: Batch) -> tuple[tuple, dict[str, Any]]:
+    call = layer_call(model, layer, batch)
+    if call is None:
+        raise ProbeError(
+            f"{type(model).__name__} does not call all of its layers; expected that, probe without --stream"
+        )
+    return call
+
+
+def _not_finite(what: str, number: int, checkpoint: Checkpoint) -> ProbeError:
+    dtype = str(checkpoint.dtype).removeprefix("torch.")
+    return ProbeError(
+        f"{what} is not finite in probe batch {number + 1}, computed in {dtype}; "
+        "try --dtype bfloat16 or float32, or check the checkpoint"
+    )
+
+
+def _numbered(tensors: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {str(number): tensor for number, tensor in enumerate(tensors)}
+
+
+def _list(tensors: dict[str, torch.Tensor], used: list[Batch]) -> list[torch.Tensor]:
+    return [tensors[str(number)].to(batch["input_ids"].device) for number, batch in enumerate(used)]

@@ -1,0 +1,224 @@
+"""The streamed probe: resident scores from a checkpoint that is never whole in memory."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_families import StrangeConfig, StrangeModel, make
+from tiny import FAMILIES, MORE_FAMILIES, make_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import aletheia
+from aletheia.anatomy.checkpoint import Checkpoint
+from aletheia.errors import ModelError, ProbeError
+from aletheia.probing import streamed
+from aletheia.probing.streamed import peak_bytes, probe_streamed
+
+PAD = 0
+AutoConfig.register("strange", StrangeConfig)
+AutoModelForCausalLM.register(StrangeConfig, StrangeModel)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A function from a family to the folder of its tiny model, in shards."""
+
+    def save(family, dtype=torch.float32, shard="40KB"):
+        folder = tmp_path / family
+        make(family).to(dtype).save_pretrained(folder, max_shard_size=shard)
+        make_tokenizer().save_pretrained(folder)
+        return folder
+
+    return save
+
+
+def same(streamed_scores, resident, rel=1e-5):
+    assert streamed_scores.model == resident.model
+    assert streamed_scores.layers == pytest.approx(resident.layers, rel=rel)
+    assert streamed_scores.anatomy == resident.anatomy
+    for name, score in resident.modules.items():
+        assert streamed_scores.modules[name] == (None if score is None else pytest.approx(score, rel=rel, abs=1e-9))
+    for name, stack in resident.experts.items():
+        assert streamed_scores.experts[name].tokens == stack.tokens
+        for norm, expected in zip(streamed_scores.experts[name].norms, stack.norms, strict=True):
+            assert norm == (None if expected is None else pytest.approx(expected, rel=rel, abs=1e-9))
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES, "strange"])
+def test_scores_are_the_resident_ones(family, saved, examples):
+    folder = saved(family)
+    base = aletheia.load(str(folder), "float32")
+    resident = aletheia.probe(base.model, examples, batches=3, batch_size=2)
+    found = probe_streamed(Checkpoint(str(folder), "float32"), examples, 3, 2, show_progress=False)
+    same(found, resident)
+    assert found.probe.mean_loss == pytest.approx(resident.probe.mean_loss, rel=1e-6)
+    assert found.data == resident.data
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_too(dtype, saved, examples):
+    """Stored and computed in it; the norms carry its noise."""
+    folder, name = str(saved("llama", dtype)), str(dtype).removeprefix("torch.")
+    resident = aletheia.probe(aletheia.load(folder, name).model, examples, batches=2)
+    found = probe_streamed(Checkpoint(folder, name), examples, 2, show_progress=False)
+    same(found, resident, rel=2e-2)
+    assert found.probe.dtype == name
+
+
+def test_logits_in_parts_are_the_same(saved, examples, monkeypatch):
+    folder = str(saved("gemma2"))
+    whole = probe_streamed(Checkpoint(folder, "float32"), examples, 2, show_progress=False)
+    monkeypatch.setattr(streamed, "LOGITS_AT_ONCE", 1000)
+    parts = probe_streamed(Checkpoint(folder, "float32"), examples, 2, show_progress=False)
+    same(parts, whole)
+    assert parts.probe.mean_loss == pytest.approx(whole.probe.mean_loss, rel=1e-6)
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """The parts in the order in which they are read."""
+    order = []
+    fill = Checkpoint._fill
+
+    def spy(self, model, part):
+        order.append(part)
+        fill(self, model, part)
+
+    monkeypatch.setattr(Checkpoint, "_fill", spy)
+    return order
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])  # tied and untied
+def test_every_layer_is_read_twice(family, saved, examples, reads):
+    probe_streamed(Checkpoint(str(saved(family)), "float32"), examples, 2, show_progress=False)
+    head = "embedding" if family == "llama" else "head"
+    assert reads == ["around", "embedding", 0, 1, 2, 3, head, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("killed_at", range(1, 11))
+def test_a_killed_probe_goes_on(killed_at, saved, examples, reads, monkeypatch, tmp_path):
+    folder, work = str(saved("bloom")), tmp_path / "scores.json.partial"  # layers return tuples
+    whole = probe_streamed(Checkpoint(folder, "float32"), examples, 2, show_progress=False)
+    order = reads[1:]
+    fill = Checkpoint._fill
+    reads.clear()
+
+    def kill(self, model, part):
+        if len(reads) == killed_at:
+            raise KeyboardInterrupt
+        fill(self, model, part)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "_fill", kill)
+        with pytest.raises(KeyboardInterrupt):
+            probe_streamed(Checkpoint(folder, "float32"), examples, 2, work=work, show_progress=False)
+    done = reads[1:]
+    reads.clear()
+    found = probe_streamed(Checkpoint(folder, "float32"), examples, 2, work=work, show_progress=False)
+    assert found.layers == whole.layers
+    assert found.modules == whole.modules
+    assert found.model == whole.model
+    assert len(done) + len(reads) <= len(order) + 3  # twice "around", and the two layers that were under way
+    assert not work.exists()
+
+
+def test_work_for_something_else_is_not_used(saved, examples, tmp_path, reads, monkeypatch):
+    folder, work = str(saved("llama")), tmp_path / "work"
+    with monkeypatch.context() as patched:
+        patched.setattr(streamed, "_backward", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            probe_streamed(Checkpoint(folder, "float32"), examples, 2, work=work, show_progress=False)
+    assert list(work.iterdir())
+    (work / "states-4.safetensors").write_bytes(b"torn")
+    reads.clear()
+    other = probe_streamed(Checkpoint(folder, "float32"), examples, 2, seed=1, work=work, show_progress=False)
+    assert reads == ["around", "embedding", 0, 1, 2, 3, "embedding", 3, 2, 1, 0]
+    again = probe_streamed(Checkpoint(folder, "float32"), examples, 2, seed=1, show_progress=False)
+    assert other.layers == again.layers
+
+
+def test_one_layer_at_a_time_where_memory_is_short(saved, examples, monkeypatch):
+    checkpoint = Checkpoint(str(saved("llama")), "float32")
+    drawn = streamed.draw(examples, 2, 1, 0)
+    alone, both = (peak_bytes(checkpoint, drawn, ahead=ahead) for ahead in (False, True))
+    assert alone < both
+    seen = []
+    read_layers = Checkpoint.read_layers
+    monkeypatch.setattr(
+        Checkpoint, "read_layers", lambda self, order, ahead: seen.append(ahead) or read_layers(self, order, ahead)
+    )
+    for cap, ahead in ((alone, False), (both, True)):
+        seen.clear()
+        probe_streamed(checkpoint, examples, 2, max_memory=cap, show_progress=False)
+        assert seen == [ahead, ahead]
+    with pytest.raises(ProbeError, match=r"needs .* GB for one layer"):
+        probe_streamed(checkpoint, examples, 2, max_memory=alone - 1, show_progress=False)
+
+
+def test_nothing_of_a_layer_stays(saved, examples):
+    checkpoint = Checkpoint(str(saved("llama")), "float32")
+    probe_streamed(checkpoint, examples, 1, show_progress=False)
+    held = [value for value in checkpoint.model.state_dict().values() if not value.is_meta]
+    assert [value.numel() for value in held] == [32]  # the last norm
+    assert all(value.is_meta for value in checkpoint._whole.parameters())
+
+
+def damaged(folder, how):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    key = "model.layers.2.mlp.down_proj.weight"
+    path = folder / index["weight_map"][key]
+    tensors = load_file(path)
+    match how:
+        case "missing shard":
+            path.unlink()
+        case "truncated shard":
+            path.write_bytes(path.read_bytes()[:-100])
+        case "not a shard":
+            path.write_bytes(b"<html>not found</html>")
+        case "missing weight":
+            del tensors[key]
+        case "wrong shape":
+            tensors[key] = tensors[key][:, :-1].contiguous()
+        case "nan":
+            tensors[key][0, 0] = torch.nan
+        case "infinity":
+            tensors[key][0, 0] = torch.inf
+    if path.exists() and how in ("missing weight", "wrong shape", "nan", "infinity"):
+        save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ("missing shard", "lacks the shard"),
+        ("truncated shard", "cannot read"),
+        ("not a shard", "cannot read"),
+        ("missing weight", "missing keys, first model.layers.2.mlp.down_proj.weight"),
+        ("wrong shape", "32 x 47; expected 32 x 48"),
+        ("nan", "down_proj.weight .* not finite"),
+        ("infinity", "down_proj.weight .* not finite"),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_in_a_line(how, told, saved, examples):
+    folder = saved("llama", shard="20KB")
+    damaged(folder, how)
+    with pytest.raises(ModelError, match=told) as caught:
+        probe_streamed(Checkpoint(str(folder), "float32"), examples, 1, show_progress=False)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_what_cannot_be_streamed_is_refused(saved, tmp_path):
+    with pytest.raises(ModelError, match="GGUF"):
+        Checkpoint("model.gguf")
+    folder = saved("llama")
+    shutil.move(folder / "config.json", tmp_path)
+    with pytest.raises(ModelError, match=r"config\.json"):
+        Checkpoint(str(folder))
+    shutil.move(tmp_path / "config.json", folder)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    with pytest.raises(ModelError, match="holds neither"):
+        Checkpoint(str(folder))
