@@ -4,7 +4,8 @@
     .venv/bin/python benchmarks/scale.py OUT --layers 4      # a small one, to try
 
 Two processes probe it after one another: one streams, one has a single layer in memory and takes it for every layer,
-which is the arithmetic alone. Peak resident memory and bytes read are the system's own count for each process.
+which is the arithmetic alone. Peak resident memory is the system's own count for each process, mapped files included; bytes
+read are those of the parts that were loaded.
 """
 
 import argparse
@@ -104,11 +105,16 @@ def measured(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     data = aletheia.load_data(args.data, checkpoint.tokenizer, args.tokens, skip_emptied=True)
     full = [index for index, row in enumerate(data.examples) if len(row) == args.tokens]
     data = data.subset(full)
-    before, read_before = peak_rss(), bytes_read()
+    before = peak_rss()
     predicted = peak_bytes(checkpoint, draw(data, 5, 1, 0), ahead=True)
     if args.side == "arithmetic":
         layer = checkpoint.layer(0)
         checkpoint.read_layers = lambda order, ahead: ((index, layer) for index in order)
+    read = []
+    fill = checkpoint._fill
+    checkpoint._fill = lambda model, part, *others: (
+        read.append(checkpoint.stored_bytes(part)) or fill(model, part, *others)
+    )
     started = time.perf_counter()
     scores = aletheia.probe_streamed(checkpoint, data)
     return {
@@ -116,7 +122,7 @@ def measured(folder: Path, args: argparse.Namespace) -> dict[str, float]:
         "peak": peak_rss(),
         "before": before,
         "predicted": predicted,
-        "read": bytes_read() - read_before,
+        "read": sum(read),
         "loss": scores.probe.mean_loss,
     }
 
@@ -125,12 +131,6 @@ def peak_rss() -> int:
     """Of this process; getrusage would count its parent's, too."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return 1024 * int(fields["VmHWM"].split()[0])
-
-
-def bytes_read() -> int:
-    """By this process, through read calls, from the disk or the system's cache."""
-    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
-    return int(counts["rchar"])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import subprocess
 import sys
 
 import pytest
+from test_formats import overflowing
+from tiny import make_tokenizer
 
 from aletheia.cli import main as cli
 from aletheia.probing.scores import Scores
@@ -44,6 +46,18 @@ def test_a_streamed_probe_writes_the_same_scores(run, model_folder, data_file, s
     assert other.layers == pytest.approx(one.layers, rel=1e-5)
     assert not (tmp_path / "streamed.json.partial").exists()
     assert run("plan", "streamed.json", "--out", "plan.json")[0] == 0
+
+
+def test_an_overflowing_float16_model_is_probed_another_way(run, data_file, tmp_path):
+    overflowing().save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    steps = ("--batches", 2, "--no-calibrate", "--dtype", "float16", "--attention", "eager")
+    code, _, err = run("probe", "base", "--data", data_file, "--out", "scores.json", *steps)
+    assert code == 0, err
+    assert "layer 2 (gpt_neox.layers.2) gives values that are not finite" in err
+    code, _, err = run("train", "base", "--data", data_file, "--out", "run", *SMALL, *steps[3:])
+    assert code == 0, err
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["held_out_loss_after"] > 0
 
 
 def test_weights_too_large_are_streamed(run, model_folder, data_file, monkeypatch):
@@ -203,6 +217,7 @@ BAD = {
         "expected one of off, selective, full",
     ),
     "no memory": (("probe", "{model}", "--data", "{data}", "--out", "s.json", "--max-memory", "much"), "such as 6GB"),
+    "bad quantization": (("train", "{model}", "--data", "{data}", "--out", "r", "--quantize", "int3"), "nf4, int8"),
     "bad dtype": (("probe", "{model}", "--data", "{data}", "--out", "s.json", "--dtype", "int3"), "'int3'"),
     "no such command": (("tune",), "tune"),
     "no such option": (("doctor", "--fast"), "--fast"),

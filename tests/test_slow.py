@@ -12,6 +12,7 @@ import pytest
 import torch
 from aletheia_lora.probe import gradient_probe
 from peft import PeftModel
+from scipy.stats import spearmanr
 
 import aletheia
 from aletheia.cli.demo import demo_checkpoint
@@ -188,3 +189,17 @@ def test_the_demo_learns_and_leaves_its_page(tmp_path):
     assert plan.metrics.labelled_tokens == uniform.metrics.labelled_tokens  # the same batches
     assert "<svg" in (tmp_path / "demo" / "report.html").read_text()
     assert json.loads((tmp_path / "demo" / "scores.json").read_text())["format"] == "aletheia-scores"
+
+
+@needs_gsm8k
+def test_nf4_keeps_the_order_of_the_scores(base, tmp_path):
+    """Of modules with the published five rows; of layers, many of which score alike, with twenty."""
+    base.model.save_pretrained(tmp_path)
+    base.tokenizer.save_pretrained(tmp_path)
+    data = aletheia.load_data(str(GSM8K / "train.jsonl"), base.tokenizer)
+    quantized = aletheia.load(str(tmp_path), "float32", quantize="nf4").model
+    one, other = aletheia.probe(base.model, data), aletheia.probe(quantized, data)
+    assert other.model.is_same_model(one.model)
+    assert spearmanr(list(one.modules.values()), list(other.modules.values())).statistic >= 0.95
+    one, other = aletheia.probe(base.model, data, 20), aletheia.probe(quantized, data, 20)
+    assert spearmanr(one.layers, other.layers).statistic >= 0.95

@@ -82,9 +82,9 @@ def reads(monkeypatch):
     order = []
     fill = Checkpoint._fill
 
-    def spy(self, model, part):
+    def spy(self, model, part, buffers=None):
         order.append(part)
-        fill(self, model, part)
+        fill(self, model, part, buffers)
 
     monkeypatch.setattr(Checkpoint, "_fill", spy)
     return order
@@ -105,10 +105,10 @@ def test_a_killed_probe_goes_on(killed_at, saved, examples, reads, monkeypatch, 
     fill = Checkpoint._fill
     reads.clear()
 
-    def kill(self, model, part):
+    def kill(self, model, part, buffers=None):
         if len(reads) == killed_at:
             raise KeyboardInterrupt
-        fill(self, model, part)
+        fill(self, model, part, buffers)
 
     with monkeypatch.context() as patched:
         patched.setattr(Checkpoint, "_fill", kill)

@@ -6,12 +6,13 @@ The parts are the decoder layers, by index, the ``embedding``, the ``head``, and
 
 import copy
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -37,16 +38,58 @@ from aletheia.errors import ModelError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 STREAMED_QUANTIZERS = ("bitsandbytes",)  # whose layers can be loaded one by one
+_Module = TypeVar("_Module", bound=nn.Module)
 Part = int | Literal["embedding", "head", "around"]
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """One tensor of the checkpoint: its file, its key there, and its bytes in memory once loaded."""
+    """One tensor of the checkpoint: its file, its key there, and its bytes there and in memory once loaded.
+
+    ``dtype`` is that of the weight it becomes; None if it is more than cast on the way.
+    """
 
     path: str
     key: str
+    stored_bytes: int
     size_bytes: int
+    dtype: torch.dtype | None
+
+
+class _Buffers:
+    """Memory lent to layers and taken back: getting it from the system anew takes longer than filling it."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+        self._lent: dict[int, torch.Tensor] = {}
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor on the CPU that nobody else has; its values are whatever was left there."""
+        free = self._free.get((torch.Size(shape), dtype))
+        buffer = free.pop() if free else torch.empty(*shape, dtype=dtype)
+        self._lent[buffer.data_ptr()] = buffer
+        return buffer
+
+    def give_back(self, layer: nn.Module) -> None:
+        """Take the weights of a layer that nobody uses any more."""
+        for parameter in layer.parameters():
+            buffer = self._lent.pop(parameter.data_ptr(), None)
+            if buffer is not None:
+                self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
+
+
+@dataclass(frozen=True)
+class _Cast:
+    """A tensor in a shard which, when it is read, is cast into a buffer."""
+
+    view: Any
+    dtype: torch.dtype
+    buffers: _Buffers
+
+    def __getitem__(self, everything: Any) -> torch.Tensor:
+        value = self.view[everything]
+        return self.buffers.take(value.shape, self.dtype).copy_(value)
 
 
 class Checkpoint:
@@ -81,13 +124,12 @@ class Checkpoint:
         self._pristine = list(layers)
         self._names = self._group_names()
         self._stored = self._group_stored()
-        self.model = copy.deepcopy(self._whole)
+        self.model = _copied(self._whole)
         self._embedding = self.model.get_input_embeddings()
         self.layers: nn.ModuleList = self.model.get_submodule(self.layer_path)
         for index, layer in enumerate(self._pristine):
             self.layers[index] = PassThrough(layer, 0)
         self._fill(self.model, "around")
-        self.model.requires_grad_(False)
         self._blank = NoEmbedding(self._embedding.weight.shape[1], self.dtype)
         replace_module(self.model, self._embedding, self._blank)
 
@@ -110,9 +152,9 @@ class Checkpoint:
         """Memory that a part takes once loaded."""
         return sum(stored.size_bytes for stored in self._stored[part])
 
-    def largest_tensor_bytes(self, part: Part) -> int:
-        """Memory that the largest tensor of a part takes once loaded."""
-        return max((stored.size_bytes for stored in self._stored[part]), default=0)
+    def stored_bytes(self, part: Part) -> int:
+        """Bytes of a part on disk, which are mapped into memory while it is read."""
+        return sum(stored.stored_bytes for stored in self._stored[part])
 
     @property
     def state(self) -> list[tuple[str, int, int]]:
@@ -170,6 +212,7 @@ class Checkpoint:
         converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
         found: dict[str, list[_Stored]] = {}
         prefix = self._whole.base_model_prefix
+        exceptions = self._whole._get_dtype_plan(self.dtype)  # weights kept in float32
         for path in _shards(self.name):
             with _opened(path) as shard:
                 for key in shard.keys():  # noqa: SIM118 - no dictionary
@@ -185,8 +228,10 @@ class Checkpoint:
                             f"{key} in {path} is {_by(shape)}; expected {_by(wanted.shape)} by the config; "
                             "fetch or convert the checkpoint again"
                         )
-                    item = _item_bytes(view.get_dtype(), self.dtype)
-                    found.setdefault(target, []).append(_Stored(path, key, item * torch.Size(shape).numel()))
+                    stored, loaded = _item_bytes(view.get_dtype(), self.dtype)
+                    count = torch.Size(shape).numel()
+                    dtype = wanted.dtype if wanted is not None and is_plain and not exceptions else None
+                    found.setdefault(target, []).append(_Stored(path, key, stored * count, loaded * count, dtype))
         absent = sorted(set().union(*self._names.values()) - found.keys() - self._may_be_absent())
         if absent:
             raise ModelError(
@@ -202,38 +247,38 @@ class Checkpoint:
         """Buffers that an older checkpoint may lack: they were computed."""
         return {name for name, _ in self._whole.named_buffers()}
 
-    def layer(self, index: int) -> nn.Module:
+    def layer(self, index: int, buffers: _Buffers | None = None) -> nn.Module:
         """Layer ``index`` with its weights, frozen and in eval mode, to be thrown away after use.
 
         Raises:
             ModelError: its weights cannot be read, do not fit the config, or are not finite.
         """
         _, layers = find_layers(self._whole)
-        fresh = copy.deepcopy(self._pristine[index])
+        fresh = _copied(self._pristine[index])
         layers[index] = fresh
         try:
-            self._fill(self._whole, index)
+            self._fill(self._whole, index, buffers)
         finally:
             layers[index] = self._pristine[index]
-        return fresh.requires_grad_(False)
+        return fresh
 
     def read_layers(self, order: Sequence[int], ahead: bool = True) -> Iterator[tuple[int, nn.Module]]:
         """Index and layer, one after another; with ``ahead`` the next is read while this one is in use.
 
+        A layer's memory is used again for a later one: nothing of it may be kept.
+
         Raises:
             ModelError: as :meth:`layer`.
         """
-        if not ahead or not order:
-            for index in order:
-                yield index, self.layer(index)
-            return
+        buffers = _Buffers()
         with ThreadPoolExecutor(1) as reader:
-            pending = reader.submit(self.layer, order[0])
-            for index, following in zip(order, [*order[1:], None], strict=True):
-                layer = pending.result()
-                pending = None if following is None else reader.submit(self.layer, following)
+            pending = None
+            for index, following in zip(order, [*order[1:], None], strict=False):
+                layer = pending.result() if pending else self.layer(index, buffers)
+                pending = reader.submit(self.layer, following, buffers) if ahead and following is not None else None
                 yield index, layer
-                del layer  # before the one after the next is read
+                buffers.give_back(layer)
+                del layer
 
     def run(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         """The hidden states [B, T, D] that a layer returns; the stand-ins learn the form of its output."""
@@ -259,7 +304,6 @@ class Checkpoint:
         try:
             self._fill(self.model, "embedding")
             self.model.tie_weights()
-            self.model.requires_grad_(False)
             yield self.model
         finally:
             for values, saved in before:
@@ -282,19 +326,24 @@ class Checkpoint:
         before = [(values, dict(values)) for module in head.modules() for values in _values(module)]
         try:
             self._fill(self.model, "head")
-            self.model.requires_grad_(False)
             yield self.model
         finally:
             for values, saved in before:
                 values.clear()
                 values.update(saved)
 
-    def _fill(self, model: PreTrainedModel, part: Part) -> None:
-        """Load a part's tensors into ``model``, converted, quantized and cast as transformers does it."""
+    def _fill(self, model: PreTrainedModel, part: Part, buffers: _Buffers | None = None) -> None:
+        """Load a part's tensors into ``model``, converted, quantized and cast as transformers does it.
+
+        Those that are only cast go into ``buffers``.
+        """
         with explained(self.name), ExitStack() as stack:
             stored = self._stored[part]
             files = {path: stack.enter_context(_opened(path)) for path in {tensor.path for tensor in stored}}
-            slices = {tensor.key: files[tensor.path].get_slice(tensor.key) for tensor in stored}
+            slices: dict[str, Any] = {tensor.key: files[tensor.path].get_slice(tensor.key) for tensor in stored}
+            if buffers is not None and self.device.type == "cpu":
+                plain = {tensor.key: tensor.dtype for tensor in stored if tensor.dtype is not None}
+                slices |= {key: _Cast(slices[key], dtype, buffers) for key, dtype in plain.items()}
             settings = LoadStateDictConfig(
                 device_map={"": self.device},
                 dtype=self.dtype,
@@ -311,7 +360,7 @@ class Checkpoint:
             )
         for name in sorted(self._names[part]):
             owner, _, own_name = name.rpartition(".")
-            value = getattr(model.get_submodule(owner), own_name)
+            value = getattr(model.get_submodule(owner), own_name).requires_grad_(False)
             if value.is_meta:
                 reason = found.conversion_errors or "no reason given"
                 raise ModelError(f"{name} in {self.name} was not loaded ({reason}); convert the checkpoint again")
@@ -335,6 +384,11 @@ def weights_bytes(name: str, dtype: torch.dtype) -> int | None:
     if getattr(config, "quantization_config", None) is not None:
         return stored
     return stored * dtype.itemsize // (config.dtype or torch.float32).itemsize
+
+
+def _copied(module: _Module) -> _Module:
+    """A deep copy that shares the parameters, which on the meta device are empty anyway."""
+    return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
 def _values(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -361,19 +415,21 @@ def _shards(name: str) -> list[str]:
 
 @contextmanager
 def _opened(path: str) -> Iterator[Any]:
-    """A shard whose tensors are read when asked for, without mapping the file into memory."""
+    """A shard whose tensors are read when asked for."""
     try:
-        with safe_open(path, framework="pt", backend="pread") as shard:
+        # Windows commits memory for the whole of a file that is mapped
+        with safe_open(path, framework="pt", backend="pread" if sys.platform == "win32" else "mmap") as shard:
             yield shard
     except (SafetensorError, OSError) as error:
         raise ModelError(f"cannot read {path}: {error}; fetch it again") from error
 
 
-def _item_bytes(stored: str, dtype: torch.dtype) -> int:
-    """Bytes of an element in memory: floating-point weights are cast, others stay as they are stored."""
+def _item_bytes(stored: str, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of an element on disk and in memory: floating-point weights are cast, others stay as they are stored."""
     if stored in ("F64", "F32", "F16", "BF16"):
-        return dtype.itemsize
-    return {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}.get(stored, 1)
+        return {"F64": 8, "F32": 4}.get(stored, 2), dtype.itemsize
+    own = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}.get(stored, 1)
+    return own, own
 
 
 def _by(shape: Sequence[int]) -> str:

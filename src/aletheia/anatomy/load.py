@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import psutil
 import torch
@@ -12,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,15 +23,18 @@ from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import Anatomy
 from aletheia.errors import ModelError
 
+Quantize = Literal["nf4", "int8"]
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A base model ready to be probed, with its tokenizer."""
+    """A base model ready to be probed, with its tokenizer, and how its weights were quantized while loading."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    quantize: Quantize | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -113,30 +118,65 @@ def inspect(name: str) -> Anatomy:
     return read_anatomy(model)
 
 
-def load(name: str, dtype: str = "auto", device: str | None = None) -> Loaded:
-    """Load MODEL and its tokenizer.
+def load(
+    name: str,
+    dtype: str = "auto",
+    device: str | None = None,
+    quantize: Quantize | None = None,
+    attention: Attention | None = None,
+) -> Loaded:
+    """Load MODEL and its tokenizer; a checkpoint that is quantized already stays so.
 
     Args:
         name: hub id, local folder or ``.gguf`` file.
         dtype: ``auto`` (see :func:`pick_dtype`), ``bfloat16``, ``float16`` or ``float32``.
         device: a torch device; by default the best one there is.
+        quantize: quantize the matrices of the layers with bitsandbytes: ``nf4``, double quantization included
+            [QLoRA, arXiv:2305.14314], or ``int8``; products are computed in ``dtype``.
+        attention: how attention is computed; by default transformers' choice.
 
     Raises:
-        ModelError: MODEL cannot be found or read, or ``dtype`` is unknown.
+        ModelError: MODEL cannot be found or read, or a setting is unknown or cannot be had.
     """
     target = torch.device(device) if device else pick_device()
     chosen = pick(dtype, target)
+    settings: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    if quantize is not None:
+        settings["quantization_config"] = _quantization(name, quantize, chosen)
+    if quantize is not None or hasattr(load_config(name), "quantization_config"):
+        settings["device_map"] = {"": target}  # quantized weights cannot be moved
     with explained(name):
         place = _place(name)
         tokenizer = AutoTokenizer.from_pretrained(**place)
-        model, loading = AutoModelForCausalLM.from_pretrained(**place, dtype=chosen, output_loading_info=True)
-        model = model.to(target)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            **place, **settings, dtype=chosen, output_loading_info=True
+        )
+        if getattr(model, "hf_quantizer", None) is None:
+            model = model.to(target)
     _check_complete(name, loading)
     if "gguf_file" in place:
         _forget_gguf(model)
+        model = model.to(target)
     model.config._name_or_path = name  # what plans, adapters and model cards call the base model
     model.name_or_path = name
-    return Loaded(model, tokenizer)
+    return Loaded(model, tokenizer, quantize)
+
+
+def _quantization(name: str, kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if kind not in get_args(Quantize):
+        raise ModelError(f"unknown quantization {kind!r}; expected one of {', '.join(get_args(Quantize))}")
+    if name.endswith(".gguf"):
+        raise ModelError(f"{name} is a GGUF file, which transformers cannot quantize again; expected a model folder")
+    if find_spec("bitsandbytes") is None:
+        raise ModelError("--quantize needs bitsandbytes; install it with: pip install 'aletheia-tune[quant]'")
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def _check_complete(name: str, loading: dict[str, Any]) -> None:

@@ -30,6 +30,13 @@ SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that
 DtypeOption = Annotated[
     str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32; auto takes what the device is fast in.")
 ]
+QuantizeOption = Annotated[
+    str | None, typer.Option("--quantize", help="Quantize the base while loading, for QLoRA: nf4 or int8.")
+]
+AttentionOption = Annotated[
+    str | None,
+    typer.Option("--attention", help="eager, sdpa, flash_attention_2 (transformers chooses by default)."),
+]
 MaxLengthOption = Annotated[
     int, typer.Option("--max-length", help="Tokens per row; longer rows are cut on the right.", min=2)
 ]
@@ -102,6 +109,27 @@ def encode_for(base: "Loaded | Checkpoint", rows: "Rows", max_length: int, skip_
     if positions < max_length:
         say(f"note: the model has {positions} positions; --max-length {max_length} is lowered to that")
     return encode(rows, base.tokenizer, min(max_length, positions), skip_emptied, base.vocab_size)
+
+
+def load_for(
+    model: str,
+    dtype: str,
+    quantize: str | None,
+    attention: str | None,
+    rows: "Rows",
+    max_length: int,
+    skip_emptied: bool,
+) -> "tuple[Loaded, Examples]":
+    """The model and its rows, computed in a way that stays finite where float16 does not."""
+    from aletheia.anatomy.load import load
+    from aletheia.probing.preflight import preflight
+
+    base = load(model, dtype, None, quantize, attention)  # type: ignore[arg-type]
+    examples = encode_for(base, rows, max_length, skip_emptied)
+    base, changed = preflight(base, examples)
+    if changed:
+        say(f"note: {changed}")
+    return base, examples
 
 
 def print_json(value: Any) -> None:

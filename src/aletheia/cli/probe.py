@@ -6,17 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aletheia.cli.options import (
+    AttentionOption,
     DataOption,
     DtypeOption,
     JsonOption,
     MaxLengthOption,
     MaxMemoryOption,
     ModelArgument,
+    QuantizeOption,
     SeedOption,
     SkipEmptiedOption,
     StreamOption,
     encode_for,
     is_streamed,
+    load_for,
     parse_memory,
     print_json,
     print_rich,
@@ -49,6 +52,8 @@ def probe(
     max_length: MaxLengthOption = 1024,
     skip_emptied: SkipEmptiedOption = False,
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
+    attention: AttentionOption = None,
     stream: StreamOption = None,
     max_memory: MaxMemoryOption = None,
     seed: SeedOption = 0,
@@ -57,7 +62,6 @@ def probe(
     """Score layers and modules by the gradient norm they receive on a few batches; nothing is trained."""
     quiet_libraries()
     from aletheia.anatomy.checkpoint import Checkpoint
-    from aletheia.anatomy.load import load
     from aletheia.data.rows import load_rows
     from aletheia.errors import ProbeError
     from aletheia.files import check_writable
@@ -79,8 +83,7 @@ def probe(
         scores = probe_streamed(checkpoint, examples, batches, batch_size, seed, work, cap)
     else:
         say(f"load   {model}")
-        base = load(model, dtype)
-        examples = encode_for(base, rows, max_length, skip_emptied)
+        base, examples = load_for(model, dtype, quantize, attention, rows, max_length, skip_emptied)
         say(f"probe  {batches} batches of {batch_size}")
         scores = run_probe(base.model, examples, batches, batch_size, seed)
         if calibrated:

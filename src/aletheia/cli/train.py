@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aletheia.cli.options import (
+    AttentionOption,
     DataOption,
     DtypeOption,
     JsonOption,
     MaxLengthOption,
     ModelArgument,
+    QuantizeOption,
     SeedOption,
     SkipEmptiedOption,
     encode_for,
+    load_for,
     print_json,
     print_rich,
     quiet_libraries,
@@ -79,6 +82,8 @@ def train(
         typer.Option("--group-by-length/--no-group-by-length", help="Make batches of rows of like length."),
     ] = True,
     dtype: DtypeOption = "auto",
+    quantize: QuantizeOption = None,
+    attention: AttentionOption = None,
     seed: SeedOption = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another run in --out.")] = False,
     as_json: JsonOption = False,
@@ -90,7 +95,6 @@ def train(
     if eval_data is not None and eval_fraction is not None:
         raise DataError("--eval-data and --eval-fraction are both given; expected one of them")
     quiet_libraries()
-    from aletheia.anatomy.load import load
     from aletheia.data.examples import split_held_out
     from aletheia.data.rows import load_rows
     from aletheia.planning.plan import Plan
@@ -111,8 +115,7 @@ def train(
     seconds: dict[str, float] = {}
     say(f"load   {model}")
     with timed(seconds, "load"):
-        base = load(model, dtype)
-    examples = encode_for(base, rows, max_length, skip_emptied)
+        base, examples = load_for(model, dtype, quantize, attention, rows, max_length, skip_emptied)
     if eval_source:
         held_out = encode_for(base, eval_source, max_length, skip_emptied)
         held_out = held_out.subset(range(min(eval_rows, len(held_out))))

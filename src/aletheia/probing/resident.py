@@ -22,6 +22,7 @@ from aletheia.data.examples import Examples
 from aletheia.errors import ProbeError
 from aletheia.probing.experts import ExpertRecorder
 from aletheia.probing.ghost import GhostRecorder
+from aletheia.probing.preflight import first_broken_layer
 from aletheia.probing.scores import Scores
 from aletheia.probing.state import borrowed
 from aletheia.probing.tally import Batch, Measured, Tally, draw, measured, other_parameters, probe_settings
@@ -125,7 +126,7 @@ def _check_finite(
     broken = [name for name, norm in norms.items() if not math.isfinite(norm)]
     if not broken and math.isfinite(loss):
         return
-    forward = _first_broken_layer(model, batch)
+    forward = first_broken_layer(model, batch)
     if forward is not None:
         what = f"the output of layer {forward} ({anatomy.layer_path}.{forward})"
     elif broken:
@@ -138,26 +139,3 @@ def _check_finite(
         f"{what} is not finite in probe batch {number}, computed in {dtype}; "
         "try --dtype bfloat16 or float32, or check the checkpoint"
     )
-
-
-@torch.no_grad()
-def _first_broken_layer(model: nn.Module, batch: Batch) -> int | None:
-    """Index of the first layer whose output is not finite in a plain forward pass."""
-    _, layers = find_layers(model)
-    broken: list[int] = []
-
-    def watch(index: int):
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
-            hidden_BTD = output[0] if isinstance(output, tuple) else output
-            if not torch.isfinite(hidden_BTD).all():
-                broken.append(index)
-
-        return hook
-
-    handles = [layer.register_forward_hook(watch(index)) for index, layer in enumerate(layers)]
-    try:
-        model(**on_device_of(model, batch), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return min(broken, default=None)

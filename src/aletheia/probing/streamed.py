@@ -112,7 +112,7 @@ def probe_streamed(
 def peak_bytes(checkpoint: Checkpoint, used: list[Batch], ahead: bool) -> int:
     """What the probe adds to the memory of the process, at most: the weights held at once and the work on them.
 
-    Held are one layer, or two with ``ahead``, or the embedding, or the head and its logits. While it is read, a tensor
+    Held are one layer, or two with ``ahead``, or the embedding, or the head and its logits. While it is read, a layer
     is there twice, as stored and as cast. A layer's work is its activations and their gradients for the largest batch,
     counted as three times the inputs and outputs of its matrices, four copies of the attention scores, and the Gram
     matrices or one weight gradient.
@@ -122,7 +122,7 @@ def peak_bytes(checkpoint: Checkpoint, used: list[Batch], ahead: bool) -> int:
     labels = max(int(labelled_tokens(batch["labels"])) for batch in used)
     item = max(checkpoint.dtype.itemsize, 4)
     layers = [checkpoint.part_bytes(index) for index in range(anatomy.layer_count)]
-    reading = max(checkpoint.largest_tensor_bytes(index) for index in range(anatomy.layer_count))
+    reading = max(checkpoint.stored_bytes(index) for index in range(anatomy.layer_count))
     states = sum(batch["input_ids"].numel() for batch in used) * anatomy.hidden_size * item
     work = max(_layer_work_bytes(anatomy, index, rows, length, item) for index in range(anatomy.layer_count))
     logits = 3 * min(labels * anatomy.vocab_size, max(LOGITS_AT_ONCE, anatomy.vocab_size)) * item

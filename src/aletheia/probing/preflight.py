@@ -1,0 +1,74 @@
+"""Before hours of float16: one forward pass, and another way to compute where a value is not finite.
+
+float16 ends at 65,504. Scores of GPT-NeoX's attention, computed eagerly, go beyond that before they are scaled, as the
+activations of some families do; the loss is then not a number.
+"""
+
+import torch
+from torch import nn
+
+from aletheia.anatomy.load import Attention, Loaded, load, pick_dtype
+from aletheia.anatomy.read import find_layers
+from aletheia.data.batches import collate, on_device_of
+from aletheia.data.examples import Examples
+from aletheia.errors import ProbeError
+from aletheia.probing.tally import Batch
+
+
+def preflight(base: Loaded, data: Examples) -> tuple[Loaded, str | None]:
+    """The model as it is if the longest row passes, else computed in a way that passes, and what was changed.
+
+    Only float16 is tried: bfloat16 and float32 have the range. The ways, in this order: sdpa instead of eager
+    attention, then the checkpoint loaded again in bfloat16 where the device computes in it, or in float32; the model
+    given is then emptied.
+
+    Raises:
+        ModelError: the model cannot be loaded again.
+        ProbeError: nothing helps; the checkpoint itself is broken.
+    """
+    model = base.model
+    if model.dtype != torch.float16:
+        return base, None
+    batch = collate([max(data.examples, key=len)], data.pad_token_id)
+    broken = first_broken_layer(model, batch)
+    if broken is None:
+        return base, None
+    path, _ = find_layers(model)
+    attention: Attention = model.config._attn_implementation
+    what = f"layer {broken} ({path}.{broken}) gives values that are not finite in float16 with {attention} attention"
+    if attention == "eager":
+        model.set_attn_implementation("sdpa")
+        if first_broken_layer(model, batch) is None:
+            return base, f"{what}; sdpa attention is used instead"
+        model.set_attn_implementation(attention)
+    name, device = model.name_or_path, model.device
+    if base.quantize is None:
+        model.to("meta")  # it is of no use any more, and both may not fit
+    for dtype in ("bfloat16", "float32") if pick_dtype(device) == torch.bfloat16 else ("float32",):
+        again = load(name, dtype, str(device), base.quantize, attention)
+        if first_broken_layer(again.model, batch) is None:
+            return again, f"{what}; {dtype} is used instead"
+    raise ProbeError(f"{what}, and in float32 too; expected finite weights, fetch the checkpoint again")
+
+
+@torch.no_grad()
+def first_broken_layer(model: nn.Module, batch: Batch) -> int | None:
+    """Index of the first layer whose output is not finite in a plain forward pass."""
+    _, layers = find_layers(model)
+    broken: list[int] = []
+
+    def watch(index: int):
+        def hook(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+            hidden_BTD = output[0] if isinstance(output, tuple) else output
+            if not torch.isfinite(hidden_BTD).all():
+                broken.append(index)
+
+        return hook
+
+    handles = [layer.register_forward_hook(watch(index)) for index, layer in enumerate(layers)]
+    try:
+        model(**on_device_of(model, batch), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return min(broken, default=None)

@@ -1,0 +1,97 @@
+"""Formats: 4- and 8-bit bases by bitsandbytes, and float16 where a model leaves its range."""
+
+import math
+
+import pytest
+import torch
+from peft import PeftModel
+from test_streamed import same
+from tiny import make_model, make_tokenizer
+
+import aletheia
+from aletheia.anatomy.checkpoint import Checkpoint
+from aletheia.data.batches import collate
+from aletheia.errors import ModelError
+from aletheia.probing.preflight import preflight
+from aletheia.probing.streamed import probe_streamed
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A function from a model to the folder it is saved in."""
+
+    def save(model, name="base"):
+        model.save_pretrained(tmp_path / name, max_shard_size="40KB")
+        make_tokenizer().save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return save
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_a_quantized_base_is_probed_and_trained(family, kind, folder, examples, tmp_path):
+    name = folder(make_model(family))
+    plain = aletheia.probe(aletheia.load(name, "float32").model, examples, batches=3)
+    base = aletheia.load(name, "float32", quantize=kind)
+    scores = aletheia.probe(base.model, examples, batches=3)
+    assert scores.model.is_same_model(plain.model)  # so a plan made from either fits both
+    assert scores.model.weights is None
+    assert scores.anatomy == plain.anatomy
+    assert scores.layers == pytest.approx(plain.layers, rel=0.3)
+    plan = aletheia.plan(plain, "last", 50, rank=4)
+    adapted = aletheia.adapt(base.model, plan)
+    run = aletheia.train(
+        adapted, examples.subset(range(8)), plan, tmp_path / "run", examples.subset(range(8, 10)), steps=3,
+        learning_rate=0.01, cache="memory", free_prefix=False, show_progress=False,
+    )  # fmt: skip
+    assert run.metrics.settings.cache == "memory"
+    batch = collate(examples.examples[:2], 0)
+    with torch.no_grad():
+        trained = adapted.eval()(**batch).logits
+        again = PeftModel.from_pretrained(
+            aletheia.load(name, "float32", quantize=kind).model, tmp_path / "run"
+        ).eval()(**batch).logits  # fmt: skip
+    torch.testing.assert_close(again, trained, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantized_checkpoint_is_streamed(kind, folder, examples):
+    quantized = aletheia.load(folder(make_model("llama")), "float32", quantize=kind).model
+    name = folder(quantized, "quantized")
+    resident = aletheia.probe(aletheia.load(name, "float32").model, examples, batches=2)
+    found = probe_streamed(Checkpoint(name, "float32"), examples, 2, show_progress=False)
+    same(found, resident)
+
+
+def test_quantization_that_cannot_be_had_is_refused(folder):
+    with pytest.raises(ModelError, match="expected one of nf4, int8"):
+        aletheia.load(folder(make_model()), quantize="int3")
+    with pytest.raises(ModelError, match="GGUF"):
+        aletheia.load("model.gguf", quantize="nf4")
+
+
+def overflowing():
+    """A GPT-NeoX whose attention scores in layer 2 leave float16 before they are scaled."""
+    model = make_model("gpt_neox")
+    projection = model.gpt_neox.layers[2].attention.query_key_value
+    with torch.no_grad():
+        by_head = projection.weight.view(4, 3, 8, 32)
+        by_head[:, :2] *= 4000  # queries and keys, not values
+        projection.bias.view(4, 3, 8)[:, :2] = 200
+    return model
+
+
+def test_preflight_names_the_layer_and_finds_a_way(folder, examples):
+    name = folder(overflowing())
+    base = aletheia.load(name, "float16", attention="eager")
+    passing, changed = preflight(base, examples)
+    assert "layer 2 (gpt_neox.layers.2)" in changed
+    assert "float16 with eager attention" in changed
+    scores = aletheia.probe(passing.model, examples, batches=2)
+    assert all(math.isfinite(score) for score in scores.layers)
+
+
+def test_preflight_leaves_a_sound_model_alone(folder, examples):
+    base = aletheia.load(folder(make_model("gpt_neox")), "float16", attention="eager")
+    assert preflight(base, examples) == (base, None)
