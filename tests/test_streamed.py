@@ -1,10 +1,13 @@
-"""The streamed probe: resident scores from a checkpoint that is never whole in memory."""
+"""The streamed probe and the streamed cache: what the whole model gives, from one that is never whole in memory."""
 
+import copy
 import json
 import shutil
 
+import psutil
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_families import StrangeConfig, StrangeModel, make
 from tiny import FAMILIES, MORE_FAMILIES, make_tokenizer
@@ -12,9 +15,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import aletheia
 from aletheia.anatomy.checkpoint import Checkpoint
-from aletheia.errors import ModelError, ProbeError
+from aletheia.anatomy.fingerprint import identify
+from aletheia.anatomy.load import free_memory_bytes, growth_allowed
+from aletheia.anatomy.read import find_layers
+from aletheia.data.batches import collate
+from aletheia.errors import CacheError, ModelError, ProbeError
 from aletheia.probing import streamed
 from aletheia.probing.streamed import peak_bytes, probe_streamed
+from aletheia.tuning import streamed as tuning_streamed
+from aletheia.tuning.streamed import fill_streamed, streamed_cache
 
 PAD = 0
 AutoConfig.register("strange", StrangeConfig)
@@ -151,10 +160,18 @@ def test_one_layer_at_a_time_where_memory_is_short(saved, examples, monkeypatch)
     )
     for cap, ahead in ((alone, False), (both, True)):
         seen.clear()
-        probe_streamed(checkpoint, examples, 2, max_memory=cap, show_progress=False)
+        monkeypatch.setattr(streamed, "growth_allowed", lambda device, limit, cap=cap: cap)
+        probe_streamed(checkpoint, examples, 2, show_progress=False)
         assert seen == [ahead, ahead]
+    monkeypatch.setattr(streamed, "growth_allowed", lambda device, limit: alone - 1)
     with pytest.raises(ProbeError, match=r"needs .* GB for one layer"):
-        probe_streamed(checkpoint, examples, 2, max_memory=alone - 1, show_progress=False)
+        probe_streamed(checkpoint, examples, 2, show_progress=False)
+
+
+def test_a_limit_counts_the_process_itself():
+    held = psutil.Process().memory_info().rss
+    assert growth_allowed(torch.device("cpu"), held + 10**9) == pytest.approx(10**9, abs=10**8)
+    assert growth_allowed(torch.device("cpu"), None) == pytest.approx(free_memory_bytes(), rel=0.2)
 
 
 def test_nothing_of_a_layer_stays(saved, examples):
@@ -222,3 +239,97 @@ def test_what_cannot_be_streamed_is_refused(saved, tmp_path):
         path.unlink()
     with pytest.raises(ModelError, match="holds neither"):
         Checkpoint(str(folder))
+
+
+def without_prefix(folder, boundary):
+    """A suffix of the checkpoint in the folder, and how many of its weights are there."""
+    model = Checkpoint(str(folder), "float32").suffix(boundary)
+    return model, sum(value.numel() for value in model.parameters() if not value.is_meta)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES, "strange"])
+def test_training_layer_by_layer_is_training(family, saved, examples, tmp_path):
+    """The cache filled layer by layer and the suffix alone end where the whole model does."""
+    folder = saved(family)
+    data, held_out = examples.subset(range(8)), examples.subset(range(8, 10))
+    whole = aletheia.load(str(folder), "float32")
+    plan = aletheia.plan(aletheia.probe(whole.model, examples, batches=2), "last", 50, rank=4)
+    common = {"steps": 3, "batch_size": 2, "learning_rate": 0.01, "show_progress": False}
+    expected = aletheia.train(
+        aletheia.adapt(whole.model, plan), data, plan, tmp_path / "whole", held_out, cache="off", **common
+    )
+    checkpoint = Checkpoint(str(folder), "float32")
+    cache = streamed_cache(checkpoint, plan.boundary, tmp_path / "cache")
+    rows = [*data.examples, *held_out.examples]
+    assert fill_streamed(checkpoint, plan.boundary, rows, cache, 2, PAD, show_progress=False) == 10
+    assert fill_streamed(checkpoint, plan.boundary, rows, cache, 2, PAD, show_progress=False) == 0
+    adapted = aletheia.adapt(checkpoint.suffix(plan.boundary), plan, identity=plan.model)
+    run = aletheia.train(adapted, data, plan, tmp_path / "run", held_out, prefix=cache, **common)
+    assert run.metrics.held_out_loss_before == pytest.approx(expected.metrics.held_out_loss_before, rel=1e-6)
+    assert run.metrics.held_out_loss_after == pytest.approx(expected.metrics.held_out_loss_after, rel=1e-5)
+    again = aletheia.load(str(folder), "float32").model
+    batch = collate(examples.examples[:2], PAD)
+    with torch.no_grad():
+        one, other = (
+            PeftModel.from_pretrained(copy.deepcopy(again), path).eval()(**batch).logits
+            for path in (tmp_path / "run", tmp_path / "whole")
+        )
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])  # tied and untied
+def test_only_the_suffix_is_in_memory(family, saved):
+    folder = saved(family)
+    whole = make(family)
+    _, layers = find_layers(whole)
+    per_layer, embedding = (
+        sum(map(torch.Tensor.numel, part.parameters())) for part in (layers[0], whole.get_input_embeddings())
+    )
+    total = sum(value.numel() for value in whole.parameters())
+    _, held = without_prefix(folder, 3)
+    assert held == total - 3 * per_layer - (0 if family == "llama" else embedding)
+
+
+@pytest.mark.parametrize("killed_at", range(2, 6))
+def test_a_killed_fill_goes_on(killed_at, saved, examples, monkeypatch, tmp_path):
+    folder = str(saved("bloom"))  # layers return tuples
+    rows = examples.examples[:7]
+    expected = streamed_cache(Checkpoint(folder, "float32"), 3, tmp_path / "one")
+    fill_streamed(Checkpoint(folder, "float32"), 3, rows, expected, 2, PAD, show_progress=False)
+    write, count = tuning_streamed._States.write, []
+
+    def kill(self, *given):
+        count.append(1)
+        if len(count) == 3 * killed_at:
+            raise KeyboardInterrupt
+        write(self, *given)
+
+    cache = streamed_cache(Checkpoint(folder, "float32"), 3, tmp_path / "other")
+    with monkeypatch.context() as patched:
+        patched.setattr(tuning_streamed._States, "write", kill)
+        with pytest.raises(KeyboardInterrupt):
+            fill_streamed(Checkpoint(folder, "float32"), 3, rows, cache, 2, PAD, show_progress=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(tuning_streamed._States, "write", lambda *given: count.append(1) or write(*given))
+        fill_streamed(Checkpoint(folder, "float32"), 3, rows, cache, 2, PAD, show_progress=False)
+    assert len(count) == 4 * 4 + 1  # four batches, embedding and three layers, and the one that failed
+    for row in rows:
+        assert torch.equal(cache.get(row), expected.get(row))
+    assert not list(cache.folder.glob("partial*"))
+
+
+def test_a_fill_that_cannot_be_exact_is_refused(saved, examples, tmp_path):
+    folder = saved("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    checkpoint = Checkpoint(str(folder), "float32")
+    cache = streamed_cache(checkpoint, 2, tmp_path / "cache")
+    with pytest.raises(CacheError, match="draws at random"):
+        fill_streamed(checkpoint, 2, examples.examples[:4], cache, 2, PAD, show_progress=False)
+    with pytest.raises(CacheError, match="layer 0 is adapted"):
+        streamed_cache(checkpoint, 0, tmp_path / "cache")
+
+
+def test_identity_is_that_of_the_whole(saved):
+    folder = str(saved("mixtral"))
+    assert Checkpoint(folder, "float32").identity() == identify(aletheia.load(folder, "float32").model)

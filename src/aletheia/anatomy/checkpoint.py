@@ -30,10 +30,11 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from aletheia.anatomy.fingerprint import identity, sample_embedding, sample_layer
 from aletheia.anatomy.layerwise import NoEmbedding, PassThrough, replace_module
 from aletheia.anatomy.load import explained, load_config, pick, pick_device
 from aletheia.anatomy.read import find_layers, layer_index, read_anatomy
-from aletheia.anatomy.schema import Anatomy
+from aletheia.anatomy.schema import Anatomy, ModelIdentity
 from aletheia.errors import ModelError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -130,7 +131,7 @@ class Checkpoint:
         for index, layer in enumerate(self._pristine):
             self.layers[index] = PassThrough(layer, 0)
         self._fill(self.model, "around")
-        self._blank = NoEmbedding(self._embedding.weight.shape[1], self.dtype)
+        self._blank = NoEmbedding(self._embedding.weight)
         replace_module(self.model, self._embedding, self._blank)
 
     @property
@@ -151,6 +152,11 @@ class Checkpoint:
     def part_bytes(self, part: Part) -> int:
         """Memory that a part takes once loaded."""
         return sum(stored.size_bytes for stored in self._stored[part])
+
+    @property
+    def head_bytes(self) -> int:
+        """Memory that the head takes once loaded, whether it is a weight of its own or the embedding's."""
+        return self.part_bytes("head") or self.part_bytes("embedding")
 
     def stored_bytes(self, part: Part) -> int:
         """Bytes of a part on disk, which are mapped into memory while it is read."""
@@ -286,6 +292,11 @@ class Checkpoint:
         self.set_outputs(len(output) if isinstance(output, tuple) else 0)
         return output[0] if isinstance(output, tuple) else output
 
+    @property
+    def outputs(self) -> int:
+        """Length of the tuple that a layer returns, 0 for a tensor, as far as one has run."""
+        return self.layers[0].outputs
+
     def set_outputs(self, outputs: int) -> None:
         """Let the stand-ins return a tuple of that length, or a tensor for 0."""
         for stand_in in self.layers:
@@ -331,6 +342,34 @@ class Checkpoint:
             for values, saved in before:
                 values.clear()
                 values.update(saved)
+
+    def suffix(self, boundary: int) -> PreTrainedModel:
+        """The model with its head and the layers from ``boundary`` up in memory, to be trained from stored states.
+
+        Layers below pass hidden states through, and the embedding gives zeros unless it is the head's weight. The
+        skeleton itself becomes that model: the checkpoint is done with.
+
+        Raises:
+            ModelError: as :meth:`layer`.
+        """
+        for index in range(boundary, self.layer_count):
+            self.layers[index] = self.layer(index)
+        if not self._names["head"]:
+            replace_module(self.model, self._blank, self._embedding)
+        self._fill(self.model, "head" if self._names["head"] else "embedding")
+        self.model.tie_weights()
+        return self.model.requires_grad_(False)
+
+    def identity(self) -> ModelIdentity:
+        """Name and fingerprints, as :func:`aletheia.anatomy.fingerprint.identify` gives; reads every layer once.
+
+        Raises:
+            ModelError: as :meth:`layer`.
+        """
+        with self.embedding() as model:
+            sample = sample_embedding(model.get_input_embeddings().weight)
+        samples = [sample_layer(layer) for _, layer in self.read_layers(range(self.layer_count))]
+        return identity(self.name, self.anatomy, sample, samples)
 
     def _fill(self, model: PreTrainedModel, part: Part, buffers: _Buffers | None = None) -> None:
         """Load a part's tensors into ``model``, converted, quantized and cast as transformers does it.

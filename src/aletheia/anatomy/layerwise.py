@@ -87,11 +87,12 @@ class PassThrough(Skeleton):
 class NoEmbedding(nn.Module):
     """Stands in for an input embedding whose output is replaced anyway; it holds no weights and fills no memory."""
 
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
-        """``width`` is D."""
+    def __init__(self, weight: torch.Tensor) -> None:
+        """``weight`` [V, D] is the embedding's; only its shape and dtype are kept."""
         super().__init__()
-        self._width, self._dtype = width, dtype
+        self.weight = torch.empty_like(weight, device="meta", requires_grad=False)
 
     def forward(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
         """Zeros [B, T, D] in one element of memory."""
-        return torch.zeros((), dtype=self._dtype, device=input_ids_BT.device).expand(*input_ids_BT.shape, self._width)
+        zero = torch.zeros((), dtype=self.weight.dtype, device=input_ids_BT.device)
+        return zero.expand(*input_ids_BT.shape, self.weight.shape[1])

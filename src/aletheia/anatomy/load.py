@@ -95,6 +95,15 @@ def free_memory_bytes(device: torch.device | None = None) -> int:
     return min(free, limit - used + int(counts.get("inactive_file", 0)))  # files read before are given up when needed
 
 
+def growth_allowed(device: torch.device, max_memory: int | None) -> int:
+    """Bytes by which this process may still grow on ``device``: to ``max_memory`` in all, or what is free."""
+    if max_memory is None:
+        return free_memory_bytes(device)
+    if device.type == "cuda":
+        return max_memory - torch.cuda.memory_reserved(device)
+    return max_memory - int(psutil.Process().memory_info().rss)
+
+
 def load_config(name: str) -> PretrainedConfig:
     """The config of MODEL, no weights read.
 

@@ -45,10 +45,11 @@ SkipEmptiedOption = Annotated[
     typer.Option("--skip-emptied", help="Skip rows whose completion --max-length cuts off, instead of stopping."),
 ]
 
+RESIDENT_SHARE = 0.5  # of the memory: what weights may take if they are to be loaded as a whole
 StreamOption = Annotated[
     bool | None,
     typer.Option(
-        "--stream/--no-stream", help="Read the weights layer by layer (by default where they do not fit in memory)."
+        "--stream/--no-stream", help="Read the weights layer by layer (by default where they take over half the memory)."
     ),
 ]
 MaxMemoryOption = Annotated[
@@ -86,10 +87,10 @@ def is_streamed(model: str, dtype: str, stream: bool | None, max_memory: int | N
         return stream
     device = pick_device()
     needed = weights_bytes(model, pick(dtype, device))
-    limit = 0.8 * free_memory_bytes(device) if max_memory is None else max_memory
-    if needed is None or needed <= limit:
+    limit = free_memory_bytes(device) if max_memory is None else max_memory
+    if needed is None or needed <= RESIDENT_SHARE * limit:
         return False
-    say(f"stream {needed / 1e9:.1f} GB of weights, {limit / 1e9:.1f} GB may be used: layer by layer")
+    say(f"stream {needed / 1e9:.1f} GB of weights, {limit / 1e9:.1f} GB of memory: layer by layer")
     return True
 
 

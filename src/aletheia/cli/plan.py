@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from aletheia.cli.options import JsonOption, SeedOption, print_json, print_rich, say
+from aletheia.cli.options import JsonOption, MaxMemoryOption, SeedOption, parse_memory, print_json, print_rich, say
 
 EXAMPLE = "aletheia plan scores.json --out plan.json --percent 50"
 
@@ -46,6 +46,10 @@ def plan(
     routers: Annotated[
         bool, typer.Option("--adapt-routers", help="Adapt the routers of a mixture of experts, too.")
     ] = False,
+    max_memory: MaxMemoryOption = None,
+    batch_tokens: Annotated[
+        int, typer.Option("--batch-tokens", help="Tokens of the largest training batch, for --max-memory.")
+    ] = 4096,
     seed: SeedOption = 0,
     show_frontier: Annotated[
         bool, typer.Option("--frontier", help="Print predicted step time against captured importance.")
@@ -82,6 +86,8 @@ def plan(
         quality_first,
         epochs,
         routers,  # type: ignore[arg-type]
+        parse_memory(max_memory),
+        batch_tokens,
     )
     if out is not None:
         made.write(out)

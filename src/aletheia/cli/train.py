@@ -11,12 +11,16 @@ from aletheia.cli.options import (
     DtypeOption,
     JsonOption,
     MaxLengthOption,
+    MaxMemoryOption,
     ModelArgument,
     QuantizeOption,
     SeedOption,
     SkipEmptiedOption,
+    StreamOption,
     encode_for,
+    is_streamed,
     load_for,
+    parse_memory,
     print_json,
     print_rich,
     quiet_libraries,
@@ -26,8 +30,9 @@ from aletheia.cli.options import (
 from aletheia.errors import DataError, TrainingError
 
 if TYPE_CHECKING:
+    from aletheia.anatomy.checkpoint import Checkpoint
     from aletheia.anatomy.load import Loaded
-    from aletheia.data.examples import Examples
+    from aletheia.data.examples import Example, Examples
     from aletheia.planning.plan import Plan
     from aletheia.probing.scores import Scores
 
@@ -84,6 +89,8 @@ def train(
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,
     attention: AttentionOption = None,
+    stream: StreamOption = None,
+    max_memory: MaxMemoryOption = None,
     seed: SeedOption = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another run in --out.")] = False,
     as_json: JsonOption = False,
@@ -95,6 +102,7 @@ def train(
     if eval_data is not None and eval_fraction is not None:
         raise DataError("--eval-data and --eval-fraction are both given; expected one of them")
     quiet_libraries()
+    from aletheia.anatomy.checkpoint import Checkpoint
     from aletheia.data.examples import split_held_out
     from aletheia.data.rows import load_rows
     from aletheia.planning.plan import Plan
@@ -103,6 +111,7 @@ def train(
     from aletheia.tuning.adapters import adapt
     from aletheia.tuning.output import claim_output
     from aletheia.tuning.run import REPORT_FILE, SCORES_FILE
+    from aletheia.tuning.streamed import fill_streamed, streamed_cache
     from aletheia.tuning.train import check_settings
     from aletheia.tuning.train import train as run_training
 
@@ -113,9 +122,15 @@ def train(
     eval_source = load_rows(eval_data) if eval_data else None
 
     seconds: dict[str, float] = {}
+    cap = parse_memory(max_memory)
     say(f"load   {model}")
     with timed(seconds, "load"):
-        base, examples = load_for(model, dtype, quantize, attention, rows, max_length, skip_emptied)
+        base: Loaded | Checkpoint
+        if is_streamed(model, dtype, stream, cap):
+            base = Checkpoint(model, dtype)
+            examples = encode_for(base, rows, max_length, skip_emptied)
+        else:
+            base, examples = load_for(model, dtype, quantize, attention, rows, max_length, skip_emptied)
     if eval_source:
         held_out = encode_for(base, eval_source, max_length, skip_emptied)
         held_out = held_out.subset(range(min(eval_rows, len(held_out))))
@@ -123,13 +138,21 @@ def train(
         fraction = 0.05 if eval_fraction is None else eval_fraction
         examples, held_out = split_held_out(examples, fraction, seed, eval_rows)
     passes = 1.0 if cache == "off" else steps * batch_size / len(examples) if steps else epochs or 1.0
-    plan, scores = _follow_or_make(plan, base, examples, passes, seed, seconds)
+    plan, scores = _follow_or_make(plan, base, examples, passes, batch_size, cap, seed, seconds)
     say(
         f"plan   {plan.settings.policy}: {len(plan.layers)} of {plan.layer_count} layers from {plan.boundary} up, "
         f"{plan.trainable_parameters:,} trainable parameters, predicted step speed-up {plan.predicted.speedup:.2f}x"
         + ("" if cache == "off" else f", {plan.predicted.cached_speedup:.2f}x from a filled cache")
     )
-    adapted = adapt(base.model, plan, seed)
+    prefix = None
+    if isinstance(base, Checkpoint):
+        rows_used = [*_used(examples, steps, batch_size, seed, group_by_length), *held_out.examples]
+        with timed(seconds, "cache"):
+            prefix = streamed_cache(base, plan.boundary, cache_dir)
+            fill_streamed(base, plan.boundary, rows_used, prefix, batch_size, examples.pad_token_id, cap)
+        adapted = adapt(base.suffix(plan.boundary), plan, seed, plan.model)
+    else:
+        adapted = adapt(base.model, plan, seed)
     run = run_training(
         adapted,
         examples,
@@ -145,6 +168,7 @@ def train(
         cache=cache,  # type: ignore[arg-type]
         cache_dir=cache_dir,
         free_prefix=True,
+        prefix=prefix,
         gradient_checkpointing=gradient_checkpointing,  # type: ignore[arg-type]
         group_by_length=group_by_length,
         overwrite=overwrite,
@@ -160,28 +184,47 @@ def train(
     say(f"wrote {out} (adapter, plan.json, metrics.json, report.html)")
 
 
+def _used(examples: "Examples", steps: int | None, batch_size: int, seed: int, grouped: bool) -> "list[Example]":
+    """The rows that a run will see: all, unless it ends before."""
+    from aletheia.data.order import training_batches
+
+    if steps is None:
+        return list(examples.examples)
+    batches = training_batches([len(row) for row in examples.examples], batch_size, steps, seed, grouped)
+    return [examples[row] for batch in batches for row in batch]
+
+
 def _follow_or_make(
     plan: "Plan | None",
-    base: "Loaded",
+    base: "Loaded | Checkpoint",
     examples: "Examples",
     epochs: float,
+    batch_size: int,
+    max_memory: int | None,
     seed: int,
     seconds: dict[str, float],
 ) -> tuple["Plan", "Scores | None"]:
     """The plan given, checked against the model, or one made from a probe now."""
+    from aletheia.anatomy.checkpoint import Checkpoint
+
     if plan is not None:
         from aletheia.anatomy.fingerprint import identify
 
-        plan.check_model(identify(base.model))
+        plan.check_model(base.identity() if isinstance(base, Checkpoint) else identify(base.model))
         if plan.data and plan.data.fingerprint != examples.identity.fingerprint:
             say(f"note: the plan was made from {plan.data.name}, this run trains on {examples.identity.name}")
         return plan, None
     from aletheia.planning.make import plan as make_plan
     from aletheia.probing.resident import probe
+    from aletheia.probing.streamed import probe_streamed
 
     say("probe  5 batches of 1")
     with timed(seconds, "probe"):
-        scores = probe(base.model, examples, seed=seed)
+        if isinstance(base, Checkpoint):
+            scores = probe_streamed(base, examples, seed=seed, max_memory=max_memory)
+        else:
+            scores = probe(base.model, examples, seed=seed)
+    largest = batch_size * max(map(len, examples.examples))
     with timed(seconds, "plan"):
-        made = make_plan(scores, seed=seed, epochs=epochs)
+        made = make_plan(scores, seed=seed, epochs=epochs, max_memory=max_memory, batch_tokens=largest)
     return made, scores

@@ -8,6 +8,7 @@ from aletheia.errors import PlanError
 from aletheia.files import package_versions
 from aletheia.planning.cost import LayerCosts, layer_costs, measured_costs
 from aletheia.planning.frontier import FrontierPoint, frontier, point
+from aletheia.planning.memory import lowest_boundary, training_bytes
 from aletheia.planning.plan import Adapter, Plan, PlanSettings, Policy, Prediction, RankMode
 from aletheia.planning.policies import layer_share, select_layers
 from aletheia.planning.ranks import ranks_by_role, ranks_by_score, ranks_uniform
@@ -31,6 +32,8 @@ def plan(
     quality_first: bool = False,
     epochs: float = 1.0,
     routers: bool = False,
+    max_memory: int | None = None,
+    batch_tokens: int = 4096,
 ) -> Plan:
     """Choose layers and ranks for the model that ``scores`` were measured on.
 
@@ -48,6 +51,8 @@ def plan(
         quality_first: the most importance at the published method's mean saving, a ``speedup`` of 1.30.
         epochs: passes over the data that the time is counted for; after the first, the prefix comes from its cache.
         routers: adapt the routers of a mixture of experts, too, where they are modules that LoRA can adapt.
+        max_memory: bytes that training may take in all, from a filled prefix cache: bounds the lowest adapted layer.
+        batch_tokens: tokens of the largest training batch, for ``max_memory``.
 
     Raises:
         PlanError: a setting is out of range, settings contradict each other, or no plan is as fast as asked.
@@ -61,7 +66,8 @@ def plan(
     anatomy = scores.anatomy
     adaptable = anatomy.adaptable(routers)
     costs = _costs(scores, settings, _nominal_ranks(adaptable, settings))
-    layers = select_layers(policy, scores.layers, percent, seed, costs, epochs, speedup)
+    lowest = 0 if max_memory is None else _lowest(scores, settings, adaptable, max_memory, batch_tokens)
+    layers = select_layers(policy, scores.layers, percent, seed, costs, epochs, speedup, lowest)
     wanted = set(layers)
     chosen = [module for module in adaptable if module.layer in wanted]
     by_name = _allocate(chosen, scores, settings)
@@ -84,6 +90,26 @@ def plan(
         layer_scores=scores.layers,
         adapters=tuple(_adapter(module, by_name[module.name], settings) for module in chosen),
     )
+
+
+def _lowest(
+    scores: Scores, settings: PlanSettings, adaptable: Sequence[Module], max_memory: int, batch_tokens: int
+) -> int:
+    """The lowest layer from which on the model can be trained in ``max_memory``."""
+    if scores.weight_bytes is None:
+        raise PlanError("the scores tell no weight sizes; expected those of this release's probe; probe again")
+    if batch_tokens < 1:
+        raise PlanError(f"--batch-tokens is {batch_tokens}; expected at least 1")
+    ranks, share = _nominal_ranks(adaptable, settings), scores.probe.labelled_tokens / scores.probe.tokens
+    given = scores.anatomy, scores.weight_bytes
+    found = lowest_boundary(*given, ranks, batch_tokens, share, max_memory)
+    if found is None:
+        least = training_bytes(*given, [scores.anatomy.layer_count - 1], ranks, batch_tokens, share)
+        raise PlanError(
+            f"--max-memory is {max_memory / 1e9:.1f} GB; the last layer alone takes {least / 1e9:.1f} GB to train; "
+            "expected at least that; take smaller batches, shorter rows or less rank"
+        )
+    return found
 
 
 def plan_frontier(

@@ -28,17 +28,38 @@ def select_layers(
     costs: LayerCosts,
     epochs: float = 1.0,
     speedup: float | None = None,
+    lowest: int = 0,
 ) -> tuple[int, ...]:
     """The sorted layers that ``policy`` adapts.
 
     ``top-percent`` is the published method. ``depth-aware`` spends the predicted time of a run of ``epochs`` passes,
     that of adapting the last ``percent`` of the layers or the baseline's divided by ``speedup``, on the set that
     captures the most importance. ``last``, ``first``, ``random`` and ``bottom`` (lowest scores) take as many layers as
-    ``top-percent``: they are its controls.
+    ``top-percent``: they are its controls. No layer below ``lowest`` may be adapted; ``depth-aware`` works around
+    that.
 
     Raises:
-        PlanError: ``percent`` is outside (0, 100], or no choice is that fast.
+        PlanError: ``percent`` is outside (0, 100], no choice is that fast, or another policy wants a lower layer.
     """
+    chosen = _chosen(policy, scores, percent, seed, costs, epochs, speedup, lowest)
+    if chosen[0] < lowest:
+        raise PlanError(
+            f"--policy {policy} adapts layer {chosen[0]}; expected none below {lowest}, from where on training fits "
+            "in --max-memory; take depth-aware, fewer layers or more memory"
+        )
+    return chosen
+
+
+def _chosen(
+    policy: Policy,
+    scores: Sequence[float],
+    percent: float,
+    seed: int,
+    costs: LayerCosts,
+    epochs: float,
+    speedup: float | None,
+    lowest: int,
+) -> tuple[int, ...]:
     count = layer_share(len(scores), percent)
     layers = range(len(scores))
     match policy:
@@ -55,7 +76,7 @@ def select_layers(
         case "random":
             return tuple(sorted(random.Random(seed).sample(layers, count)))
         case "depth-aware":
-            points = frontier(scores, costs, epochs)
+            points = frontier(scores, costs, epochs, lowest)
             budget = 1 / speedup if speedup else costs.mean_step(layers[-count:], epochs) / costs.baseline
             point = best_within(points, budget)
             if point is None:

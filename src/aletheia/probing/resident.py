@@ -23,7 +23,7 @@ from aletheia.errors import ProbeError
 from aletheia.probing.experts import ExpertRecorder
 from aletheia.probing.ghost import GhostRecorder
 from aletheia.probing.preflight import first_broken_layer
-from aletheia.probing.scores import Scores
+from aletheia.probing.scores import Scores, WeightBytes
 from aletheia.probing.state import borrowed
 from aletheia.probing.tally import Batch, Measured, Tally, draw, measured, other_parameters, probe_settings
 
@@ -77,6 +77,22 @@ def probe(
             getattr(model, "dtype", first.dtype),
             first.device,
             time.perf_counter() - started,
+        ),
+        _weight_bytes(model),
+    )
+
+
+def _weight_bytes(model: nn.Module) -> WeightBytes:
+    _, layers = find_layers(model)
+    inside = {id(parameter) for parameter in layers.parameters()}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    left_out = set() if head is None else set(embedding.parameters()) - set(head.parameters())
+    return WeightBytes(
+        layers=tuple(sum(parameter.nbytes for parameter in layer.parameters()) for layer in layers),
+        outside=sum(
+            parameter.nbytes
+            for parameter in model.parameters()
+            if id(parameter) not in inside and parameter not in left_out
         ),
     )
 

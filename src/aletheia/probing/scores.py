@@ -27,6 +27,17 @@ class ProbeSettings(BaseModel):
     seconds: float
 
 
+class WeightBytes(BaseModel):
+    """Memory that the weights take as they were loaded: each layer, and outside the layers what training needs.
+
+    ``outside`` is the head with its norm, and the embedding only where it is the same weight.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    layers: tuple[int, ...]
+    outside: int
+
+
 class ExpertScores(BaseModel):
     """One stack of experts in the probe, expert by expert.
 
@@ -46,7 +57,7 @@ class Scores(Artifact):
     the loss gradient [arXiv:2604.15351]; ``modules`` holds the share of each adaptable weight by full name, None for
     an expert's module that no token reached. A layer's score also counts its norms and biases, so it is a little more
     than the sum of its modules. ``experts`` has the parts of the fused stacks.
-    ``timings``, if measured, turn the plan's predictions into seconds.
+    ``timings``, if measured, turn the plan's predictions into seconds, ``weight_bytes`` lets a plan keep to a limit.
     """
 
     FORMAT: ClassVar[str] = "aletheia-scores"
@@ -60,6 +71,7 @@ class Scores(Artifact):
     experts: dict[str, ExpertScores] = Field(default_factory=dict)
     anatomy: Anatomy
     timings: Timings | None = None
+    weight_bytes: WeightBytes | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "Scores":

@@ -28,7 +28,7 @@ from torch import nn
 from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.fingerprint import LayerSample, identity, sample_embedding, sample_layer
 from aletheia.anatomy.layerwise import hidden_states, layer_call, with_hidden_states
-from aletheia.anatomy.load import free_memory_bytes
+from aletheia.anatomy.load import growth_allowed
 from aletheia.anatomy.read import matrices_of, stacks_of
 from aletheia.anatomy.schema import Anatomy, ModelIdentity
 from aletheia.data.batches import labelled_tokens
@@ -38,7 +38,7 @@ from aletheia.files import package_versions
 from aletheia.probing.experts import ExpertRecorder
 from aletheia.probing.ghost import GhostRecorder
 from aletheia.probing.logits import labelled_logits
-from aletheia.probing.scores import Scores
+from aletheia.probing.scores import Scores, WeightBytes
 from aletheia.probing.tally import Batch, Measured, Tally, draw, measured, other_parameters, probe_settings
 
 HALF_SCALE = 2.0**12  # of the loss in float16, against underflow
@@ -65,7 +65,7 @@ def probe_streamed(
         seed: as there.
         work: folder for what is done so far, removed at the end; a probe that was killed goes on from it. Without
             one a temporary folder is used.
-        max_memory: bytes that the process may grow by; by default what is free.
+        max_memory: bytes that the process may take in all; by default what is free.
         show_progress: a bar with the time left.
 
     Raises:
@@ -75,7 +75,7 @@ def probe_streamed(
     started = time.perf_counter()
     drawn = draw(data, batches, batch_size, seed)
     used = [{name: tensor.to(checkpoint.device) for name, tensor in batch.items()} for batch in drawn]
-    free = free_memory_bytes(checkpoint.device) if max_memory is None else max_memory
+    free = growth_allowed(checkpoint.device, max_memory)
     ahead = peak_bytes(checkpoint, used, ahead=True) <= free
     if (least := peak_bytes(checkpoint, used, ahead=False)) > free:
         raise ProbeError(
@@ -106,6 +106,10 @@ def probe_streamed(
         model,
         data.identity if is_drawn else None,
         probe_settings(used, losses, seed if is_drawn else None, checkpoint.dtype, checkpoint.device, seconds),
+        WeightBytes(
+            layers=tuple(checkpoint.part_bytes(index) for index in range(checkpoint.layer_count)),
+            outside=checkpoint.part_bytes("around") + checkpoint.head_bytes,
+        ),
     )
 
 
@@ -126,7 +130,7 @@ def peak_bytes(checkpoint: Checkpoint, used: list[Batch], ahead: bool) -> int:
     states = sum(batch["input_ids"].numel() for batch in used) * anatomy.hidden_size * item
     work = max(_layer_work_bytes(anatomy, index, rows, length, item) for index in range(anatomy.layer_count))
     logits = 3 * min(labels * anatomy.vocab_size, max(LOGITS_AT_ONCE, anatomy.vocab_size)) * item
-    outer = checkpoint.part_bytes("embedding"), checkpoint.part_bytes("head") or checkpoint.part_bytes("embedding")
+    outer = checkpoint.part_bytes("embedding"), checkpoint.head_bytes
     return 2 * states + max((2 if ahead else 1) * max(layers) + reading + work, 2 * max(outer) + logits)
 
 
@@ -238,7 +242,7 @@ def _forward(checkpoint: Checkpoint, used: list[Batch], job: _Job, ahead: bool, 
                 raise _not_finite(f"the output of layer {index} ({checkpoint.layer_path}.{index})", number, checkpoint)
         sample = sample_layer(layer)
         fields = {name: None if value is None else value.hex() for name, value in asdict(sample).items()}
-        job.write(f"states-{index + 1}", _numbered(states), {"outputs": layers[0].outputs, "sample": fields})
+        job.write(f"states-{index + 1}", _numbered(states), {"outputs": checkpoint.outputs, "sample": fields})
         del layer
         advance()
 

@@ -14,7 +14,7 @@ from aletheia.errors import ProbeError
 from aletheia.files import package_versions
 from aletheia.probing.experts import ExpertRecorder
 from aletheia.probing.ghost import GhostRecorder, at_least_float32
-from aletheia.probing.scores import ExpertScores, ProbeSettings, Scores
+from aletheia.probing.scores import ExpertScores, ProbeSettings, Scores, WeightBytes
 
 SCORE = "gradient-norm"
 Batch = dict[str, torch.Tensor]
@@ -131,7 +131,9 @@ class Tally:
         for name, stack in found.experts.items():
             self._stacks.setdefault(name, []).append(stack)
 
-    def scores(self, model: ModelIdentity, data: DataIdentity | None, settings: ProbeSettings) -> Scores:
+    def scores(
+        self, model: ModelIdentity, data: DataIdentity | None, settings: ProbeSettings, weights: WeightBytes
+    ) -> Scores:
         """All of it as a file."""
         return Scores(
             model=model,
@@ -142,6 +144,7 @@ class Tally:
             modules=self.modules,
             experts={name: _expert_scores(stacks) for name, stacks in self._stacks.items()},
             anatomy=self._anatomy,
+            weight_bytes=weights,
         )
 
 

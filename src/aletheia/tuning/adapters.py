@@ -15,18 +15,19 @@ from torch import nn
 
 from aletheia.anatomy.fingerprint import identify
 from aletheia.anatomy.read import is_matrix, read_anatomy
-from aletheia.anatomy.schema import Anatomy, Module
+from aletheia.anatomy.schema import Anatomy, ModelIdentity, Module
 from aletheia.errors import AdapterError, PlanError
 from aletheia.planning.plan import Adapter, Plan
 
 
-def adapt(model: nn.Module, plan: Plan, seed: int = 0) -> PeftModel:
+def adapt(model: nn.Module, plan: Plan, seed: int = 0, identity: ModelIdentity | None = None) -> PeftModel:
     """Put LoRA on exactly the modules of ``plan``; the base model is modified in place, as PEFT does.
 
     Args:
         model: the base model that the plan was made for.
         plan: which modules, with which rank and alpha.
         seed: of the random initial A matrices; the global random state is left alone.
+        identity: what model it is, where ``model`` holds its upper layers only.
 
     Raises:
         PlanError: the plan belongs to another model, or was edited into one that does not fit.
@@ -35,7 +36,7 @@ def adapt(model: nn.Module, plan: Plan, seed: int = 0) -> PeftModel:
     if isinstance(model, PeftModel) or any(isinstance(module, LoraLayer) for module in model.modules()):
         raise AdapterError("the model carries LoRA adapters already; expected a base model (merge or unload it first)")
     anatomy = read_anatomy(model)
-    plan.check_model(identify(model, anatomy))
+    plan.check_model(identity or identify(model, anatomy))
     check_names(plan, anatomy)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -175,7 +175,7 @@ def _drop_embedding(base: nn.Module) -> None:
     """Free the input embedding, unless the head holds the same weights."""
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     if head is not None and head.weight is not embedding.weight:
-        replace_module(base, embedding, NoEmbedding(embedding.weight.shape[1], embedding.weight.dtype))
+        replace_module(base, embedding, NoEmbedding(embedding.weight))
 
 
 def _refuse(module: nn.Module, args: tuple) -> None:

@@ -53,6 +53,7 @@ def train(
     cache: CacheKind = "auto",
     cache_dir: str | Path | None = None,
     free_prefix: bool = False,
+    prefix: PrefixCache | None = None,
     gradient_checkpointing: Recompute = "off",
     group_by_length: bool = True,
     overwrite: bool = False,
@@ -82,12 +83,14 @@ def train(
         cache_dir: for a cache on disk; by default ``ALETHEIA_CACHE`` or the user's cache folder.
         free_prefix: with a cache, drop the layers below the boundary from memory for good: the model in hand is
             of no use afterwards, the run folder is complete.
+        prefix: a cache that holds every row already, for a model of which only the upper layers are there
+            (:meth:`aletheia.Checkpoint.suffix`); ``cache`` and ``cache_dir`` are not looked at then.
         gradient_checkpointing: what of the suffix is computed again in backward instead of kept: ``off``,
             ``selective`` (all but the matrix products) or ``full``.
         group_by_length: make batches of rows of like length.
         overwrite: allow ``out`` to hold another run, which is replaced.
-        earlier_seconds: time already spent, by phase (``load``, ``probe``, ``plan``), for the record; by default the
-            probe's time as the plan tells it.
+        earlier_seconds: time already spent, by phase (``load``, ``probe``, ``plan``, ``cache``), for the record; by
+            default the probe's time as the plan tells it.
         show_progress: draw progress bars on stderr.
 
     Raises:
@@ -108,7 +111,12 @@ def train(
     schedule = [[data[row] for row in batch] for batch in batches]
     boundary = lowest_trainable_layer(model)
     started = time.perf_counter()
-    stored, decision = _stored_rows(model, boundary, schedule, held_out, batch_size, cache, cache_dir, show_progress)
+    if prefix is None:
+        stored, decision = _stored_rows(
+            model, boundary, schedule, held_out, batch_size, cache, cache_dir, show_progress
+        )
+    else:
+        stored, decision = prefix, CacheDecision("disk", "filled layer by layer")
     cache_seconds = time.perf_counter() - started
     settings = TrainSettings(
         batch_size=batch_size,
@@ -149,7 +157,10 @@ def train(
         boundary=boundary,
         trainable_parameters=plan.trainable_parameters,
         seconds=PhaseSeconds(
-            cache=cache_seconds, init=init_seconds, train=watch.train_seconds, eval=watch.eval_seconds, **spent
+            **{"cache": cache_seconds} | spent,
+            init=init_seconds,
+            train=watch.train_seconds,
+            eval=watch.eval_seconds,
         ),
         peak_memory_bytes=peak,
         cache_bytes=decision.size_bytes,

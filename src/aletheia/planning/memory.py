@@ -1,0 +1,61 @@
+"""The memory model: what training the layers from a boundary up takes, the prefix being stored."""
+
+from collections.abc import Collection, Mapping
+
+from aletheia.anatomy.schema import Anatomy
+from aletheia.probing.scores import WeightBytes
+
+PROCESS_BYTES = 1_000_000_000  # Python, torch, transformers, PEFT, the tokenizer, the rows
+ADAPTER_BYTES = 16  # per parameter: value, gradient and both moments of AdamW in float32
+LOGIT_COPIES = 3  # logits, their gradient, and the float32 copy of a half-precision model's
+
+
+def training_bytes(
+    anatomy: Anatomy,
+    weights: WeightBytes,
+    layers: Collection[int],
+    ranks: Mapping[str, int],
+    tokens: int,
+    labelled_share: float = 1.0,
+) -> int:
+    """Peak memory of the process while it trains ``layers`` from a filled cache, estimated from above.
+
+    The weights from the boundary up and the head; adapters with gradients and AdamW; activations, counted as twice
+    the inputs and outputs of every matrix from the boundary up in float32, which covers norms, attention and backward's
+    own needs; the logits at labelled positions; and the process itself.
+
+    Args:
+        anatomy: of the whole model.
+        weights: bytes of its parts as loaded.
+        layers: the adapted layers.
+        ranks: rank by full module name.
+        tokens: of the largest batch, padding included.
+        labelled_share: of the tokens.
+    """
+    boundary = min(layers)
+    suffix = [module for module in anatomy.modules if module.layer >= boundary]
+    parameters = sum(
+        module.lora_parameters(ranks[module.name])
+        for module in suffix
+        if module.layer in layers and module.name in ranks
+    )
+    widths = sum((module.in_features + module.out_features) * module.active_experts for module in suffix)
+    logits = LOGIT_COPIES * tokens * labelled_share * anatomy.vocab_size
+    held = sum(weights.layers[boundary:]) + weights.outside
+    return int(PROCESS_BYTES + held + ADAPTER_BYTES * parameters + 4 * (2 * tokens * widths + logits))
+
+
+def lowest_boundary(
+    anatomy: Anatomy,
+    weights: WeightBytes,
+    ranks: Mapping[str, int],
+    tokens: int,
+    labelled_share: float,
+    max_memory: int,
+) -> int | None:
+    """The lowest boundary from which every layer can be trained within ``max_memory``, None if not even the last."""
+    for boundary in range(anatomy.layer_count):
+        layers = range(boundary, anatomy.layer_count)
+        if training_bytes(anatomy, weights, layers, ranks, tokens, labelled_share) <= max_memory:
+            return boundary
+    return None
