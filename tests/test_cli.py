@@ -131,6 +131,51 @@ def test_the_whole_job_in_one_command(run, model_folder, data_file, tmp_path):
     assert json.loads(run(*again)[1])["train_curve"][-1]["loss"] == metrics["train_curve"][-1]["loss"]
 
 
+def test_layers_below_learn_at_first(run, model_folder, data_file, tmp_path):
+    train = ("train", model_folder, "--data", data_file, *SMALL, "--json")
+    default, plain = (
+        json.loads(run(*train, "--out", out, *more)[1])
+        for out, more in (("default", ()), ("plain", ("--freeze-after", 0)))
+    )
+    assert default["early_steps"] == 1
+    assert plain["early_steps"] == 0
+    assert default["trainable_parameters"] > plain["trainable_parameters"]
+    assert default["boundary"] == plain["boundary"] > 0
+    code, out, _ = run("show", "default/plan.json")
+    assert "in the first 25" in out
+    assert "at first" in (tmp_path / "default" / "report.html").read_text()
+    code, _, err = run(*train, "--out", "x", "--plan", "default/plan.json", "--freeze-after", 0.5)
+    assert code == 2
+    assert "expected the plan alone" in err
+
+
+def test_a_model_that_does_not_fit_is_trained(run, model_folder, data_file, tmp_path, monkeypatch):
+    """Streamed, the cache and the suffix give the run that the whole model gives."""
+    monkeypatch.setenv("ALETHEIA_CACHE", str(tmp_path / "cache"))
+    train = ("train", model_folder, "--data", data_file, *SMALL, "--json")
+    code, out, err = run(*train, "--out", "streamed", "--stream")
+    assert code == 0, err
+    one, other = json.loads(out), json.loads(run(*train, "--out", "whole", "--freeze-after", 0)[1])
+    assert one["held_out_loss_after"] == pytest.approx(other["held_out_loss_after"], rel=1e-5)
+    assert one["cache_reason"] == "filled layer by layer"
+    code, _, err = run(*train, "--out", "again", "--stream", "--plan", "streamed/plan.json")
+    assert code == 0, err
+    run(*train, "--out", "early", "--freeze-after", 0.5)
+    code, _, err = run(*train, "--out", "no", "--stream", "--plan", "early/plan.json")
+    assert code == 2
+    assert "expected --freeze-after 0" in err
+
+
+def test_an_estimate_on_paper(run, scores_file):
+    code, out, err = run("plan", scores_file, "--estimate", "--rows", 1000, "--tokens-per-row", 64)
+    assert code == 0, err
+    assert "1,000 rows of 64 tokens" in out
+    assert out.count("training") == 3
+    found = json.loads(run("plan", scores_file, "--estimate", "--json")[1])
+    assert [phase["name"] for phase in found["laptop, 16 GB"]] == ["probe", "cache", "training"]
+    assert run("plan", scores_file, "--estimate", "--rows", 0)[0] == 2
+
+
 def test_eval_data_is_used_from_its_beginning(run, model_folder, data_file):
     train = ("train", model_folder, "--data", data_file, "--eval-data", data_file, "--eval-rows", 7, *SMALL)
     code, out, err = run(*train, "--out", "run", "--json")

@@ -178,12 +178,12 @@ def test_nothing_below_the_boundary(examples, scores, tmp_path, monkeypatch):
     """No graph, no backward pass, no gradient and no optimizer state below the lowest adapted layer."""
     trainers, graphs, backward = [], {}, set()
 
-    class Spy(train_module.Trainer):
+    class Spy(train_module._Trainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             trainers.append(self)
 
-    monkeypatch.setattr(train_module, "Trainer", Spy)
+    monkeypatch.setattr(train_module, "_Trainer", Spy)
     model = make_model("llama")
 
     def watch(index):

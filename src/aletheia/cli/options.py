@@ -45,11 +45,11 @@ SkipEmptiedOption = Annotated[
     typer.Option("--skip-emptied", help="Skip rows whose completion --max-length cuts off, instead of stopping."),
 ]
 
-RESIDENT_SHARE = 0.5  # of the memory: what weights may take if they are to be loaded as a whole
 StreamOption = Annotated[
     bool | None,
     typer.Option(
-        "--stream/--no-stream", help="Read the weights layer by layer (by default where they take over half the memory)."
+        "--stream/--no-stream",
+        help="Read the weights layer by layer (by default where they take over half the memory).",
     ),
 ]
 MaxMemoryOption = Annotated[
@@ -82,6 +82,7 @@ def is_streamed(model: str, dtype: str, stream: bool | None, max_memory: int | N
     """Whether to read the weights layer by layer: as asked, or where they would take most of the memory."""
     from aletheia.anatomy.checkpoint import weights_bytes
     from aletheia.anatomy.load import free_memory_bytes, pick, pick_device
+    from aletheia.planning.estimate import RESIDENT_SHARE
 
     if stream is not None:
         return stream

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from aletheia.planning.plan import Plan
     from aletheia.probing.scores import Scores
 
+FREEZE_AFTER = 0.25  # of the steps: reached a given loss soonest of what was tried, see docs/log.md
 EXAMPLE = "aletheia train Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --out run"
 
 
@@ -45,6 +46,13 @@ def train(
     out: Annotated[Path, typer.Option("--out", help="Run folder to write.", metavar="RUN")],
     plan_file: Annotated[
         Path | None, typer.Option("--plan", help="Plan to follow; without one, probe and plan first.")
+    ] = None,
+    freeze_after: Annotated[
+        float | None,
+        typer.Option(
+            "--freeze-after",
+            help="Without a plan: share of the steps in which all layers learn before the lower ones freeze (0.25).",
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")] = None,
     epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data (1 by default).")] = None,
@@ -97,6 +105,8 @@ def train(
 ) -> None:
     """Fine-tune the layers that matter: probe, plan, adapt and train in one command, or follow a plan."""
     # everything that can be refused is refused before the model is loaded
+    if plan_file is not None and freeze_after is not None:
+        raise TrainingError("--plan and --freeze-after are both given; expected the plan alone, which says so itself")
     if steps is not None and epochs is not None:
         raise TrainingError("--steps and --epochs are both given; expected one of them")
     if eval_data is not None and eval_fraction is not None:
@@ -105,7 +115,7 @@ def train(
     from aletheia.anatomy.checkpoint import Checkpoint
     from aletheia.data.examples import split_held_out
     from aletheia.data.rows import load_rows
-    from aletheia.planning.plan import Plan
+    from aletheia.planning.plan import Plan, layer_ranges
     from aletheia.reporting.page import report
     from aletheia.reporting.terminal import render
     from aletheia.tuning.adapters import adapt
@@ -138,14 +148,20 @@ def train(
         fraction = 0.05 if eval_fraction is None else eval_fraction
         examples, held_out = split_held_out(examples, fraction, seed, eval_rows)
     passes = 1.0 if cache == "off" else steps * batch_size / len(examples) if steps else epochs or 1.0
-    plan, scores = _follow_or_make(plan, base, examples, passes, batch_size, cap, seed, seconds)
+    plan, scores = _follow_or_make(plan, base, examples, passes, batch_size, cap, freeze_after, seed, seconds)
     say(
         f"plan   {plan.settings.policy}: {len(plan.layers)} of {plan.layer_count} layers from {plan.boundary} up, "
-        f"{plan.trainable_parameters:,} trainable parameters, predicted step speed-up {plan.predicted.speedup:.2f}x"
+        + (f"the others in the first {plan.settings.freeze_after:.0%} of the steps, " if plan.early_layers else "")
+        + f"{plan.trainable_parameters:,} trainable parameters, predicted step speed-up {plan.predicted.speedup:.2f}x"
         + ("" if cache == "off" else f", {plan.predicted.cached_speedup:.2f}x from a filled cache")
     )
     prefix = None
     if isinstance(base, Checkpoint):
+        if plan.early_layers:
+            raise TrainingError(
+                f"the plan adapts layers {layer_ranges(plan.early_layers)} at first, which are not in memory where the "
+                "model is streamed; expected --freeze-after 0"
+            )
         rows_used = [*_used(examples, steps, batch_size, seed, group_by_length), *held_out.examples]
         with timed(seconds, "cache"):
             prefix = streamed_cache(base, plan.boundary, cache_dir)
@@ -201,6 +217,7 @@ def _follow_or_make(
     epochs: float,
     batch_size: int,
     max_memory: int | None,
+    freeze_after: float | None,
     seed: int,
     seconds: dict[str, float],
 ) -> tuple["Plan", "Scores | None"]:
@@ -226,5 +243,14 @@ def _follow_or_make(
             scores = probe(base.model, examples, seed=seed)
     largest = batch_size * max(map(len, examples.examples))
     with timed(seconds, "plan"):
-        made = make_plan(scores, seed=seed, epochs=epochs, max_memory=max_memory, batch_tokens=largest)
+        if freeze_after is None:
+            freeze_after = 0.0 if isinstance(base, Checkpoint) or max_memory else FREEZE_AFTER
+        made = make_plan(
+            scores,
+            seed=seed,
+            epochs=epochs,
+            max_memory=max_memory,
+            batch_tokens=largest,
+            freeze_after=freeze_after,
+        )
     return made, scores

@@ -34,6 +34,7 @@ def plan(
     routers: bool = False,
     max_memory: int | None = None,
     batch_tokens: int = 4096,
+    freeze_after: float = 0.0,
 ) -> Plan:
     """Choose layers and ranks for the model that ``scores`` were measured on.
 
@@ -53,6 +54,8 @@ def plan(
         routers: adapt the routers of a mixture of experts, too, where they are modules that LoRA can adapt.
         max_memory: bytes that training may take in all, from a filled prefix cache: bounds the lowest adapted layer.
         batch_tokens: tokens of the largest training batch, for ``max_memory``.
+        freeze_after: share of a run's steps in which all other layers learn, too, before they freeze as they are, in
+            [0, 1). ``aletheia train`` and :func:`aletheia.train` follow that; other loops adapt them to the end.
 
     Raises:
         PlanError: a setting is out of range, settings contradict each other, or no plan is as fast as asked.
@@ -67,12 +70,17 @@ def plan(
     adaptable = anatomy.adaptable(routers)
     costs = _costs(scores, settings, _nominal_ranks(adaptable, settings))
     lowest = 0 if max_memory is None else _lowest(scores, settings, adaptable, max_memory, batch_tokens)
-    layers = select_layers(policy, scores.layers, percent, seed, costs, epochs, speedup, lowest)
-    wanted = set(layers)
+    _check_freeze(freeze_after, lowest)
+    settings = settings.model_copy(update={"freeze_after": freeze_after})
+    rest, later_speedup = _after_freeze(scores, costs, settings, lowest)
+    layers = select_layers(policy, scores.layers, percent, seed, costs, rest, later_speedup, lowest)
+    every = range(anatomy.layer_count)
+    early = tuple(layer for layer in every if layer not in layers) if freeze_after else ()
+    wanted = {*layers, *early}
     chosen = [module for module in adaptable if module.layer in wanted]
     by_name = _allocate(chosen, scores, settings)
     actual = _costs(scores, settings, {**_nominal_ranks(adaptable, settings), **by_name})
-    made = point(scores.layers, actual, layers, epochs)
+    made = point(scores.layers, actual, layers, rest)
     return Plan(
         model=scores.model,
         data=scores.data,
@@ -81,15 +89,43 @@ def plan(
         settings=settings,
         layer_count=anatomy.layer_count,
         layers=layers,
+        early_layers=early,
         predicted=Prediction(
             relative_step_time=made.relative_step_time,
             relative_cached_step_time=made.relative_cached_step_time,
+            relative_early_step_time=actual.step(every) / actual.baseline if early else None,
             baseline_step_seconds=actual.baseline if scores.timings else None,
             captured_importance=made.captured_importance,
         ),
         layer_scores=scores.layers,
         adapters=tuple(_adapter(module, by_name[module.name], settings) for module in chosen),
     )
+
+
+def _check_freeze(share: float, lowest: int) -> None:
+    if not 0 <= share < 1:
+        raise PlanError(f"--freeze-after is {share:g}; expected a share of the steps, at least 0 and below 1")
+    if share > 0 and lowest > 0:
+        raise PlanError(
+            f"--freeze-after is {share:g}, but layers below {lowest} cannot be trained in --max-memory; expected 0 here"
+        )
+
+
+def _after_freeze(scores: Scores, costs: LayerCosts, settings: PlanSettings, lowest: int) -> tuple[float, float | None]:
+    """Passes over the data that are left once the early layers freeze, and the speed-up those steps must have."""
+    share, speedup = settings.freeze_after, settings.speedup
+    rest = settings.epochs * (1 - share)
+    if speedup is None:
+        return rest, None
+    early = share * costs.step(range(scores.anatomy.layer_count)) / costs.baseline
+    fastest = frontier(scores.layers, costs, rest, lowest)[0].relative_run_time
+    if early + (1 - share) * fastest > (1 + 1e-9) / speedup:
+        told = f" after {share:.0%} of the steps with every layer" if share else ""
+        raise PlanError(
+            f"--speedup is {speedup:g}; the fastest choice of layers{told} is predicted at "
+            f"{1 / (early + (1 - share) * fastest):.2f}x; expected at most that"
+        )
+    return rest, (1 - share) / (1 / speedup - early)
 
 
 def _lowest(

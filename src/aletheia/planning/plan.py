@@ -42,18 +42,21 @@ class PlanSettings(BaseModel):
     speedup: float | None = None
     epochs: float = 1.0
     routers: bool = False
+    freeze_after: float = Field(default=0.0, ge=0, lt=1, description="share of the steps in which all layers learn")
 
 
 class Prediction(BaseModel):
     """What the cost model expects of the plan, relative to uniform LoRA at the same rank in plain PEFT and Trainer.
 
-    ``relative_step_time`` is a step of the first epoch, ``relative_cached_step_time`` one from a filled prefix cache.
+    ``relative_step_time`` is a step of the first epoch, ``relative_cached_step_time`` one from a filled prefix cache,
+    ``relative_early_step_time`` one while the early layers learn, too.
     ``baseline_step_seconds`` is the baseline's step where the parts were measured; None: counted in operations.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     relative_step_time: FiniteFloat = Field(gt=0)
     relative_cached_step_time: FiniteFloat | None = Field(default=None, gt=0)
+    relative_early_step_time: FiniteFloat | None = Field(default=None, gt=0)
     baseline_step_seconds: FiniteFloat | None = Field(default=None, gt=0)
     captured_importance: FiniteFloat = Field(ge=0, description="share of the summed layer scores in the adapted layers")
 
@@ -71,8 +74,10 @@ class Prediction(BaseModel):
 class Plan(Artifact):
     """A reviewed, versioned choice of adapters for one model.
 
-    ``layer_scores`` are those of the probe, one per decoder layer, kept so that a plan can be drawn without the
-    scores file. ``boundary`` is the lowest adapted layer.
+    ``layers`` learn to the end of a run. ``early_layers`` have adapters, too, which learn in the first
+    ``settings.freeze_after`` of its steps and then freeze as they are; from there on the layers below ``boundary``
+    are a frozen prefix. ``layer_scores`` are those of the probe, one per decoder layer, kept so that a plan can be
+    drawn without the scores file.
     """
 
     FORMAT: ClassVar[str] = "aletheia-plan"
@@ -87,11 +92,16 @@ class Plan(Artifact):
     predicted: Prediction
     layer_scores: tuple[FiniteFloat, ...]
     adapters: tuple[Adapter, ...]
+    early_layers: tuple[int, ...] = ()
 
     @property
     def boundary(self) -> int:
-        """Index of the lowest adapted layer: nothing below it needs a gradient."""
+        """Index of the lowest layer that learns to the end: nothing below it needs a gradient then."""
         return self.layers[0]
+
+    def early_steps(self, steps: int) -> int:
+        """How many of a run's steps the early layers learn in."""
+        return round(self.settings.freeze_after * steps) if self.early_layers else 0
 
     @property
     def uses_scores(self) -> bool:
@@ -110,8 +120,9 @@ class Plan(Artifact):
             raise ValueError("a plan needs at least one adapter")
         if len(set(names)) != len(names):
             raise ValueError("a module is planned twice")
-        if tuple(sorted({adapter.layer for adapter in self.adapters})) != self.layers:
-            raise ValueError("'layers' must be the sorted layers of the adapters")
+        lasting = {adapter.layer for adapter in self.adapters} - set(self.early_layers)
+        if not lasting or tuple(sorted(lasting)) != self.layers:
+            raise ValueError("'layers' must be the sorted layers of the adapters, without 'early_layers'")
         if self.layers[-1] >= self.layer_count or len(self.layer_scores) != self.layer_count:
             raise ValueError("a layer index or the scores do not fit 'layer_count'")
         return self

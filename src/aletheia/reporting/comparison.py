@@ -179,10 +179,18 @@ def _plan_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
         Row("Policy", tuple(plan.settings.policy for plan in plans)),
         Row("Adapted layers", tuple(f"{len(plan.layers)} of {plan.layer_count}" for plan in plans)),
         Row("Which", tuple(layer_ranges(plan.layers) for plan in plans)),
+        *([Row("Others at first", tuple(map(_early, runs)))] if any(plan.early_layers for plan in plans) else []),
         Row("Boundary", tuple(str(run.metrics.boundary) for run in runs), "lowest adapted layer"),
         Row("Ranks", tuple(rank_summary(plan.adapters) for plan in plans)),
         Row("Trainable parameters", tuple(human_count(run.metrics.trainable_parameters) for run in runs)),
     )
+
+
+def _early(run: Run) -> str:
+    """Which layers learned at first only, and for how long."""
+    if not run.plan.early_layers:
+        return NOTHING
+    return f"{layer_ranges(run.plan.early_layers)}, {run.metrics.early_steps:,} steps"
 
 
 def _speed_rows(runs: Sequence[Run]) -> tuple[Row, ...]:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from aletheia.anatomy.schema import DataIdentity
 from aletheia.errors import ArtifactError
 from aletheia.files import write_text
-from aletheia.planning.plan import Plan
+from aletheia.planning.plan import Plan, layer_ranges
 from aletheia.reporting import figures
 from aletheia.reporting.comparison import (
     NO_INTERVAL,
@@ -147,7 +147,9 @@ def _alone(run: Run) -> str:
     before, after = metrics.held_out_loss_before, metrics.held_out_loss_after
     moved = "fell" if after < before else "rose" if after > before else "stayed"
     return (
-        f"trained adapters in {len(plan.layers)} of {plan.layer_count} decoder layers for {metrics.steps:,} steps in "
+        f"trained adapters in {len(plan.layers)} of {plan.layer_count} decoder layers for {metrics.steps:,} steps"
+        + (f" (the other layers' in the first {metrics.early_steps:,})" if metrics.early_steps else "")
+        + " in "
         f"{human_seconds(metrics.seconds.train)} (probe {human_seconds(metrics.seconds.probe)}, planning "
         f"{human_seconds(metrics.seconds.plan)}, cache {human_seconds(metrics.seconds.cache)} and init "
         f"{human_seconds(metrics.seconds.init)} not counted); "
@@ -189,7 +191,8 @@ def _drawn(plan: Plan, label: str, index: int) -> dict[str, str]:
     boundary = f"boundary {plan.boundary}" if plan.boundary else "no frozen prefix"
     return {
         "label": label,
-        "headline": f"{len(plan.layers)} of {plan.layer_count} layers, {boundary}, {share} of the summed score",
+        "headline": f"{len(plan.layers)} of {plan.layer_count} layers, {boundary}, {share} of the summed score"
+        + (f"; layers {layer_ranges(plan.early_layers)} at first" if plan.early_layers else ""),
         "scores": Markup(figures.layer_scores_svg(plan, label, index, f"scores-{index}")),
         "ranks": Markup(figures.ranks_svg(plan, label, index, f"ranks-{index}")),
     }

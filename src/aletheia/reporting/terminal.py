@@ -168,7 +168,8 @@ def _render_plan(plan: Plan) -> RenderableType:
         [
             ("policy", _policy(settings)),
             ("layers", f"{len(plan.layers)} of {plan.layer_count}: {layer_ranges(plan.layers)}"),
-            ("boundary", f"{plan.boundary}, the lowest adapted layer"),
+            *([("early", _early(plan))] if plan.early_layers else []),
+            ("boundary", f"{plan.boundary}, the lowest layer that learns to the end"),
             ("ranks", f"{settings.ranks}: {rank_summary(plan.adapters)}"),
             ("alpha", f"{settings.alpha:g} at rank {settings.rank}"),
             ("trainable", f"{human_count(plan.trainable_parameters)} parameters"),
@@ -183,6 +184,14 @@ def _render_plan(plan: Plan) -> RenderableType:
     )
     parts: list[RenderableType] = [head, Text(), *_plan_layers(plan)]
     return Group(*parts)
+
+
+def _early(plan: Plan) -> str:
+    """What only learns at first."""
+    step = plan.predicted.relative_early_step_time
+    speed = f", steps {human_ratio(1 / step)}" if step else ""
+    share = human_percent(plan.settings.freeze_after)
+    return f"{layer_ranges(plan.early_layers)} in the first {share} of the steps{speed}, then frozen"
 
 
 def _predicted_seconds(predicted: Prediction) -> str:
@@ -251,6 +260,11 @@ def _render_run(run: Run) -> RenderableType:
             *data,
             ("plan", f"{plan.settings.policy}, {len(plan.layers)} of {plan.layer_count} layers"),
             ("boundary", str(metrics.boundary)),
+            *(
+                [("early", f"{layer_ranges(plan.early_layers)}, {metrics.early_steps} steps")]
+                if plan.early_layers
+                else []
+            ),
             ("trainable", f"{human_count(metrics.trainable_parameters)} parameters, {rank_summary(plan.adapters)}"),
             ("steps", f"{metrics.steps:,} of batch {settings.batch_size}, learning rate {settings.learning_rate:g}"),
             ("tokens", f"{metrics.tokens:,}, {metrics.labelled_tokens:,} with a label"),

@@ -22,7 +22,7 @@ tags:
 - aletheia
 ---
 
-# LoRA on {len(plan.layers)} of {plan.layer_count} layers of {metrics.model.name}
+# LoRA on {len({adapter.layer for adapter in plan.adapters})} of {plan.layer_count} layers of {metrics.model.name}
 
 Made with `aletheia-tune` {metrics.packages.get("aletheia-tune", "")}; the adapted modules were planned before training
 (policy `{plan.settings.policy}`).
@@ -31,7 +31,7 @@ Made with `aletheia-tune` {metrics.packages.get("aletheia-tune", "")}; the adapt
 |---|---|
 | base model | {metrics.model} |
 | data | {data} |
-| adapted layers | {layer_ranges(plan.layers)} |
+| adapted layers | {layer_ranges(plan.layers)}{_early(run)} |
 | ranks | {plan.settings.ranks}, {_rank_range(plan)} |
 | trainable parameters | {plan.trainable_parameters:,} |
 | steps x batch size | {metrics.steps} x {settings.batch_size} |
@@ -50,6 +50,11 @@ base = AutoModelForCausalLM.from_pretrained({_from_pretrained(metrics.model.name
 model = PeftModel.from_pretrained(base, "this folder")
 ```
 """
+
+
+def _early(run: Run) -> str:
+    layers = run.plan.early_layers
+    return f", and {layer_ranges(layers)} in the first {run.metrics.early_steps} steps" if layers else ""
 
 
 def _from_pretrained(name: str) -> str:

@@ -41,7 +41,7 @@ def align_with_gradient(model: nn.Module, batches: Iterable[dict[str, torch.Tens
         for module in model.modules()
         if isinstance(module, LoraLayer)
         for name in module.active_adapters
-        if name in module.lora_A
+        if name in module.lora_A and module.lora_A[name].weight.requires_grad
     ]
     random_a = [a_RI.detach().clone() for a_RI, _, _ in factors]
     with torch.no_grad(), torch.random.fork_rng():

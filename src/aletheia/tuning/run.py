@@ -92,6 +92,7 @@ class Metrics(Artifact):
     tokens: int
     labelled_tokens: int
     boundary: int
+    early_steps: int = 0
     trainable_parameters: int
     seconds: PhaseSeconds
     peak_memory_bytes: int

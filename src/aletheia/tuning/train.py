@@ -5,32 +5,31 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
+import torch
 from peft import PeftModel
-from rich.console import Console
+from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from aletheia.data.batches import Collator, collate
 from aletheia.data.examples import Example, Examples
 from aletheia.data.order import training_batches
 from aletheia.errors import TrainingError
 from aletheia.evaluation.held_out import held_out_loss
 from aletheia.files import package_versions
-from aletheia.planning.plan import Plan
+from aletheia.planning.plan import Plan, layer_ranges
 from aletheia.tuning.adapters import check_adapters
-from aletheia.tuning.cache import PrefixCache, collate_with_prefix
-from aletheia.tuning.fast import fast_steps
-from aletheia.tuning.fill import CacheDecision, CacheKind, fill, open_cache
+from aletheia.tuning.cache import PrefixCache
+from aletheia.tuning.fill import CacheKind
 from aletheia.tuning.initial import ROWS, Init, align_with_gradient
 from aletheia.tuning.memory import peak_memory_bytes, reset_peak_memory
 from aletheia.tuning.output import claim_output, save
-from aletheia.tuning.prefix import lowest_trainable_layer
-from aletheia.tuning.recompute import Recompute, recomputation
+from aletheia.tuning.prefix import PREFIX
+from aletheia.tuning.recompute import Recompute
 from aletheia.tuning.run import Metrics, PhaseSeconds, Run, TrainSettings
+from aletheia.tuning.stage import Stage
 from aletheia.tuning.watch import Watch
 
 WARMUP_SHARE = 0.05
@@ -64,7 +63,8 @@ def train(
 
     AdamW, linear decay after 5 % warm-up, gradient clipping at 1.0, no weight decay. Only adapters are trained; the
     graph starts at the boundary, logits are computed where labels are, and what enters the boundary layer is computed
-    once per row where that pays. All of it is exact up to rounding. Sets the global random seeds, as Trainer does.
+    once per row where that pays. All of it is exact up to rounding. Where the plan has early layers they learn first,
+    then freeze as they are, and the boundary rises. Sets the global random seeds, as Trainer does.
 
     Args:
         model: the adapted model, from :func:`aletheia.adapt`.
@@ -109,15 +109,36 @@ def train(
     check_adapters(model, plan)
     batches = training_batches([len(example) for example in data.examples], batch_size, steps, seed, group_by_length)
     schedule = [[data[row] for row in batch] for batch in batches]
-    boundary = lowest_trainable_layer(model)
-    started = time.perf_counter()
-    if prefix is None:
-        stored, decision = _stored_rows(
-            model, boundary, schedule, held_out, batch_size, cache, cache_dir, show_progress
+    early = plan.early_steps(steps)
+    if early and prefix is not None:
+        raise TrainingError(
+            f"the plan adapts layers {layer_ranges(plan.early_layers)} at first, which are not in memory; "
+            "expected a plan made with --freeze-after 0"
         )
-    else:
-        stored, decision = prefix, CacheDecision("disk", "filled layer by layer")
-    cache_seconds = time.perf_counter() - started
+    stage = Stage(model, plan, held_out, batch_size, free_prefix, gradient_checkpointing)
+    where = Path(cache_dir) if cache_dir else None
+
+    def store() -> None:
+        """Freeze what only learns early, and go on from a cache where that pays."""
+        stage.rise(schedule[early:], cache, where, prefix, EVALUATIONS, show_progress)
+
+    watch = Watch(lambda: held_out_loss(model, held_out, batch_size, stage.collate), EVALUATIONS, show_progress)
+    with stage:
+        if not early:
+            store()
+        reset_peak_memory(model.device)
+        watch.measure(step=0)
+        started = time.perf_counter()
+        if init == "gradient":
+            align_with_gradient(model, (stage.collate(batch) for batch in schedule[: math.ceil(ROWS / batch_size)]))
+        init_seconds = time.perf_counter() - started
+        arguments = _arguments(learning_rate, steps, seed, model)
+        if early:
+            watch.turn = (early, store)
+        _fit(model, schedule, stage, arguments, watch)
+        peak = peak_memory_bytes(model.device)
+    check_adapters(model, plan)
+    decision = stage.decision
     settings = TrainSettings(
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -130,18 +151,6 @@ def train(
         cache=decision.kind,
         init=init,
     )
-    collator = _collator(data, stored)
-    watch = Watch(lambda: held_out_loss(model, held_out, batch_size, collator), EVALUATIONS, show_progress)
-    with fast_steps(model, boundary if stored else None, free_prefix), recomputation(model, gradient_checkpointing):
-        reset_peak_memory(model.device)
-        watch.measure(step=0)
-        started = time.perf_counter()
-        if init == "gradient":
-            align_with_gradient(model, (collator(batch) for batch in schedule[: math.ceil(ROWS / batch_size)]))
-        init_seconds = time.perf_counter() - started
-        _fit(model, schedule, collator, settings, watch)
-        check_adapters(model, plan)
-        peak = peak_memory_bytes(model.device)
     spent = _earlier(plan) | dict(earlier_seconds or {})
     metrics = Metrics(
         model=plan.model,
@@ -154,10 +163,11 @@ def train(
         steps=len(watch.train_curve),
         tokens=sum(len(row) for batch in schedule for row in batch),
         labelled_tokens=sum(row.labelled_tokens for batch in schedule for row in batch),
-        boundary=boundary,
+        boundary=plan.boundary,
+        early_steps=early,
         trainable_parameters=plan.trainable_parameters,
         seconds=PhaseSeconds(
-            **{"cache": cache_seconds} | spent,
+            **{"cache": stage.cache_seconds} | spent,
             init=init_seconds,
             train=watch.train_seconds,
             eval=watch.eval_seconds,
@@ -175,47 +185,30 @@ def train(
     return run
 
 
-def _stored_rows(
-    model: PeftModel,
-    boundary: int,
-    schedule: list[list[Example]],
-    held_out: Examples,
-    batch_size: int,
-    kind: CacheKind,
-    folder: str | Path | None,
-    show_progress: bool,
-) -> tuple[PrefixCache | None, CacheDecision]:
-    """A filled cache for every row of the run, or None; says what was decided."""
-    trained = [row for batch in schedule for row in batch]
-    uses = sum(map(len, trained)) + (1 + EVALUATIONS) * held_out.tokens
-    rows, pad = [*trained, *held_out.examples], held_out.pad_token_id
-    where = Path(folder) if folder else None
-    stored, decision = open_cache(model, boundary, rows, uses, batch_size, pad, kind, where)
-    if show_progress:
-        Console(stderr=True).print(f"cache  {decision.kind}: {decision.reason}", highlight=False, soft_wrap=True)
-    if stored is not None:
-        fill(model, boundary, rows, stored, batch_size, pad, show_progress)
-    return stored, decision
+class _Trainer(Trainer):
+    """Trainer that steps through ``schedule`` by number: batches made ahead of time may lack a prefix stored since."""
 
+    def __init__(self, schedule: list[list[Example]], stage: Stage, **given: Any) -> None:
+        """``stage`` tells how a batch is made at the time of its step."""
+        super().__init__(train_dataset=schedule, data_collator=self._collate, **given)
+        self._schedule, self._stage = schedule, stage
 
-def _collator(data: Examples, stored: PrefixCache | None) -> Collator:
-    if stored is None:
-        return partial(collate, pad_token_id=data.pad_token_id)
-    return partial(collate_with_prefix, pad_token_id=data.pad_token_id, cache=stored)
+    def _collate(self, batches: list[list[Example]]) -> dict[str, torch.Tensor]:
+        return self._stage.collate(batches[0])
+
+    def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], *given: Any) -> torch.Tensor:
+        """One step; a batch without the stored prefix is made anew."""
+        if self._stage.cache is not None and PREFIX not in inputs:
+            inputs = self._stage.collate(self._schedule[self.state.global_step])
+        return super().training_step(model, inputs, *given)
 
 
 def _fit(
-    model: PeftModel, schedule: list[list[Example]], collator: Collator, settings: TrainSettings, watch: Watch
+    model: PeftModel, schedule: list[list[Example]], stage: Stage, arguments: TrainingArguments, watch: Watch
 ) -> None:
     """Run Trainer over the batches as scheduled: to it, each is one item of a data set in order."""
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
-            model=model,
-            args=_arguments(settings, scratch, len(schedule)),
-            train_dataset=schedule,
-            data_collator=lambda batches: collator(batches[0]),
-            callbacks=[watch],
-        )
+    with tempfile.TemporaryDirectory() as arguments.output_dir:
+        trainer = _Trainer(schedule, stage, model=model, args=arguments, callbacks=[watch])
         for noisy in (PrinterCallback, ProgressCallback):
             trainer.remove_callback(noisy)
         try:
@@ -229,28 +222,28 @@ def _earlier(plan: Plan) -> dict[str, float]:
     return {"load": 0.0, "probe": plan.probe.seconds if plan.uses_scores else 0.0, "plan": 0.0}
 
 
-def _arguments(settings: TrainSettings, scratch: str, steps: int) -> TrainingArguments:
+def _arguments(learning_rate: float, steps: int, seed: int, model: PeftModel) -> TrainingArguments:
     """Trainer settings; it saves nothing by itself, and shows a loss that is not finite instead of hiding it."""
     arguments = TrainingArguments(
-        output_dir=scratch,
+        output_dir=tempfile.gettempdir(),  # nothing is written there
         max_steps=steps,
         per_device_train_batch_size=1,  # one scheduled batch
         train_sampling_strategy="sequential",
-        learning_rate=settings.learning_rate,
+        learning_rate=learning_rate,
         lr_scheduler_type="linear",
         warmup_steps=WARMUP_SHARE,
         weight_decay=0.0,
         max_grad_norm=1.0,
-        seed=settings.seed,
-        fp16=settings.dtype == "float16",
-        use_cpu=settings.device == "cpu",
+        seed=seed,
+        fp16=model.dtype == torch.float16,
+        use_cpu=model.device.type == "cpu",
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="no",
         report_to="none",
         remove_unused_columns=False,
         disable_tqdm=True,
-        dataloader_pin_memory=settings.device == "cuda",
+        dataloader_pin_memory=model.device.type == "cuda",
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # or Trainer splits every batch over all GPUs it sees
     return arguments

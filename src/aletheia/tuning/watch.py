@@ -25,6 +25,7 @@ class Watch(TrainerCallback):
         self.held_out_curve: list[HeldOutPoint] = []
         self.eval_seconds = 0.0
         self.train_seconds = 0.0
+        self.turn: tuple[int, Callable[[], None]] | None = None  # what to do once after a step, the clock stopped
         self._evaluate = evaluate
         self._evaluations = evaluations
         self._show = show_progress
@@ -98,6 +99,12 @@ class Watch(TrainerCallback):
                     f"step {step}: held-out loss {held_out:.4f} after {self.train_seconds:.0f} s of training",
                     highlight=False,
                 )
+        if self.turn is not None and step == self.turn[0]:
+            if self._progress is not None:
+                self._progress.stop()  # others may draw theirs
+            self.turn[1]()
+            if self._progress is not None:
+                self._progress.start()
         self._resumed_at = time.perf_counter()
 
     def on_train_end(

@@ -1,0 +1,158 @@
+"""What a job will take on a machine, on paper: memory, disk, reads and time of probe, cache and training.
+
+Formulas, with T tokens, D the model width, V the vocabulary, P parameters that a token passes through, W bytes of
+weights, b bytes of an element, F operations and R bytes read per second, k the boundary:
+
+- probe: ``max(4 T P / F, W / R)`` seconds (2 P forward, 2 P backward); streamed ``max(6 T P / F, 2 W / R)``, since
+  layers run forward once more. Memory: the weights, or streamed two layers and one as it is stored; and the work on one
+  layer.
+- cache: ``max(2 T P_below_k / F, W_below_k / R)`` for every row once, ``T D b`` bytes on disk, twice that while it is
+  filled layer by layer.
+- training: ``T (4 P_from_k + 6 P_adapters + 4 D V labelled) / F`` per pass, the cache read once per pass; memory as in
+  :func:`aletheia.planning.memory.training_bytes`.
+
+Counted are matrix products, of experts those a token passes through, and reading; the attention products are not.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from aletheia.anatomy.schema import Anatomy
+from aletheia.errors import PlanError
+from aletheia.planning.memory import PROCESS_BYTES, training_bytes
+from aletheia.planning.plan import Plan
+from aletheia.probing.scores import Scores, WeightBytes
+
+RESIDENT_SHARE = 0.5  # of the memory: what weights may take if they are to be loaded as a whole
+PROBE_BATCHES = 5
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Memory in bytes, operations and bytes read from disk per second that are reached in practice."""
+
+    name: str
+    memory: float
+    flops: float
+    read: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """Rows of so many tokens, a share of which is labelled, passes over them, and rows per batch."""
+
+    rows: int
+    tokens_per_row: int
+    labelled_share: float
+    epochs: float
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a phase takes: peak memory of the process, bytes on disk, bytes read, seconds."""
+
+    name: str
+    memory: float
+    disk: float
+    read: float
+    seconds: float
+
+
+def estimate(
+    anatomy: Anatomy,
+    weights: WeightBytes,
+    layers: Sequence[int],
+    ranks: Mapping[str, int],
+    job: Job,
+    machine: Machine,
+    item_bytes: int,
+) -> list[Phase]:
+    """Probe, cache and training of a plan that adapts ``layers``, in the order they run.
+
+    Args:
+        anatomy: of the whole model.
+        weights: bytes of its parts in memory.
+        layers: the adapted layers.
+        ranks: rank by full module name.
+        job: the data and how often it is seen.
+        machine: what it runs on.
+        item_bytes: of an element of the hidden states.
+    """
+    boundary = min(layers)
+    tokens = job.rows * job.tokens_per_row
+    total = sum(weights.layers) + weights.outside
+    streamed = total > RESIDENT_SHARE * machine.memory
+    probe_tokens = PROBE_BATCHES * job.tokens_per_row
+    held = 3 * max(weights.layers) if streamed else total
+    states = tokens * anatomy.hidden_size * item_bytes
+    below, above = _parameters(anatomy, range(boundary)), _parameters(anatomy, range(boundary, anatomy.layer_count))
+    probe_operations = probe_tokens * (6 if streamed else 4) * (below + above)
+    probe_read = (2 if streamed else 1) * total
+    adapters = sum(
+        module.lora_parameters(ranks[module.name]) * module.active_experts / module.experts
+        for module in anatomy.modules
+        if module.layer in layers and module.name in ranks
+    )
+    head = 4 * anatomy.hidden_size * anatomy.vocab_size * job.labelled_share
+    batch_tokens = job.batch_size * job.tokens_per_row
+    read = sum(weights.layers[:boundary]) if streamed else 0
+    work = _layer_work(anatomy, job.tokens_per_row)
+    return [
+        Phase(
+            name="probe, streamed" if streamed else "probe",
+            memory=PROCESS_BYTES + held + work,
+            disk=anatomy.layer_count * probe_tokens * anatomy.hidden_size * item_bytes if streamed else 0,
+            read=probe_read,
+            seconds=max(probe_operations / machine.flops, probe_read / machine.read),
+        ),
+        Phase(
+            name="cache, streamed" if streamed else "cache",
+            memory=PROCESS_BYTES + held + job.batch_size * work,
+            disk=(2 if streamed else 1) * states,
+            read=read,
+            seconds=max(tokens * 2 * below / machine.flops, read / machine.read),
+        ),
+        Phase(
+            name="training",
+            memory=training_bytes(anatomy, weights, layers, ranks, batch_tokens, job.labelled_share),
+            disk=states,
+            read=job.epochs * states,
+            seconds=job.epochs * tokens * (4 * above + 6 * adapters + head) / machine.flops,
+        ),
+    ]
+
+
+MACHINES = (
+    Machine("laptop, 16 GB", 16e9, 5e11, 2e9),
+    Machine("GPU, 80 GB", 80e9, 1.5e14, 3e9),
+    Machine("8 GPUs, 640 GB", 640e9, 1.2e15, 3e9),
+)
+
+
+def estimate_plan(plan: Plan, scores: Scores, job: Job, machine: Machine) -> list[Phase]:
+    """:func:`estimate` of a plan that was made from ``scores``.
+
+    Raises:
+        PlanError: the scores tell no weight sizes.
+    """
+    if scores.weight_bytes is None:
+        raise PlanError("the scores tell no weight sizes; expected those of this release's probe; probe again")
+    ranks = {adapter.name: adapter.rank for adapter in plan.adapters}
+    item = 4 if plan.probe.dtype == "float32" else 2
+    return estimate(scores.anatomy, scores.weight_bytes, plan.layers, ranks, job, machine, item)
+
+
+def _parameters(anatomy: Anatomy, layers: Sequence[int]) -> float:
+    """Matrix elements of layers that one token passes through."""
+    wanted = set(layers)
+    return sum(module.flops_per_token / 2 for module in anatomy.modules if module.layer in wanted)
+
+
+def _layer_work(anatomy: Anatomy, tokens: int) -> float:
+    """Bytes of the activations of one layer and their gradients for a row, as the streamed probe counts them."""
+    widths = [
+        sum((module.in_features + module.out_features) * module.active_experts for module in anatomy.in_layer(layer))
+        for layer in range(anatomy.layer_count)
+    ]
+    return 4 * 3 * tokens * max(widths)

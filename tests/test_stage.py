@@ -1,0 +1,160 @@
+"""Early layers: they learn at first, freeze as they are, and the boundary rises above them."""
+
+import pytest
+import torch
+from peft import PeftModel
+from tiny import make_model
+from transformers import Trainer, TrainerCallback
+
+import aletheia
+from aletheia.anatomy.read import find_layers
+from aletheia.data.batches import collate
+from aletheia.data.order import training_batches
+from aletheia.errors import ArtifactError, PlanError, TrainingError
+from aletheia.planning.plan import Plan
+from aletheia.tuning import train as train_module
+from aletheia.tuning.initial import align_with_gradient
+
+PAD, STEPS, RATE = 0, 12, 1e-2
+
+
+@pytest.fixture(scope="module")
+def scores(examples):
+    return aletheia.probe(make_model("llama"), examples, batches=2)
+
+
+@pytest.fixture(scope="module")
+def plan(scores):
+    """Layers 2 and 3 to the end, 0 and 1 for the first quarter of the steps."""
+    return aletheia.plan(scores, "last", rank=4, freeze_after=0.25)
+
+
+def trained(plan, examples, out, **settings):
+    adapted = aletheia.adapt(make_model("llama"), plan)
+    data, held_out = examples.subset(range(20)), examples.subset(range(20, 26))
+    settings = {"steps": STEPS, "learning_rate": RATE, "show_progress": False} | settings
+    return adapted, aletheia.train(adapted, data, plan, out, held_out, **settings)
+
+
+def weights(model):
+    return {name: value.detach().clone() for name, value in model.named_parameters() if "lora_" in name}
+
+
+class Freeze(TrainerCallback):
+    """By hand, in plain PEFT and Trainer."""
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step == 3:
+            _, layers = find_layers(model)
+            layers[:2].requires_grad_(False)
+
+
+def by_hand(plan, examples):
+    """Weights after the same steps of plain PEFT and Trainer, frozen by a callback; and those at the freeze."""
+    model = aletheia.adapt(make_model("llama"), plan)
+    data = examples.subset(range(20))
+    batches = training_batches([len(row) for row in data.examples], 4, STEPS, 0)
+    schedule = [collate([data[row] for row in batch], PAD) for batch in batches]
+    align_with_gradient(model, schedule[:8])
+    arguments = train_module._arguments(RATE, STEPS, 0, model)
+    Trainer(model, arguments, lambda found: found[0], schedule, callbacks=[Freeze()]).train()
+    return weights(model)
+
+
+@pytest.mark.parametrize("settings", [{"cache": "memory"}, {"cache": "disk"}, {"cache": "off"}, {"free_prefix": True}])
+def test_it_is_what_freezing_by_hand_gives(settings, plan, examples, tmp_path):
+    model, run = trained(plan, examples, tmp_path / "run", cache_dir=tmp_path / "cache", **settings)
+    expected = by_hand(plan, examples)
+    found = weights(model)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
+    assert run.metrics.early_steps == 3
+    assert run.metrics.boundary == 2
+    assert run.metrics.seconds.cache > 0
+    assert not list((tmp_path / "cache").glob("*"))  # of use to no other run
+
+
+def test_early_layers_stop_where_they_are(plan, examples, tmp_path, monkeypatch):
+    """They are the same after 12 steps as after 3 of the same schedule, and not where they began."""
+    moved = weights(trained(plan, examples, tmp_path / "run")[0])
+    halted = {}
+
+    def stop(self, *given):
+        halted.update(weights(self._model))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module.Stage, "rise", stop)
+    with pytest.raises(KeyboardInterrupt):
+        trained(plan, examples, tmp_path / "halted")
+    early = [name for name in moved if ".layers.0." in name or ".layers.1." in name]
+    assert early
+    for name, value in halted.items():
+        assert torch.equal(moved[name], value) == (name in early)
+        assert "lora_B" not in name or value.any()
+
+
+def test_no_backward_below_the_risen_boundary(plan, examples, tmp_path):
+    model = aletheia.adapt(make_model("llama"), plan)
+    _, layers = find_layers(model)
+    visits = []
+    for index, layer in enumerate(layers):
+        for parameter in layer.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda grad, index=index: visits.append(index))
+    data, held_out = examples.subset(range(20)), examples.subset(range(20, 26))
+    aletheia.train(
+        model, data, plan, tmp_path, held_out, steps=STEPS, learning_rate=RATE, init="random", show_progress=False
+    )
+    per_step = {index: visits.count(index) for index in range(4)}
+    assert per_step[0] == per_step[1] == 3 * 14  # seven modules with A and B, three steps
+    assert per_step[2] == per_step[3] == STEPS * 14
+
+
+def test_the_saved_adapter_has_all_layers(plan, examples, tmp_path):
+    model, _ = trained(plan, examples, tmp_path, free_prefix=True)
+    batch = collate(examples.examples[:2], PAD)
+    again = PeftModel.from_pretrained(make_model("llama"), tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(**batch).logits, model.eval()(**batch).logits, atol=1e-5, rtol=1e-5)
+    assert any(value.any() for name, value in weights(again).items() if ".layers.0." in name and "lora_B" in name)
+
+
+def test_a_plan_with_early_layers(scores, plan, tmp_path):
+    assert plan.layers == (2, 3)
+    assert plan.early_layers == (0, 1)
+    assert plan.boundary == 2
+    assert {adapter.layer for adapter in plan.adapters} == {0, 1, 2, 3}
+    assert plan.early_steps(100) == 25
+    assert aletheia.plan(scores, "last", rank=4).early_steps(100) == 0
+    assert Plan.read(plan.write(tmp_path / "plan.json")) == plan
+    assert plan.predicted.relative_early_step_time > plan.predicted.relative_step_time
+
+
+def test_a_speedup_counts_the_early_steps(scores):
+    for share in (0.0, 0.25):
+        made = aletheia.plan(scores, speedup=1.3, freeze_after=share, epochs=3)
+        early = (made.predicted.relative_early_step_time or 0) * share
+        later = made.predicted.relative_cached_step_time
+        prefix = made.predicted.relative_step_time - later
+        assert early + (1 - share) * later + prefix / 3 <= 1 / 1.3 + 1e-9
+    with pytest.raises(PlanError, match="after 90% of the steps with every layer"):
+        aletheia.plan(scores, speedup=2, freeze_after=0.9)
+    with pytest.raises(PlanError, match="at least 0 and below 1"):
+        aletheia.plan(scores, freeze_after=1)
+
+
+def test_what_cannot_be_is_refused(plan, examples, scores, tmp_path):
+    with pytest.raises(TrainingError, match="layers 0-1 at first, which are not in memory"):
+        trained(plan, examples, tmp_path / "run", prefix=object())
+    text = plan.to_json().replace('"early_layers": [\n  0,\n  1\n ]', '"early_layers": [0]')
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(ArtifactError, match="without 'early_layers'"):
+        Plan.read(tmp_path / "plan.json")
+
+
+def test_a_run_too_short_for_it(plan, examples, tmp_path):
+    """One step: the early layers never learn, and nothing breaks."""
+    model, run = trained(plan, examples, tmp_path, steps=1)
+    assert run.metrics.early_steps == 0
+    assert not any(value.any() for name, value in weights(model).items() if ".layers.0." in name and "lora_B" in name)
