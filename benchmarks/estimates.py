@@ -37,7 +37,9 @@ def main() -> None:
 
 def table(name: str, anatomy: Anatomy, tied: bool) -> list[str]:
     weights = WeightBytes(
-        layers=tuple(ITEM * count for count in anatomy.layer_parameters), outside=ITEM * anatomy.embedding_parameters
+        layers=tuple(ITEM * count for count in anatomy.layer_parameters),
+        outside=ITEM * anatomy.embedding_parameters,
+        embedding=0 if tied else ITEM * anatomy.embedding_parameters,
     )
     first = round(anatomy.layer_count * (1 - LAST))
     layers = range(first, anatomy.layer_count)

@@ -163,7 +163,7 @@ def test_a_model_that_does_not_fit_is_trained(run, model_folder, data_file, tmp_
     run(*train, "--out", "early", "--freeze-after", 0.5)
     code, _, err = run(*train, "--out", "no", "--stream", "--plan", "early/plan.json")
     assert code == 2
-    assert "expected --freeze-after 0" in err
+    assert "expected one made with --freeze-after 0" in err
 
 
 def test_an_estimate_on_paper(run, scores_file):
@@ -260,6 +260,14 @@ BAD = {
     "recompute": (
         ("train", "{model}", "--data", "{data}", "--out", "r", "--gradient-checkpointing", "some"),
         "expected one of off, selective, full",
+    ),
+    "streamed and quantized": (
+        ("train", "{model}", "--data", "{data}", "--out", "r", "--stream", "--quantize", "nf4"),
+        "expected a checkpoint that is quantized",
+    ),
+    "streamed without a cache": (
+        ("train", "{model}", "--data", "{data}", "--out", "r", "--stream", "--cache", "off"),
+        "expected auto or disk",
     ),
     "no memory": (("probe", "{model}", "--data", "{data}", "--out", "s.json", "--max-memory", "much"), "such as 6GB"),
     "bad quantization": (("train", "{model}", "--data", "{data}", "--out", "r", "--quantize", "int3"), "nf4, int8"),

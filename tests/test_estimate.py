@@ -43,7 +43,7 @@ def test_a_plan_keeps_to_max_memory(scores):
         cap = needed(scores, boundary)
         share = scores.probe.labelled_tokens / scores.probe.tokens
         lowest = lowest_boundary(scores.anatomy, scores.weight_bytes, ranks, 1000, share, cap)
-        made = aletheia.plan(scores, percent=100, max_memory=cap, batch_tokens=1000)
+        made = aletheia.plan(scores, percent=100, max_memory=cap, batch_tokens=1000, labelled_share=share)
         assert made.boundary == lowest
     with pytest.raises(PlanError, match="the last layer alone takes"):
         aletheia.plan(scores, max_memory=PROCESS_BYTES)
@@ -86,6 +86,17 @@ def test_of_experts_those_a_token_meets_are_counted(examples):
     probe = estimate(scores.anatomy, scores.weight_bytes, [3], ranks, job, machine, 4)[0]
     total = sum(module.parameters for module in scores.anatomy.modules)
     assert probe.seconds < 0.8 * 50 * 4 * total / 1e9
+
+
+def test_early_layers_are_counted(scores):
+    job, machine = Job(100, 64, 0.5, 3, 4), Machine("any", 1e12, 1e9, 1e30)
+    plain, early = (
+        estimate_plan(aletheia.plan(scores, "last", 25, freeze_after=share), scores, job, machine)[-1]
+        for share in (0.0, 0.25)
+    )
+    assert early.memory > plain.memory
+    assert early.seconds > plain.seconds
+    assert early.read == 0.75 * plain.read
 
 
 def test_what_does_not_fit_is_marked(scores):

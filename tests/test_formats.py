@@ -14,6 +14,7 @@ from aletheia.data.batches import collate
 from aletheia.errors import ModelError
 from aletheia.probing.preflight import preflight
 from aletheia.probing.streamed import probe_streamed
+from aletheia.tuning.streamed import fill_streamed, streamed_cache
 
 
 @pytest.fixture
@@ -62,6 +63,27 @@ def test_a_quantized_checkpoint_is_streamed(kind, folder, examples):
     resident = aletheia.probe(aletheia.load(name, "float32").model, examples, batches=2)
     found = probe_streamed(Checkpoint(name, "float32"), examples, 2, show_progress=False)
     same(found, resident)
+
+
+def test_a_quantized_checkpoint_is_trained_layer_by_layer(folder, examples, tmp_path):
+    quantized = aletheia.load(folder(make_model("gpt_neox")), "float32", quantize="nf4").model
+    name = folder(quantized, "quantized")
+    base = aletheia.load(name, "float32")
+    plan = aletheia.plan(aletheia.probe(base.model, examples, batches=2), "last", 50, rank=4)
+    data, held_out = examples.subset(range(8)), examples.subset(range(8, 10))
+    common = {"steps": 3, "batch_size": 2, "learning_rate": 0.01, "show_progress": False}
+    whole = aletheia.train(
+        aletheia.adapt(base.model, plan), data, plan, tmp_path / "whole", held_out, cache="off", **common
+    )
+    checkpoint = Checkpoint(name, "float32")
+    cache = streamed_cache(checkpoint, plan.boundary, tmp_path / "cache")
+    fill_streamed(checkpoint, 2, [*data.examples, *held_out.examples], cache, 2, 0, show_progress=False)
+    adapted = aletheia.adapt(checkpoint.suffix(2), plan, identity=plan.model)
+    assert any(
+        type(module).__name__ == "Linear4bit" and "bnb" in type(module).__module__ for module in adapted.modules()
+    )
+    run = aletheia.train(adapted, data, plan, tmp_path / "run", held_out, prefix=cache, **common)
+    assert run.metrics.held_out_loss_after == pytest.approx(whole.metrics.held_out_loss_after, rel=1e-5)
 
 
 def test_quantization_that_cannot_be_had_is_refused(folder):

@@ -3,15 +3,17 @@
 import copy
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_families import StrangeConfig, StrangeModel, make
+from test_families import StrangeBlock, StrangeConfig, StrangeModel, make
 from tiny import FAMILIES, MORE_FAMILIES, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
 import aletheia
 from aletheia.anatomy.checkpoint import Checkpoint
@@ -139,13 +141,19 @@ def test_work_for_something_else_is_not_used(saved, examples, tmp_path, reads, m
         patched.setattr(streamed, "_backward", lambda *given: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             probe_streamed(Checkpoint(folder, "float32"), examples, 2, work=work, show_progress=False)
-    assert list(work.iterdir())
-    (work / "states-4.safetensors").write_bytes(b"torn")
+    (folder_of_job,) = work.iterdir()
     reads.clear()
     other = probe_streamed(Checkpoint(folder, "float32"), examples, 2, seed=1, work=work, show_progress=False)
     assert reads == ["around", "embedding", 0, 1, 2, 3, "embedding", 3, 2, 1, 0]
     again = probe_streamed(Checkpoint(folder, "float32"), examples, 2, seed=1, show_progress=False)
     assert other.layers == again.layers
+    assert list(work.iterdir()) == [folder_of_job]  # the other job's is left alone
+    (folder_of_job / "states-2.safetensors").write_bytes(b"torn")  # a gap below what is there
+    reads.clear()
+    first = probe_streamed(Checkpoint(folder, "float32"), examples, 2, work=work, show_progress=False)
+    assert reads == ["around", 1, 2, 3, 3, 2, 1, 0]
+    assert first.layers == probe_streamed(Checkpoint(folder, "float32"), examples, 2, show_progress=False).layers
+    assert not work.exists()
 
 
 def test_one_layer_at_a_time_where_memory_is_short(saved, examples, monkeypatch):
@@ -225,6 +233,83 @@ def test_a_damaged_checkpoint_is_told_in_a_line(how, told, saved, examples):
         probe_streamed(Checkpoint(str(folder), "float32"), examples, 1, show_progress=False)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+class PeekingBlock(StrangeBlock):
+    """Reads the embedding, or what the block before it gave beside its hidden states."""
+
+    def forward(self, hidden_states, more):
+        held = super().forward(hidden_states) + 0.1 * (0.0 if more is None else more)
+        return held, held.mean(-1, keepdim=True)
+
+
+class PeekingModel(StrangeModel):
+    reads = "embedding"
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.tower.blocks = torch.nn.ModuleList(PeekingBlock(config.hidden_size) for _ in range(config.blocks))
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
+        held = first = self.word_table(input_ids)
+        more = None
+        for block in self.tower.blocks:
+            held, more = block(held, first if self.reads == "embedding" else more)
+        logits = self.out(held)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        return CausalLMOutput(loss=loss, logits=logits)
+
+
+@pytest.mark.parametrize("reads", ["embedding", "block before"])
+def test_layers_that_read_more_than_hidden_states_are_refused(reads, saved, examples, tmp_path, monkeypatch):
+    folder = str(saved("strange"))
+    monkeypatch.setattr(PeekingModel, "reads", reads)
+    monkeypatch.setitem(AutoModelForCausalLM._model_mapping._extra_content, StrangeConfig, PeekingModel)
+    with pytest.raises(ModelError, match=r"layer \d of PeekingModel reads more than the hidden states"):
+        probe_streamed(Checkpoint(folder, "float32"), examples, 1, show_progress=False)
+    checkpoint = Checkpoint(folder, "float32")
+    cache = streamed_cache(checkpoint, 2, tmp_path / "cache")
+    with pytest.raises(ModelError, match="reads more than the hidden states"):
+        fill_streamed(checkpoint, 2, examples.examples[:2], cache, 2, PAD, show_progress=False)
+
+
+def test_a_head_that_is_tied_and_stored_otherwise_is_refused(saved):
+    """transformers leaves the two apart then; tying them would change every score."""
+    folder = saved("llama", shard="10MB")
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    save_file(tensors | {"lm_head.weight": embedding.clone()}, folder / "model.safetensors", {"format": "pt"})
+    Checkpoint(str(folder), "float32")
+    save_file(tensors | {"lm_head.weight": 2 * embedding}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="expected tie_word_embeddings to be false"):
+        Checkpoint(str(folder), "float32")
+
+
+def test_another_config_is_another_cache(saved, tmp_path):
+    folder = saved("llama")
+    before = streamed_cache(Checkpoint(str(folder), "float32"), 2, tmp_path / "cache").folder
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    assert streamed_cache(Checkpoint(str(folder), "float32"), 2, tmp_path / "cache").folder != before
+
+
+def test_two_runs_may_fill_one_cache(saved, examples, tmp_path):
+    folder, rows = str(saved("llama")), examples.examples[:12]
+    expected = streamed_cache(Checkpoint(folder, "float32"), 3, tmp_path / "one")
+    fill_streamed(Checkpoint(folder, "float32"), 3, rows, expected, 2, PAD, show_progress=False)
+
+    checkpoints = [Checkpoint(folder, "float32") for _ in range(2)]
+
+    def fill(checkpoint):
+        cache = streamed_cache(checkpoint, 3, tmp_path / "both")
+        return cache, fill_streamed(checkpoint, 3, rows, cache, 2, PAD, show_progress=False)
+
+    with ThreadPoolExecutor(2) as pool:
+        (one, filled), (other, again) = pool.map(fill, checkpoints)
+    assert sorted((filled, again)) == [0, 12]
+    for row in rows:
+        assert torch.equal(one.get(row), expected.get(row))
+        assert torch.equal(other.get(row), expected.get(row))
 
 
 def test_what_cannot_be_streamed_is_refused(saved, tmp_path):

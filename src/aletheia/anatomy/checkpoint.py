@@ -5,6 +5,8 @@ The parts are the decoder layers, by index, the ``embedding``, the ``head``, and
 """
 
 import copy
+import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,14 +30,16 @@ from transformers.core_model_loading import (
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import get_hf_quantizer
+from transformers.utils import logging
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from aletheia.anatomy.fingerprint import identity, sample_embedding, sample_layer
-from aletheia.anatomy.layerwise import NoEmbedding, PassThrough, replace_module
-from aletheia.anatomy.load import explained, load_config, pick, pick_device
+from aletheia.anatomy.fingerprint import configuration, identity, sample_embedding, sample_layer
+from aletheia.anatomy.layerwise import NoEmbedding, PassThrough, layer_call, replace_module
+from aletheia.anatomy.load import Attention, explained, load_config, pick, pick_device
 from aletheia.anatomy.read import find_layers, layer_index, read_anatomy
 from aletheia.anatomy.schema import Anatomy, ModelIdentity
 from aletheia.errors import ModelError
+from aletheia.files import package_versions
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 STREAMED_QUANTIZERS = ("bitsandbytes",)  # whose layers can be loaded one by one
@@ -65,6 +69,10 @@ class _Buffers:
         self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
         self._lent: dict[int, torch.Tensor] = {}
 
+    def keep(self, shapes: set[tuple[torch.Size, torch.dtype]]) -> None:
+        """Let go what a layer of these weights does not need."""
+        self._free = {key: free for key, free in self._free.items() if key in shapes}
+
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor on the CPU that nobody else has; its values are whatever was left there."""
         free = self._free.get((torch.Size(shape), dtype))
@@ -74,8 +82,8 @@ class _Buffers:
 
     def give_back(self, layer: nn.Module) -> None:
         """Take the weights of a layer that nobody uses any more."""
-        for parameter in layer.parameters():
-            buffer = self._lent.pop(parameter.data_ptr(), None)
+        for value in (*layer.parameters(), *layer.buffers()):
+            buffer = self._lent.pop(value.data_ptr(), None)
             if buffer is not None:
                 self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
 
@@ -100,13 +108,16 @@ class Checkpoint:
     hidden states through; the embedding gives zeros. ``anatomy`` is that of the whole model.
     """
 
-    def __init__(self, name: str, dtype: str = "auto", device: str | None = None) -> None:
+    def __init__(
+        self, name: str, dtype: str = "auto", device: str | None = None, attention: Attention | None = None
+    ) -> None:
         """Read the config, the headers of the shards, and the weights around the layers.
 
         Args:
             name: hub id or local folder with safetensors.
             dtype: as for :func:`aletheia.anatomy.load.load`.
             device: as there.
+            attention: as there.
 
         Raises:
             ModelError: the checkpoint is missing, damaged or incomplete, or of a kind that cannot be read in parts.
@@ -117,6 +128,8 @@ class Checkpoint:
         self.device = torch.device(device) if device else pick_device()
         self.dtype = pick(dtype, self.device)
         config = load_config(name)
+        if attention is not None:
+            config._attn_implementation = attention
         with explained(name):
             self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
         self._whole, self._quantizer = self._empty(config)
@@ -144,11 +157,6 @@ class Checkpoint:
         """Tokens that the model has an embedding for."""
         return self.anatomy.vocab_size
 
-    @property
-    def size_bytes(self) -> int:
-        """Memory that the whole model would take."""
-        return sum(self.part_bytes(part) for part in self._stored)
-
     def part_bytes(self, part: Part) -> int:
         """Memory that a part takes once loaded."""
         return sum(stored.size_bytes for stored in self._stored[part])
@@ -163,10 +171,17 @@ class Checkpoint:
         return sum(stored.stored_bytes for stored in self._stored[part])
 
     @property
-    def state(self) -> list[tuple[str, int, int]]:
-        """Name, bytes and time of change (ns) of each shard: what tells that the files are still the same."""
+    def state(self) -> str:
+        """What hidden states depend on besides the tokens: shards by name, bytes and time of change (ns), settings."""
         paths = sorted({stored.path for part in self._stored.values() for stored in part})
-        return [(Path(path).name, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+        shards = [(Path(path).name, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+        about = configuration(self.model) | {
+            "shards": shards,
+            "dtype": str(self.dtype),
+            "device": self.device.type,
+            "packages": package_versions(("torch", "transformers")),
+        }
+        return json.dumps(about, sort_keys=True, default=str)
 
     def _empty(self, config: Any) -> tuple[PreTrainedModel, Any]:
         """The model on the meta device, buffers that its checkpoint does not hold computed, and its quantizer."""
@@ -176,7 +191,8 @@ class Checkpoint:
                 method = str(getattr(quantizer.quantization_config.quant_method, "value", "unknown"))
                 if method not in STREAMED_QUANTIZERS:
                     raise ModelError(
-                        f"{self.name} is quantized with {method}; expected plain or bitsandbytes weights to stream from"
+                        f"{self.name} is quantized with {method}; expected plain or bitsandbytes weights to stream "
+                        "from; --no-stream loads it as a whole"
                     )
             with init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
@@ -242,12 +258,24 @@ class Checkpoint:
         if absent:
             raise ModelError(
                 f"{self.name} has {len(absent)} missing keys, first {absent[0]}; expected a weight for every parameter "
-                "of its config; fetch or convert the checkpoint again"
+                "of its config; fetch or convert the checkpoint again, or try --no-stream"
             )
+        self._check_tied(found)
         return {
             part: [stored for name in sorted(names & found.keys()) for stored in found[name]]
             for part, names in self._names.items()
         }
+
+    def _check_tied(self, found: dict[str, list[_Stored]]) -> None:
+        """transformers does not tie weights that a checkpoint holds twice with different values."""
+        for target, source in (getattr(self._whole, "all_tied_weights_keys", None) or {}).items():
+            if target in found and source in found:
+                with _opened(found[target][0].path) as one, _opened(found[source][0].path) as other:
+                    if not torch.equal(one.get_tensor(found[target][0].key), other.get_tensor(found[source][0].key)):
+                        raise ModelError(
+                            f"{self.name} says that {target} is {source}, and holds other values for it; expected "
+                            "tie_word_embeddings to be false in its config"
+                        )
 
     def _may_be_absent(self) -> set[str]:
         """Buffers that an older checkpoint may lack: they were computed."""
@@ -286,21 +314,65 @@ class Checkpoint:
                 buffers.give_back(layer)
                 del layer
 
+    def call(self, index: int, batch: dict[str, torch.Tensor]) -> tuple[tuple, dict[str, Any]]:
+        """The arguments with which the model calls layer ``index``; the hidden states among them stand for others.
+
+        Raises:
+            ModelError: the layer is never called, or gets something else that a layer or the embedding computes.
+        """
+        found = layer_call(self.model, self.layers[index], batch)
+        if found is None:
+            raise ModelError(f"{type(self.model).__name__} does not call layer {index}; it cannot be streamed")
+        self._check_alone(index, *found)
+        return found
+
+    def check_layers(self, batch: dict[str, torch.Tensor]) -> None:
+        """Refuse a model whose layers read more of what was computed before them than their hidden states.
+
+        The embedding gives values that are not numbers; only hidden states may carry them. To be called once a layer
+        has run, which tells what a layer returns.
+
+        Raises:
+            ModelError: names the layer.
+        """
+        self._blank.value = math.nan
+        try:
+            for index in range(self.layer_count):
+                self.call(index, batch)
+        finally:
+            self._blank.value = 0.0
+
+    def _check_alone(self, index: int, args: tuple, kwargs: dict[str, Any]) -> None:
+        others = [*args[1:], *(value for name, value in kwargs.items() if args or name != "hidden_states")]
+        flat = [item for value in others for item in (value if isinstance(value, tuple | list) else (value,))]
+        for value in flat:
+            if isinstance(value, torch.Tensor) and value.is_floating_point() and torch.isnan(value).any():
+                raise ModelError(
+                    f"layer {index} of {type(self.model).__name__} reads more than the hidden states before it; such a "
+                    "model cannot be streamed, load it as a whole with --no-stream"
+                )
+
     def run(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
         """The hidden states [B, T, D] that a layer returns; the stand-ins learn the form of its output."""
         output = layer(*args, **kwargs)
-        self.set_outputs(len(output) if isinstance(output, tuple) else 0)
-        return output[0] if isinstance(output, tuple) else output
+        if not isinstance(output, tuple):
+            self.set_outputs(None)
+            return output
+        self.set_outputs([isinstance(item, torch.Tensor) and item.is_floating_point() for item in output[1:]])
+        return output[0]
 
     @property
-    def outputs(self) -> int:
-        """Length of the tuple that a layer returns, 0 for a tensor, as far as one has run."""
-        return self.layers[0].outputs
+    def outputs(self) -> list[bool] | None:
+        """What a layer returns beside its hidden states, if a tuple: whether each is a tensor of numbers."""
+        extras = self.layers[0].extras
+        return None if extras is None else [extra is not None for extra in extras]
 
-    def set_outputs(self, outputs: int) -> None:
-        """Let the stand-ins return a tuple of that length, or a tensor for 0."""
+    def set_outputs(self, outputs: list[bool] | None) -> None:
+        """Let the stand-ins return that; what is a tensor is not a number, so that a layer reading it is found out."""
         for stand_in in self.layers:
-            stand_in.outputs = outputs
+            if isinstance(stand_in, PassThrough):
+                nan = torch.tensor(math.nan, device=self.device)
+                stand_in.extras = None if outputs is None else [nan if given else None for given in outputs]
 
     @contextmanager
     def embedding(self) -> Iterator[PreTrainedModel]:
@@ -358,9 +430,12 @@ class Checkpoint:
             replace_module(self.model, self._blank, self._embedding)
         self._fill(self.model, "head" if self._names["head"] else "embedding")
         self.model.tie_weights()
+        if self._quantizer is not None:  # as from_pretrained leaves it, or Trainer and PEFT take it for a plain model
+            self.model.hf_quantizer = self._quantizer
+            self._quantizer.postprocess_model(self.model)
         return self.model.requires_grad_(False)
 
-    def identity(self) -> ModelIdentity:
+    def identity(self, ahead: bool = True) -> ModelIdentity:
         """Name and fingerprints, as :func:`aletheia.anatomy.fingerprint.identify` gives; reads every layer once.
 
         Raises:
@@ -368,7 +443,7 @@ class Checkpoint:
         """
         with self.embedding() as model:
             sample = sample_embedding(model.get_input_embeddings().weight)
-        samples = [sample_layer(layer) for _, layer in self.read_layers(range(self.layer_count))]
+        samples = [sample_layer(layer) for _, layer in self.read_layers(range(self.layer_count), ahead)]
         return identity(self.name, self.anatomy, sample, samples)
 
     def _fill(self, model: PreTrainedModel, part: Part, buffers: _Buffers | None = None) -> None:
@@ -377,10 +452,16 @@ class Checkpoint:
         Those that are only cast go into ``buffers``.
         """
         with explained(self.name), ExitStack() as stack:
+            if logging.is_progress_bar_enabled():  # transformers draws one per layer
+                logging.disable_progress_bar()
+                stack.callback(logging.enable_progress_bar)
             stored = self._stored[part]
             files = {path: stack.enter_context(_opened(path)) for path in {tensor.path for tensor in stored}}
             slices: dict[str, Any] = {tensor.key: files[tensor.path].get_slice(tensor.key) for tensor in stored}
             if buffers is not None and self.device.type == "cpu":
+                buffers.keep(
+                    {(torch.Size(slices[tensor.key].get_shape()), tensor.dtype) for tensor in stored if tensor.dtype}
+                )
                 plain = {tensor.key: tensor.dtype for tensor in stored if tensor.dtype is not None}
                 slices |= {key: _Cast(slices[key], dtype, buffers) for key, dtype in plain.items()}
             settings = LoadStateDictConfig(
@@ -408,7 +489,8 @@ class Checkpoint:
 
 
 def weights_bytes(name: str, dtype: torch.dtype) -> int | None:
-    """Memory that the weights of MODEL would take in ``dtype``, from the size of its shards; None where it has none.
+    """Memory that the weights of MODEL would take in ``dtype``, from the size of its shards; None where it has none
+    or is quantized in a way that cannot be streamed.
 
     Raises:
         ModelError: MODEL cannot be found or its config cannot be read.
@@ -420,9 +502,11 @@ def weights_bytes(name: str, dtype: torch.dtype) -> int | None:
         stored = sum(os.stat(path).st_size for path in _shards(name))
     except ModelError:  # another format, which is loaded as a whole
         return None
-    if getattr(config, "quantization_config", None) is not None:
-        return stored
-    return stored * dtype.itemsize // (config.dtype or torch.float32).itemsize
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        return stored if str(getattr(method, "value", method)) in STREAMED_QUANTIZERS else None
+    return stored * dtype.itemsize // (config.dtype or torch.bfloat16).itemsize
 
 
 def _copied(module: _Module) -> _Module:

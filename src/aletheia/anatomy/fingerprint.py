@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +14,13 @@ from aletheia.anatomy.schema import Anatomy, ModelIdentity
 EMBEDDING_SAMPLES = 1024
 MATRIX_SAMPLES = 64
 SMALLEST = 2.0**-10
+_NO_INFLUENCE = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "architectures")
+
+
+def configuration(model: nn.Module) -> dict[str, Any]:
+    """What of a model's config its hidden states may depend on, and how attention is computed."""
+    config = {key: value for key, value in model.config.to_dict().items() if key not in _NO_INFLUENCE}
+    return {"config": config, "attention": getattr(model.config, "_attn_implementation", None)}
 
 
 def identify(model: nn.Module, anatomy: Anatomy | None = None) -> ModelIdentity:

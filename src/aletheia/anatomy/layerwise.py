@@ -76,12 +76,12 @@ class PassThrough(Skeleton):
     def __init__(self, layer: nn.Module, outputs: int) -> None:
         """``outputs`` is the length of the tuple that ``layer`` returns, 0 if it returns a tensor."""
         super().__init__(layer)
-        self.outputs = outputs
+        self.extras: list[Any] | None = [None] * (outputs - 1) if outputs else None  # what is returned beside them
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The hidden states as they came."""
         hidden_BTD = hidden_states(args, kwargs)
-        return (hidden_BTD, *[None] * (self.outputs - 1)) if self.outputs else hidden_BTD
+        return hidden_BTD if self.extras is None else (hidden_BTD, *self.extras)
 
 
 class NoEmbedding(nn.Module):
@@ -91,8 +91,9 @@ class NoEmbedding(nn.Module):
         """``weight`` [V, D] is the embedding's; only its shape and dtype are kept."""
         super().__init__()
         self.weight = torch.empty_like(weight, device="meta", requires_grad=False)
+        self.value = 0.0
 
     def forward(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
-        """Zeros [B, T, D] in one element of memory."""
-        zero = torch.zeros((), dtype=self.weight.dtype, device=input_ids_BT.device)
-        return zero.expand(*input_ids_BT.shape, self.weight.shape[1])
+        """``value`` [B, T, D] in one element of memory."""
+        value = torch.full((), self.value, dtype=self.weight.dtype, device=input_ids_BT.device)
+        return value.expand(*input_ids_BT.shape, self.weight.shape[1])

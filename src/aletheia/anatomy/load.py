@@ -95,13 +95,16 @@ def free_memory_bytes(device: torch.device | None = None) -> int:
     return min(free, limit - used + int(counts.get("inactive_file", 0)))  # files read before are given up when needed
 
 
+def own_memory_bytes(device: torch.device) -> int:
+    """What this process holds on ``device``."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_reserved(device))
+    return int(psutil.Process().memory_info().rss)
+
+
 def growth_allowed(device: torch.device, max_memory: int | None) -> int:
     """Bytes by which this process may still grow on ``device``: to ``max_memory`` in all, or what is free."""
-    if max_memory is None:
-        return free_memory_bytes(device)
-    if device.type == "cuda":
-        return max_memory - torch.cuda.memory_reserved(device)
-    return max_memory - int(psutil.Process().memory_info().rss)
+    return free_memory_bytes(device) if max_memory is None else max_memory - own_memory_bytes(device)
 
 
 def load_config(name: str) -> PretrainedConfig:

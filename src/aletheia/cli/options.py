@@ -78,14 +78,23 @@ def parse_memory(value: str | None) -> int | None:
         raise ModelError(f"--max-memory is {value!r}; expected an amount such as 6GB or 500MiB") from error
 
 
-def is_streamed(model: str, dtype: str, stream: bool | None, max_memory: int | None) -> bool:
-    """Whether to read the weights layer by layer: as asked, or where they would take most of the memory."""
+def is_streamed(model: str, dtype: str, stream: bool | None, max_memory: int | None, quantize: str | None) -> bool:
+    """Whether to read the weights layer by layer: as asked, or where they would take most of the memory.
+
+    Raises:
+        ModelError: ``--stream`` with ``--quantize``, which needs the model as a whole.
+    """
     from aletheia.anatomy.checkpoint import weights_bytes
     from aletheia.anatomy.load import free_memory_bytes, pick, pick_device
+    from aletheia.errors import ModelError
     from aletheia.planning.estimate import RESIDENT_SHARE
 
-    if stream is not None:
-        return stream
+    if stream and quantize:
+        raise ModelError(
+            "--stream and --quantize are both given; expected a checkpoint that is quantized to stream from"
+        )
+    if stream is not None or quantize:
+        return bool(stream)
     device = pick_device()
     needed = weights_bytes(model, pick(dtype, device))
     limit = free_memory_bytes(device) if max_memory is None else max_memory

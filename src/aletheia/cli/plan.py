@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aletheia.cli.options import JsonOption, MaxMemoryOption, SeedOption, parse_memory, print_json, print_rich, say
+from aletheia.cli.options import JsonOption, SeedOption, parse_memory, print_json, print_rich, say
 
 if TYPE_CHECKING:
     from aletheia.planning.estimate import Job
@@ -54,7 +54,10 @@ def plan(
         float,
         typer.Option("--freeze-after", help="Share of the steps in which the other layers learn, too, then freeze."),
     ] = 0.0,
-    max_memory: MaxMemoryOption = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option("--max-memory", help="What training may take in all, such as 6GB: bounds the lowest layer."),
+    ] = None,
     batch_tokens: Annotated[
         int, typer.Option("--batch-tokens", help="Tokens of the largest training batch, for --max-memory.")
     ] = 4096,
@@ -106,7 +109,7 @@ def plan(
         routers,  # type: ignore[arg-type]
         parse_memory(max_memory),
         batch_tokens,
-        freeze_after,
+        freeze_after=freeze_after,
     )
     if out is not None:
         made.write(out)

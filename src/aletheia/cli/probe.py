@@ -75,8 +75,8 @@ def probe(
     cap = parse_memory(max_memory)
     check_writable(out.parent)
     rows = load_rows(data)
-    if is_streamed(model, dtype, stream, cap):
-        checkpoint = Checkpoint(model, dtype)
+    if is_streamed(model, dtype, stream, cap, quantize):
+        checkpoint = Checkpoint(model, dtype, attention=attention)  # type: ignore[arg-type]
         examples = encode_for(checkpoint, rows, max_length, skip_emptied)
         say(f"probe  {batches} batches of {batch_size}, layer by layer; plans will count operations, not seconds")
         work = out.with_name(f"{out.name}.partial")

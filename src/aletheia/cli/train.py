@@ -115,7 +115,7 @@ def train(
     from aletheia.anatomy.checkpoint import Checkpoint
     from aletheia.data.examples import split_held_out
     from aletheia.data.rows import load_rows
-    from aletheia.planning.plan import Plan, layer_ranges
+    from aletheia.planning.plan import Plan
     from aletheia.reporting.page import report
     from aletheia.reporting.terminal import render
     from aletheia.tuning.adapters import adapt
@@ -136,8 +136,9 @@ def train(
     say(f"load   {model}")
     with timed(seconds, "load"):
         base: Loaded | Checkpoint
-        if is_streamed(model, dtype, stream, cap):
-            base = Checkpoint(model, dtype)
+        if is_streamed(model, dtype, stream, cap, quantize):
+            _check_streamed(plan, freeze_after, cache)
+            base = Checkpoint(model, dtype, attention=attention)  # type: ignore[arg-type]
             examples = encode_for(base, rows, max_length, skip_emptied)
         else:
             base, examples = load_for(model, dtype, quantize, attention, rows, max_length, skip_emptied)
@@ -148,7 +149,14 @@ def train(
         fraction = 0.05 if eval_fraction is None else eval_fraction
         examples, held_out = split_held_out(examples, fraction, seed, eval_rows)
     passes = 1.0 if cache == "off" else steps * batch_size / len(examples) if steps else epochs or 1.0
-    plan, scores = _follow_or_make(plan, base, examples, passes, batch_size, cap, freeze_after, seed, seconds)
+    if plan is not None:
+        _check_plan(plan, base, examples, cap)
+        scores = None
+    else:
+        work = out.with_name(f"{out.name}.partial")
+        scores = _probe(base, examples, seed, cap, work, seconds)
+        with timed(seconds, "plan"):
+            plan = _plan(scores, base, examples, passes, batch_size, cap, freeze_after, seed)
     say(
         f"plan   {plan.settings.policy}: {len(plan.layers)} of {plan.layer_count} layers from {plan.boundary} up, "
         + (f"the others in the first {plan.settings.freeze_after:.0%} of the steps, " if plan.early_layers else "")
@@ -157,11 +165,6 @@ def train(
     )
     prefix = None
     if isinstance(base, Checkpoint):
-        if plan.early_layers:
-            raise TrainingError(
-                f"the plan adapts layers {layer_ranges(plan.early_layers)} at first, which are not in memory where the "
-                "model is streamed; expected --freeze-after 0"
-            )
         rows_used = [*_used(examples, steps, batch_size, seed, group_by_length), *held_out.examples]
         with timed(seconds, "cache"):
             prefix = streamed_cache(base, plan.boundary, cache_dir)
@@ -210,8 +213,58 @@ def _used(examples: "Examples", steps: int | None, batch_size: int, seed: int, g
     return [examples[row] for batch in batches for row in batch]
 
 
-def _follow_or_make(
-    plan: "Plan | None",
+def _check_streamed(plan: "Plan | None", freeze_after: float | None, cache: str) -> None:
+    """Refuse what a streamed model cannot do, before anything is read."""
+    from aletheia.planning.plan import layer_ranges
+
+    streamed = "where the model is streamed"
+    if freeze_after:
+        raise TrainingError(
+            f"--freeze-after is {freeze_after:g}; expected 0 {streamed}: lower layers are not in memory"
+        )
+    if cache not in ("auto", "disk"):
+        raise TrainingError(f"--cache is {cache}; expected auto or disk {streamed}: its prefix is computed once")
+    if plan is not None and plan.early_layers:
+        raise TrainingError(
+            f"the plan adapts layers {layer_ranges(plan.early_layers)} at first, which are not in memory {streamed}; "
+            "expected one made with --freeze-after 0"
+        )
+    if plan is not None and plan.boundary == 0:
+        raise TrainingError(f"the plan adapts layer 0; expected one that leaves a frozen prefix {streamed}")
+
+
+def _check_plan(plan: "Plan", base: "Loaded | Checkpoint", examples: "Examples", max_memory: int | None) -> None:
+    """Whether a plan that was given belongs to the model; other data are only noted."""
+    from aletheia.anatomy.checkpoint import Checkpoint
+    from aletheia.anatomy.fingerprint import identify
+
+    streamed = isinstance(base, Checkpoint)
+    plan.check_model(base.identity(ahead=max_memory is None) if streamed else identify(base.model))
+    if plan.data and plan.data.fingerprint != examples.identity.fingerprint:
+        say(f"note: the plan was made from {plan.data.name}, this run trains on {examples.identity.name}")
+
+
+def _probe(
+    base: "Loaded | Checkpoint",
+    examples: "Examples",
+    seed: int,
+    max_memory: int | None,
+    work: Path,
+    seconds: dict[str, float],
+) -> "Scores":
+    from aletheia.anatomy.checkpoint import Checkpoint
+    from aletheia.probing.resident import probe
+    from aletheia.probing.streamed import probe_streamed
+
+    say("probe  5 batches of 1")
+    with timed(seconds, "probe"):
+        if isinstance(base, Checkpoint):
+            return probe_streamed(base, examples, seed=seed, work=work, max_memory=max_memory)
+        return probe(base.model, examples, seed=seed)
+
+
+def _plan(
+    scores: "Scores",
     base: "Loaded | Checkpoint",
     examples: "Examples",
     epochs: float,
@@ -219,38 +272,32 @@ def _follow_or_make(
     max_memory: int | None,
     freeze_after: float | None,
     seed: int,
-    seconds: dict[str, float],
-) -> tuple["Plan", "Scores | None"]:
-    """The plan given, checked against the model, or one made from a probe now."""
+) -> "Plan":
+    """The default plan: what fits in memory, and all layers at first where those do."""
     from aletheia.anatomy.checkpoint import Checkpoint
+    from aletheia.anatomy.load import free_memory_bytes, own_memory_bytes
+    from aletheia.planning.make import plan
+    from aletheia.planning.memory import training_bytes
 
-    if plan is not None:
-        from aletheia.anatomy.fingerprint import identify
-
-        plan.check_model(base.identity() if isinstance(base, Checkpoint) else identify(base.model))
-        if plan.data and plan.data.fingerprint != examples.identity.fingerprint:
-            say(f"note: the plan was made from {plan.data.name}, this run trains on {examples.identity.name}")
-        return plan, None
-    from aletheia.planning.make import plan as make_plan
-    from aletheia.probing.resident import probe
-    from aletheia.probing.streamed import probe_streamed
-
-    say("probe  5 batches of 1")
-    with timed(seconds, "probe"):
-        if isinstance(base, Checkpoint):
-            scores = probe_streamed(base, examples, seed=seed, max_memory=max_memory)
-        else:
-            scores = probe(base.model, examples, seed=seed)
-    largest = batch_size * max(map(len, examples.examples))
-    with timed(seconds, "plan"):
-        if freeze_after is None:
-            freeze_after = 0.0 if isinstance(base, Checkpoint) or max_memory else FREEZE_AFTER
-        made = make_plan(
-            scores,
-            seed=seed,
-            epochs=epochs,
-            max_memory=max_memory,
-            batch_tokens=largest,
-            freeze_after=freeze_after,
-        )
-    return made, scores
+    streamed = isinstance(base, Checkpoint)
+    device = base.device if streamed else base.model.device
+    room = free_memory_bytes(device) + own_memory_bytes(device) if max_memory is None else max_memory
+    tokens = batch_size * max(map(len, examples.examples))
+    share = max(row.labelled_tokens / len(row) for row in examples.examples)
+    if freeze_after is None:
+        anatomy, ranks = scores.anatomy, {module.name: 16 for module in scores.anatomy.adaptable()}
+        weights = scores.weight_bytes
+        every = weights and training_bytes(anatomy, weights, range(anatomy.layer_count), ranks, tokens, share)
+        fits = not streamed and max_memory is None and every is not None and every <= room
+        freeze_after = FREEZE_AFTER if fits else 0.0
+        if not fits:
+            say("note: lower layers do not learn at first, as they would by default: they may not fit in memory")
+    return plan(
+        scores,
+        seed=seed,
+        epochs=epochs,
+        max_memory=room if streamed else max_memory,
+        batch_tokens=tokens,
+        labelled_share=share,
+        freeze_after=freeze_after,
+    )

@@ -9,7 +9,7 @@ weights, b bytes of an element, F operations and R bytes read per second, k the 
 - cache: ``max(2 T P_below_k / F, W_below_k / R)`` for every row once, ``T D b`` bytes on disk, twice that while it is
   filled layer by layer.
 - training: ``T (4 P_from_k + 6 P_adapters + 4 D V labelled) / F`` per pass, the cache read once per pass; memory as in
-  :func:`aletheia.planning.memory.training_bytes`.
+  :func:`aletheia.planning.memory.training_bytes`. Steps in which every layer learns count all P.
 
 Counted are matrix products, of experts those a token passes through, and reading; the attention products are not.
 """
@@ -67,6 +67,7 @@ def estimate(
     job: Job,
     machine: Machine,
     item_bytes: int,
+    early: float = 0.0,
 ) -> list[Phase]:
     """Probe, cache and training of a plan that adapts ``layers``, in the order they run.
 
@@ -78,10 +79,11 @@ def estimate(
         job: the data and how often it is seen.
         machine: what it runs on.
         item_bytes: of an element of the hidden states.
+        early: share of the steps in which every layer learns, before the cache is filled.
     """
     boundary = min(layers)
     tokens = job.rows * job.tokens_per_row
-    total = sum(weights.layers) + weights.outside
+    total = sum(weights.layers) + weights.outside + weights.embedding
     streamed = total > RESIDENT_SHARE * machine.memory
     probe_tokens = PROBE_BATCHES * job.tokens_per_row
     held = 3 * max(weights.layers) if streamed else total
@@ -97,6 +99,9 @@ def estimate(
     head = 4 * anatomy.hidden_size * anatomy.vocab_size * job.labelled_share
     batch_tokens = job.batch_size * job.tokens_per_row
     read = sum(weights.layers[:boundary]) if streamed else 0
+    every = range(anatomy.layer_count)
+    learning = [range(boundary, anatomy.layer_count), *([every] if early else [])]
+    step_operations = (1 - early) * 4 * above + early * 4 * (below + above) + 6 * adapters + head
     work = _layer_work(anatomy, job.tokens_per_row)
     return [
         Phase(
@@ -115,10 +120,12 @@ def estimate(
         ),
         Phase(
             name="training",
-            memory=training_bytes(anatomy, weights, layers, ranks, batch_tokens, job.labelled_share),
+            memory=max(
+                training_bytes(anatomy, weights, those, ranks, batch_tokens, job.labelled_share) for those in learning
+            ),
             disk=states,
-            read=job.epochs * states,
-            seconds=job.epochs * tokens * (4 * above + 6 * adapters + head) / machine.flops,
+            read=(1 - early) * job.epochs * states,
+            seconds=job.epochs * tokens * step_operations / machine.flops,
         ),
     ]
 
@@ -139,8 +146,9 @@ def estimate_plan(plan: Plan, scores: Scores, job: Job, machine: Machine) -> lis
     if scores.weight_bytes is None:
         raise PlanError("the scores tell no weight sizes; expected those of this release's probe; probe again")
     ranks = {adapter.name: adapter.rank for adapter in plan.adapters}
+    early = plan.settings.freeze_after if plan.early_layers else 0.0
     item = 4 if plan.probe.dtype == "float32" else 2
-    return estimate(scores.anatomy, scores.weight_bytes, plan.layers, ranks, job, machine, item)
+    return estimate(scores.anatomy, scores.weight_bytes, plan.layers, ranks, job, machine, item, early)
 
 
 def _parameters(anatomy: Anatomy, layers: Sequence[int]) -> float:

@@ -34,6 +34,7 @@ def plan(
     routers: bool = False,
     max_memory: int | None = None,
     batch_tokens: int = 4096,
+    labelled_share: float = 1.0,
     freeze_after: float = 0.0,
 ) -> Plan:
     """Choose layers and ranks for the model that ``scores`` were measured on.
@@ -54,6 +55,7 @@ def plan(
         routers: adapt the routers of a mixture of experts, too, where they are modules that LoRA can adapt.
         max_memory: bytes that training may take in all, from a filled prefix cache: bounds the lowest adapted layer.
         batch_tokens: tokens of the largest training batch, for ``max_memory``.
+        labelled_share: the most of them that carry a label, for ``max_memory``.
         freeze_after: share of a run's steps in which all other layers learn, too, before they freeze as they are, in
             [0, 1). ``aletheia train`` and :func:`aletheia.train` follow that; other loops adapt them to the end.
 
@@ -69,7 +71,7 @@ def plan(
     anatomy = scores.anatomy
     adaptable = anatomy.adaptable(routers)
     costs = _costs(scores, settings, _nominal_ranks(adaptable, settings))
-    lowest = 0 if max_memory is None else _lowest(scores, settings, adaptable, max_memory, batch_tokens)
+    lowest = 0 if max_memory is None else _lowest(scores, settings, adaptable, max_memory, batch_tokens, labelled_share)
     _check_freeze(freeze_after, lowest)
     settings = settings.model_copy(update={"freeze_after": freeze_after})
     rest, later_speedup = _after_freeze(scores, costs, settings, lowest)
@@ -129,18 +131,23 @@ def _after_freeze(scores: Scores, costs: LayerCosts, settings: PlanSettings, low
 
 
 def _lowest(
-    scores: Scores, settings: PlanSettings, adaptable: Sequence[Module], max_memory: int, batch_tokens: int
+    scores: Scores,
+    settings: PlanSettings,
+    adaptable: Sequence[Module],
+    max_memory: int,
+    batch_tokens: int,
+    labelled_share: float,
 ) -> int:
     """The lowest layer from which on the model can be trained in ``max_memory``."""
     if scores.weight_bytes is None:
         raise PlanError("the scores tell no weight sizes; expected those of this release's probe; probe again")
     if batch_tokens < 1:
         raise PlanError(f"--batch-tokens is {batch_tokens}; expected at least 1")
-    ranks, share = _nominal_ranks(adaptable, settings), scores.probe.labelled_tokens / scores.probe.tokens
+    ranks = _nominal_ranks(adaptable, settings)
     given = scores.anatomy, scores.weight_bytes
-    found = lowest_boundary(*given, ranks, batch_tokens, share, max_memory)
+    found = lowest_boundary(*given, ranks, batch_tokens, labelled_share, max_memory)
     if found is None:
-        least = training_bytes(*given, [scores.anatomy.layer_count - 1], ranks, batch_tokens, share)
+        least = training_bytes(*given, [scores.anatomy.layer_count - 1], ranks, batch_tokens, labelled_share)
         raise PlanError(
             f"--max-memory is {max_memory / 1e9:.1f} GB; the last layer alone takes {least / 1e9:.1f} GB to train; "
             "expected at least that; take smaller batches, shorter rows or less rank"

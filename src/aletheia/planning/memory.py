@@ -30,7 +30,7 @@ def training_bytes(
         layers: the adapted layers.
         ranks: rank by full module name.
         tokens: of the largest batch, padding included.
-        labelled_share: of the tokens.
+        labelled_share: of the tokens, at most.
     """
     boundary = min(layers)
     suffix = [module for module in anatomy.modules if module.layer >= boundary]
@@ -41,7 +41,7 @@ def training_bytes(
     )
     widths = sum((module.in_features + module.out_features) * module.active_experts for module in suffix)
     logits = LOGIT_COPIES * tokens * labelled_share * anatomy.vocab_size
-    held = sum(weights.layers[boundary:]) + weights.outside
+    held = sum(weights.layers[boundary:]) + weights.outside + (0 if boundary else weights.embedding)
     return int(PROCESS_BYTES + held + ADAPTER_BYTES * parameters + 4 * (2 * tokens * widths + logits))
 
 

@@ -100,8 +100,8 @@ class Plan(Artifact):
         return self.layers[0]
 
     def early_steps(self, steps: int) -> int:
-        """How many of a run's steps the early layers learn in."""
-        return round(self.settings.freeze_after * steps) if self.early_layers else 0
+        """How many of a run's steps the early layers learn in; never all."""
+        return min(round(self.settings.freeze_after * steps), steps - 1) if self.early_layers else 0
 
     @property
     def uses_scores(self) -> bool:

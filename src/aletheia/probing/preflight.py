@@ -20,7 +20,7 @@ def preflight(base: Loaded, data: Examples) -> tuple[Loaded, str | None]:
 
     Only float16 is tried: bfloat16 and float32 have the range. The ways, in this order: sdpa instead of eager
     attention, then the checkpoint loaded again in bfloat16 where the device computes in it, or in float32; the model
-    given is then emptied.
+    given is then emptied, unless it is quantized.
 
     Raises:
         ModelError: the model cannot be loaded again.

@@ -94,6 +94,7 @@ def _weight_bytes(model: nn.Module) -> WeightBytes:
             for parameter in model.parameters()
             if id(parameter) not in inside and parameter not in left_out
         ),
+        embedding=sum(parameter.nbytes for parameter in left_out),
     )
 
 

@@ -28,14 +28,15 @@ class ProbeSettings(BaseModel):
 
 
 class WeightBytes(BaseModel):
-    """Memory that the weights take as they were loaded: each layer, and outside the layers what training needs.
+    """Memory that the weights take as they were loaded: each layer, the embedding, and what else lies outside.
 
-    ``outside`` is the head with its norm, and the embedding only where it is the same weight.
+    ``outside`` is the head with its norm. Where the embedding is the same weight, ``embedding`` is 0.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     layers: tuple[int, ...]
     outside: int
+    embedding: int = 0
 
 
 class ExpertScores(BaseModel):

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,13 @@ from torch import nn
 
 from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.fingerprint import LayerSample, identity, sample_embedding, sample_layer
-from aletheia.anatomy.layerwise import hidden_states, layer_call, with_hidden_states
+from aletheia.anatomy.layerwise import hidden_states, with_hidden_states
 from aletheia.anatomy.load import growth_allowed
 from aletheia.anatomy.read import matrices_of, stacks_of
 from aletheia.anatomy.schema import Anatomy, ModelIdentity
 from aletheia.data.batches import labelled_tokens
 from aletheia.data.examples import NO_LOSS, Examples
 from aletheia.errors import ProbeError
-from aletheia.files import package_versions
 from aletheia.probing.experts import ExpertRecorder
 from aletheia.probing.ghost import GhostRecorder
 from aletheia.probing.logits import labelled_logits
@@ -63,8 +62,8 @@ def probe_streamed(
         batches: as there.
         batch_size: as there.
         seed: as there.
-        work: folder for what is done so far, removed at the end; a probe that was killed goes on from it. Without
-            one a temporary folder is used.
+        work: folder in which what is done so far lies, in one of its own, removed at the end; a probe that was
+            killed goes on from it. Without one a temporary folder is used.
         max_memory: bytes that the process may take in all; by default what is free.
         show_progress: a bar with the time left.
 
@@ -83,12 +82,17 @@ def probe_streamed(
             "used; expected room for that; take fewer or shorter rows per batch, or --dtype bfloat16"
         )
     columns = (TextColumn("probe"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"), TimeRemainingColumn())
+    if getattr(checkpoint.model.config.get_text_config(), "output_router_logits", False):
+        raise ProbeError(
+            "the model adds a router loss over all layers; expected output_router_logits off in its config"
+        )
+    key = _key(checkpoint, used)
     with (
-        _folder(work) as folder,
+        _folder(work, key) as folder,
         Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress,
     ):
         task = progress.add_task("probe", total=2 * checkpoint.layer_count)
-        job = _Job(folder, _key(checkpoint, used))
+        job = _Job(folder, key)
 
         def advance() -> None:
             progress.advance(task)
@@ -109,6 +113,7 @@ def probe_streamed(
         WeightBytes(
             layers=tuple(checkpoint.part_bytes(index) for index in range(checkpoint.layer_count)),
             outside=checkpoint.part_bytes("around") + checkpoint.head_bytes,
+            embedding=checkpoint.part_bytes("embedding") if checkpoint.part_bytes("head") else 0,
         ),
     )
 
@@ -189,30 +194,26 @@ class _Job:
 
 
 @contextmanager
-def _folder(work: str | Path | None) -> Iterator[Path]:
-    """The folder of the job; removed when all is done, a temporary one in any case."""
+def _folder(work: str | Path | None, key: str) -> Iterator[Path]:
+    """The folder of the job, inside ``work``; removed when all is done, a temporary one in any case."""
     if work is None:
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
         return
-    folder = Path(work)
+    folder = Path(work) / key[:16]
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ProbeError(f"cannot create {folder}: {error.strerror}; choose another place") from error
     yield folder
     shutil.rmtree(folder)
+    with suppress(OSError):  # something else lies there
+        folder.parent.rmdir()
 
 
 def _key(checkpoint: Checkpoint, used: list[Batch]) -> str:
-    """What the work depends on: the shards by size and time, the batches, dtype, device, and versions."""
-    about = [
-        checkpoint.state,
-        str(checkpoint.dtype),
-        checkpoint.device.type,
-        package_versions(("torch", "transformers")),
-    ]
-    digest = hashlib.sha256(json.dumps(about).encode())
+    """What the work depends on: the checkpoint and its settings, and the batches."""
+    digest = hashlib.sha256(checkpoint.state.encode())
     for batch in used:
         for name in ("input_ids", "attention_mask", "labels"):
             digest.update(f"{name} {tuple(batch[name].shape)}".encode())
@@ -223,23 +224,26 @@ def _key(checkpoint: Checkpoint, used: list[Batch]) -> str:
 @torch.no_grad()
 def _forward(checkpoint: Checkpoint, used: list[Batch], job: _Job, ahead: bool, advance: Any) -> None:
     """Leave what enters each layer, ``states-N`` for layer N, and the samples that tell the model."""
-    model, layers = checkpoint.model, checkpoint.layers
     if not job.has("states-0"):
-        with checkpoint.embedding():
-            states = [hidden_states(*_call(model, layers[0], batch)) for batch in used]
+        with checkpoint.embedding() as model:
+            states = [hidden_states(*checkpoint.call(0, batch)) for batch in used]
             sample = sample_embedding(model.get_input_embeddings().weight)
-        job.write("states-0", _numbered(states), {"outputs": 0, "embedding": sample.hex()})
-    start = max(index for index in range(checkpoint.layer_count + 1) if job.has(f"states-{index}"))
+        job.write("states-0", _numbered(states), {"outputs": None, "embedding": sample.hex()})
+    start = 0
+    while start < checkpoint.layer_count and job.has(f"states-{start + 1}"):
+        start += 1
     checkpoint.set_outputs(job.about(f"states-{start}")["outputs"])
     states = _list(job.read(f"states-{start}"), used)
     for _ in range(start):
         advance()
     for index, layer in checkpoint.read_layers(range(start, checkpoint.layer_count), ahead):
         for number, batch in enumerate(used):
-            args, kwargs = with_hidden_states(*_call(model, layers[index], batch), states[number])
+            args, kwargs = with_hidden_states(*checkpoint.call(index, batch), states[number])
             states[number] = checkpoint.run(layer, args, kwargs)
             if not torch.isfinite(states[number]).all():
                 raise _not_finite(f"the output of layer {index} ({checkpoint.layer_path}.{index})", number, checkpoint)
+        if index == start:
+            checkpoint.check_layers(used[0])
         sample = sample_layer(layer)
         fields = {name: None if value is None else value.hex() for name, value in asdict(sample).items()}
         job.write(f"states-{index + 1}", _numbered(states), {"outputs": checkpoint.outputs, "sample": fields})
@@ -324,7 +328,7 @@ def _layer_backward(
     with GhostRecorder(matrices_of(layer, path)) as recorder, ExpertRecorder(stacks_of(layer, path)) as experts:
         for number, batch in enumerate(used):
             with torch.no_grad():
-                call = _call(checkpoint.model, checkpoint.layers[index], batch)
+                call = checkpoint.call(index, batch)
             experts.mask_N = batch["attention_mask"].flatten()
             leaf = states[number].requires_grad_(True)
             output_BTD = checkpoint.run(layer, *with_hidden_states(*call, leaf))
@@ -356,15 +360,6 @@ def _identity(checkpoint: Checkpoint, job: _Job) -> ModelIdentity:
         )
     embedding = bytes.fromhex(job.about("states-0")["embedding"])
     return identity(checkpoint.name, checkpoint.anatomy, embedding, samples)
-
-
-def _call(model: nn.Module, layer: nn.Module, batch: Batch) -> tuple[tuple, dict[str, Any]]:
-    call = layer_call(model, layer, batch)
-    if call is None:
-        raise ProbeError(
-            f"{type(model).__name__} does not call all of its layers; expected that, probe without --stream"
-        )
-    return call
 
 
 def _not_finite(what: str, number: int, checkpoint: Checkpoint) -> ProbeError:

@@ -130,6 +130,11 @@ class DiskCache:
             ) from error
         with suppress(OSError):  # another user's folder, perhaps
             os.utime(self.folder / "cache.json")  # when it was last used
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take up what others have written since."""
+        self._entries.clear()
         for index in sorted(self.folder.glob("*.idx")):
             self._read_index(index)
 
@@ -232,7 +237,7 @@ def stored_caches(root: str | Path) -> list[StoredCache]:
     for marker in Path(root).glob("*/cache.json"):
         try:
             info = CacheInfo.read(marker)
-            size = sum(path.stat().st_size for path in marker.parent.iterdir())
+            size = sum(path.stat().st_size for path in marker.parent.rglob("*"))
             found.append(StoredCache(marker.parent, info, size, marker.stat().st_mtime))
         except (ArtifactError, OSError):
             continue

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from aletheia.anatomy.fingerprint import configuration
 from aletheia.anatomy.load import free_memory_bytes
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate, on_device_of
@@ -38,7 +39,6 @@ CacheKind = Literal["auto", "memory", "disk", "off"]
 MEMORY_SHARE = 0.5  # of the memory that is free now: what auto may fill
 TRIAL_BYTES = 1 << 24  # written and read once to measure the disk
 SAME = 1e-3  # relative; two runs of one shape are equal to the last digits
-_FILTERED = ("_name_or_path", "transformers_version", "use_cache", "dtype", "torch_dtype", "architectures")
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,7 @@ def prefix_key(model: nn.Module, boundary: int) -> str:
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     head_name = next((name for name, module in base.named_modules() if module is head), None)
     digest = hashlib.sha256()
-    config = {key: value for key, value in base.config.to_dict().items() if key not in _FILTERED}
-    about = {
-        "config": config,
-        "attention": getattr(base.config, "_attn_implementation", None),
+    about = configuration(base) | {
         "boundary": boundary,
         "dtype": str(embedding.weight.dtype),
         "device": embedding.weight.device.type,

@@ -51,8 +51,8 @@ def _lora_linear_backward(ctx, grad_NO, _):
     if ctx.needs_input_grad[0]:
         grad_x_NI = grad_NO @ weight_OI
         grad_x_NI.addmm_(grad_reduced_NR, a_RI)
-    grad_a_RI = grad_reduced_NR.T @ x_NI
-    grad_b_OR = (grad_NO.T @ reduced_NR).mul_(ctx.scale)
+    grad_a_RI = grad_reduced_NR.T @ x_NI if ctx.needs_input_grad[3] else None
+    grad_b_OR = (grad_NO.T @ reduced_NR).mul_(ctx.scale) if ctx.needs_input_grad[4] else None
     return grad_x_NI, None, None, grad_a_RI, grad_b_OR, None
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate
 from aletheia.data.examples import Example, Examples
+from aletheia.errors import CacheError
 from aletheia.planning.plan import Plan
 from aletheia.tuning.cache import DiskCache, PrefixCache, collate_with_prefix
 from aletheia.tuning.fast import fast_steps
@@ -89,7 +90,13 @@ class Stage:
         if prefix is not None:
             self.cache, self.decision = prefix, CacheDecision("disk", "filled layer by layer")
         else:
-            self._store(schedule, kind, folder, evaluations, show_progress)
+            try:
+                self._store(schedule, kind, folder, evaluations, show_progress)
+            except CacheError as error:
+                if not self._frozen:
+                    raise
+                self.cache, self.decision = None, CacheDecision("off", str(error))  # what was trained is not lost
+                Console(stderr=True).print(f"cache  off: {error}", highlight=False, soft_wrap=True)
         self.cache_seconds = time.perf_counter() - started
         self._begin()
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
@@ -18,22 +19,20 @@ from safetensors.torch import save_file
 from torch import nn
 
 from aletheia.anatomy.checkpoint import Checkpoint
-from aletheia.anatomy.layerwise import hidden_states, layer_call, with_hidden_states
+from aletheia.anatomy.layerwise import hidden_states, with_hidden_states
 from aletheia.anatomy.load import growth_allowed
 from aletheia.data.batches import collate
 from aletheia.data.examples import Example
 from aletheia.errors import CacheError
-from aletheia.files import package_versions
 from aletheia.tuning.cache import CacheInfo, DiskCache, check_space, default_cache_dir, distinct_tokens, row_key
 
 Batch = dict[str, torch.Tensor]
-Calls = tuple[tuple, dict]
 
 
 def streamed_cache(checkpoint: Checkpoint, boundary: int, folder: Path | None = None) -> DiskCache:
     """The cache on disk for what enters layer ``boundary``; it is not filled yet.
 
-    It is known by the shards' names, sizes and times of change, the boundary, dtype, device and library.
+    It is known by :attr:`aletheia.Checkpoint.state` and the boundary.
 
     Raises:
         CacheError: layer 0 is adapted, the model adds a router loss, or the folder cannot be used.
@@ -44,11 +43,9 @@ def streamed_cache(checkpoint: Checkpoint, boundary: int, folder: Path | None = 
         raise CacheError(
             "the model adds a router loss over all layers; expected output_router_logits off in its config"
         )
-    about = [checkpoint.state, boundary, str(checkpoint.dtype), checkpoint.device.type]
-    about.append(package_versions(("torch", "transformers")))
     info = CacheInfo(
         model=checkpoint.name,
-        key=hashlib.sha256(json.dumps(about).encode()).hexdigest(),
+        key=hashlib.sha256(f"{checkpoint.state} {boundary}".encode()).hexdigest(),
         boundary=boundary,
         dtype=str(checkpoint.dtype).removeprefix("torch."),
         width=checkpoint.anatomy.hidden_size,
@@ -76,31 +73,58 @@ def fill_streamed(
         CacheError: the disk cannot hold it, a layer draws at random, or a value is not finite.
         ModelError: the checkpoint is damaged.
     """
-    missing = sorted(cache.missing(rows), key=len, reverse=True)
-    if not missing:
-        return 0
+    with FileLock(cache.folder / "fill.lock"):  # another run may be at it, and would do what we do
+        cache.refresh()
+        missing = sorted(cache.missing(rows), key=len, reverse=True)
+        if missing:
+            _fill(checkpoint, boundary, missing, cache, batch_size, pad_token_id, max_memory, show_progress)
+    return len(missing)
+
+
+def _fill(
+    checkpoint: Checkpoint,
+    boundary: int,
+    missing: list[Example],
+    cache: DiskCache,
+    batch_size: int,
+    pad_token_id: int,
+    max_memory: int | None,
+    show_progress: bool,
+) -> None:
     width = checkpoint.anatomy.hidden_size * checkpoint.dtype.itemsize
-    check_space(cache.folder, 2 * distinct_tokens(missing) * width)
     groups = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     work = cache.folder / f"partial-{_key(missing, batch_size)[:16]}"
+    for other in cache.folder.glob("partial-*"):
+        if other != work:  # of rows or batches that nobody asks for any more
+            shutil.rmtree(other, ignore_errors=True)
     work.mkdir(exist_ok=True)
     states = [_States(work / f"{number:06d}.safetensors") for number in range(len(groups))]
+    done = sum(len(row) for state, group in zip(states, groups, strict=True) if state.layer >= 0 for row in group)
+    check_space(cache.folder, (2 * distinct_tokens(missing) - done) * width)
     largest = max(checkpoint.part_bytes(index) + checkpoint.stored_bytes(index) for index in range(boundary))
-    ahead = 2 * largest <= growth_allowed(checkpoint.device, max_memory)
+    room = growth_allowed(checkpoint.device, max_memory)
+    if largest > room:
+        raise CacheError(
+            f"the cache is filled layer by layer, and a layer takes {largest / 1e9:.1f} GB; {room / 1e9:.1f} GB may be "
+            "used; expected room for one"
+        )
+    ahead = 2 * largest <= room
     columns = (TextColumn("cache"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
         task = progress.add_task("cache", total=boundary)
         if any(state.layer < 0 for state in states):
-            with checkpoint.embedding() as model:
+            with checkpoint.embedding():
                 for state, group in zip(states, groups, strict=True):
                     if state.layer < 0:
-                        call = layer_call(model, checkpoint.layers[0], _batch(checkpoint, group, pad_token_id))
-                        state.write(0, _checked(call, checkpoint), 0)
+                        call = checkpoint.call(0, _batch(checkpoint, group, pad_token_id))
+                        state.write(0, _checked(hidden_states(*call), checkpoint), None)
         first = min(state.layer for state in states)
         checkpoint.set_outputs(states[0].outputs)
         progress.advance(task, first)
         for index, layer in checkpoint.read_layers(range(first, boundary), ahead):
             _check_repeats(checkpoint, index, layer, states, groups, pad_token_id)
+            if index == first:
+                checkpoint.check_layers(_batch(checkpoint, groups[-1], pad_token_id))
             for state, group in zip(states, groups, strict=True):
                 if state.layer == index:
                     hidden_BTD = _run(checkpoint, index, layer, state, group, pad_token_id)
@@ -116,7 +140,6 @@ def fill_streamed(
         for row, hidden_TD in zip(group, state.read(torch.device("cpu")), strict=True):
             cache.put(row, hidden_TD[: len(row)])
     shutil.rmtree(work)
-    return len(missing)
 
 
 class _States:
@@ -125,11 +148,12 @@ class _States:
     def __init__(self, path: Path) -> None:
         """Take up what is there."""
         self._path = path
-        self.layer, self.outputs = -1, 0
+        self.layer: int = -1
+        self.outputs: list[bool] | None = None
         try:
             with safe_open(path, framework="pt") as file:
                 about = file.metadata()
-                self.layer, self.outputs = int(about["layer"]), int(about["outputs"])
+                self.layer, self.outputs = int(about["layer"]), json.loads(about["outputs"])
         except (OSError, SafetensorError):
             pass
 
@@ -138,10 +162,10 @@ class _States:
         with safe_open(self._path, framework="pt") as file:
             return file.get_tensor("states").to(device)
 
-    def write(self, layer: int, hidden_BTD: torch.Tensor, outputs: int) -> None:
+    def write(self, layer: int, hidden_BTD: torch.Tensor, outputs: list[bool] | None) -> None:
         """Replace them by those that enter ``layer``."""
         temporary = self._path.with_suffix(".new")
-        about = {"layer": str(layer), "outputs": str(outputs)}
+        about = {"layer": str(layer), "outputs": json.dumps(outputs)}
         try:
             save_file({"states": hidden_BTD.cpu().contiguous()}, temporary, about)
             os.replace(temporary, self._path)
@@ -154,8 +178,8 @@ def _run(
     checkpoint: Checkpoint, index: int, layer: nn.Module, state: _States, group: list[Example], pad_token_id: int
 ) -> torch.Tensor:
     batch = _batch(checkpoint, group, pad_token_id)
-    args, kwargs = layer_call(checkpoint.model, checkpoint.layers[index], batch) or ((), {})
-    return checkpoint.run(layer, *with_hidden_states(args, kwargs, state.read(checkpoint.device)))
+    call = checkpoint.call(index, batch)
+    return checkpoint.run(layer, *with_hidden_states(*call, state.read(checkpoint.device)))
 
 
 def _check_repeats(
@@ -167,8 +191,8 @@ def _check_repeats(
     pad_token_id: int,
 ) -> None:
     """Refuse a layer that gives something else each time it trains (dropout): a stored prefix would not be exact."""
-    number = len(groups) - 1  # the shortest rows
-    if states[number].layer != index:
+    number = next((number for number, state in reversed(list(enumerate(states))) if state.layer == index), None)
+    if number is None:
         return
     with torch.random.fork_rng():
         layer.train()
@@ -178,10 +202,17 @@ def _check_repeats(
         raise CacheError(f"layer {index} draws at random (dropout); expected none, set it to 0 in the model's config")
 
 
-def _checked(call: Calls | None, checkpoint: Checkpoint) -> torch.Tensor:
-    if call is None:
-        raise CacheError(f"{type(checkpoint.model).__name__} does not call its first layer; it cannot be streamed")
-    return hidden_states(*call)
+def _checked(hidden_BTD: torch.Tensor, checkpoint: Checkpoint) -> torch.Tensor:
+    if hidden_BTD.dim() != 3 or hidden_BTD.dtype != checkpoint.dtype:
+        raise CacheError(
+            f"the embedding of {type(checkpoint.model).__name__} gives {hidden_BTD.dtype} [{_by(hidden_BTD.shape)}]; "
+            f"expected {checkpoint.dtype} with three dimensions; it cannot be streamed"
+        )
+    return hidden_BTD
+
+
+def _by(shape: Sequence[int]) -> str:
+    return ", ".join(map(str, shape))
 
 
 def _batch(checkpoint: Checkpoint, group: list[Example], pad_token_id: int) -> Batch:
