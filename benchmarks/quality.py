@@ -20,31 +20,30 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.stats import bootstrap
-from steps import Arm, interleaved_steps, prepared
+from steps import Arm, interleaved_steps
 
 import aletheia
 from aletheia.cli.demo import demo_checkpoint
 from aletheia.cli.options import quiet_libraries
-from aletheia.data.batches import collate
 from aletheia.data.examples import NO_LOSS, Examples
 from aletheia.data.order import training_batches
-from aletheia.planning.plan import layer_ranges
-from aletheia.tuning.cache import MemoryCache, collate_with_prefix
-from aletheia.tuning.fill import fill
+from aletheia.planning.plan import Plan, layer_ranges
 from aletheia.tuning.initial import ROWS, Init, align_with_gradient
+from aletheia.tuning.stage import Stage
 
 BATCH_SIZE, WARMUP = 8, 0.05
 
 
 @dataclass(frozen=True)
 class Spec:
-    """An arm: how layers are chosen, the rank, the peak learning rate, and where A starts."""
+    """An arm: how layers are chosen, the rank, the peak learning rate, where A starts, and when lower layers freeze."""
 
     policy: str
     percent: float
     rank: int
     learning_rate: float
     init: Init = "random"
+    freeze_after: float = 0.0
 
 
 BASELINES = {f"uniform-{rate:g}": Spec("uniform", 100, 16, rate) for rate in (0.0005, 0.001, 0.00025)}
@@ -61,6 +60,11 @@ ARMS = BASELINES | {
     for rate in rates
     for init in ("gradient", "random")
     if (policy, init) != ("uniform", "random")
+}
+ARMS |= {
+    f"freeze-{share:g}-{rate:g}": Spec("depth-aware", 50, 16, rate, "gradient", share)
+    for share in (0.25, 1 / 6, 1 / 3)
+    for rate in (0.001, 0.002, 0.0005)
 }
 
 
@@ -95,16 +99,17 @@ def run_arms(args: argparse.Namespace) -> None:
             raise SystemExit(f"{path} was made with other settings; choose another OUT")
         if path.exists() or not name.startswith(tuple(args.arms.split(","))):
             continue
-        plan = aletheia.plan(scores, spec.policy, spec.percent, spec.rank)
-        baseline, own = Arm("baseline", uniform, truncated=False), Arm.fast("own", plan, cached=plan.boundary > 0)
-        timed = interleaved_steps(base.model, [baseline, own], data, BATCH_SIZE, 3)
+        plan = aletheia.plan(scores, spec.policy, spec.percent, spec.rank, freeze_after=spec.freeze_after)
+        later = plan.model_copy(
+            update={"early_layers": (), "adapters": tuple(a for a in plan.adapters if a.layer in plan.layers)}
+        )
+        baseline, early = Arm("baseline", uniform, truncated=False), Arm.fast("early", uniform)
+        own = Arm.fast("own", later, cached=plan.boundary > 0)
+        timed = interleaved_steps(base.model, [baseline, early, own], data, BATCH_SIZE, 3)
         print(f"{name}: layers {layer_ranges(plan.layers)}, {plan.trainable_parameters:,} parameters", flush=True)
-        found = train(base.model, own, data, held_out, spec, args)
+        found = train(base.model, plan, data, held_out, spec, args)
         found |= {"settings": settings, "layers": plan.layers, "arm": asdict(spec)}
-        found |= {
-            "step_seconds": float(np.mean(timed["own"])),
-            "baseline_step_seconds": float(np.mean(timed["baseline"])),
-        }
+        found |= {f"{arm}_step_seconds": float(np.mean(seconds)) for arm, seconds in timed.items()}
         path.write_text(json.dumps(found))
 
 
@@ -125,63 +130,59 @@ def rows(args: argparse.Namespace, tokenizer: object) -> tuple[Examples, Example
 
 
 def train(
-    model: torch.nn.Module, arm: Arm, data: Examples, held_out: Examples, spec: Spec, args: argparse.Namespace
+    model: torch.nn.Module, plan: Plan, data: Examples, held_out: Examples, spec: Spec, args: argparse.Namespace
 ) -> dict:
     """Held-out losses per row at even steps of one run."""
     steps = args.epochs * math.ceil(len(data) / BATCH_SIZE)
     order = training_batches([len(row) for row in data.examples], BATCH_SIZE, steps, 0)
+    schedule = [[data[row] for row in chosen] for chosen in order]
     due = {round(steps * number / args.points) for number in range(1, args.points + 1)}
-    cache = MemoryCache() if arm.cached else None
-    started = time.perf_counter()
-    if cache is not None:
-        with prepared(model, Arm("fill", arm.plan)) as adapted:
-            both = [*data.examples, *held_out.examples]
-            fill(adapted, arm.plan.boundary, both, cache, BATCH_SIZE, data.pad_token_id, show_progress=False)
-    building = time.perf_counter() - started
-    points = []
+    early, points = plan.early_steps(steps), []
+    adapted = aletheia.adapt(model, plan).train()
+    with Stage(adapted, plan, held_out, BATCH_SIZE, False, "off") as stage:
 
-    def of(chosen: list[int]) -> dict[str, torch.Tensor]:
-        return batch([data[row] for row in chosen], data, cache)
+        def store() -> None:
+            kind = "memory" if plan.boundary else "off"
+            stage.rise(schedule[early:], kind, None, None, args.points, False)
+            adapted.train()
 
-    with prepared(model, arm) as adapted:
+        if not early:
+            store()
         parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         started = time.perf_counter()
         if spec.init == "gradient":
-            align_with_gradient(adapted, (of(chosen) for chosen in order[: ROWS // BATCH_SIZE]))
+            align_with_gradient(adapted, (stage.collate(chosen) for chosen in schedule[: ROWS // BATCH_SIZE]))
         starting = time.perf_counter() - started
         optimizer = torch.optim.AdamW(parameters, lr=spec.learning_rate, weight_decay=0.0, fused=True)
         warmup = math.ceil(WARMUP * steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
+        decay = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(step / warmup, max(0.0, (steps - step) / (steps - warmup)))
         )
-        for number, chosen in enumerate(order, start=1):
-            adapted(**of(chosen), use_cache=False).loss.backward()
+        for number, chosen in enumerate(schedule, start=1):
+            adapted(**stage.collate(chosen), use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            schedule.step()
+            decay.step()
             optimizer.zero_grad()
             if number in due:
-                points.append({"step": number, "rows": per_row(adapted, held_out, cache)})
+                points.append({"step": number, "rows": per_row(adapted, held_out, stage)})
                 total = np.sum(points[-1]["rows"], axis=0)
                 print(f"step {number}: {total[0] / total[1]:.4f}", flush=True)
-    return {"points": points, "building_seconds": building + starting}
-
-
-def batch(chosen: list, data: Examples, cache: MemoryCache | None) -> dict[str, torch.Tensor]:
-    if cache is None:
-        return collate(chosen, data.pad_token_id)
-    return collate_with_prefix(chosen, data.pad_token_id, cache)
+            if number == early:
+                store()
+    adapted.unload()
+    return {"points": points, "building_seconds": stage.cache_seconds + starting, "early_steps": early}
 
 
 @torch.no_grad()
-def per_row(model: torch.nn.Module, held_out: Examples, cache: MemoryCache | None) -> list[tuple[float, int]]:
+def per_row(model: torch.nn.Module, held_out: Examples, stage: Stage) -> list[tuple[float, int]]:
     """Summed loss and labelled tokens of each held-out row."""
     model.eval()
     found: dict[int, tuple[float, int]] = {}
     order = sorted(range(len(held_out)), key=lambda row: -len(held_out[row]))
     for start in range(0, len(order), BATCH_SIZE):
         chosen = order[start : start + BATCH_SIZE]
-        inputs = batch([held_out[row] for row in chosen], held_out, cache)
+        inputs = stage.collate([held_out[row] for row in chosen])
         logits = model(**inputs, use_cache=False).logits[0, :-1]  # labelled positions alone, row after row
         targets = inputs["labels"][:, 1:]
         losses = torch.nn.functional.cross_entropy(logits, targets[targets != NO_LOSS], reduction="none")
@@ -211,14 +212,16 @@ def report(out: Path) -> list[str]:
         end = difference(arm["points"][-1]["rows"], last["rows"])
         reached = next((point["step"] for point in arm["points"] if mean(point["rows"]) <= target), None)
         is_baseline = name in BASELINES
-        seconds = arm["baseline_step_seconds"] if is_baseline else arm["step_seconds"]
+        seconds = arm["baseline_step_seconds"] if is_baseline else arm["own_step_seconds"]
         share = "never"
         if reached:
-            own = reached * seconds + (0 if is_baseline else arm["building_seconds"])
+            early = min(reached, arm["early_steps"])
+            own = early * arm["early_step_seconds"] + (reached - early) * seconds
+            own += 0 if is_baseline else arm["building_seconds"]
             share = f"{own / (best_point['step'] * arm['baseline_step_seconds']):.2f}"
         lines.append(
             f"| {name} | {arm['layers'][0]}-{arm['layers'][-1]} ({len(arm['layers'])}) | {curve} | {end} | "
-            f"{arm['step_seconds']:.2f} ({arm['baseline_step_seconds']:.2f}) | {share} |"
+            f"{arm['own_step_seconds']:.2f} ({arm['baseline_step_seconds']:.2f}) | {share} |"
         )
     return lines
 
