@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -68,6 +69,7 @@ class _Buffers:
         """Empty."""
         self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
         self._lent: dict[int, torch.Tensor] = {}
+        self._lock = Lock()  # transformers reads several tensors at a time
 
     def keep(self, shapes: set[tuple[torch.Size, torch.dtype]]) -> None:
         """Let go what a layer of these weights does not need."""
@@ -75,9 +77,10 @@ class _Buffers:
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """A tensor on the CPU that nobody else has; its values are whatever was left there."""
-        free = self._free.get((torch.Size(shape), dtype))
-        buffer = free.pop() if free else torch.empty(*shape, dtype=dtype)
-        self._lent[buffer.data_ptr()] = buffer
+        with self._lock:
+            free = self._free.get((torch.Size(shape), dtype))
+            buffer = free.pop() if free else torch.empty(*shape, dtype=dtype)
+            self._lent[buffer.data_ptr()] = buffer
         return buffer
 
     def give_back(self, layer: nn.Module) -> None:
