@@ -8,18 +8,15 @@ import copy
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Any, Literal, TypeVar
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -32,18 +29,16 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils import logging
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from aletheia.anatomy.fingerprint import configuration, identity, sample_embedding, sample_layer
 from aletheia.anatomy.layerwise import NoEmbedding, PassThrough, layer_call, replace_module
 from aletheia.anatomy.load import Attention, explained, load_config, pick, pick_device
 from aletheia.anatomy.read import find_layers, layer_index, read_anatomy
 from aletheia.anatomy.schema import Anatomy, ModelIdentity
+from aletheia.anatomy.shards import STREAMED_QUANTIZERS, Buffers, Cast, item_bytes, opened, shard_files
 from aletheia.errors import ModelError
 from aletheia.files import package_versions
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-STREAMED_QUANTIZERS = ("bitsandbytes",)  # whose layers can be loaded one by one
 _Module = TypeVar("_Module", bound=nn.Module)
 Part = int | Literal["embedding", "head", "around"]
 
@@ -60,48 +55,6 @@ class _Stored:
     stored_bytes: int
     size_bytes: int
     dtype: torch.dtype | None
-
-
-class _Buffers:
-    """Memory lent to layers and taken back: getting it from the system anew takes longer than filling it."""
-
-    def __init__(self) -> None:
-        """Empty."""
-        self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
-        self._lent: dict[int, torch.Tensor] = {}
-        self._lock = Lock()  # transformers reads several tensors at a time
-
-    def keep(self, shapes: set[tuple[torch.Size, torch.dtype]]) -> None:
-        """Let go what a layer of these weights does not need."""
-        self._free = {key: free for key, free in self._free.items() if key in shapes}
-
-    def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor on the CPU that nobody else has; its values are whatever was left there."""
-        with self._lock:
-            free = self._free.get((torch.Size(shape), dtype))
-            buffer = free.pop() if free else torch.empty(*shape, dtype=dtype)
-            self._lent[buffer.data_ptr()] = buffer
-        return buffer
-
-    def give_back(self, layer: nn.Module) -> None:
-        """Take the weights of a layer that nobody uses any more."""
-        for value in (*layer.parameters(), *layer.buffers()):
-            buffer = self._lent.pop(value.data_ptr(), None)
-            if buffer is not None:
-                self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
-
-
-@dataclass(frozen=True)
-class _Cast:
-    """A tensor in a shard which, when it is read, is cast into a buffer."""
-
-    view: Any
-    dtype: torch.dtype
-    buffers: _Buffers
-
-    def __getitem__(self, everything: Any) -> torch.Tensor:
-        value = self.view[everything]
-        return self.buffers.take(value.shape, self.dtype).copy_(value)
 
 
 class Checkpoint:
@@ -238,8 +191,8 @@ class Checkpoint:
         found: dict[str, list[_Stored]] = {}
         prefix = self._whole.base_model_prefix
         exceptions = self._whole._get_dtype_plan(self.dtype)  # weights kept in float32
-        for path in _shards(self.name):
-            with _opened(path) as shard:
+        for path in shard_files(self.name):
+            with opened(path) as shard:
                 for key in shard.keys():  # noqa: SIM118 - no dictionary
                     view = shard.get_slice(key)
                     shape = view.get_shape()
@@ -253,7 +206,7 @@ class Checkpoint:
                             f"{key} in {path} is {_by(shape)}; expected {_by(wanted.shape)} by the config; "
                             "fetch or convert the checkpoint again"
                         )
-                    stored, loaded = _item_bytes(view.get_dtype(), self.dtype)
+                    stored, loaded = item_bytes(view.get_dtype(), self.dtype)
                     count = torch.Size(shape).numel()
                     dtype = wanted.dtype if wanted is not None and is_plain and not exceptions else None
                     found.setdefault(target, []).append(_Stored(path, key, stored * count, loaded * count, dtype))
@@ -273,7 +226,7 @@ class Checkpoint:
         """transformers does not tie weights that a checkpoint holds twice with different values."""
         for target, source in (getattr(self._whole, "all_tied_weights_keys", None) or {}).items():
             if target in found and source in found:
-                with _opened(found[target][0].path) as one, _opened(found[source][0].path) as other:
+                with opened(found[target][0].path) as one, opened(found[source][0].path) as other:
                     if not torch.equal(one.get_tensor(found[target][0].key), other.get_tensor(found[source][0].key)):
                         raise ModelError(
                             f"{self.name} says that {target} is {source}, and holds other values for it; expected "
@@ -284,7 +237,7 @@ class Checkpoint:
         """Buffers that an older checkpoint may lack: they were computed."""
         return {name for name, _ in self._whole.named_buffers()}
 
-    def layer(self, index: int, buffers: _Buffers | None = None) -> nn.Module:
+    def layer(self, index: int, buffers: Buffers | None = None) -> nn.Module:
         """Layer ``index`` with its weights, frozen and in eval mode, to be thrown away after use.
 
         Raises:
@@ -307,7 +260,7 @@ class Checkpoint:
         Raises:
             ModelError: as :meth:`layer`.
         """
-        buffers = _Buffers()
+        buffers = Buffers()
         with ThreadPoolExecutor(1) as reader:
             pending = None
             for index, following in zip(order, [*order[1:], None], strict=False):
@@ -384,17 +337,13 @@ class Checkpoint:
         Raises:
             ModelError: as :meth:`layer`.
         """
-        before = [(values, dict(values)) for module in self.model.modules() for values in _values(module)]
-        before += [(values, dict(values)) for module in self._embedding.modules() for values in _values(module)]
         replace_module(self.model, self._blank, self._embedding)
         try:
-            self._fill(self.model, "embedding")
-            self.model.tie_weights()
-            yield self.model
+            with _restored(self.model):
+                self._fill(self.model, "embedding")
+                self.model.tie_weights()
+                yield self.model
         finally:
-            for values, saved in before:
-                values.clear()
-                values.update(saved)
             replace_module(self.model, self._embedding, self._blank)
 
     @contextmanager
@@ -408,15 +357,9 @@ class Checkpoint:
             with self.embedding() as model:
                 yield model
             return
-        head = self.model.get_output_embeddings()
-        before = [(values, dict(values)) for module in head.modules() for values in _values(module)]
-        try:
+        with _restored(self.model):
             self._fill(self.model, "head")
             yield self.model
-        finally:
-            for values, saved in before:
-                values.clear()
-                values.update(saved)
 
     def suffix(self, boundary: int) -> PreTrainedModel:
         """The model with its head and the layers from ``boundary`` up in memory, to be trained from stored states.
@@ -449,7 +392,7 @@ class Checkpoint:
         samples = [sample_layer(layer) for _, layer in self.read_layers(range(self.layer_count), ahead)]
         return identity(self.name, self.anatomy, sample, samples)
 
-    def _fill(self, model: PreTrainedModel, part: Part, buffers: _Buffers | None = None) -> None:
+    def _fill(self, model: PreTrainedModel, part: Part, buffers: Buffers | None = None) -> None:
         """Load a part's tensors into ``model``, converted, quantized and cast as transformers does it.
 
         Those that are only cast go into ``buffers``.
@@ -459,14 +402,14 @@ class Checkpoint:
                 logging.disable_progress_bar()
                 stack.callback(logging.enable_progress_bar)
             stored = self._stored[part]
-            files = {path: stack.enter_context(_opened(path)) for path in {tensor.path for tensor in stored}}
+            files = {path: stack.enter_context(opened(path)) for path in {tensor.path for tensor in stored}}
             slices: dict[str, Any] = {tensor.key: files[tensor.path].get_slice(tensor.key) for tensor in stored}
             if buffers is not None and self.device.type == "cpu":
                 buffers.keep(
                     {(torch.Size(slices[tensor.key].get_shape()), tensor.dtype) for tensor in stored if tensor.dtype}
                 )
                 plain = {tensor.key: tensor.dtype for tensor in stored if tensor.dtype is not None}
-                slices |= {key: _Cast(slices[key], dtype, buffers) for key, dtype in plain.items()}
+                slices |= {key: Cast(slices[key], dtype, buffers) for key, dtype in plain.items()}
             settings = LoadStateDictConfig(
                 device_map={"": self.device},
                 dtype=self.dtype,
@@ -491,71 +434,21 @@ class Checkpoint:
                 raise ModelError(f"{name} in {self.name} holds values that are not finite; fetch the checkpoint again")
 
 
-def weights_bytes(name: str, dtype: torch.dtype) -> int | None:
-    """Memory that the weights of MODEL would take in ``dtype``, from the size of its shards; None where it has none
-    or is quantized in a way that cannot be streamed.
-
-    Raises:
-        ModelError: MODEL cannot be found or its config cannot be read.
-    """
-    if name.endswith(".gguf"):
-        return None
-    config = load_config(name)
-    try:
-        stored = sum(os.stat(path).st_size for path in _shards(name))
-    except ModelError:  # another format, which is loaded as a whole
-        return None
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
-        return stored if str(getattr(method, "value", method)) in STREAMED_QUANTIZERS else None
-    return stored * dtype.itemsize // (config.dtype or torch.bfloat16).itemsize
-
-
 def _copied(module: _Module) -> _Module:
     """A deep copy that shares the parameters, which on the meta device are empty anyway."""
     return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
-def _values(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    return module._parameters, module._buffers
-
-
-def _shards(name: str) -> list[str]:
-    """The safetensors files of a folder or hub id, all there.
-
-    Raises:
-        ModelError: there are none, or some are missing.
-    """
-    with explained(name):
-        quiet = {"_raise_exceptions_for_missing_entries": False}
-        index = cached_file(name, INDEX, **quiet)
-        files = get_checkpoint_shard_files(name, index)[0] if index else [cached_file(name, SINGLE, **quiet)]
-    if files == [None]:
-        raise ModelError(f"{name} holds neither {SINGLE} nor {INDEX}; expected safetensors to stream from")
-    for path in files:
-        if not Path(path).is_file():
-            raise ModelError(f"{name} lacks the shard {Path(path).name} that its index names; fetch it again")
-    return files
-
-
 @contextmanager
-def _opened(path: str) -> Iterator[Any]:
-    """A shard whose tensors are read when asked for."""
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Put the parameters and buffers back that were there before, and so drop what was loaded since."""
+    before = [(values, dict(values)) for module in model.modules() for values in (module._parameters, module._buffers)]
     try:
-        # Windows commits memory for the whole of a file that is mapped
-        with safe_open(path, framework="pt", backend="pread" if sys.platform == "win32" else "mmap") as shard:
-            yield shard
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"cannot read {path}: {error}; fetch it again") from error
-
-
-def _item_bytes(stored: str, dtype: torch.dtype) -> tuple[int, int]:
-    """Bytes of an element on disk and in memory: floating-point weights are cast, others stay as they are stored."""
-    if stored in ("F64", "F32", "F16", "BF16"):
-        return {"F64": 8, "F32": 4}.get(stored, 2), dtype.itemsize
-    own = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}.get(stored, 1)
-    return own, own
+        yield
+    finally:
+        for values, saved in before:
+            values.clear()
+            values.update(saved)
 
 
 def _by(shape: Sequence[int]) -> str:

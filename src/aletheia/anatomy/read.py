@@ -94,6 +94,11 @@ def _returns_product(linear: nn.Linear) -> bool:
     return isinstance(output, torch.Tensor)
 
 
+def adds_router_loss(model: nn.Module) -> bool:
+    """Whether the loss of a mixture counts how its routers choose, in layers below any boundary, too."""
+    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+
+
 def read_anatomy(model: nn.Module) -> Anatomy:
     """Take a causal language model apart; it may be on the meta device.
 

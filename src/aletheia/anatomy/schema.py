@@ -36,13 +36,18 @@ class Module(BaseModel):
         """Floating-point operations of the forward matrix products for one token, 2 per multiply-add."""
         return 2 * self.in_features * self.out_features * self.active_experts
 
+    @property
+    def features_per_token(self) -> int:
+        """Inputs and outputs of the matrix for one token: what its activations take."""
+        return (self.in_features + self.out_features) * self.active_experts
+
     def lora_parameters(self, rank: int) -> int:
         """Trainable parameters of a rank-``rank`` adapter: A is rank x in, B is out x rank, for each expert."""
         return rank * (self.in_features + self.out_features) * self.experts
 
     def lora_flops_per_token(self, rank: int) -> int:
         """Operations of the two low-rank products for one token, forward."""
-        return 2 * rank * (self.in_features + self.out_features) * self.active_experts
+        return 2 * rank * self.features_per_token
 
 
 class Anatomy(BaseModel):

@@ -84,8 +84,8 @@ def is_streamed(model: str, dtype: str, stream: bool | None, max_memory: int | N
     Raises:
         ModelError: ``--stream`` with ``--quantize``, which needs the model as a whole.
     """
-    from aletheia.anatomy.checkpoint import weights_bytes
     from aletheia.anatomy.load import free_memory_bytes, pick, pick_device
+    from aletheia.anatomy.shards import weights_bytes
     from aletheia.errors import ModelError
     from aletheia.planning.estimate import RESIDENT_SHARE
 

@@ -18,8 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from aletheia.anatomy.schema import Anatomy
-from aletheia.errors import PlanError
-from aletheia.planning.memory import PROCESS_BYTES, training_bytes
+from aletheia.planning.memory import PROCESS_BYTES, known_weights, training_bytes
 from aletheia.planning.plan import Plan
 from aletheia.probing.scores import Scores, WeightBytes
 
@@ -143,12 +142,10 @@ def estimate_plan(plan: Plan, scores: Scores, job: Job, machine: Machine) -> lis
     Raises:
         PlanError: the scores tell no weight sizes.
     """
-    if scores.weight_bytes is None:
-        raise PlanError("the scores tell no weight sizes; expected those of this release's probe; probe again")
     ranks = {adapter.name: adapter.rank for adapter in plan.adapters}
     early = plan.settings.freeze_after if plan.early_layers else 0.0
     item = 4 if plan.probe.dtype == "float32" else 2
-    return estimate(scores.anatomy, scores.weight_bytes, plan.layers, ranks, job, machine, item, early)
+    return estimate(scores.anatomy, known_weights(scores), plan.layers, ranks, job, machine, item, early)
 
 
 def _parameters(anatomy: Anatomy, layers: Sequence[int]) -> float:
@@ -160,7 +157,6 @@ def _parameters(anatomy: Anatomy, layers: Sequence[int]) -> float:
 def _layer_work(anatomy: Anatomy, tokens: int) -> float:
     """Bytes of the activations of one layer and their gradients for a row, as the streamed probe counts them."""
     widths = [
-        sum((module.in_features + module.out_features) * module.active_experts for module in anatomy.in_layer(layer))
-        for layer in range(anatomy.layer_count)
+        sum(module.features_per_token for module in anatomy.in_layer(layer)) for layer in range(anatomy.layer_count)
     ]
     return 4 * 3 * tokens * max(widths)

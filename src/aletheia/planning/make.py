@@ -8,7 +8,7 @@ from aletheia.errors import PlanError
 from aletheia.files import package_versions
 from aletheia.planning.cost import LayerCosts, layer_costs, measured_costs
 from aletheia.planning.frontier import FrontierPoint, frontier, point
-from aletheia.planning.memory import lowest_boundary, training_bytes
+from aletheia.planning.memory import known_weights, lowest_boundary, training_bytes
 from aletheia.planning.plan import Adapter, Plan, PlanSettings, Policy, Prediction, RankMode
 from aletheia.planning.policies import layer_share, select_layers
 from aletheia.planning.ranks import ranks_by_role, ranks_by_score, ranks_uniform
@@ -139,12 +139,10 @@ def _lowest(
     labelled_share: float,
 ) -> int:
     """The lowest layer from which on the model can be trained in ``max_memory``."""
-    if scores.weight_bytes is None:
-        raise PlanError("the scores tell no weight sizes; expected those of this release's probe; probe again")
+    given = scores.anatomy, known_weights(scores)
     if batch_tokens < 1:
         raise PlanError(f"--batch-tokens is {batch_tokens}; expected at least 1")
     ranks = _nominal_ranks(adaptable, settings)
-    given = scores.anatomy, scores.weight_bytes
     found = lowest_boundary(*given, ranks, batch_tokens, labelled_share, max_memory)
     if found is None:
         least = training_bytes(*given, [scores.anatomy.layer_count - 1], ranks, batch_tokens, labelled_share)

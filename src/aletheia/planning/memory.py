@@ -3,11 +3,23 @@
 from collections.abc import Collection, Mapping
 
 from aletheia.anatomy.schema import Anatomy
-from aletheia.probing.scores import WeightBytes
+from aletheia.errors import PlanError
+from aletheia.probing.scores import Scores, WeightBytes
 
 PROCESS_BYTES = 1_000_000_000  # Python, torch, transformers, PEFT, the tokenizer, the rows
 ADAPTER_BYTES = 16  # per parameter: value, gradient and both moments of AdamW in float32
 LOGIT_COPIES = 3  # logits, their gradient, and the float32 copy of a half-precision model's
+
+
+def known_weights(scores: Scores) -> WeightBytes:
+    """The weight sizes that a probe noted.
+
+    Raises:
+        PlanError: an earlier release wrote the scores.
+    """
+    if scores.weight_bytes is None:
+        raise PlanError("the scores tell no weight sizes; expected those of this release's probe; probe again")
+    return scores.weight_bytes
 
 
 def training_bytes(
@@ -39,7 +51,7 @@ def training_bytes(
         for module in suffix
         if module.layer in layers and module.name in ranks
     )
-    widths = sum((module.in_features + module.out_features) * module.active_experts for module in suffix)
+    widths = sum(module.features_per_token for module in suffix)
     logits = LOGIT_COPIES * tokens * labelled_share * anatomy.vocab_size
     held = sum(weights.layers[boundary:]) + weights.outside + (0 if boundary else weights.embedding)
     return int(PROCESS_BYTES + held + ADAPTER_BYTES * parameters + 4 * (2 * tokens * widths + logits))

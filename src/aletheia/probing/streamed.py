@@ -29,7 +29,7 @@ from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.fingerprint import LayerSample, identity, sample_embedding, sample_layer
 from aletheia.anatomy.layerwise import hidden_states, with_hidden_states
 from aletheia.anatomy.load import growth_allowed
-from aletheia.anatomy.read import matrices_of, stacks_of
+from aletheia.anatomy.read import adds_router_loss, matrices_of, stacks_of
 from aletheia.anatomy.schema import Anatomy, ModelIdentity
 from aletheia.data.batches import labelled_tokens
 from aletheia.data.examples import NO_LOSS, Examples
@@ -82,7 +82,7 @@ def probe_streamed(
             "used; expected room for that; take fewer or shorter rows per batch, or --dtype bfloat16"
         )
     columns = (TextColumn("probe"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"), TimeRemainingColumn())
-    if getattr(checkpoint.model.config.get_text_config(), "output_router_logits", False):
+    if adds_router_loss(checkpoint.model):
         raise ProbeError(
             "the model adds a router loss over all layers; expected output_router_logits off in its config"
         )
@@ -142,7 +142,7 @@ def peak_bytes(checkpoint: Checkpoint, used: list[Batch], ahead: bool) -> int:
 def _layer_work_bytes(anatomy: Anatomy, index: int, rows: int, length: int, item: int) -> int:
     modules = anatomy.in_layer(index)
     tokens = rows * length
-    widths = sum((module.in_features + module.out_features) * module.active_experts for module in modules)
+    widths = sum(module.features_per_token for module in modules)
     heads = max(1, anatomy.attention_width // 64)
     gradient = max(module.parameters for module in modules)
     return item * (3 * tokens * widths + 4 * rows * heads * length**2 + max(2 * tokens**2, gradient))

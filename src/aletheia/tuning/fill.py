@@ -18,7 +18,7 @@ from torch import nn
 
 from aletheia.anatomy.fingerprint import configuration
 from aletheia.anatomy.load import free_memory_bytes
-from aletheia.anatomy.read import find_layers
+from aletheia.anatomy.read import adds_router_loss, find_layers
 from aletheia.data.batches import collate, on_device_of
 from aletheia.data.examples import Example
 from aletheia.errors import CacheError
@@ -162,7 +162,7 @@ def _trial(
     dtype = model.get_input_embeddings().weight.dtype
     if boundary == 0:
         return "layer 0 is adapted, so there is no frozen prefix", dtype
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
+    if adds_router_loss(model):
         return "the model adds a router loss, which looks at the layers below the boundary too", dtype
     batch = on_device_of(model, collate(sorted(rows, key=len)[:2], pad_token_id))
     del batch["labels"]

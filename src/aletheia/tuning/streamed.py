@@ -21,6 +21,7 @@ from torch import nn
 from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.layerwise import hidden_states, with_hidden_states
 from aletheia.anatomy.load import growth_allowed
+from aletheia.anatomy.read import adds_router_loss
 from aletheia.data.batches import collate
 from aletheia.data.examples import Example
 from aletheia.errors import CacheError
@@ -39,7 +40,7 @@ def streamed_cache(checkpoint: Checkpoint, boundary: int, folder: Path | None = 
     """
     if boundary == 0:
         raise CacheError("layer 0 is adapted, so there is no frozen prefix; expected a plan that leaves it out")
-    if getattr(checkpoint.model.config.get_text_config(), "output_router_logits", False):
+    if adds_router_loss(checkpoint.model):
         raise CacheError(
             "the model adds a router loss over all layers; expected output_router_logits off in its config"
         )
@@ -67,7 +68,8 @@ def fill_streamed(
     """Store what ``cache`` lacks, each layer below ``boundary`` read once; returns how many rows that were.
 
     Between layers the states of a batch lie beside the cache, in a file that is replaced as a whole, so a build that
-    was killed goes on with the batch and layer it had reached.
+    was killed goes on with the batch and layer it had reached; one killed in the last copy, out of these files, does
+    what is missing again.
 
     Raises:
         CacheError: the disk cannot hold it, a layer draws at random, or a value is not finite.

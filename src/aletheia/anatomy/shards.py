@@ -1,0 +1,123 @@
+"""The safetensors files of a checkpoint, and memory for the weights read from them."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from aletheia.anatomy.load import explained, load_config
+from aletheia.errors import ModelError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+STREAMED_QUANTIZERS = ("bitsandbytes",)  # whose layers can be loaded one by one
+
+
+class Buffers:
+    """Memory lent to layers and taken back: getting it from the system anew takes longer than filling it."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+        self._lent: dict[int, torch.Tensor] = {}
+        self._lock = Lock()  # transformers reads several tensors at a time
+
+    def keep(self, shapes: set[tuple[torch.Size, torch.dtype]]) -> None:
+        """Let go what a layer of these weights does not need."""
+        self._free = {key: free for key, free in self._free.items() if key in shapes}
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """A tensor on the CPU that nobody else has; its values are whatever was left there."""
+        with self._lock:
+            free = self._free.get((torch.Size(shape), dtype))
+            buffer = free.pop() if free else torch.empty(*shape, dtype=dtype)
+            self._lent[buffer.data_ptr()] = buffer
+        return buffer
+
+    def give_back(self, layer: nn.Module) -> None:
+        """Take the weights of a layer that nobody uses any more."""
+        for value in (*layer.parameters(), *layer.buffers()):
+            buffer = self._lent.pop(value.data_ptr(), None)
+            if buffer is not None:
+                self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A tensor in a shard which, when it is read, is cast into a buffer."""
+
+    view: Any
+    dtype: torch.dtype
+    buffers: Buffers
+
+    def __getitem__(self, everything: Any) -> torch.Tensor:
+        """The whole tensor, cast."""
+        value = self.view[everything]
+        return self.buffers.take(value.shape, self.dtype).copy_(value)
+
+
+def weights_bytes(name: str, dtype: torch.dtype) -> int | None:
+    """Memory that the weights of MODEL would take in ``dtype``, from the size of its shards.
+
+    None where it has none or is quantized in a way that cannot be streamed.
+
+    Raises:
+        ModelError: MODEL cannot be found or its config cannot be read.
+    """
+    if name.endswith(".gguf"):
+        return None
+    config = load_config(name)
+    try:
+        stored = sum(os.stat(path).st_size for path in shard_files(name))
+    except ModelError:  # another format, which is loaded as a whole
+        return None
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        return stored if str(getattr(method, "value", method)) in STREAMED_QUANTIZERS else None
+    return stored * dtype.itemsize // (config.dtype or torch.bfloat16).itemsize
+
+
+def shard_files(name: str) -> list[str]:
+    """The safetensors files of a folder or hub id, all there.
+
+    Raises:
+        ModelError: there are none, or some are missing.
+    """
+    with explained(name):
+        quiet = {"_raise_exceptions_for_missing_entries": False}
+        index = cached_file(name, INDEX, **quiet)
+        files = get_checkpoint_shard_files(name, index)[0] if index else [cached_file(name, SINGLE, **quiet)]
+    if files == [None]:
+        raise ModelError(f"{name} holds neither {SINGLE} nor {INDEX}; expected safetensors to stream from")
+    for path in files:
+        if not Path(path).is_file():
+            raise ModelError(f"{name} lacks the shard {Path(path).name} that its index names; fetch it again")
+    return files
+
+
+@contextmanager
+def opened(path: str) -> Iterator[Any]:
+    """A shard whose tensors are read when asked for."""
+    try:
+        # Windows commits memory for the whole of a file that is mapped
+        with safe_open(path, framework="pt", backend="pread" if sys.platform == "win32" else "mmap") as shard:
+            yield shard
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"cannot read {path}: {error}; fetch it again") from error
+
+
+def item_bytes(stored: str, dtype: torch.dtype) -> tuple[int, int]:
+    """Bytes of an element on disk and in memory: floating-point weights are cast, others stay as they are stored."""
+    if stored in ("F64", "F32", "F16", "BF16"):
+        return {"F64": 8, "F32": 4}.get(stored, 2), dtype.itemsize
+    own = {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}.get(stored, 1)
+    return own, own
