@@ -92,7 +92,7 @@ def calibrate(model: nn.Module, data: Examples, batch_size: int = 4, seed: int =
         random_padding=max(1.0, random_tokens / tokens),
         layers=layers,
         head=head,
-        baseline=statistics.median(baseline.seconds) * random_tokens / random_batch["input_ids"].numel(),
+        baseline=min(baseline.seconds) * random_tokens / random_batch["input_ids"].numel(),
         baseline_rank=RANK,
         seconds=time.perf_counter() - started,
     )
@@ -140,7 +140,7 @@ def _prepared(model: nn.Module, anatomy: Anatomy, step: _Step, batch: Batch) -> 
 
 
 def _timed(job: Callable[[], object]) -> float:
-    """Median seconds of a job, which is repeated if it is short; the first of several runs is not counted."""
+    """Least seconds of a job, which is repeated if it is short: what other work adds is not the job's own."""
     spent: list[float] = []
     while not spent or (sum(spent) < SHORT_SECONDS and len(spent) < MOST_REPEATS):
         _synchronize()
@@ -148,7 +148,7 @@ def _timed(job: Callable[[], object]) -> float:
         job()
         _synchronize()
         spent.append(time.perf_counter() - started)
-    return statistics.median(spent[1:] or spent)
+    return min(spent)
 
 
 def _synchronize() -> None:
@@ -173,7 +173,7 @@ def _parts(
         features[module.layer] += module.lora_parameters(1)
     rows, seconds = [], []
     for step in steps:
-        boundary, median = min(step.layers), statistics.median(step.seconds)
+        boundary, least = min(step.layers), min(step.seconds)
         width = sum(features[layer] for layer in step.layers)
         if step.way == "prefix":
             row = [0.0, sum(operations.forward[:boundary]), 0.0, 0.0, 0.0]
@@ -181,8 +181,8 @@ def _parts(
             crossed = sum(operations.forward[boundary:]), sum(operations.backward[boundary:])
             row = [1.0, *crossed, width, width * step.rank]
         if any(row):
-            rows.append(np.array(row) / median)
-            seconds.append(median)
+            rows.append(np.array(row) / least)
+            seconds.append(least)
     matrix = np.stack(rows)
     largest = matrix.max(axis=0)
     rest, forward, backward, fixed, slope = nnls(matrix / largest, np.ones(len(rows)))[0] / largest * tokens / count

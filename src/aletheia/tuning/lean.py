@@ -52,8 +52,8 @@ def _lora_linear_backward(ctx, grad_NO, _):
         grad_x_NI = grad_NO @ weight_OI
         grad_x_NI.addmm_(grad_reduced_NR, a_RI)
     grad_a_RI = grad_reduced_NR.T @ x_NI if ctx.needs_input_grad[3] else None
-    grad_b_OR = (grad_NO.T @ reduced_NR).mul_(ctx.scale) if ctx.needs_input_grad[4] else None
-    return grad_x_NI, None, None, grad_a_RI, grad_b_OR, None
+    grad_b_RO = (reduced_NR.T @ grad_NO).mul_(ctx.scale) if ctx.needs_input_grad[4] else None  # the quicker order
+    return grad_x_NI, None, None, grad_a_RI, None if grad_b_RO is None else grad_b_RO.T, None
 
 
 lora_linear.register_autograd(_lora_linear_backward, setup_context=_keep)
@@ -119,28 +119,28 @@ ROWS_ON_DEVICE = 4096
 
 
 class _LeanCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy that turns the logits into their own gradient, so both share one buffer [N, V].
-
-    ``log sum exp z = max z - log p[argmax]``, since the softmax of the largest logit is one over the sum.
-    """
+    """Summed cross-entropy that turns the logits into their own gradient, so both share one buffer [N, V]."""
 
     @staticmethod
     def forward(ctx, logits_NV, target_N, ignore_index):
         wants_grad = ctx.needs_input_grad[0]
+        in_place = wants_grad and logits_NV.dtype == torch.float32
         summed = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
         at_once = ROWS_AT_ONCE.get(logits_NV.device.type, ROWS_ON_DEVICE)
         for start in range(0, len(target_N), at_once):
             chunk, target = logits_NV[start : start + at_once], target_N[start : start + at_once]
             counted = target != ignore_index
             column = torch.where(counted, target, 0)[:, None]
-            largest, at = chunk.max(dim=1, keepdim=True)
-            softmax = torch.softmax(chunk, dim=1, dtype=torch.float32)
-            loss = largest.float() - softmax.gather(1, at).log() - chunk.gather(1, column).float()
-            summed += torch.where(counted, loss.squeeze(1), 0.0).sum()
+            own = chunk.gather(1, column).float()
+            largest = chunk.amax(dim=1, keepdim=True).float()
+            softmax = (chunk.sub_(largest) if in_place else chunk.float() - largest).exp_()
+            total = softmax.sum(dim=1, keepdim=True)
+            summed += torch.where(counted, (largest + total.log() - own).squeeze(1), 0.0).sum()
             if wants_grad:
-                softmax.scatter_add_(1, column, torch.full_like(loss, -1.0))
+                softmax.div_(total).scatter_add_(1, column, torch.full_like(own, -1.0))
                 softmax *= counted[:, None]
-                chunk.copy_(softmax)
+                if not in_place:
+                    chunk.copy_(softmax)
         if wants_grad:
             ctx.save_for_backward(logits_NV)
         return summed
