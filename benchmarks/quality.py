@@ -63,7 +63,7 @@ ARMS = BASELINES | {
 }
 ARMS |= {
     f"freeze-{share:g}-{rate:g}": Spec("depth-aware", 50, 16, rate, "gradient", share)
-    for share in (0.25, 1 / 6, 1 / 3)
+    for share in (0.125, 1 / 6, 0.25, 1 / 3)
     for rate in (0.001, 0.002, 0.0005)
 }
 
