@@ -8,6 +8,7 @@
     ├── AdapterError    the adapted modules differ from the plan
     ├── TrainingError   a run that cannot go on (a non-finite loss)
     ├── CacheError      a prefix cache that cannot be built, held or read
+    ├── StatisticsError values that no figure can be made from (none, a NaN, unequal numbers of them)
     └── ArtifactError   a file of ours that cannot be read, or an output that would overwrite something
 
 Each message says what was found, what was expected and the remedy, in one line. The command line prints it
@@ -45,6 +46,10 @@ class TrainingError(AletheiaError):
 
 class CacheError(AletheiaError):
     """The prefix cache cannot be built, does not fit, or was damaged."""
+
+
+class StatisticsError(AletheiaError):
+    """The values given allow no estimate or test: none at all, not finite, or not paired."""
 
 
 class ArtifactError(AletheiaError):

@@ -1,0 +1,100 @@
+"""Means with intervals of Student's t: over a few seeds, and of paired differences, clustered or not."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import t as student
+
+from aletheia.statistics.results import (
+    LEVEL,
+    Estimate,
+    Floats,
+    Interval,
+    check_level,
+    cluster_numbers,
+    is_constant,
+    positive,
+    sample,
+)
+
+
+@dataclass(frozen=True)
+class StandardError:
+    """The standard error of a mean, in the unit of the values, and its degrees of freedom."""
+
+    value: float
+    degrees_of_freedom: int
+    clusters: int | None = None
+
+    def half_width(self, probability: float) -> float:
+        """Distance from the mean to the one-sided bound that holds with ``probability``."""
+        return float(student.ppf(probability, self.degrees_of_freedom)) * self.value
+
+    @property
+    def method(self) -> str:
+        """How an interval from it is called."""
+        return "Student's t" if self.clusters is None else "Student's t, cluster-robust (CR1)"
+
+
+def standard_error(values: Floats, clusters: Sequence[Hashable] | None = None) -> StandardError | str:
+    """The standard error of the mean of ``values``, or in words why there is none.
+
+    With clusters: cluster-robust (Liang and Zeger 1986), times G / (G - 1) for G clusters, which for a mean is all that
+    the correction CR1 consists of (Cameron and Miller 2015, eq. 11 and 12), and G - 1 degrees of freedom. It allows any
+    dependence within a cluster and clusters of any size; with fewer than some 20 clusters, or a few that hold most of
+    the items, its intervals are too short.
+    """
+    n = len(values)
+    if n < 2:
+        return "one value; an interval needs at least 2"
+    if is_constant(values):
+        return f"all {n} values are equal; their spread cannot be estimated"
+    if clusters is None:
+        return StandardError(float(values.std(ddof=1) / np.sqrt(n)), n - 1)
+    sums = np.bincount(cluster_numbers(clusters, n), weights=values - values.mean())
+    if len(sums) < 2:
+        return "one cluster; an interval needs at least 2"
+    variance = len(sums) / (len(sums) - 1) * float((sums**2).sum()) / n**2
+    if np.sqrt(variance) <= 1e-12 * float(np.abs(values).max()):
+        return f"all {len(sums)} clusters have the mean of the whole; their spread cannot be estimated"
+    return StandardError(float(np.sqrt(variance)), len(sums) - 1, len(sums))
+
+
+def mean(values: ArrayLike, clusters: Sequence[Hashable] | None = None, level: float = LEVEL) -> Estimate:
+    """A mean and its interval: of a metric over seeds, or of paired differences over items.
+
+    Args:
+        values: one per seed, or one difference (arm minus baseline) per item.
+        clusters: for each value the name of the group it shares influences with, such as an MMLU subject.
+        level: of the two-sided interval.
+
+    Raises:
+        StatisticsError: no value, one that is not finite, or not one cluster for each.
+    """
+    vector = sample(values, "values")
+    check_level(level)
+    if clusters is not None:
+        cluster_numbers(clusters, len(vector))  # refused before anything else is said
+    value = float(vector.mean())
+    error = standard_error(vector, clusters)
+    if isinstance(error, str):
+        return Estimate(value, None, len(vector), error)
+    half = error.half_width((1 + level) / 2)
+    return Estimate(value, Interval(value - half, value + half, level, error.method), len(vector))
+
+
+def geometric_mean_of_few(ratios: ArrayLike, level: float = LEVEL) -> Estimate:
+    """Geometric mean of 2 to 7 ratios, too few for a bootstrap: Student's t on their logarithms.
+
+    Exact if the ratios are lognormal, which so few cannot confirm.
+
+    Raises:
+        StatisticsError: no ratio, or one that is not above zero.
+    """
+    logs = mean(np.log(positive(ratios, "ratios")), level=level)
+    if logs.interval is None:
+        return Estimate(float(np.exp(logs.value)), None, logs.n, logs.reason)
+    low, high = float(np.exp(logs.interval.low)), float(np.exp(logs.interval.high))
+    return Estimate(float(np.exp(logs.value)), Interval(low, high, level, "Student's t on logarithms"), logs.n)
