@@ -124,6 +124,7 @@ def test_degenerate_rounds_give_a_ratio_and_a_reason_but_no_warning():
             assert found.value == pytest.approx(3)
             assert found.interval is None
             assert "equal" in found.reason
+        assert "too few" in ratio_of_times(arm[:8], arm[8:16], level=0.999).reason
         one_differs = ratio_of_times([3.0] * 7 + [4.0], [1.0] * 8).interval
         assert 3 <= one_differs.low < 25 / 8 < one_differs.high <= 4
 
@@ -314,6 +315,10 @@ def test_the_mean_of_darwins_plants_is_fishers():
     assert (found.interval.low, found.interval.high) == pytest.approx(
         (found.value - half, found.value + half), abs=0.02
     )
+
+
+def test_a_small_unit_is_not_taken_for_no_spread():
+    assert mean([1e-14, 2e-14, 4e-14]).interval.high == pytest.approx(1e-14 * mean([1, 2, 4]).interval.high)
 
 
 def test_clustered_mean_is_statsmodels_ols():

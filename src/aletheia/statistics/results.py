@@ -105,4 +105,4 @@ def cluster_numbers(clusters: Sequence[Hashable], n: int) -> NDArray[np.int64]:
 
 def is_constant(values: Floats) -> bool:
     """Whether the values differ by no more than rounding does."""
-    return bool(np.ptp(values) <= 1e-12 * max(1.0, float(np.abs(values).max())))
+    return bool(np.ptp(values) <= 1e-12 * np.abs(values).max())
