@@ -9,6 +9,7 @@
     ├── TrainingError   a run that cannot go on (a non-finite loss)
     ├── CacheError      a prefix cache that cannot be built, held or read
     ├── StatisticsError values that no figure can be made from (none, a NaN, unequal numbers of them)
+    ├── SandboxError    model-written programs that cannot be contained on this machine
     └── ArtifactError   a file of ours that cannot be read, or an output that would overwrite something
 
 Each message says what was found, what was expected and the remedy, in one line. The command line prints it
@@ -50,6 +51,10 @@ class CacheError(AletheiaError):
 
 class StatisticsError(AletheiaError):
     """The values given allow no estimate or test: none at all, not finite, or not paired."""
+
+
+class SandboxError(AletheiaError):
+    """Model-written programs cannot be contained on this machine."""
 
 
 class ArtifactError(AletheiaError):

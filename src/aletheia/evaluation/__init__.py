@@ -1,1 +1,1 @@
-"""What a model can do: the held-out loss."""
+"""What a model can do: the held-out loss, and code that it writes, run in a sandbox."""

@@ -1,0 +1,39 @@
+"""First code in a contained process: take on the limits, then become the program.
+
+Passed as text to an interpreter that cannot import this package. Limits are set here and not by the parent because
+a hook between fork and exec can deadlock in a parent with threads.
+"""
+
+import os
+import resource
+import sys
+
+
+def _set_limits(pairs: list[str]) -> None:
+    """``RLIMIT_NAME=value`` each; the hard limit too, so that it can never be raised again."""
+    for pair in pairs:
+        name, value = pair.split("=")
+        kind = getattr(resource, name, None)
+        if kind is None or (sys.platform == "darwin" and name == "RLIMIT_AS"):
+            continue  # absent on this system; where a sandbox is possible all exist
+        hard = resource.getrlimit(kind)[1]
+        soft = int(value)
+        # one second more before SIGKILL: SIGXCPU tells the parent why the program ended
+        last = soft + 1 if name == "RLIMIT_CPU" else soft
+        if hard != resource.RLIM_INFINITY:
+            soft, last = min(soft, hard), min(last, hard)
+        resource.setrlimit(kind, (soft, last))
+
+
+def _main() -> None:
+    path, *pairs = sys.argv[1:]
+    sys.argv = [path]
+    with open(path, "rb") as handle:
+        source = handle.read()
+    os.closerange(3, 4096)
+    _set_limits(pairs)
+    exec(compile(source, path, "exec", dont_inherit=True), {"__name__": "__main__", "__builtins__": __builtins__})
+
+
+if __name__ == "__main__":
+    _main()
