@@ -11,7 +11,7 @@ from tiny import make_tokenizer
 from aletheia.cli import main as cli
 from aletheia.probing.scores import Scores
 
-COMMANDS = ("inspect", "probe", "plan", "show", "train", "report", "cache", "demo", "doctor")
+COMMANDS = ("inspect", "probe", "plan", "show", "train", "eval", "report", "cache", "demo", "doctor")
 
 
 @pytest.fixture

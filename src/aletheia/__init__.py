@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Anatomy": "aletheia.anatomy.schema",
     "Checkpoint": "aletheia.anatomy.checkpoint",
+    "Evaluated": "aletheia.evaluation.result",
     "Examples": "aletheia.data.examples",
     "Loaded": "aletheia.anatomy.load",
     "Plan": "aletheia.planning.plan",
@@ -30,11 +31,15 @@ _HOMES = {
     "Scores": "aletheia.probing.scores",
     "adapt": "aletheia.tuning.adapters",
     "calibrate": "aletheia.tuning.calibrate",
+    "compare": "aletheia.evaluation.against",
+    "eval_settings": "aletheia.evaluation.run",
+    "evaluate": "aletheia.evaluation.run",
     "fast_steps": "aletheia.tuning.fast",
     "frozen_prefix": "aletheia.tuning.prefix",
     "held_out_loss": "aletheia.evaluation.held_out",
     "inspect": "aletheia.anatomy.load",
     "load": "aletheia.anatomy.load",
+    "load_adapter": "aletheia.tuning.saved",
     "load_data": "aletheia.data.encode",
     "plan": "aletheia.planning.make",
     "plan_frontier": "aletheia.planning.make",
@@ -53,7 +58,10 @@ if TYPE_CHECKING:
     from aletheia.anatomy.schema import Anatomy
     from aletheia.data.encode import load_data
     from aletheia.data.examples import Examples, split_held_out
+    from aletheia.evaluation.against import compare
     from aletheia.evaluation.held_out import held_out_loss
+    from aletheia.evaluation.result import Evaluated
+    from aletheia.evaluation.run import eval_settings, evaluate
     from aletheia.planning.make import plan, plan_frontier
     from aletheia.planning.plan import Plan
     from aletheia.probing.resident import probe
@@ -65,6 +73,7 @@ if TYPE_CHECKING:
     from aletheia.tuning.fast import fast_steps
     from aletheia.tuning.prefix import frozen_prefix
     from aletheia.tuning.run import Run
+    from aletheia.tuning.saved import load_adapter
     from aletheia.tuning.train import train
 
 

@@ -7,6 +7,7 @@
     ├── PlanError       a plan that cannot be made, or that belongs to another model
     ├── AdapterError    the adapted modules differ from the plan
     ├── TrainingError   a run that cannot go on (a non-finite loss)
+    ├── EvaluationError an evaluation that cannot be run, resumed or compared
     ├── CacheError      a prefix cache that cannot be built, held or read
     ├── StatisticsError values that no figure can be made from (none, a NaN, unequal numbers of them)
     ├── SandboxError    model-written programs that cannot be contained on this machine
@@ -43,6 +44,10 @@ class AdapterError(AletheiaError):
 
 class TrainingError(AletheiaError):
     """The run cannot go on."""
+
+
+class EvaluationError(AletheiaError):
+    """An evaluation cannot be run, resumed or compared with another."""
 
 
 class CacheError(AletheiaError):

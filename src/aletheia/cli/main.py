@@ -6,7 +6,7 @@ from typing import NoReturn
 import typer
 
 from aletheia import __version__
-from aletheia.cli import cache, demo, doctor, inspect, plan, probe, report, show, train
+from aletheia.cli import cache, demo, doctor, eval, inspect, plan, probe, report, show, train
 from aletheia.errors import AletheiaError
 
 app = typer.Typer(
@@ -18,7 +18,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (inspect, probe, plan, show, train, report, cache, demo, doctor):
+for module in (inspect, probe, plan, show, train, eval, report, cache, demo, doctor):
     command = module.__name__.rsplit(".", 1)[-1]
     app.command(command, epilog=f"Example:\n\n{module.EXAMPLE}")(getattr(module, command))
 

@@ -1,0 +1,180 @@
+"""The record of a finished evaluation: ``eval.json`` and ``items.parquet`` in its folder. Torch-free."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, FiniteFloat
+
+from aletheia.anatomy.schema import ModelIdentity
+from aletheia.errors import ArtifactError
+from aletheia.files import Artifact, file_sha256
+
+EVAL_FILE = "eval.json"
+ITEMS_FILE = "items.parquet"
+PACKAGES = ("aletheia-tune", "lm-eval", "torch", "transformers", "peft", "datasets", "numpy")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+
+class Metric(BaseModel):
+    """One number of a task with its 95 % interval; ``interval`` names the method, bounds are None where it has none."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    value: FiniteFloat
+    low: FiniteFloat | None
+    high: FiniteFloat | None
+    interval: str
+    items: int
+    higher_is_better: bool
+
+
+class Difference(BaseModel):
+    """How much worse this evaluation is than another, paired per item, with a 95 % interval."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    this: FiniteFloat
+    other: FiniteFloat
+    worse_by: FiniteFloat
+    low: FiniteFloat | None
+    high: FiniteFloat | None
+    interval: str
+    items: int
+
+
+class TaskResult(BaseModel):
+    """One task: upstream's version, how many of its items were taken, a hash of all prompts, and its numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    version: str
+    num_fewshot: int
+    items: int
+    items_available: int
+    prompts_sha256: str
+    metrics: tuple[Metric, ...]
+
+
+class EvalSettings(BaseModel):
+    """What was asked for: with the model behind the name, it decides every number."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    model: str
+    adapter: str | None = None
+    adapter_sha256: str | None = None
+    tasks: tuple[str, ...]
+    limit: int | None = None
+    data_sha256: dict[str, str] = {}
+    eval_data: str | None = None
+    num_fewshot: int | None = None
+    chat: bool = False
+    max_new_tokens: int | None = None
+    context_length: int | None = None
+    max_length: int = 1024
+    batch_size: int = 8
+    dtype: str = "auto"
+    quantize: str | None = None
+    attention: str | None = None
+
+    def first_difference(self, other: "EvalSettings") -> str | None:
+        """The first setting that is not the same, with both values, or None. Where an adapter lies does not count."""
+        return differing(self.model_dump(mode="json"), other.model_dump(mode="json"), ignored={"adapter"})
+
+
+class EvalSeconds(BaseModel):
+    """Wall-clock seconds by phase, those of interrupted calls not counted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    load: float = 0.0
+    eval: float
+
+
+class Evaluation(Artifact):
+    """Everything known about one evaluation but its items."""
+
+    FORMAT: ClassVar[str] = "aletheia-evaluation"
+
+    model: ModelIdentity
+    settings: EvalSettings
+    dtype: str
+    device: str
+    packages: dict[str, str]
+    tasks: tuple[TaskResult, ...]
+    seconds: EvalSeconds
+
+
+class Comparison(BaseModel):
+    """An evaluation against another: per task, how much worse it is. ``kind`` says what that is called."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    this: str
+    other: str
+    kind: str
+    tasks: dict[str, tuple[Difference, ...]]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A folder with a finished evaluation."""
+
+    path: Path
+    evaluation: Evaluation
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Evaluated":
+        """Read what ``aletheia eval`` wrote.
+
+        Raises:
+            ArtifactError: the folder holds no finished evaluation.
+        """
+        path = Path(path)
+        if not is_finished(path):
+            raise ArtifactError(f"{path} holds no finished evaluation; give a folder written by 'aletheia eval'")
+        return cls(path, Evaluation.read(path / EVAL_FILE))
+
+    @cached_property
+    def rows(self) -> dict[str, list[dict[str, Any]]]:
+        """The items by task, in the order of the file.
+
+        Raises:
+            ArtifactError: ``items.parquet`` cannot be read.
+        """
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            rows = pyarrow.parquet.read_table(self.path / ITEMS_FILE).to_pylist()
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ArtifactError(f"{self.path / ITEMS_FILE} is missing or damaged; run the evaluation again") from error
+        tasks = [task.name for task in self.evaluation.tasks]
+        return {task: [row for row in rows if row["task"] == task] for task in tasks}
+
+
+def is_finished(path: Path) -> bool:
+    """Whether a folder holds a finished evaluation; ``eval.json`` is written last."""
+    return (path / EVAL_FILE).is_file()
+
+
+def adapter_sha256(folder: Path) -> str:
+    """One hash over an adapter's configuration and weights.
+
+    Raises:
+        ArtifactError: the folder holds no adapter.
+    """
+    import hashlib
+
+    found = [file_sha256(folder / name) for name in ADAPTER_FILES if (folder / name).is_file()]
+    if len(found) < 2:
+        raise ArtifactError(f"{folder} holds no adapter; expected a run folder, or {', '.join(ADAPTER_FILES[:2])}")
+    return hashlib.sha256("".join(found).encode()).hexdigest()
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any], ignored: Iterable[str] = ()) -> str | None:
+    """The first key of two records whose values differ, with both values, or None."""
+    for key in sorted((one.keys() | other.keys()) - set(ignored)):
+        if one.get(key) != other.get(key):
+            return f"{key} {one.get(key)!r} here, {other.get(key)!r} there"
+    return None

@@ -1,0 +1,58 @@
+"""An adapter that was saved, put back on its base model."""
+
+from pathlib import Path
+
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import load_peft_weights
+from torch import nn
+
+from aletheia.anatomy.fingerprint import identify
+from aletheia.data.sources import one_line
+from aletheia.errors import AdapterError
+from aletheia.planning.plan import Plan
+from aletheia.tuning.adapters import adapted_modules
+from aletheia.tuning.run import PLAN_FILE
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
+    """Put the adapter of a run folder, or of any PEFT adapter folder, on its base model, frozen and in eval mode.
+
+    Raises:
+        PlanError: the run was made on another base model.
+        AdapterError: there is no adapter, or its modules, shapes or weights do not fit the model.
+    """
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise AdapterError(f"{folder} holds no adapter_config.json; expected a run folder or a PEFT adapter folder")
+    if isinstance(model, PeftModel):
+        raise AdapterError("the model carries an adapter already; expected a base model (merge or unload it first)")
+    plan = Plan.read(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
+    if plan is not None:
+        plan.check_model(identify(model))
+    try:
+        adapted = PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
+        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+        stored = {name for name in load_peft_weights(str(folder), device="cpu") if "embed" not in name}
+    except Exception as error:  # a foreign folder: PEFT raises whatever its parts raise
+        raise AdapterError(
+            f"{folder} does not fit this model ({one_line(error)}); expected an adapter trained on this base model"
+        ) from error
+    if absent := sorted({name for name in expected if "embed" not in name} ^ stored):
+        raise AdapterError(
+            f"{folder} does not fit this model: {len(absent)} weight(s) are only on one side, first {absent[0]}; "
+            "expected an adapter trained on this base model"
+        )
+    if plan is not None:
+        _check_plan(adapted, plan, folder)
+    return adapted.eval()
+
+
+def _check_plan(model: PeftModel, plan: Plan, folder: Path) -> None:
+    planned = {adapter.name: (adapter.rank, adapter.alpha) for adapter in plan.adapters}
+    found = adapted_modules(model)
+    differing = sorted(name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name))
+    if differing:
+        raise AdapterError(
+            f"{folder}: the adapter differs from its plan.json in {len(differing)} module(s), first {differing[0]}; "
+            "the folder was changed after the run, train again or remove plan.json"
+        )
