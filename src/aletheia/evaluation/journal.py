@@ -65,7 +65,7 @@ class Journal:
             os.fsync(handle.fileno())
 
     def _check(self, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
-        for part in sorted(found.keys() | header.keys()):
+        for part in header:  # settings stand first, and explain the others
             if difference := differing(header.get(part, {}), found.get(part, {}), ignored={"adapter"}):
                 raise EvaluationError(
                     f"{self.path.parent} holds another evaluation that was interrupted ({part}: {difference}); "

@@ -1,7 +1,7 @@
 """Run an evaluation: prepare its tasks, answer what is missing, write ``items.parquet`` and ``eval.json``."""
 
 import os
-import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -56,7 +56,9 @@ def eval_settings(data_dir: Path | None, adapter: Path | None, **settings: Any) 
     if unknown := [name for name in names if name not in TASKS]:
         raise EvaluationError(f"unknown task {unknown[0]!r} in --tasks; expected some of {','.join(TASKS)}")
     if not names or len(set(names)) < len(names):
-        raise EvaluationError(f"--tasks names {'a task twice' if names else 'no task'}; expected some of {TASKS}")
+        raise EvaluationError(
+            f"--tasks names {'a task twice' if names else 'no task'}; expected some of {','.join(TASKS)}"
+        )
     if ("heldout" in names) != (settings.get("eval_data") is not None):
         raise EvaluationError("the task heldout and --eval-data belong together; give both or neither")
     for name, least in (("limit", 1), ("num_fewshot", 0), ("max_new_tokens", 1), ("batch_size", 1)):
@@ -218,7 +220,8 @@ def _answer_missing(work: Work, journal: Journal, show_progress: bool) -> None:
         return
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     done = len(work) - sum(map(len, todo))
-    with Progress(*columns, console=Console(stderr=True)) if show_progress else nullcontext() as progress:
+    console = Console(file=sys.stderr)  # this very stream: lm-eval's own bars are silenced by exchanging sys.stderr
+    with Progress(*columns, console=console) if show_progress else nullcontext() as progress:
         bar = progress.add_task(work.name, total=len(work), completed=done) if progress else None
         for batch in todo:
             journal.add(work.name, batch, work.answer(batch))
@@ -252,6 +255,6 @@ def _write_items(path: Path, rows: Sequence[Row]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     try:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), pyarrow.schema(columns)), temporary)
-        shutil.move(temporary, path)
+        os.replace(temporary, path)
     except OSError as error:
         raise ArtifactError(f"cannot write {path}: {error.strerror}; choose another --out") from error

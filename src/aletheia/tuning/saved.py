@@ -31,13 +31,15 @@ def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
         plan.check_model(identify(model))
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
-        expected = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
-        stored = {name for name in load_peft_weights(str(folder), device="cpu") if "embed" not in name}
+        expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        stored = set(load_peft_weights(str(folder), device="cpu"))
     except Exception as error:  # a foreign folder: PEFT raises whatever its parts raise
         raise AdapterError(
             f"{folder} does not fit this model ({one_line(error)}); expected an adapter trained on this base model"
         ) from error
-    if absent := sorted({name for name in expected if "embed" not in name} ^ stored):
+    # PEFT leaves weights without a place, and places without a weight, at that; embeddings may be stored beside
+    lost = {name for name in stored - expected if ".lora_" in name}
+    if absent := sorted((expected - stored) | lost):
         raise AdapterError(
             f"{folder} does not fit this model: {len(absent)} weight(s) are only on one side, first {absent[0]}; "
             "expected an adapter trained on this base model"
