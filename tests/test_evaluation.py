@@ -26,7 +26,7 @@ from aletheia.evaluation.measures import differences, summarise
 from aletheia.evaluation.row_loss import HeldOut
 from aletheia.evaluation.run import language_model
 from aletheia.evaluation.upstream import load_tasks, task_version
-from aletheia.evaluation.work import Benchmark, chosen, program
+from aletheia.evaluation.work import Benchmark, chosen
 
 SUBJECTS = ("anatomy", "astronomy", "virology")
 QUICK = ("--max-new-tokens", 4, "--batch-size", 4)
@@ -139,13 +139,6 @@ def test_limits_take_evenly_spaced_items():
     assert chosen(10, None) == chosen(10, 12) == list(range(10))
     assert chosen(10, 5) == [1, 3, 5, 7, 9]
     assert chosen(14042, 200) == sorted(set(chosen(14042, 200)))
-
-
-def test_a_program_is_prompt_completion_tests_and_call(benchmark_data):
-    doc = local_splits("humaneval", benchmark_data)["test"][2]
-    exec(program(doc, doc["canonical_solution"]), {})
-    with pytest.raises(AssertionError):
-        exec(program(doc, "    return 0\n"), {})
 
 
 @pytest.mark.parametrize("name", ["mmlu", "gsm8k", "wikitext"])
@@ -314,18 +307,22 @@ def test_humaneval_keeps_completions_until_they_can_be_scored(
     assert "cannot run HumanEval's programs; the completions are kept" in err
     seen = []
 
-    def score(programs, workers, unsafe):
+    def score(programs, unsafe):
         seen.append((programs, unsafe))
-        return [True, False, True, True]
+        return [SimpleNamespace(passed=at != 1) for at in range(4)]
 
-    monkeypatch.setitem(sys.modules, "aletheia.evaluation.humaneval", SimpleNamespace(score=score))
+    scorer = SimpleNamespace(score=score, humaneval_program=lambda *parts: parts)
+    monkeypatch.setitem(sys.modules, "aletheia.evaluation.humaneval", scorer)
     code, out, err = run(*arguments, "--unsafe-exec", "--json")
     assert code == 0, err
     assert json.loads(out)["tasks"][0]["metrics"][0]["value"] == 0.75
     ((programs, unsafe),) = seen
     assert unsafe
-    assert all(text.startswith(f"def add_{at}(a):\n") for at, text in enumerate(programs))
-    assert all(text.endswith(f"check(add_{at})") for at, text in enumerate(programs))
+    rows = pyarrow.parquet.read_table(tmp_path / "code" / "items.parquet").to_pylist()
+    assert [row["pass@1"] for row in rows] == [1, 0, 1, 1]
+    for at, (task, prompt, completion, _, entry_point) in enumerate(programs):
+        assert (task, prompt, entry_point) == (f"HumanEval/{at}", f"def add_{at}(a):\n", f"add_{at}")
+        assert completion == rows[at]["prediction"]
 
 
 @pytest.mark.parametrize(

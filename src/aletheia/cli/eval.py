@@ -13,6 +13,7 @@ from aletheia.cli.options import (
     JsonOption,
     MaxLengthOption,
     QuantizeOption,
+    SkipEmptiedOption,
     print_json,
     print_rich,
     quiet_libraries,
@@ -70,6 +71,7 @@ def eval(
         typer.Option("--context-length", help="Longest prompt, and the window of wikitext (the model's by default)."),
     ] = None,
     max_length: MaxLengthOption = 1024,
+    skip_emptied: SkipEmptiedOption = False,
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,
     attention: AttentionOption = None,
@@ -94,8 +96,8 @@ def eval(
         settings = eval_settings(
             data_dir, adapter, model=model, tasks=[name.strip() for name in tasks.split(",") if name.strip()],
             limit=limit, eval_data=eval_data, num_fewshot=num_fewshot, chat=chat, max_new_tokens=max_new_tokens,
-            context_length=context_length, max_length=max_length, batch_size=batch_size, dtype=dtype,
-            quantize=quantize, attention=attention,
+            context_length=context_length, max_length=max_length, skip_emptied=skip_emptied,
+            batch_size=batch_size, dtype=dtype, quantize=quantize, attention=attention,
         )  # fmt: skip
         done = _evaluate(settings, out, data_dir, unsafe_exec, overwrite)
     compared = [compare(done, other) for other in others]

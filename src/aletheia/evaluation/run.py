@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
@@ -35,7 +35,7 @@ from aletheia.evaluation.result import (
 )
 from aletheia.evaluation.row_loss import HeldOut
 from aletheia.evaluation.upstream import check_installed, load_tasks, quiet
-from aletheia.evaluation.work import Benchmark, Row, Work
+from aletheia.evaluation.work import Benchmark, Row, Score, Work
 from aletheia.files import check_writable, file_sha256, package_versions
 
 if TYPE_CHECKING:
@@ -187,7 +187,9 @@ def _prepare(base: Loaded, settings: EvalSettings, data_dir: Path | None, unsafe
     for name in settings.tasks:
         if name == "heldout":
             assert settings.eval_data is not None
-            rows = load_data(settings.eval_data, base.tokenizer, settings.max_length, vocab_size=base.vocab_size)
+            positions = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+            length = min(settings.max_length, positions or settings.max_length)
+            rows = load_data(settings.eval_data, base.tokenizer, length, settings.skip_emptied, base.vocab_size)
             works.append(HeldOut(base.model, rows, settings.batch_size, settings.limit))
             continue
         lm = lm or language_model(base.model, base.tokenizer, settings.batch_size, settings.context_length)
@@ -197,18 +199,22 @@ def _prepare(base: Loaded, settings: EvalSettings, data_dir: Path | None, unsafe
     return works
 
 
-def _scorer(unsafe_exec: bool) -> Callable[[Sequence[str]], Sequence[bool]]:
+def _scorer(unsafe_exec: bool) -> Score:
     """What runs the programs of HumanEval and tells which pass."""
 
-    def run(programs: Sequence[str]) -> Sequence[bool]:
+    def run(docs: Sequence[Any], completions: Sequence[str]) -> Sequence[bool]:
         try:
-            score = import_module("aletheia.evaluation.humaneval").score
+            humaneval = import_module("aletheia.evaluation.humaneval")
         except ImportError as error:
             raise EvaluationError(
                 "this release cannot run HumanEval's programs; the completions are kept in the output folder, "
                 "leave humaneval out of --tasks to finish the others in a folder of their own"
             ) from error
-        return [bool(passed) for passed in score(programs, workers=os.cpu_count() or 1, unsafe=unsafe_exec)]
+        programs = [
+            humaneval.humaneval_program(doc["task_id"], doc["prompt"], text, doc["test"], doc["entry_point"])
+            for doc, text in zip(docs, completions, strict=True)
+        ]
+        return [outcome.passed for outcome in humaneval.score(programs, unsafe=unsafe_exec)]
 
     return run
 

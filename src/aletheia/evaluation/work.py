@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
 
 Row = dict[str, Any]
-Score = Callable[[Sequence[str]], Sequence[bool]]
+Score = Callable[[Sequence[Any], Sequence[str]], Sequence[bool]]  # documents and completions to passed or not
 
 
 class Work(Protocol):
@@ -167,9 +167,9 @@ class Benchmark:
         """Rows by upstream's own filters and scoring; HumanEval's programs are run by our sandbox."""
         rows = [self._common(item, answer) for item, answer in zip(self.items, answers, strict=True)]
         if self.name == "humaneval":
-            programs = [program(item.requests[0].doc, text) for item, text in zip(self.items, answers, strict=True)]
             assert self._score is not None
-            for row, passed in zip(rows, self._score(programs), strict=True):
+            passes = self._score([item.requests[0].doc for item in self.items], answers)
+            for row, passed in zip(rows, passes, strict=True):
                 row["pass@1"] = float(passed)
             return rows
         for item, answer in zip(self.items, answers, strict=True):
@@ -208,8 +208,3 @@ class Benchmark:
             return {metric: float(value) for metric, value in found.items()}
         (nats, words), (_, size) = found["word_perplexity"], found["byte_perplexity"]
         return {"loss_sum": -nats, "words": words, "bytes": size}
-
-
-def program(doc: Any, completion: str) -> str:
-    """A HumanEval program as upstream's scorer puts it together: prompt, completion, tests, call."""
-    return f"{doc['prompt']}{completion}\n{doc['test']}\ncheck({doc['entry_point']})"
