@@ -17,14 +17,15 @@ import torch
 from aletheia_lora.probe import gradient_probe
 from growth import growth
 from memory import peaks
-from steps import Arm, interleaved_steps, prepared, speedup, table
+from ratios import speedup, table
 
 import aletheia
-from aletheia.cli.demo import demo_checkpoint
+from aletheia.anatomy.demo import demo_checkpoint
+from aletheia.campaign.steps import StepKind, interleaved_steps, prepared
 from aletheia.cli.options import quiet_libraries
 from aletheia.data.examples import Examples
 from aletheia.files import package_versions
-from aletheia.planning.plan import Plan, layer_ranges
+from aletheia.planning.plan import FREEZE_AFTER, Plan, layer_ranges
 from aletheia.probing.scores import Scores
 from aletheia.tuning.cache import MemoryCache
 from aletheia.tuning.fill import fill
@@ -122,18 +123,20 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
     """The gain taken apart, then put together; and a whole run from its measured parts."""
     uniform = aletheia.plan(scores, "uniform")
     arms = [
-        Arm("baseline", uniform, truncated=False),
-        Arm("baseline + labelled-token logits", uniform, labelled=True),
-        Arm("baseline + length grouping", uniform, grouped=True),
-        Arm("baseline + lean adapters and loss", uniform, lean=True),
-        Arm.fast("every layer, these three together", uniform),
-        Arm("default plan alone (truncated backward)", default),
-        Arm("default plan + cache alone", default, cached=True),
-        Arm.fast("default plan, everything, first epoch", default),
-        Arm.fast("default plan, everything, from a filled cache", default, cached=True),
-        Arm("baseline, full recomputation", uniform, truncated=False, recompute="full"),
-        Arm.fast("default plan, cached, selective recomputation", default, cached=True, recompute="selective"),
-        Arm.fast("default plan, cached, full recomputation", default, cached=True, recompute="full"),
+        StepKind("baseline", uniform),
+        StepKind("baseline + labelled-token logits", uniform, labelled=True),
+        StepKind("baseline + length grouping", uniform, grouped=True),
+        StepKind("baseline + lean adapters and loss", uniform, lean=True),
+        StepKind.fast("every layer, these three together", uniform),
+        StepKind("default plan alone (truncated backward)", default, truncated=True),
+        StepKind("default plan + cache alone", default, truncated=True, cached=True),
+        StepKind.fast("default plan, everything, first epoch", default),
+        StepKind.fast("default plan, everything, from a filled cache", default, cached=True),
+        StepKind("baseline, full recomputation", uniform, recompute="full"),
+        StepKind.fast("default plan, cached, selective recomputation", default, cached=True, recompute="selective"),
+        StepKind.fast("default plan, cached, full recomputation", default, cached=True, recompute="full"),
+        StepKind.fast("every layer, fast, selective recomputation", uniform, recompute="selective"),
+        StepKind.fast("every layer, fast, full recomputation", uniform, recompute="full"),
     ]
     seconds = interleaved_steps(model, arms, data, BATCH_SIZE, ROUNDS)
     steps = ROWS // BATCH_SIZE * EPOCHS
@@ -147,21 +150,28 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
         *table(seconds),
         "",
         f"A whole run of {EPOCHS} epochs, {steps} steps, from these parts: probe {scores.probe.seconds:.0f} s, cache "
-        f"{building:.0f} s, then every step from the cache.",
+        f"{building:.0f} s. With lower layers first, as `aletheia train` does by default, every layer learns for "
+        f"{FREEZE_AFTER:.1%} of the steps; without, every step is taken from the cache.",
         "",
-        "| run | baseline s | default plan s | speed-up |",
-        "|---|---:|---:|---:|",
+        "| run | baseline s | lower layers first s | speed-up | without s | speed-up |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
     names = [arm.name for arm in arms]
-    pairs = (
-        ("nothing recomputed", names[0], names[8]),
-        ("gradient checkpointing: full, and ours selective", names[9], names[10]),
-        ("gradient checkpointing: full on both sides", names[9], names[11]),
+    early = round(FREEZE_AFTER * steps)
+    runs = (
+        ("nothing recomputed", names[0], names[4], names[8]),
+        ("gradient checkpointing: full, and ours selective", names[9], names[12], names[10]),
+        ("gradient checkpointing: full on both sides", names[9], names[13], names[11]),
     )
-    for label, plain, ours in pairs:
-        pair = [sum(seconds[name]) / ROUNDS * steps for name in (plain, ours)]
-        whole = pair[1] + scores.probe.seconds + building
-        lines.append(f"| {label} | {pair[0]:.0f} | {whole:.0f} | {pair[0] / whole:.2f}x |")
+    for label, *kinds in runs:
+        plain, every, cached = (sum(seconds[name]) / ROUNDS for name in kinds)
+        once = scores.probe.seconds + building
+        whole = once + early * every + (steps - early) * cached
+        without = once + steps * cached
+        lines.append(
+            f"| {label} | {plain * steps:.0f} | {whole:.0f} | {plain * steps / whole:.2f}x "
+            f"| {without:.0f} | {plain * steps / without:.2f}x |"
+        )
     told = []
     for kind, ours in (("selective", names[10]), ("full", names[11])):
         ratio, low, high = speedup(seconds[names[9]], seconds[ours])
@@ -171,14 +181,16 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
 
 
 def _building_seconds(model: torch.nn.Module, data: Examples, plan: Plan) -> float:
-    with prepared(model, Arm("fill", plan)) as adapted:
+    with prepared(model, StepKind("fill", plan)) as adapted:
         started = time.perf_counter()
         fill(adapted, plan.boundary, data.examples, MemoryCache(), BATCH_SIZE, data.pad_token_id, show_progress=False)
         return time.perf_counter() - started
 
 
 def bench_predictions(model: torch.nn.Module, data: Examples, scores: Scores) -> list[str]:
-    """What the calibrated cost model says, and what steps then take."""
+    """What the calibrated cost model says, and what steps then take, minutes later."""
+    timings = aletheia.calibrate(model, data, BATCH_SIZE)
+    scores = scores.model_copy(update={"timings": timings})
     plans = {
         "uniform": aletheia.plan(scores, "uniform"),
         "top-percent 50 (the paper)": aletheia.plan(scores, "top-percent"),
@@ -189,15 +201,13 @@ def bench_predictions(model: torch.nn.Module, data: Examples, scores: Scores) ->
         "last 10 %": aletheia.plan(scores, "last", 10),
         "random 50 %": aletheia.plan(scores, "random", seed=3),
     }
-    baseline = Arm("baseline", plans["uniform"], truncated=False)
+    baseline = StepKind("baseline", plans["uniform"])
     arms = [baseline]
     for name, plan in plans.items():
-        arms.append(Arm.fast(f"{name}, first epoch", plan))
+        arms.append(StepKind.fast(f"{name}, first epoch", plan))
         if plan.boundary:
-            arms.append(Arm.fast(f"{name}, cached", plan, cached=True))
+            arms.append(StepKind.fast(f"{name}, cached", plan, cached=True))
     seconds = interleaved_steps(model, arms, data, BATCH_SIZE, PLAN_ROUNDS)
-    timings = scores.timings
-    assert timings is not None
     lines = [
         f"Calibration took {timings.seconds:.0f} s. {PLAN_ROUNDS} rounds. Predicted and measured speed-ups are against the "
         f"baseline at rank 16, predicted at {timings.baseline:.2f} s a step.",

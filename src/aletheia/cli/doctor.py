@@ -5,7 +5,8 @@ from typing import Any
 
 import typer
 
-from aletheia.cli.options import DEMO_INSTALL, JsonOption, print_json, print_rich, quiet_libraries
+from aletheia.anatomy.demo import DEMO_INSTALL
+from aletheia.cli.options import JsonOption, print_json, print_rich, quiet_libraries
 
 EXAMPLE = "aletheia doctor"
 

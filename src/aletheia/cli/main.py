@@ -6,7 +6,7 @@ from typing import NoReturn
 import typer
 
 from aletheia import __version__
-from aletheia.cli import cache, demo, doctor, eval, inspect, plan, probe, report, show, train
+from aletheia.cli import cache, campaign, demo, doctor, eval, inspect, plan, probe, report, show, train
 from aletheia.errors import AletheiaError
 
 app = typer.Typer(
@@ -21,6 +21,8 @@ app = typer.Typer(
 for module in (inspect, probe, plan, show, train, eval, report, cache, demo, doctor):
     command = module.__name__.rsplit(".", 1)[-1]
     app.command(command, epilog=f"Example:\n\n{module.EXAMPLE}")(getattr(module, command))
+
+app.add_typer(campaign.app, name="campaign")
 
 
 @app.callback(invoke_without_command=True)

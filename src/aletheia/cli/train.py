@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from aletheia.planning.plan import Plan
     from aletheia.probing.scores import Scores
 
-FREEZE_AFTER = 0.25  # of the steps: reached a given loss soonest of what was tried, see docs/log.md
 EXAMPLE = "aletheia train Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --out run"
 
 
@@ -278,6 +277,7 @@ def _plan(
     from aletheia.anatomy.load import free_memory_bytes, own_memory_bytes
     from aletheia.planning.make import plan
     from aletheia.planning.memory import training_bytes
+    from aletheia.planning.plan import FREEZE_AFTER
 
     streamed = isinstance(base, Checkpoint)
     device = base.device if streamed else base.model.device

@@ -38,7 +38,7 @@ _Box = tuple[float, float, float, float]  # x, y, width, height
 def layer_scores_svg(plan: Plan, label: str, index: int, identifier: str) -> str:
     """Bars of the probe score by decoder layer; adapted layers in the run's colour, the boundary marked."""
     with drawing(identifier):
-        figure, axes = _canvas(HEIGHT, left=40)
+        figure, axes = canvas(HEIGHT, left=40)
         bars = [(layer - 0.39, 0.0, 0.78, score) for layer, score in enumerate(plan.layer_scores)]
         _boxes(axes, bars, IDLE)
         _boxes(axes, [bars[layer] for layer in plan.layers], run_color(index))
@@ -59,7 +59,7 @@ def ranks_svg(plan: Plan, label: str, index: int, identifier: str) -> str:
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
     highest = max(cells.values())
     with drawing(identifier):
-        figure, axes = _canvas(HEIGHT, left=90)
+        figure, axes = canvas(HEIGHT, left=90)
         boxes: dict[float | None, list[_Box]] = {}
         for row, kind in enumerate(kinds):
             for layer in range(plan.layer_count):
@@ -95,7 +95,7 @@ def rank_cells(adapters: Sequence[Adapter]) -> dict[tuple[str, int], float]:
 def loss_by_step_svg(runs: Sequence[Run], labels: Sequence[str], identifier: str) -> str:
     """Held-out loss with markers and the smoothed training loss, faint, against the optimizer step."""
     with drawing(identifier):
-        figure, axes = _canvas(HEIGHT + 20, left=40)
+        figure, axes = canvas(HEIGHT + 20, left=40)
         for index, (run, label) in enumerate(zip(runs, labels, strict=True)):
             train = smoothed(run.metrics.train_curve)
             axes.plot(*_columns(train), color=run_color(index), linewidth=0.9, alpha=0.45)
@@ -109,7 +109,7 @@ def loss_by_step_svg(runs: Sequence[Run], labels: Sequence[str], identifier: str
 def loss_by_seconds_svg(runs: Sequence[Run], labels: Sequence[str], identifier: str) -> str:
     """Held-out loss of all runs against wall-clock train seconds; the first run's final loss as a line."""
     with drawing(identifier):
-        figure, axes = _canvas(HEIGHT + 20, left=40)
+        figure, axes = canvas(HEIGHT + 20, left=40)
         for index, (run, label) in enumerate(zip(runs, labels, strict=True)):
             points = held_out_points(run.metrics)
             _held_out_line(axes, [p.train_seconds for p in points], [p.loss for p in points], label, index)
@@ -125,7 +125,7 @@ def phases_svg(runs: Sequence[Run], labels: Sequence[str], identifier: str) -> s
     """One stacked bar per run: seconds of load, probe, plan, train and eval."""
     longest = max(run.metrics.seconds.total for run in runs) or 1.0
     with drawing(identifier):
-        figure, axes = _canvas(64 + 42 * len(runs), left=8, right=84, top=30)
+        figure, axes = canvas(64 + 42 * len(runs), left=8, right=84, top=30)
         for row, (run, label) in enumerate(zip(runs, labels, strict=True)):
             _phase_bar(axes, row, run.metrics.seconds)
             axes.text(0, row - 0.30, shorten(label, 48), color=INK, va="bottom")
@@ -165,7 +165,7 @@ def smoothing_window(points: int) -> int:
     return max(1, points // 20)
 
 
-def _canvas(height: float, left: float, right: float = 10, top: float = 26, bottom: float = 34) -> tuple[Figure, Axes]:
+def canvas(height: float, left: float, right: float = 10, top: float = 26, bottom: float = 34) -> tuple[Figure, Axes]:
     """A figure of our width with one pair of axes; sizes and margins in points."""
     figure = Figure(figsize=(WIDTH / POINTS_PER_INCH, height / POINTS_PER_INCH))
     box = (left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, 1 - (top + bottom) / height)

@@ -54,12 +54,13 @@ def report(runs: Sequence[Run], out: str | Path) -> Path:
     """
     out = Path(out)
     labels = run_labels(runs)
-    _refuse_foreign(out)
-    write_text(out, _environment().get_template("report.html.j2").render(_content(runs, labels)))
+    refuse_foreign(out)
+    write_text(out, page_environment().get_template("report.html.j2").render(_content(runs, labels)))
     return out
 
 
-def _refuse_foreign(out: Path) -> None:
+def refuse_foreign(out: Path) -> None:
+    """Raises ArtifactError where ``out`` is a file that is no report of ours."""
     if not out.exists():
         return
     try:
@@ -71,8 +72,9 @@ def _refuse_foreign(out: Path) -> None:
         raise ArtifactError(f"{out} exists and is no report of ours; choose another --out or remove it first")
 
 
-def _environment() -> Environment:
-    return Environment(
+def page_environment() -> Environment:
+    """Templates that escape every name, and show control characters in none."""
+    environment = Environment(
         loader=PackageLoader("aletheia.reporting", package_path="."),
         autoescape=True,
         undefined=StrictUndefined,
@@ -81,6 +83,13 @@ def _environment() -> Environment:
         # names may hold anything a file system allows; figures are ours and pass as they are
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
+    environment.filters["lines"] = _lines
+    return environment
+
+
+def _lines(text: str) -> Markup:
+    """Text of several lines, each printable and escaped."""
+    return Markup("\n").join(printable(line) for line in text.splitlines())
 
 
 def _content(runs: Sequence[Run], labels: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,45 @@
+"""What a result was made with: code, packages, machine."""
+
+import os
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from aletheia.files import package_versions
+
+PACKAGES = ("aletheia-tune", "torch", "transformers", "peft", "accelerate", "datasets", "numpy", "lm-eval")
+
+
+@cache
+def about() -> dict[str, Any]:
+    """Versions, the commit of the code and whether it was changed since, where that is known, and the machine."""
+    has_accelerator = torch.accelerator.is_available()
+    return {
+        "packages": package_versions(PACKAGES),
+        "python": platform.python_version(),
+        "commit": _git("rev-parse", "HEAD"),
+        "is_dirty": bool(_git("status", "--porcelain")),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else str(_device(has_accelerator)),
+    }
+
+
+def _device(has_accelerator: bool) -> str:
+    device = torch.accelerator.current_accelerator() if has_accelerator else None
+    return device.type if device else "cpu"
+
+
+def _git(*arguments: str) -> str | None:
+    """Output of git in the folder of this code, if that is a checkout of it."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,171 @@
+"""A job of a behaviour campaign: fine-tune with one arm (or not at all), then evaluate, task by task.
+
+What a killed job has finished stays in its folder and is gone on with: the run, and every evaluation item by item.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from aletheia.anatomy.load import Loaded, load
+from aletheia.campaign.grid import Row, model_named
+from aletheia.campaign.models import model_source
+from aletheia.campaign.rows import first_rows
+from aletheia.campaign.spec import BASE, Arm, BehaviourCampaign, TaskSettings
+from aletheia.campaign.speed import arm_plan
+from aletheia.data.examples import Examples
+from aletheia.evaluation.measures import MEASURES
+from aletheia.evaluation.row_loss import row_losses
+from aletheia.evaluation.run import eval_settings, evaluate
+from aletheia.planning.plan import Plan
+from aletheia.probing.resident import probe
+from aletheia.probing.scores import Scores
+from aletheia.tuning.adapters import adapt
+from aletheia.tuning.run import METRICS_FILE, PLAN_FILE, Metrics, Run
+from aletheia.tuning.saved import load_adapter
+from aletheia.tuning.train import train
+
+RUN = "run"
+CACHES = "caches"
+
+
+def run_behaviour(
+    campaign: BehaviourCampaign, row: Row, data_dir: Path, folder: Path, place: Path
+) -> dict[str, Mapping[str, Any]]:
+    """The ``result`` of one row: how it was trained, and its items, benchmark by benchmark."""
+    started = time.perf_counter()
+    source = model_source(model_named(campaign, row.model), folder)
+    base = load(source, campaign.dtype)
+    result: dict[str, Any] = {}
+    adapter = None
+    if row.arm != BASE:
+        adapter = place / RUN
+        if not (adapter / METRICS_FILE).exists():
+            arm = next(arm for arm in campaign.arms if arm.name == row.arm)
+            _train(campaign, arm, row.seed, base, data_dir, folder, adapter)
+            base = load(source, campaign.dtype)  # as it was, for the adapter as it was saved
+        result |= _trained(Run(adapter, Metrics.read(adapter / METRICS_FILE), Plan.read(adapter / PLAN_FILE)))
+        base = replace(base, model=load_adapter(base.model, adapter))  # type: ignore[arg-type]
+    items = {"heldout": _held_out(campaign, base, data_dir)}
+    versions = {}
+    for name, settings in campaign.tasks.items():
+        if row.arm == BASE or settings.seeds is None or row.seed in settings.seeds:
+            items[name], versions[name] = _task(campaign, name, settings, source, base, adapter, data_dir, place)
+    result |= {"items": items, "versions": versions, "job_seconds": time.perf_counter() - started}
+    return {row.arm: {"result": result}}
+
+
+def _train(
+    campaign: BehaviourCampaign, arm: Arm, seed: int, base: Loaded, data_dir: Path, folder: Path, out: Path
+) -> None:
+    data = first_rows(campaign, data_dir / campaign.data, base.tokenizer, campaign.rows)
+    held_out = _held_out_rows(campaign, base, data_dir)
+    scores = probe(base.model, data, seed=seed)
+    made = arm_plan(arm, scores, seed, campaign.epochs)
+    train(
+        adapt(base.model, made, seed),
+        data,
+        made,
+        out,
+        held_out,
+        steps=_steps(campaign, arm, made, scores, seed),
+        batch_size=campaign.batch_size,
+        learning_rate=arm.learning_rate,
+        init=arm.init,
+        seed=seed,
+        cache="disk" if made.boundary and not made.early_layers else "auto",
+        cache_dir=folder / CACHES,  # arms and seeds with one boundary share it
+        overwrite=True,  # what a killed job left
+        show_progress=False,
+    )
+
+
+def _steps(campaign: BehaviourCampaign, arm: Arm, made: Plan, scores: Scores, seed: int) -> int:
+    """As many steps for every arm, or as many as cost what the baseline's steps cost by the cost model, in FLOPs."""
+    if campaign.match == "steps":
+        return campaign.steps
+    baseline = next(other for other in campaign.arms if other.name == campaign.baseline)
+    return max(
+        1, round(campaign.steps * _cost(baseline, arm_plan(baseline, scores, seed, campaign.epochs)) / _cost(arm, made))
+    )
+
+
+def _cost(arm: Arm, made: Plan) -> float:
+    """Mean operations of a step of the run, the baseline's plain step being one."""
+    predicted = made.predicted
+    if arm.execution == "plain":
+        return predicted.relative_step_time
+    later = predicted.relative_cached_step_time or predicted.relative_step_time
+    share = made.settings.freeze_after if made.early_layers else 0.0
+    return share * (predicted.relative_early_step_time or later) + (1 - share) * later
+
+
+def _trained(run: Run) -> dict[str, Any]:
+    """What the report needs of a run."""
+    metrics = run.metrics
+    return {
+        "layers": list(run.plan.layers),
+        "layer_count": run.plan.layer_count,
+        "early_steps": metrics.early_steps,
+        "trainable_parameters": metrics.trainable_parameters,
+        "steps": metrics.steps,
+        "learning_rate": metrics.settings.learning_rate,
+        "seconds": metrics.seconds.model_dump(),
+        "cache": metrics.settings.cache,
+        "peak_memory_bytes": metrics.peak_memory_bytes,
+        "held_out_curve": [[point.step, point.train_seconds, point.loss] for point in metrics.held_out_curve],
+        "model": metrics.model.model_dump(mode="json"),
+        "data": metrics.data.model_dump(mode="json") if metrics.data else None,
+        "adapter": str(run.path),
+    }
+
+
+def _held_out_rows(campaign: BehaviourCampaign, base: Loaded, data_dir: Path) -> Examples:
+    return first_rows(campaign, data_dir / campaign.held_out, base.tokenizer, campaign.held_out_rows)
+
+
+def _held_out(campaign: BehaviourCampaign, base: Loaded, data_dir: Path) -> dict[str, list[Any]]:
+    """Nats and labelled tokens, row by row."""
+    rows = _held_out_rows(campaign, base, data_dir)
+    size = campaign.eval_batch_size
+    base.model.eval()
+    found = [
+        pair
+        for start in range(0, len(rows), size)
+        for pair in row_losses(base.model, rows.examples[start : start + size], rows.pad_token_id)
+    ]
+    return {"value": [nats for nats, _ in found], "weight": [tokens for _, tokens in found]}
+
+
+def _task(
+    campaign: BehaviourCampaign,
+    name: str,
+    settings: TaskSettings,
+    source: str,
+    base: Loaded,
+    adapter: Path | None,
+    data_dir: Path,
+    place: Path,
+) -> tuple[dict[str, list[Any]], str]:
+    """The main measure of a benchmark item by item, and upstream's version of the benchmark."""
+    asked = eval_settings(
+        data_dir,
+        adapter,
+        model=source,
+        tasks=(name,),
+        limit=settings.limit,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=campaign.eval_batch_size,
+        dtype=campaign.dtype,
+    )
+    done = evaluate(
+        base, asked, place / f"eval-{name}", data_dir, unsafe_exec=campaign.unsafe_exec, show_progress=False
+    )
+    measure = MEASURES[name][0]
+    rows = done.rows[name]
+    found = {"value": [row[measure.column] for row in rows], "cluster": [row["subject"] for row in rows]}
+    if measure.per:
+        found["weight"] = [row[measure.per] for row in rows]
+    return found, done.evaluation.tasks[0].version

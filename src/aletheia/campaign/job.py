@@ -1,0 +1,60 @@
+"""``python -m aletheia.campaign.job FOLDER``: run one job and leave ``result.json``. See ``process.py``."""
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from aletheia.campaign.grid import Row
+from aletheia.campaign.process import JOB_FILE, RESULT_FILE
+from aletheia.campaign.spec import SpeedCampaign, parse_campaign
+from aletheia.errors import AletheiaError
+from aletheia.files import write_text
+
+ABANDONED = 75
+
+
+def main(place: Path) -> int:
+    """Run the job in ``place``; exit code 0, or 2 with a line that says why not."""
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    told = json.loads((place / JOB_FILE).read_text(encoding="utf-8"))
+    campaign = parse_campaign(told["campaign"], str(place / JOB_FILE))
+    rows = [Row(*row) for row in told["rows"]]
+    try:
+        found = _run(campaign, rows, Path(told["data_dir"]), Path(told["folder"]), place)
+    except AletheiaError as error:
+        print(f"error: {' '.join(str(error).split())}", flush=True)
+        return 2
+    write_text(place / RESULT_FILE, json.dumps(found, indent=1, allow_nan=False) + "\n")
+    return 0
+
+
+def _run(campaign: Any, rows: list[Row], data_dir: Path, folder: Path, place: Path) -> dict[str, Any]:
+    import torch
+
+    from aletheia.campaign.about import about
+    from aletheia.tuning.memory import peak_memory_bytes
+
+    if isinstance(campaign, SpeedCampaign):
+        from aletheia.campaign.speed import run_speed
+
+        found = run_speed(campaign, rows, data_dir, folder)
+    else:
+        from aletheia.campaign.behaviour import run_behaviour
+
+        found = run_behaviour(campaign, rows[0], data_dir, folder, place)
+    shared = {"about": about(), "process_peak_bytes": peak_memory_bytes(torch.device("cpu"))}
+    return {arm: {"result": value["result"] | shared} if "result" in value else value for arm, value in found.items()}
+
+
+def _end_with_input() -> None:
+    """End at once when whoever waits for this job is gone."""
+    while os.read(0, 4096):  # not sys.stdin, whose lock would be held when the interpreter shuts down
+        pass
+    os._exit(ABANDONED)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

@@ -1,0 +1,129 @@
+"""The coordinator: gives jobs to an executor, and keeps what comes back. Torch-free."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
+from typing import Any
+
+from aletheia.campaign.executors import Executor
+from aletheia.campaign.grid import Job, Row, jobs
+from aletheia.campaign.process import JOB_FILE, LOG_FILE, RESULT_FILE
+from aletheia.campaign.spec import BehaviourCampaign, SpeedCampaign
+from aletheia.campaign.store import Record, Store
+from aletheia.errors import ArtifactError, CampaignError
+from aletheia.files import read_json, write_text
+
+JOBS = "jobs"
+Watcher = Callable[[Store, Sequence[Job]], None]
+
+
+def run_campaign(
+    campaign: SpeedCampaign | BehaviourCampaign,
+    folder: Path,
+    executor: Executor,
+    data_dir: Path | None = None,
+    retry_failed: bool = False,
+    watch: Watcher = lambda store, running: None,
+) -> list[Record]:
+    """Run every row that is not recorded yet, and return all rows.
+
+    A row is recorded in the store once its job is through; whatever interrupts the campaign, the next call goes on
+    with the rows that are not, and takes in results that were written but not recorded. Failed rows keep their reason.
+
+    Args:
+        campaign: what to run; the same as before, if the folder holds one.
+        folder: where the store, the jobs and their artefacts go.
+        executor: where jobs run; closed at the end.
+        data_dir: instead of the campaign's ``data_dir``.
+        retry_failed: run rows that failed once more.
+        watch: called whenever something changed, with the store and the jobs that run or wait.
+
+    Raises:
+        CampaignError: the folder holds another campaign, or another coordinator is at work.
+    """
+    folder = folder.resolve()
+    try:
+        with Store.writing(folder, campaign) as store:
+            if retry_failed:
+                store.forget_failures()
+            waiting: dict[Future[str | None], Job] = {}
+            for job in _pending(store):
+                place = folder / JOBS / job.name
+                if (place / RESULT_FILE).exists() and not retry_failed:
+                    store.record(_outcome(job, place, None))
+                    continue
+                _prepare(place, campaign, job, data_dir or Path(campaign.data_dir), folder)
+                waiting[executor.submit(place)] = job
+            watch(store, list(waiting.values()))
+            while waiting:
+                done, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
+                for future in done:
+                    job = waiting.pop(future)
+                    error = future.exception()
+                    why = f"{type(error).__name__}: {error}" if error else future.result()
+                    store.record(_outcome(job, folder / JOBS / job.name, why))
+                watch(store, list(waiting.values()))
+            return store.records()
+    finally:
+        executor.close()
+
+
+def _pending(store: Store) -> list[Job]:
+    """Jobs with a row that is neither done nor failed."""
+    open_rows = {record.row for record in store.records() if record.status == "pending"}
+    return [job for job in jobs(store.campaign) if open_rows.intersection(job.rows)]
+
+
+def _prepare(place: Path, campaign: SpeedCampaign | BehaviourCampaign, job: Job, data_dir: Path, folder: Path) -> None:
+    """Write what the job is to do. A log of an earlier attempt goes, its artefacts stay: they are gone on with."""
+    place.mkdir(parents=True, exist_ok=True)
+    for name in (RESULT_FILE, LOG_FILE):
+        (place / name).unlink(missing_ok=True)
+    told = {
+        "campaign": campaign.model_dump(mode="json"),
+        "rows": [[row.model, row.arm, row.seed] for row in job.rows],
+        "data_dir": str(data_dir.resolve()),
+        "folder": str(folder),
+    }
+    write_text(place / JOB_FILE, json.dumps(told, indent=1) + "\n")
+
+
+def _outcome(job: Job, place: Path, why: str | None) -> list[Record]:
+    """A record for each row of a job: its result, its own reason, or the job's."""
+    found: dict[str, Any] = {}
+    if why is None:
+        try:
+            told = read_json(place / RESULT_FILE)
+            found = dict(told) if isinstance(told, Mapping) else {}
+        except ArtifactError as error:
+            why = str(error)
+    return [_record(row, found.get(row.arm), why) for row in job.rows]
+
+
+def _record(row: Row, found: Any, why: str | None) -> Record:
+    if isinstance(found, Mapping) and "result" in found:
+        return Record(row, "done", None, dict(found["result"]))
+    reason = found.get("reason") if isinstance(found, Mapping) else None
+    return Record(row, "failed", str(reason or why or "the job left no result for this arm"), None)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space where the campaign goes."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def check_data(campaign: SpeedCampaign | BehaviourCampaign, data_dir: Path) -> None:
+    """Refuse a campaign whose files are not there, before the first row runs.
+
+    Raises:
+        CampaignError: names the file.
+    """
+    wanted = [campaign.data, *([campaign.held_out] if isinstance(campaign, BehaviourCampaign) else [])]
+    for name in wanted:
+        if Path(name).suffix and not os.path.exists(data_dir / name):
+            raise CampaignError(f"{data_dir / name} is missing; expected it there, or another --data-dir")

@@ -1,0 +1,193 @@
+"""What a campaign runs: a typed YAML file of models, arms and seeds. Torch-free."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from aletheia.errors import CampaignError
+from aletheia.planning.plan import FREEZE_AFTER, Policy, RankMode
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)]
+BASE = "base"  # the arm that is not trained
+TASKS = ("mmlu", "gsm8k", "humaneval", "wikitext")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelEntry(_Strict):
+    """A model: one that is there, or a random one of a shape, right for speed and worthless for quality."""
+
+    name: Name
+    path: str | None = Field(default=None, description="hub id, local folder, .gguf file, or 'demo'")
+    config: dict[str, Any] | None = Field(default=None, description="transformers config with its model_type")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ModelEntry":
+        if (self.path is None) == (self.config is None):
+            raise ValueError("expected either a path or a config")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("the config names no model_type, such as llama")
+        return self
+
+
+class Arm(_Strict):
+    """One way to fine-tune; ``execution`` is ``plain`` (PEFT, transformers' Trainer) or ``fast`` (aletheia train)."""
+
+    name: Name
+    policy: Policy
+    percent: float = Field(default=50, gt=0, le=100)
+    rank: int = Field(default=16, ge=1)
+    ranks: RankMode = "uniform"
+    freeze_after: float = Field(default=0.0, ge=0, lt=1)
+    init: Literal["random", "gradient"] = "random"
+    learning_rate: float | None = Field(default=None, gt=0)
+    execution: Literal["plain", "fast"] = "plain"
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "uniform": {"policy": "uniform", "percent": 100},
+    "paper": {"policy": "top-percent"},
+    "paper-asym": {"policy": "top-percent", "ranks": "by-role"},
+    "depth-aware": {
+        "policy": "depth-aware",
+        "freeze_after": FREEZE_AFTER,
+        "init": "gradient",
+        "execution": "fast",
+    },
+    "random": {"policy": "random"},
+    "last": {"policy": "last"},
+    "first": {"policy": "first"},
+    "bottom": {"policy": "bottom"},
+}
+
+
+def _filled_in(given: Any) -> Any:
+    """An arm by its name, or a mapping whose missing keys are those of the arm it is named after."""
+    entry = {"name": given} if isinstance(given, str) else given
+    if not isinstance(entry, Mapping):
+        return given
+    preset = PRESETS.get(str(entry.get("name")), {})
+    if not preset and "policy" not in entry:
+        known = ", ".join(PRESETS)
+        raise ValueError(f"{entry.get('name')!r} is no arm known by name ({known}); expected a policy of its own")
+    return {**preset, **entry}
+
+
+class _Campaign(_Strict):
+    """What both kinds share: all arms see the same rows in the same order, in the same dtype, with one optimizer."""
+
+    name: Name
+    models: tuple[ModelEntry, ...] = Field(min_length=1)
+    arms: tuple[Annotated[Arm, BeforeValidator(_filled_in)], ...] = Field(min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    data_dir: str = Field(default=".", description="folder that the data paths start from; --data-dir overrides it")
+    data: str = Field(description="rows to train on")
+    rows: int = Field(default=640, ge=1, description="rows used, the first that fit into max_length")
+    max_length: int = Field(default=256, ge=2, description="tokens; longer rows are left out")
+    batch_size: int = Field(default=4, ge=1)
+    steps: int = Field(default=200, ge=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    baseline: str = "uniform"
+    comparisons: tuple[tuple[str, str], ...] = Field(default=(), description="pairs of arms whose difference is asked")
+
+    @model_validator(mode="after")
+    def _names(self) -> "_Campaign":
+        for what, names in (
+            ("models", [model.name for model in self.models]),
+            ("arms", [arm.name for arm in self.arms]),
+            ("seeds", [str(seed) for seed in self.seeds]),
+        ):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"{what}: {', '.join(twice)} twice")
+        arms = {arm.name for arm in self.arms}
+        if BASE in arms:
+            raise ValueError(f"arms: {BASE!r} is the name of the model before training; choose another")
+        for name in (self.baseline, *(name for pair in self.comparisons for name in pair)):
+            if name not in arms:
+                raise ValueError(f"{name!r} is compared with, and is none of the arms ({', '.join(sorted(arms))})")
+        return self
+
+    @property
+    def epochs(self) -> float:
+        """Passes over the rows."""
+        return self.steps * self.batch_size / self.rows
+
+
+class SpeedCampaign(_Campaign):
+    """Step times of all arms, interleaved in one process per model and seed, as ratios to the baseline."""
+
+    kind: Literal["speed"]
+    rounds: int = Field(default=12, ge=2, description="steps timed of each arm; the run's time is put together of them")
+
+
+class TaskSettings(_Strict):
+    """How much of a benchmark is run, and the margin within which an arm counts as not worse."""
+
+    limit: int | None = Field(default=None, ge=1, description="items")
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    seeds: tuple[int, ...] | None = Field(default=None, description="seeds whose rows run it; all by default")
+    margin: float | None = Field(default=None, gt=0, description="largest loss of score that counts as none")
+
+
+class BehaviourCampaign(_Campaign):
+    """Held-out loss and benchmarks before and after fine-tuning with each arm, paired per item."""
+
+    kind: Literal["behaviour"]
+    held_out: str = Field(description="rows for the held-out loss")
+    held_out_rows: int = Field(default=96, ge=1)
+    held_out_margin: float | None = Field(default=None, gt=0, description="nats per token that count as no loss")
+    match: Literal["steps", "compute"] = Field(
+        default="steps", description="compute: an arm takes as many steps as cost what the baseline's cost, in FLOPs"
+    )
+    tasks: dict[Literal["mmlu", "gsm8k", "humaneval", "wikitext"], TaskSettings] = {}
+    eval_batch_size: int = Field(default=8, ge=1)
+    unsafe_exec: bool = Field(default=False, description="run generated code without bubblewrap")
+
+
+Campaign = Annotated[SpeedCampaign | BehaviourCampaign, Field(discriminator="kind")]
+_ADAPTER: TypeAdapter[SpeedCampaign | BehaviourCampaign] = TypeAdapter(Campaign)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a campaign file, for editors."""
+    return _ADAPTER.json_schema()
+
+
+def read_campaign(path: str | Path) -> SpeedCampaign | BehaviourCampaign:
+    """Read and check a campaign file.
+
+    Raises:
+        CampaignError: missing, no YAML, or not as the schema says; names the first field that is wrong.
+    """
+    path = Path(path)
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CampaignError(f"cannot read {path}: {error.strerror}; expected a campaign file") from error
+    except UnicodeDecodeError as error:
+        raise CampaignError(f"{path}: not a text file; expected YAML") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        raise CampaignError(f"{where}: not YAML ({getattr(error, 'problem', None) or error})") from error
+    if not isinstance(found, dict):
+        raise CampaignError(f"{path}: found {type(found).__name__}, expected a mapping with kind, name, models, arms")
+    return parse_campaign(found, str(path))
+
+
+def parse_campaign(found: Mapping[str, Any], source: str) -> SpeedCampaign | BehaviourCampaign:
+    """Check a campaign; ``source`` is named in the error."""
+    try:
+        return _ADAPTER.validate_python(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part not in ("speed", "behaviour")) or "the file"
+        more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+        message = first["msg"].removeprefix("Value error, ")
+        raise CampaignError(f"{source}: {where}: {message}{more}") from error

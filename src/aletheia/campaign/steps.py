@@ -1,0 +1,139 @@
+"""Interleaved training steps of several kinds in one process: each round, every kind takes one step."""
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from aletheia.data.batches import collate, on_device_of
+from aletheia.data.examples import Example, Examples
+from aletheia.data.order import training_batches
+from aletheia.planning.plan import Plan
+from aletheia.probing.logits import labelled_logits
+from aletheia.tuning.adapters import adapt
+from aletheia.tuning.cache import MemoryCache, collate_with_prefix
+from aletheia.tuning.fill import fill
+from aletheia.tuning.lean import lean_adapters, lean_loss
+from aletheia.tuning.prefix import frozen_prefix, prefix_output, stored_prefix
+from aletheia.tuning.recompute import Recompute, recomputation
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """One way to take a step; a plain one, as PEFT and transformers' Trainer take it, has every switch off."""
+
+    name: str
+    plan: Plan
+    truncated: bool = False  # plain autograd stops at the boundary by itself; matters under checkpointing
+    labelled: bool = False
+    grouped: bool = False
+    lean: bool = False
+    cached: bool = False
+    recompute: Recompute = "off"
+    only_prefix: bool = False  # nothing but the layers below the boundary: what filling the cache takes
+
+    @classmethod
+    def fast(cls, name: str, plan: Plan, cached: bool = False, recompute: Recompute = "off") -> "StepKind":
+        """Everything that ``aletheia train`` does."""
+        return cls(name, plan, True, True, True, True, cached, recompute)
+
+
+@contextmanager
+def prepared(model: nn.Module, kind: StepKind) -> Iterator[PeftModel]:
+    """The base model adapted and set up for a kind of step, and given back without adapters."""
+    adapted = adapt(model, kind.plan)
+    adapted.train()
+    with ExitStack() as stack:
+        contexts = [
+            (kind.truncated, frozen_prefix),
+            (kind.labelled, labelled_logits),
+            (kind.lean, lean_adapters),
+            (kind.lean, lean_loss),
+            (kind.cached, partial(stored_prefix, boundary=kind.plan.boundary)),
+            (True, partial(recomputation, kind=kind.recompute)),
+        ]
+        for wanted, context in contexts:
+            if wanted:
+                stack.enter_context(context(adapted))
+        yield adapted
+    adapted.unload()
+
+
+def interleaved_steps(
+    model: nn.Module, kinds: Sequence[StepKind], data: Examples, batch_size: int, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of ``rounds`` steps of each kind: forward, backward, clipping, AdamW; after a step that is not counted.
+
+    Every kind goes through batches of one epoch, cut at random or by length as it says, at the same quantiles of
+    size, so that the sums stand for the epoch.
+    """
+    orders = {grouped: _spread(data, batch_size, rounds, grouped) for grouped in (True, False)}
+    caches = _filled(model, kinds, data, orders, batch_size)
+    seconds: dict[str, list[float]] = {kind.name: [] for kind in kinds}
+    for number in range(rounds + 1):
+        for kind in kinds:
+            rows = [data[row] for row in orders[kind.grouped][number]]
+            spent = _seconds(model, kind, rows, data.pad_token_id, caches)
+            if number:
+                seconds[kind.name].append(spent)
+    return seconds
+
+
+def _filled(
+    model: nn.Module, kinds: Sequence[StepKind], data: Examples, orders: dict[bool, list[list[int]]], batch_size: int
+) -> dict[int, MemoryCache]:
+    """A filled cache for each boundary that steps start from."""
+    caches: dict[int, MemoryCache] = {}
+    wanted = [data[row] for grouped in orders.values() for batch in grouped for row in batch]
+    for kind in kinds:
+        boundary = kind.plan.boundary
+        if kind.cached and boundary not in caches:
+            with prepared(model, StepKind("fill", kind.plan)) as adapted:
+                caches[boundary] = MemoryCache()
+                fill(adapted, boundary, wanted, caches[boundary], batch_size, data.pad_token_id, show_progress=False)
+    return caches
+
+
+def _seconds(
+    model: nn.Module, kind: StepKind, rows: list[Example], pad_token_id: int, caches: dict[int, MemoryCache]
+) -> float:
+    """Seconds of one step; adapting the model and giving it back are not counted."""
+    with prepared(model, kind) as adapted:
+        parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+        _synchronize()
+        started = time.perf_counter()
+        if kind.cached:
+            batch = collate_with_prefix(rows, pad_token_id, caches[kind.plan.boundary])
+        else:
+            batch = collate(rows, pad_token_id)
+        batch = on_device_of(adapted, batch)
+        if kind.only_prefix:
+            prefix_output(adapted, kind.plan.boundary, batch)
+        else:
+            adapted(**batch, use_cache=False).loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+        _synchronize()
+        return time.perf_counter() - started
+
+
+def _synchronize() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def _spread(data: Examples, batch_size: int, rounds: int, grouped: bool) -> list[list[int]]:
+    """Batches of an epoch at ``rounds`` evenly spaced quantiles of padded size, shuffled, after one to warm up."""
+    lengths = [len(example) for example in data.examples]
+    epoch = training_batches(lengths, batch_size, len(lengths) // batch_size, 0, grouped)
+    by_size = sorted(epoch, key=lambda batch: max(lengths[row] for row in batch))
+    chosen = [by_size[int((number + 0.5) / rounds * len(by_size))] for number in range(rounds)]
+    random.Random(0).shuffle(chosen)
+    return [by_size[len(by_size) // 2], *chosen]

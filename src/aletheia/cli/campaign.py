@@ -1,0 +1,135 @@
+"""``aletheia campaign``: models x arms x seeds, run, watched and reported."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from aletheia.cli.options import JsonOption, print_json, print_rich, say
+from aletheia.errors import CampaignError
+
+if TYPE_CHECKING:
+    from aletheia.campaign.executors import Executor
+    from aletheia.campaign.grid import Job
+    from aletheia.campaign.run import Watcher
+    from aletheia.campaign.store import Store
+
+app = typer.Typer(help="Experiments over models, arms and seeds: run, resumed, reported.", no_args_is_help=True)
+EXAMPLES = {
+    "run": "aletheia campaign run campaigns/speed.yaml --out speed",
+    "status": "aletheia campaign status speed",
+    "report": "aletheia campaign report speed",
+    "schema": "aletheia campaign schema",
+}
+OutArgument = Annotated[Path, typer.Argument(help="Folder of the campaign.", metavar="OUT")]
+
+
+@app.command("run", epilog=f"Example:\n\n{EXAMPLES['run']}")
+def run(
+    spec: Annotated[Path, typer.Argument(help="Campaign file (YAML).", metavar="SPEC")],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the store, jobs and results.")],
+    data_dir: Annotated[
+        Path | None, typer.Option("--data-dir", help="Folder that data paths start from (the file's data_dir).")
+    ] = None,
+    executor: Annotated[str, typer.Option("--executor", help="local or ray.")] = "local",
+    workers: Annotated[int, typer.Option("--workers", help="Jobs at a time on this machine.", min=1)] = 1,
+    address: Annotated[
+        str | None, typer.Option("--address", help="Ray cluster to join (by default one is started here).")
+    ] = None,
+    gpus: Annotated[float, typer.Option("--gpus", help="GPUs per job on a Ray cluster.", min=0)] = 0,
+    cpus: Annotated[float, typer.Option("--cpus", help="CPUs per job on a Ray cluster.", min=0)] = 1,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run rows that failed once more.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print rows, estimated hours and disk, and stop.")] = False,
+) -> None:
+    """Run every row that is not recorded yet; after any interruption the same command goes on."""
+    from aletheia.campaign.executors import LocalPool, RayCluster
+    from aletheia.campaign.run import check_data, run_campaign
+    from aletheia.campaign.spec import read_campaign
+
+    campaign = read_campaign(spec)
+    data = data_dir or Path(campaign.data_dir)
+    check_data(campaign, data)
+    if executor not in ("local", "ray"):
+        raise CampaignError(f"--executor is {executor!r}; expected local or ray")
+    if dry_run:
+        from aletheia.campaign.forecast import forecast
+        from aletheia.reporting.campaign_terminal import forecast_table
+
+        print_rich(*forecast_table(forecast(campaign, out, workers)))
+        return
+    chosen: Executor = LocalPool(workers) if executor == "local" else RayCluster(address, cpus, gpus)
+    with _live_table() as show:
+        records = run_campaign(campaign, out, chosen, data, retry_failed, show)
+    failed = [record for record in records if record.status == "failed"]
+    for record in failed:
+        say(f"failed {record.row.model} {record.row.arm} {record.row.seed}: {record.reason}")
+    say(f"{len(records) - len(failed)} rows done, {len(failed)} failed; next: aletheia campaign report {out}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command("status", epilog=f"Example:\n\n{EXAMPLES['status']}")
+def status(out: OutArgument, as_json: JsonOption = False) -> None:
+    """Rows by model and arm: done, failed with the reason, still to come."""
+    from aletheia.campaign.store import STORE_FILE, Store
+    from aletheia.reporting.campaign_terminal import status_table
+
+    records = Store(out / STORE_FILE).records()
+    if as_json:
+        print_json(
+            [
+                {**vars(record.row), "status": record.status, "reason": record.reason, "result": record.result}
+                for record in records
+            ]
+        )
+    else:
+        print_rich(*status_table(records, []))
+
+
+@app.command("report", epilog=f"Example:\n\n{EXAMPLES['report']}")
+def report(
+    out: OutArgument,
+    to: Annotated[
+        Path | None, typer.Option("--to", help="Folder for report.html, report.md and report.csv (OUT).")
+    ] = None,
+) -> None:
+    """Write the report from the store alone: HTML, Markdown and CSV; the same store gives the same bytes."""
+    from aletheia.campaign.store import STORE_FILE, Store
+    from aletheia.reporting.campaign import write_report
+
+    for path in write_report(Store(out / STORE_FILE), to or out):
+        say(f"wrote {path}")
+
+
+@app.command("schema", epilog=f"Example:\n\n{EXAMPLES['schema']}")
+def schema() -> None:
+    """Print the JSON schema of campaign files."""
+    from aletheia.campaign.spec import json_schema
+
+    print_json(json_schema())
+
+
+@contextmanager
+def _live_table() -> "Iterator[Watcher]":
+    """Shows rows as they come in: a table that is drawn again, or a line per row where stderr is no terminal."""
+    from rich.console import Console, Group
+    from rich.live import Live
+
+    from aletheia.reporting.campaign_terminal import status_table
+
+    console = Console(stderr=True, highlight=False)
+    if console.is_terminal:
+        with Live(console=console, auto_refresh=False) as live:
+            yield lambda store, running: live.update(Group(*status_table(store.records(), running)), refresh=True)
+        return
+    seen: set[object] = set()
+
+    def tell(store: "Store", running: "Sequence[Job]") -> None:
+        for record in store.records():
+            if record.status != "pending" and record.row not in seen:
+                seen.add(record.row)
+                say(f"{record.status:6} {record.row.model} {record.row.arm} {record.row.seed}")
+
+    yield tell

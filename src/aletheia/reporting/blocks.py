@@ -1,0 +1,53 @@
+"""What a page is made of, before it is HTML or Markdown."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Card:
+    """A figure that is seen first."""
+
+    name: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under a title; the first column names the row."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture with its caption."""
+
+    title: str
+    svg: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Pre:
+    """Text as it is, such as a file."""
+
+    title: str
+    text: str
+
+
+Block = Table | Figure | Pre
+
+
+@dataclass(frozen=True)
+class Page:
+    """A report: the verdict in a sentence, then what it rests on."""
+
+    title: str
+    verdict: str
+    cards: tuple[Card, ...]
+    blocks: tuple[Block, ...]

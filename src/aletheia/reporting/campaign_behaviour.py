@@ -1,0 +1,234 @@
+"""The page of a behaviour campaign."""
+
+import math
+from collections.abc import Sequence
+
+from aletheia.campaign.behaviour_summary import (
+    HELD_OUT,
+    LOSSES,
+    BehaviourSummary,
+    Difference,
+    Score,
+    summarize_behaviour,
+)
+from aletheia.campaign.spec import BehaviourCampaign
+from aletheia.campaign.store import Record
+from aletheia.planning.plan import layer_ranges
+from aletheia.reporting.blocks import Block, Card, Figure, Page, Table
+from aletheia.reporting.campaign_figures import curves_svg, share_of_models_svg
+from aletheia.reporting.format import human_count, human_seconds
+from aletheia.statistics.results import Estimate
+
+UNITS = {HELD_OUT: "nats per token", "wikitext": "nats per word"}
+POINTS = "points"  # of 100, for shares of right answers
+
+
+def behaviour_page(campaign: BehaviourCampaign, records: Sequence[Record]) -> Page:
+    """Verdict, scores, forgetting, arms against each other, and what cannot be shown at these sizes."""
+    summary = summarize_behaviour(campaign, records)
+    done = sum(record.status == "done" for record in records)
+    cards = [Card("Rows", f"{done}", f"of {len(records)} done")]
+    cards += [
+        Card(f"{found.arm} against {found.other}", _amount(found.task, found.estimate.value), "held-out loss, nats")
+        for found in summary.asked
+        if found.task == HELD_OUT
+    ]
+    return Page(f"Campaign {campaign.name}: behaviour", _verdict(summary), tuple(cards), tuple(_blocks(summary)))
+
+
+def _verdict(summary: BehaviourSummary) -> str:
+    """Whether the arms that were asked about differ in held-out loss, whatever the answer is."""
+    asked = [found for found in summary.asked if found.task == HELD_OUT]
+    if not asked:
+        return "No two arms of this campaign were asked to be compared."
+    return " ".join(_sentence(found) for found in asked)
+
+
+def _sentence(found: Difference) -> str:
+    named = f"{found.arm} against {found.other} on {found.model}"
+    told = f"{_amount(found.task, found.estimate.value)} nats of held-out loss per token"
+    interval = found.estimate.interval
+    if interval is None:
+        return f"{named}: {told} ({found.estimate.reason})."
+    between = f"{_amount(found.task, interval.low)} to {_amount(found.task, interval.high)}"
+    if not found.is_clear:
+        return f"{named}: {told} ({between}), so {found.estimate.n} rows and {found.seeds} seeds show no difference."
+    return f"{named}: {told} ({between}), so {found.arm} is {'better' if found.gain > 0 else 'worse'}."
+
+
+def _blocks(summary: BehaviourSummary) -> list[Block]:
+    campaign = summary.campaign
+    matched = "as many steps" if campaign.match == "steps" else "as many steps as cost what the baseline's cost"
+    items = "Differences are paired by item, values averaged over seeds, intervals over items"
+    blocks: list[Block] = [
+        Figure(
+            "Held-out loss against wall-clock",
+            curves_svg(summary.curves, "behaviour-curves"),
+            "A line per run, the same colour per arm; seconds of the optimizer steps alone. Every arm takes the fast step "
+            "here, the baseline too: plain PEFT and Trainer take longer, see the speed campaign.",
+        ),
+        _scores(summary, f"Every arm takes {matched}. Mean over seeds, 95 % interval over items."),
+        _differences(
+            "Forgetting",
+            summary.forgetting,
+            f"Tuned minus base; below zero (above, for losses) is forgetting. {items}, clustered by subject for MMLU.",
+        ),
+        _margins(summary.extra, campaign.baseline),
+        _differences("Arms against each other", summary.asked, f"{items}."),
+    ]
+    return [*blocks, *_layers(summary), _training(summary)]
+
+
+def _scores(summary: BehaviourSummary, note: str) -> Table:
+    tasks = [HELD_OUT, *summary.campaign.tasks]
+    by_key = {(score.model, score.arm, score.task): score for score in summary.scores}
+    pairs = list(dict.fromkeys((score.model, score.arm) for score in summary.scores))
+    rows = [
+        (model, arm, *(_score_words(by_key.get((model, arm, task)), task) for task in tasks)) for model, arm in pairs
+    ]
+    columns = ("model", "arm", *(f"{task} ({UNITS.get(task, '%')})" for task in tasks))
+    return Table("Scores before and after", columns, rows, note)
+
+
+def _score_words(score: Score | None, task: str) -> str:
+    """``0.712 (0.690 to 0.734), 192 items, 3 seeds``."""
+    if score is None:
+        return "not run"
+    found, digits, scale = score.estimate, 3 if task in LOSSES else 1, 1 if task in LOSSES else 100
+    value = f"{scale * found.value:.{digits}f}"
+    if task == "wikitext":
+        value = f"{value} (perplexity {math.exp(min(found.value, 700)):.1f})"
+    interval = found.interval
+    bounds = f" ({scale * interval.low:.{digits}f} to {scale * interval.high:.{digits}f})" if interval else ""
+    seeds = len(score.by_seed)
+    return f"{value}{bounds}, {found.n} items, {seeds} seed{'s' if seeds > 1 else ''}"
+
+
+def _differences(title: str, differences: Sequence[Difference], note: str) -> Table:
+    rows = [
+        (
+            found.task,
+            found.model,
+            found.arm,
+            found.other,
+            f"{_amount(found.task, found.estimate.value)} {UNITS.get(found.task, POINTS)}",
+            _bounds(found.task, found.estimate),
+            _size(found),
+            _reading(found),
+        )
+        for found in differences
+    ]
+    columns = ("task", "model", "arm", "against", "difference", "95 % interval", "items x seeds", "reading")
+    return Table(title, columns, rows, note)
+
+
+def _margins(differences: Sequence[Difference], baseline: str) -> Table:
+    rows = []
+    for found in differences:
+        verdict = found.margin
+        limits = ("no margin was fixed", "", "")
+        if verdict is not None:
+            smallest = "" if verdict.smallest_margin is None else _size_of(found.task, verdict.smallest_margin)
+            limits = (_size_of(found.task, verdict.margin), verdict.verdict, smallest)
+        rows.append(
+            (
+                found.task,
+                found.model,
+                found.arm,
+                f"{_amount(found.task, found.estimate.value)} {UNITS.get(found.task, POINTS)}",
+                _bounds(found.task, found.estimate),
+                _size(found),
+                *limits,
+            )
+        )
+    columns = (
+        *("task", "model", "arm", f"difference to {baseline}", "95 % interval", "items x seeds", "margin"),
+        *("not worse by more", "smallest margin that this size can show"),
+    )
+    note = (
+        f"Tuned with the arm minus tuned with {baseline}, which is extra forgetting turned round. The margin was fixed in "
+        "the campaign file; the verdict is one-sided at 95 %."
+    )
+    return Table("Extra forgetting, and whether it stays within the margin", columns, rows, note)
+
+
+def _amount(task: str, value: float) -> str:
+    """Signed: nats with four decimals, or points of 100 with one."""
+    return f"{value:+.4f}" if task in LOSSES else f"{100 * value:+.1f}"
+
+
+def _size_of(task: str, value: float) -> str:
+    return f"{value:.4f}" if task in LOSSES else f"{100 * value:.1f}"
+
+
+def _bounds(task: str, found: Estimate) -> str:
+    if found.interval is None:
+        return found.reason
+    return f"{_amount(task, found.interval.low)} to {_amount(task, found.interval.high)}"
+
+
+def _size(found: Difference) -> str:
+    return f"{found.estimate.n} x {found.seeds}"
+
+
+def _reading(found: Difference) -> str:
+    if found.estimate.interval is None:
+        return "no interval"
+    if not found.is_clear:
+        return "no difference shown"
+    return "better" if found.gain > 0 else "worse"
+
+
+def _layers(summary: BehaviourSummary) -> list[Block]:
+    rows = [
+        (
+            found.model,
+            found.arm,
+            "; ".join(dict.fromkeys(layer_ranges(layers) for layers in found.layers)),
+            str(found.layer_count),
+            "" if found.stability is None else f"{found.stability:.2f}",
+        )
+        for found in summary.chosen
+    ]
+    note = "Layers seed by seed, equal ones once. Stability: mean Jaccard index over pairs of seeds, 1 where all agree."
+    return [
+        Figure(
+            "Which layers were chosen",
+            share_of_models_svg(summary.chosen, "behaviour-layers"),
+            "Share of runs that adapt a layer to the end, by relative depth.",
+        ),
+        Table("Layers, arm by arm", ("model", "arm", "layers", "of", "stability"), rows, note),
+    ]
+
+
+def _training(summary: BehaviourSummary) -> Table:
+    rows = [
+        (
+            record.row.model,
+            record.row.arm,
+            str(record.row.seed),
+            str(record.result["steps"]),
+            str(record.result["early_steps"]),
+            human_count(record.result["trainable_parameters"]),
+            f"{record.result['learning_rate']:.2g}",
+            record.result["cache"],
+            *(human_seconds(record.result["seconds"][phase]) for phase in ("probe", "cache", "init", "train")),
+        )
+        for record in summary.records
+        if record.result is not None and "steps" in record.result
+    ]
+    columns = (
+        "model",
+        "arm",
+        "seed",
+        "steps",
+        "early",
+        "parameters",
+        "rate",
+        "cache",
+        "probe",
+        "filling",
+        "init",
+        "train",
+    )
+    return Table("Training", columns, rows, "A cache that an earlier row has filled costs the next one nothing.")

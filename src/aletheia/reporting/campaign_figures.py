@@ -1,0 +1,104 @@
+"""Figures of a campaign's report: plain data in, an SVG fragment out."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from aletheia.campaign.behaviour_summary import Curve
+from aletheia.campaign.speed_summary import Chosen, ModelSpeed
+from aletheia.reporting.figures import canvas
+from aletheia.reporting.format import shorten
+from aletheia.reporting.svg import INK, MUTED, drawing, run_color, run_dash, to_svg
+
+ROW_HEIGHT = 11.0  # points per arm
+BINS = 10  # of relative depth
+
+
+def ratios_svg(models: Sequence[ModelSpeed], baseline: str, identifier: str) -> str:
+    """A point with its interval per model and arm; the baseline is the line at 1."""
+    arms = [name for name in dict.fromkeys(found.arm for found in models) if name != baseline]
+    names = list(dict.fromkeys(found.model for found in models))
+    block = len(arms) + 1
+    with drawing(identifier):
+        figure, axes = canvas(50 + ROW_HEIGHT * block * len(names), left=92, top=34)
+        for found in models:
+            if found.arm == baseline:
+                continue
+            y = names.index(found.model) * block + arms.index(found.arm)
+            color = run_color(arms.index(found.arm))
+            if found.step.interval:
+                axes.plot([found.step.interval.low, found.step.interval.high], [y, y], color=color, linewidth=1.2)
+            axes.plot([found.step.value], [y], "o", color=color, markersize=3.6)
+        axes.axvline(1.0, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
+        for index in range(1, len(names)):
+            axes.axhline(index * block - 1, color=MUTED, linewidth=0.3, alpha=0.5)
+        middle = (len(arms) - 1) / 2
+        axes.set_yticks([index * block + middle for index in range(len(names))], [shorten(name, 16) for name in names])
+        axes.tick_params(axis="y", length=0, labelcolor=INK)
+        axes.set_ylim(block * len(names) - 1, -1)
+        axes.set_xlim(left=min(0.9, axes.get_xlim()[0]))
+        axes.grid(axis="x")
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel("times as fast", fontsize=9)
+        handles = [
+            axes.plot([], [], "o-", color=run_color(index), markersize=3.6, label=arm)[0]
+            for index, arm in enumerate(arms)
+        ]
+        axes.legend(handles=handles, ncols=3, loc="lower left", bbox_to_anchor=(-0.25, 1.0), handlelength=1.2)
+        return to_svg(figure, identifier, f"Step speed-up of {', '.join(arms)} on {', '.join(names)}.")
+
+
+def share_of_models_svg(chosen: Sequence[Chosen], identifier: str) -> str:
+    """Share of (model, seed) runs that adapt a layer against its relative depth, a line per arm."""
+    arms = [
+        name
+        for name in dict.fromkeys(found.arm for found in chosen)
+        if any(len(layers) < found.layer_count for found in chosen if found.arm == name for layers in found.layers)
+    ]
+    with drawing(identifier):
+        figure, axes = canvas(220, left=40, top=34)
+        centres = (np.arange(BINS) + 0.5) / BINS
+        for index, arm in enumerate(arms):
+            shares = _shares([found for found in chosen if found.arm == arm])
+            axes.plot(centres, shares, "o-", color=run_color(index), markersize=3, linewidth=1.1, label=arm)
+        axes.set(xlim=(0, 1), ylim=(-0.03, 1.03))
+        axes.grid(axis="y")
+        axes.set_xlabel("depth: 0 at the embedding, 1 at the head", fontsize=9)
+        axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(-0.1, 1.0), handlelength=1.2)
+        return to_svg(figure, identifier, f"Share of runs that adapt a layer, by depth: {', '.join(arms)}.")
+
+
+def _shares(chosen: Sequence[Chosen]) -> list[float]:
+    """By bin of relative depth: mean over runs of whether the layer there is adapted."""
+    hits = np.zeros(BINS)
+    runs = 0
+    for found in chosen:
+        for layers in found.layers:
+            runs += 1
+            for index in range(BINS):
+                hits[index] += int((index + 0.5) / BINS * found.layer_count) in layers
+    return [float(value) for value in hits / max(runs, 1)]
+
+
+def curves_svg(curves: Sequence[Curve], identifier: str) -> str:
+    """Held-out loss against seconds of training, a line per run, the same colour and dash per arm."""
+    arms = list(dict.fromkeys(curve.arm for curve in curves))
+    with drawing(identifier):
+        figure, axes = canvas(260, left=40, top=48)
+        for curve in curves:
+            index = arms.index(curve.arm)
+            axes.plot(
+                [seconds for _, seconds, _ in curve.points],
+                [loss for _, _, loss in curve.points],
+                color=run_color(index),
+                linestyle=run_dash(index),
+                linewidth=1.0,
+                marker="o",
+                markersize=2.4,
+                label=curve.arm if curve is next(other for other in curves if other.arm == curve.arm) else None,
+            )
+        axes.grid(axis="y")
+        axes.set_xlim(left=0)
+        axes.set_xlabel("seconds of training", fontsize=9)
+        axes.legend(ncols=4, loc="lower left", bbox_to_anchor=(-0.1, 1.0), handlelength=1.4)
+        return to_svg(figure, identifier, f"Held-out loss by seconds of training: {', '.join(arms)}.")

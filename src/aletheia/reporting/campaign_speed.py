@@ -1,0 +1,198 @@
+"""The page of a speed campaign."""
+
+from collections.abc import Sequence
+
+from aletheia.campaign.spec import SpeedCampaign
+from aletheia.campaign.speed_summary import Comparison, ModelSpeed, SpeedSummary, summarize_speed
+from aletheia.campaign.store import Record
+from aletheia.planning.plan import layer_ranges
+from aletheia.reporting.blocks import Block, Card, Page, Table
+from aletheia.reporting.blocks import Figure as FigureBlock
+from aletheia.reporting.campaign_figures import ratios_svg, share_of_models_svg
+from aletheia.reporting.format import human_count, human_percent, human_ratio, human_seconds
+from aletheia.statistics.results import Estimate
+
+SUBJECT = "depth-aware"  # the arm that the verdict is about, where a campaign has it
+PAPER = "23.1 % of the time saved on average, 15 to 28 %, faster on 14 of 14 models, p < 0.001 (200 steps, 3 seeds)"
+
+
+def speed_page(campaign: SpeedCampaign, records: Sequence[Record]) -> Page:
+    """Verdict, speed tables, a figure of every model, the layers chosen."""
+    summary = summarize_speed(campaign, records)
+    arms = [arm.name for arm in campaign.arms if arm.name != campaign.baseline]
+    subject = SUBJECT if SUBJECT in arms else (arms[-1] if arms else campaign.baseline)
+    step = next((found for found in summary.step_comparisons if found.arm == subject), None)
+    run = next((found for found in summary.run_comparisons if found.arm == subject), None)
+    return Page(
+        f"Campaign {campaign.name}: speed",
+        _verdict(summary, subject, step, run),
+        _cards(summary, step, run),
+        tuple(_blocks(summary)),
+    )
+
+
+def _verdict(summary: SpeedSummary, subject: str, step: Comparison | None, run: Comparison | None) -> str:
+    baseline = summary.campaign.baseline
+    if step is None or run is None:
+        return f"No arm can be compared with {baseline}: no model has rows of both."
+    wins = round(step.wins.value * step.models)
+    return (
+        f"{subject} takes a step {ratio_words(step.speedup)} times as fast as {baseline} over {step.models} models, "
+        f"a whole run of {summary.campaign.steps} steps, probe and cache counted, {ratio_words(run.speedup)} times; "
+        f"it is faster on {wins} of {step.models} ({p_words(step.corrected)} after Holm's correction)."
+    )
+
+
+def _cards(summary: SpeedSummary, step: Comparison | None, run: Comparison | None) -> tuple[Card, ...]:
+    done = sum(record.status == "done" for record in summary.records)
+    cards = [Card("Rows", f"{done}", f"of {len(summary.records)} done")]
+    if step and run:
+        cards += [
+            Card("Step time saved", human_percent(step.time_saved.value), percent_interval(step.time_saved)),
+            Card("Run time saved", human_percent(run.time_saved.value), percent_interval(run.time_saved)),
+            Card("The paper's", "23.1 %", "15 to 28 % over its 14 models"),
+        ]
+    return tuple(cards)
+
+
+def _blocks(summary: SpeedSummary) -> list[Block]:
+    campaign = summary.campaign
+    blocks: list[Block] = [
+        FigureBlock(
+            "Step speed-up, model by model",
+            ratios_svg(summary.models, campaign.baseline, "speed-models"),
+            f"Against {campaign.baseline} in the same rounds, with 95 % intervals; right of the line is faster.",
+        ),
+        _comparisons(
+            "Steps",
+            summary.step_comparisons,
+            f"Geometric mean over models of the step time of {campaign.baseline} divided by the arm's. "
+            f"The paper: {PAPER}. "
+            f"Times are of {campaign.rounds} rounds per seed, every arm a step in each, in one process.",
+        ),
+        _comparisons(
+            "Whole runs",
+            summary.run_comparisons,
+            f"{campaign.steps} steps over {campaign.rows} rows, put together of the measured steps, the probe where "
+            "the arm needs one, and the layers below the boundary once per row where it reads a cache.",
+        ),
+    ]
+    if summary.asked:
+        blocks.append(
+            _comparisons("Arms against each other", summary.asked, "Step times; no correction for asking several.")
+        )
+    blocks.append(_models(summary))
+    blocks += _layers(summary)
+    return blocks
+
+
+def _comparisons(title: str, comparisons: Sequence[Comparison], note: str) -> Table:
+    columns = (
+        *("arm", "against", "models", "speed-up", "95 % interval", "time saved", "95 % interval", "faster on"),
+        *("p, sign flips", "after Holm", "p, Wilcoxon"),
+    )
+    rows = [
+        (
+            found.arm,
+            found.other,
+            str(found.models),
+            human_ratio(found.speedup.value),
+            ratio_interval(found.speedup),
+            human_percent(found.time_saved.value),
+            percent_interval(found.time_saved),
+            f"{round(found.wins.value * found.models)} of {found.models}",
+            p_value(found.sign_flip),
+            p_value(found.corrected),
+            p_value(found.wilcoxon),
+        )
+        for found in comparisons
+    ]
+    return Table(title, columns, rows, note)
+
+
+def _models(summary: SpeedSummary) -> Table:
+    sizes = {
+        record.row.model: record.result["model_parameters"] for record in summary.records if record.result is not None
+    }
+    rows = [_model_row(found, sizes[found.model], summary.campaign.baseline) for found in summary.models]
+    columns = (
+        *("model", "parameters", "arm", "step speed-up", "95 % interval", "rounds", "predicted"),
+        *("run speed-up", "95 % interval", "seeds", "once", "whole run"),
+    )
+    note = "Once: probe and cache of a run, mean over seeds. Predicted: by counted operations, nothing measured."
+    return Table("Every model and arm", columns, rows, note)
+
+
+def _model_row(found: ModelSpeed, parameters: int, baseline: str) -> tuple[str, ...]:
+    is_baseline = found.arm == baseline
+    return (
+        found.model,
+        human_count(parameters),
+        found.arm,
+        human_ratio(found.step.value),
+        "" if is_baseline else ratio_interval(found.step),
+        str(found.step.n),
+        human_ratio(found.predicted),
+        human_ratio(found.run.value),
+        "" if is_baseline else ratio_interval(found.run),
+        str(found.run.n),
+        human_seconds(found.once_seconds),
+        human_seconds(found.run_seconds),
+    )
+
+
+def _layers(summary: SpeedSummary) -> list[Block]:
+    rows = [
+        (
+            found.model,
+            found.arm,
+            "; ".join(dict.fromkeys(layer_ranges(layers) for layers in found.layers)),
+            str(found.layer_count),
+            "" if found.stability is None else f"{found.stability:.2f}",
+        )
+        for found in summary.chosen
+        if len(found.layers[0]) < found.layer_count
+    ]
+    note = (
+        "Layers seed by seed, equal ones once. Stability: mean Jaccard index over pairs of seeds, 1 where all agree. "
+        "Random weights have no task in them, so what a probe chooses on random models says nothing about real ones."
+    )
+    return [
+        FigureBlock(
+            "Which layers were chosen",
+            share_of_models_svg(summary.chosen, "speed-layers"),
+            "Share of runs that adapt a layer, by relative depth.",
+        ),
+        Table("Layers, model by model", ("model", "arm", "layers", "of", "stability"), rows, note),
+    ]
+
+
+def ratio_words(found: Estimate) -> str:
+    """``2.31 (2.10 to 2.52)``, or the figure and why it has no interval."""
+    if found.interval is None:
+        return f"{found.value:.2f} (no interval: {found.reason})"
+    return f"{found.value:.2f} ({found.interval.low:.2f} to {found.interval.high:.2f})"
+
+
+def ratio_interval(found: Estimate) -> str:
+    """``2.10 to 2.52``, or why not."""
+    return f"{found.interval.low:.2f} to {found.interval.high:.2f}" if found.interval else found.reason
+
+
+def percent_interval(found: Estimate) -> str:
+    """``21 % to 25 %``, or why not."""
+    if found.interval is None:
+        return found.reason
+    return f"{human_percent(found.interval.low)} to {human_percent(found.interval.high)}"
+
+
+def p_value(value: float | None) -> str:
+    """Two digits, never 0."""
+    return "" if value is None else f"{value:.2g}" if value >= 1e-4 else "< 0.0001"
+
+
+def p_words(value: float | None) -> str:
+    """``p = 0.0006``."""
+    if value is None:
+        return "not corrected"
+    return f"p {'< 0.0001' if value < 1e-4 else f'= {value:.2g}'}"

@@ -1,0 +1,289 @@
+"""Campaigns: the file, the store, the coordinator under kills, executors, the report's bytes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from aletheia.campaign.executors import LocalPool
+from aletheia.campaign.grid import Row, jobs
+from aletheia.campaign.run import run_campaign
+from aletheia.campaign.spec import BASE, json_schema, parse_campaign, read_campaign
+from aletheia.campaign.store import STORE_FILE, Record, Store
+from aletheia.errors import CampaignError
+from aletheia.reporting.campaign import to_csv, write_report
+
+LLAMA = {
+    **{"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2},
+}
+SPEC = {
+    "kind": "speed",
+    "name": "test",
+    "models": [{"name": f"m{index}", "config": LLAMA} for index in range(3)],
+    "arms": ["uniform", "paper", "depth-aware"],
+    "seeds": [0, 1, 2],
+    "data": "train.jsonl",
+    "rows": 8,
+    "max_length": 128,
+    "batch_size": 2,
+    "steps": 8,
+    "rounds": 2,
+}
+# a job that takes a moment and returns what depends on its rows alone: recorded rows are the same whoever ran them
+STAND_IN = """
+    import json, os, random, sys, threading, time
+    from pathlib import Path
+    def watch():
+        os.read(0, 1)
+        os._exit(75)
+    threading.Thread(target=watch, daemon=True).start()
+    place = Path(sys.argv[1])
+    told = json.loads((place / "job.json").read_text())
+    with open(Path(told["folder"]) / "started.txt", "a") as log:
+        log.write(place.name + "\\n")
+    time.sleep(0.08)
+    found = {}
+    for model, arm, seed in told["rows"]:
+        draw = random.Random(f"{model} {seed}")
+        base = [draw.uniform(1, 2) for _ in range(12)]
+        scale = {"uniform": 1.0, "paper": 0.8, "depth-aware": 0.4}[arm]
+        result = {"step_seconds": [scale * value for value in base], "early_step_seconds": [], "early_steps": 0,
+                  "prefix_seconds": [], "probe_seconds": 0.5, "layers": [2, 3] if arm != "uniform" else [0, 1, 2, 3],
+                  "layer_count": 4, "predicted_speedup": 1 / scale, "model_parameters": 1000, "job_seconds": 0.1,
+                  "about": {"packages": {"torch": "1"}, "commit": None, "is_dirty": False, "machine": "m",
+                            "device": "cpu", "threads": 1, "python": "3"}}
+        found[arm] = {"result": result}
+    if place.name in os.environ.get("FAILS", "").split(","):
+        print("error: out of luck", flush=True)
+        sys.exit(2)
+    temporary = place / "result.new"
+    temporary.write_text(json.dumps(found))
+    temporary.rename(place / "result.json")
+"""
+COORDINATOR = """
+    import json, sys
+    from pathlib import Path
+    from aletheia.campaign.executors import LocalPool
+    from aletheia.campaign.run import run_campaign
+    from aletheia.campaign.spec import parse_campaign
+    spec, out, stand_in = sys.argv[1:]
+    run_campaign(parse_campaign(json.loads(spec), "spec"), Path(out), LocalPool(2, (sys.executable, stand_in)))
+"""
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scripts")
+    for name, text in (("stand_in.py", STAND_IN), ("coordinator.py", COORDINATOR)):
+        (folder / name).write_text(textwrap.dedent(text))
+    return folder
+
+
+def campaign(**changes):
+    return parse_campaign(SPEC | changes, "spec")
+
+
+def pool(scripts, workers=2):
+    return LocalPool(workers, (sys.executable, str(scripts / "stand_in.py")))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("kind: speed\nname: [", "spec.yaml:2: not YAML"),
+        ("- a\n- b", "found list, expected a mapping"),
+        ("name: x", "Unable to extract tag using discriminator 'kind'"),
+        (json.dumps(SPEC | {"stepps": 3}), "stepps: Extra inputs are not permitted"),
+        (json.dumps(SPEC | {"arms": ["uniform", "papr"]}), "'papr' is no arm known by name (uniform, paper,"),
+        (json.dumps(SPEC | {"arms": ["paper"]}), "'uniform' is compared with, and is none of the arms (paper)"),
+        (json.dumps(SPEC | {"seeds": [0, 0]}), "seeds: 0 twice"),
+        (json.dumps(SPEC | {"models": [{"name": "a", "path": "x", "config": LLAMA}]}), "either a path or a config"),
+        (json.dumps(SPEC | {"models": [{"name": "../a", "path": "x"}]}), "models.0.name: String should match"),
+        (json.dumps(SPEC | {"comparisons": [["paper", "last"]]}), "'last' is compared with"),
+        ("kind: speed\nname: !!python/object/apply:os.system [touch x]", "not YAML"),
+    ],
+)
+def test_bad_files_get_one_line(tmp_path, text, message):
+    (tmp_path / "spec.yaml").write_text(text)
+    with pytest.raises(CampaignError) as error:
+        read_campaign(tmp_path / "spec.yaml")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_arms_are_filled_in_from_their_names():
+    arms = {arm.name: arm for arm in campaign(arms=["uniform", "paper-asym", {"name": "paper", "rank": 4}]).arms}
+    assert (arms["paper-asym"].policy, arms["paper-asym"].ranks) == ("top-percent", "by-role")
+    assert (arms["paper"].policy, arms["paper"].rank) == ("top-percent", 4)
+
+
+def test_the_schema_names_both_kinds():
+    assert json_schema()["discriminator"]["mapping"].keys() == {"speed", "behaviour"}
+
+
+def test_a_behaviour_campaign_begins_with_the_untrained_models():
+    found = jobs(
+        parse_campaign(
+            {key: value for key, value in SPEC.items() if key != "rounds"}
+            | {"kind": "behaviour", "held_out": "test.jsonl"},
+            "spec",
+        )
+    )
+    assert [job.rows[0].arm for job in found[:3]] == [BASE] * 3
+    assert len(found) == 3 + 27
+    assert {len(job.rows) for job in found} == {1}
+
+
+def test_rows_are_recorded_and_failures_keep_their_reason(tmp_path, scripts, monkeypatch):
+    monkeypatch.setenv("FAILS", "m1--1")
+    records = run_campaign(campaign(), tmp_path, pool(scripts))
+    assert len(records) == 27
+    failed = [record for record in records if record.status == "failed"]
+    assert {record.row for record in failed} == {Row("m1", arm, 1) for arm in ("uniform", "paper", "depth-aware")}
+    assert {record.reason for record in failed} == {"exit code 2: error: out of luck"}
+    assert run_campaign(campaign(), tmp_path, pool(scripts)) == records  # failures are kept ...
+    monkeypatch.delenv("FAILS")
+    again = run_campaign(campaign(), tmp_path, pool(scripts), retry_failed=True)  # ... until asked for
+    assert all(record.status == "done" for record in again)
+    started = (tmp_path / "started.txt").read_text().split()
+    assert len(started) == 10
+    assert started.count("m1--1") == 2
+
+
+def test_another_campaign_in_the_folder_is_refused(tmp_path, scripts):
+    run_campaign(campaign(), tmp_path, pool(scripts))
+    with pytest.raises(CampaignError, match=r"holds a campaign with rounds = 2, the file says 3"):
+        run_campaign(campaign(rounds=3), tmp_path, pool(scripts))
+    (tmp_path / STORE_FILE).write_bytes(b"no database" * 100)
+    with pytest.raises(CampaignError, match="is no store of ours"):
+        run_campaign(campaign(), tmp_path, pool(scripts))
+
+
+def test_of_two_coordinators_one_goes_on(tmp_path, scripts):
+    at_work = pytest.raises(CampaignError, match="another 'aletheia campaign run' is at work")
+    with Store.writing(tmp_path, campaign()), at_work:
+        run_campaign(campaign(), tmp_path, pool(scripts))
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_killed_coordinator_loses_no_row_and_doubles_none(tmp_path, scripts, kills):
+    undisturbed = tmp_path / "undisturbed"
+    run_campaign(campaign(), undisturbed, pool(scripts))
+    expected = [path.read_bytes() for path in write_report(Store(undisturbed / STORE_FILE), tmp_path / "expected")]
+    draw = random.Random(kills)
+    killed, folder = 0, 0
+    while killed < kills:
+        out = tmp_path / f"killed-{folder}"
+        folder += 1
+        done: set[Row] = set()
+        for _ in range(30):
+            process = coordinator(scripts, out)
+            try:
+                process.wait(timeout=draw.uniform(0.5, 1.6))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+                killed += 1
+            else:
+                assert process.returncode == 0
+                break
+            if (out / STORE_FILE).exists():
+                recorded = {record.row for record in Store(out / STORE_FILE).records() if record.status == "done"}
+                assert done <= recorded
+                done = recorded
+        records = Store(out / STORE_FILE).records()
+        assert len(records) == len({record.row for record in records}) == 27
+        assert all(record.status == "done" for record in records)
+        found = [path.read_bytes() for path in write_report(Store(out / STORE_FILE), tmp_path / f"report-{folder}")]
+        assert found == expected
+
+
+def coordinator(scripts, out):
+    return subprocess.Popen(
+        [sys.executable, scripts / "coordinator.py", json.dumps(SPEC), out, scripts / "stand_in.py"],
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def test_no_job_outlives_its_coordinator(tmp_path, scripts):
+    (tmp_path / "slow.py").write_text(
+        (scripts / "stand_in.py").read_text().replace("time.sleep(0.08)", f"time.sleep(60)  # {tmp_path}")
+    )
+    process = subprocess.Popen(
+        [sys.executable, scripts / "coordinator.py", json.dumps(SPEC), tmp_path / "out", tmp_path / "slow.py"],
+        start_new_session=True,
+    )
+    started = tmp_path / "out" / "started.txt"
+    deadline = time.monotonic() + 30
+    while not (started.exists() and len(started.read_text().split()) == 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 10
+    while (left := running(tmp_path / "slow.py")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left == []
+
+
+def running(script):
+    found = subprocess.run(["pgrep", "-f", str(script)], capture_output=True, text=True, check=False)
+    return found.stdout.split()
+
+
+def test_names_cannot_break_out_of_the_report(tmp_path):
+    bad = "</td><script>alert(1)</script>|`\x1b[2J"
+    with Store.writing(tmp_path, campaign()) as store:
+        store.record([Record(Row("m0", "paper", 0), "failed", bad, None)])
+        done = json.loads(subprocess_result())
+        store.record([Record(Row("m0", arm, 0), "done", None, done) for arm in ("uniform", "depth-aware")])
+    html, markdown, csv = (path.read_text() for path in write_report(Store(tmp_path / STORE_FILE), tmp_path))
+    assert "<script>alert" not in html
+    assert "<script>alert" not in markdown
+    assert "\x1b" not in html + markdown
+    assert csv.count("\n") == 28
+
+
+def subprocess_result():
+    return json.dumps(
+        {
+            **{"step_seconds": [1.0 + index / 10 for index in range(8)], "early_step_seconds": [], "early_steps": 0},
+            **{"prefix_seconds": [], "probe_seconds": 0.0, "layers": [0, 1], "layer_count": 4, "predicted_speedup": 1},
+            **{"model_parameters": 10, "job_seconds": 1.0},
+            "about": {
+                **{"packages": {"<b>": "1"}, "commit": None, "is_dirty": False, "machine": "m", "device": "cpu"},
+                **{"threads": 1, "python": "3"},
+            },
+        }
+    )
+
+
+def test_the_csv_has_a_line_per_row():
+    records = [
+        Record(Row("m", "a", 0), "done", None, {"x": [1, 2], "y": {"z": None}}),
+        Record(Row("m", "b", 0), "pending", None, None),
+    ]
+    assert to_csv(records) == "model,arm,seed,status,reason,x,y.z\nm,a,0,done,,1 2,\nm,b,0,pending,,,\n"
+
+
+def test_a_speed_campaign_on_tiny_models(tmp_path, data_file):
+    models = [SPEC["models"][0], {"name": "neox", "config": {**LLAMA, "model_type": "gpt_neox"}}]
+    spec = campaign(models=models, seeds=[0], arms=["uniform", "paper-asym", "depth-aware", "random", "last"])
+    records = run_campaign(spec, tmp_path, LocalPool(), data_dir=data_file.parent)
+    assert [record.reason for record in records] == [None] * 10
+    by_arm = {record.row.arm: record.result for record in records if record.row.model == "m0"}
+    assert by_arm["uniform"]["layers"] == [0, 1, 2, 3]
+    assert by_arm["last"]["layers"] == [2, 3]
+    assert len(by_arm["depth-aware"]["early_step_seconds"]) == len(by_arm["depth-aware"]["prefix_seconds"]) == 2
+    for result in by_arm.values():
+        assert len(result["step_seconds"]) == 2
+        assert min(result["step_seconds"]) > 0
+        assert result["about"]["packages"]["torch"]
+    assert all(path.stat().st_size > 500 for path in write_report(Store(tmp_path / STORE_FILE), tmp_path))
