@@ -149,8 +149,8 @@ def coverage_of_geometric_mean(n, runs, seed=12):
 
 
 def test_bootstrap_intervals_cover_at_the_smallest_sizes():
-    assert 0.93 <= coverage_of_ratio(8, 500) <= 0.97
-    assert 0.93 <= coverage_of_geometric_mean(9, 500) <= 0.97
+    assert 0.93 <= coverage_of_ratio(8, 300) <= 0.97
+    assert 0.93 <= coverage_of_geometric_mean(9, 300) <= 0.97
 
 
 @pytest.mark.slow
@@ -236,7 +236,7 @@ def test_false_positives_of_the_paired_tests_stay_at_their_level():
     draw = np.random.default_rng(21)
     for n in (9, 12):
         for test in (sign_flip_test, wilcoxon_test):
-            rate = np.mean([test(draw.laplace(size=n)).p_value <= 0.05 for _ in range(1500)])
+            rate = np.mean([test(draw.laplace(size=n)).p_value <= 0.05 for _ in range(1000)])
             assert 0.03 <= rate <= 0.06
     rate = np.mean([sign_flip_test(draw.laplace(size=27), seed=run).p_value <= 0.05 for run in range(400)])
     assert 0.02 <= rate <= 0.06
@@ -380,10 +380,10 @@ def subjects(draw, scale):
 def test_means_cover():
     draw = np.random.default_rng(33)
     for n in (3, 9):
-        assert 0.93 <= np.mean([covers(mean(draw.normal(size=n)).interval, 0) for _ in range(1500)]) <= 0.97
-    runs = [mean(*subjects(draw, 10)) for _ in range(1000)]
+        assert 0.93 <= np.mean([covers(mean(draw.normal(size=n)).interval, 0) for _ in range(1000)]) <= 0.97
+    runs = [mean(*subjects(draw, 10)) for _ in range(800)]
     assert 0.93 <= np.mean([covers(run.interval, 0) for run in runs]) <= 0.97
-    plain = [mean(subjects(draw, 2)[0]) for _ in range(300)]
+    plain = [mean(subjects(draw, 10)[0]) for _ in range(200)]
     assert np.mean([covers(run.interval, 0) for run in plain]) < 0.93  # the clusters are not for show
 
 
@@ -462,14 +462,14 @@ def items(draw, n, gained, lost):
 def test_items_at_the_margin_are_rarely_called_non_inferior(n, gained, lost):
     draw = np.random.default_rng(41)
     margin = lost - gained
-    shown = [non_inferiority_of_items(*items(draw, n, gained, lost), margin).verdict == "shown" for _ in range(1500)]
+    shown = [non_inferiority_of_items(*items(draw, n, gained, lost), margin).verdict == "shown" for _ in range(1000)]
     assert 0.005 <= np.mean(shown) <= 0.06
 
 
 def test_differences_at_the_margin_are_rarely_called_non_inferior():
     draw = np.random.default_rng(42)
     for n in (3, 9, 27):
-        shown = [non_inferiority(draw.normal(-0.5, 1, n), 0.5).verdict == "shown" for _ in range(1500)]
+        shown = [non_inferiority(draw.normal(-0.5, 1, n), 0.5).verdict == "shown" for _ in range(1000)]
         assert 0.035 <= np.mean(shown) <= 0.06
 
 
