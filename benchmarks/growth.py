@@ -24,8 +24,6 @@ def growth() -> list[str]:
     by_length = {length: _point(12, length) for length in LENGTHS}
     by_depth = {depth: _point(depth, 256) for depth in DEPTHS}
     lines = [
-        "## Growth of the cached step",
-        "",
         f"Random Llama models of width 256, batch {BATCH_SIZE}, the last half of the layers adapted; {ROUNDS} rounds each. "
         "The prediction is calibrated at each size; growth is against the smallest size.",
         "",

@@ -36,8 +36,6 @@ def peaks(plan: Plan, batch_size: int) -> list[str]:
         plan.write(folder / "plan.json")
         found = {side: _measured(side, folder, batch_size) for side in SIDES}
     lines = [
-        "## Peak memory of the training phase",
-        "",
         f"Beyond the process before loading, {STEPS} steps over the longest rows, batch {batch_size}, each side in a process of its own; ours reads a "
         "full cache on disk and holds the suffix only.",
         "",

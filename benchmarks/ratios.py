@@ -3,17 +3,14 @@
 import statistics
 from collections.abc import Sequence
 
-import numpy as np
-from scipy.stats import t as student
+from aletheia.statistics.ratios import ratio_of_times
 
 
-def speedup(reference: Sequence[float], seconds: Sequence[float]) -> tuple[float, float, float]:
-    """Ratio of the summed times and its 95 % interval: the ratio estimator over paired rounds, Student's t."""
-    a, b = np.asarray(reference), np.asarray(seconds)
-    ratio = a.sum() / b.sum()
-    error = np.sqrt(((a - ratio * b) ** 2).sum() / (len(a) * (len(a) - 1))) / b.mean()
-    half = student.ppf(0.975, len(a) - 1) * error
-    return float(ratio), float(ratio - half), float(ratio + half)
+def speedup(reference: Sequence[float], seconds: Sequence[float]) -> str:
+    """``2.88x (2.41-3.34)``: ratio of the summed times over paired rounds and its interval."""
+    found = ratio_of_times(reference, seconds)
+    bounds = f" ({found.interval.low:.2f}-{found.interval.high:.2f})" if found.interval else ""
+    return f"{found.value:.2f}x{bounds}"
 
 
 def table(seconds: dict[str, list[float]], notes: dict[str, str] | None = None) -> list[str]:
@@ -21,7 +18,6 @@ def table(seconds: dict[str, list[float]], notes: dict[str, str] | None = None) 
     reference = next(iter(seconds.values()))
     lines = []
     for name, values in seconds.items():
-        ratio, low, high = speedup(reference, values)
         note = f" {notes.get(name, '')} |" if notes is not None else ""
-        lines.append(f"| {name} | {statistics.median(values):.2f} | {ratio:.2f}x ({low:.2f}-{high:.2f}) |{note}")
+        lines.append(f"| {name} | {statistics.median(values):.2f} | {speedup(reference, values)} |{note}")
     return lines

@@ -64,8 +64,8 @@ def _blocks(summary: BehaviourSummary) -> list[Block]:
         Figure(
             "Held-out loss against wall-clock",
             curves_svg(summary.curves, "behaviour-curves"),
-            "A line per run, the same colour per arm; seconds of the optimizer steps alone. Every arm takes the fast step "
-            "here, the baseline too: plain PEFT and Trainer take longer, see the speed campaign.",
+            "A line per run, the same colour per arm; seconds of the optimizer steps alone. Every arm takes the "
+            "fast step here, the baseline too: plain PEFT and Trainer take longer, see the speed campaign.",
         ),
         _scores(summary, f"Every arm takes {matched}. Mean over seeds, 95 % interval over items."),
         _differences(
@@ -146,8 +146,8 @@ def _margins(differences: Sequence[Difference], baseline: str) -> Table:
         *("not worse by more", "smallest margin that this size can show"),
     )
     note = (
-        f"Tuned with the arm minus tuned with {baseline}, which is extra forgetting turned round. The margin was fixed in "
-        "the campaign file; the verdict is one-sided at 95 %."
+        f"Tuned with the arm minus tuned with {baseline}, which is extra forgetting turned round. The margin was fixed "
+        "in the campaign file; the verdict is one-sided at 95 %."
     )
     return Table("Extra forgetting, and whether it stays within the margin", columns, rows, note)
 
