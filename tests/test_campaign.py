@@ -287,3 +287,92 @@ def test_a_speed_campaign_on_tiny_models(tmp_path, data_file):
         assert min(result["step_seconds"]) > 0
         assert result["about"]["packages"]["torch"]
     assert all(path.stat().st_size > 500 for path in write_report(Store(tmp_path / STORE_FILE), tmp_path))
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_of_two_workers_one_of_them_killed(tmp_path, scripts):
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    from aletheia.campaign.executors import RayCluster
+
+    slow = tmp_path / "slow.py"
+    slow.write_text((scripts / "stand_in.py").read_text().replace("time.sleep(0.08)", "time.sleep(1.5)"))
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+    try:
+        executor = RayCluster(cluster.address, cpus=1, command=(sys.executable, str(slow)))
+        killed = []
+
+        def kill_one(store, running):
+            if not killed and any(record.status == "done" for record in store.records()):
+                killed.append(nodes[0])
+                cluster.remove_node(nodes[0], allow_graceful=False)
+
+        records = run_campaign(campaign(), tmp_path / "out", executor, watch=kill_one)
+    finally:
+        cluster.shutdown()
+    assert killed
+    assert len(records) == 27
+    assert [record.reason for record in records if record.status != "done"] == []
+    started = (tmp_path / "out" / "started.txt").read_text().split()
+    assert set(started) == {job.name for job in jobs(campaign())}
+    assert len(started) > 9  # what ran on the killed worker ran again
+
+
+def behaviour_result(loss, right):
+    return {
+        **{"layers": [2, 3], "layer_count": 4, "early_steps": 0, "trainable_parameters": 100, "steps": 8},
+        **{"learning_rate": 1e-3, "cache": "disk", "peak_memory_bytes": 1, "job_seconds": 1.0, "versions": {}},
+        "seconds": {"probe": 1.0, "cache": 0.0, "init": 0.0, "train": 2.0},
+        "held_out_curve": [[0, 0.0, 2.0], [8, 2.0, loss]],
+        "items": {
+            "heldout": {"value": [loss * 10 + index / 100 for index in range(12)], "weight": [10] * 12},
+            "mmlu": {"value": right, "cluster": [f"s{index % 4}" for index in range(12)]},
+        },
+        "about": {
+            **{"packages": {"torch": "1"}, "commit": None, "is_dirty": False, "machine": "m", "device": "cpu"},
+            **{"threads": 1, "python": "3"},
+        },
+    }
+
+
+def behaviour_campaign(**changes):
+    spec = {key: value for key, value in SPEC.items() if key not in ("rounds", "models")}
+    tasks = {"mmlu": {"limit": 12, "margin": 0.03}}
+    return parse_campaign(
+        spec
+        | {"kind": "behaviour", "models": [{"name": "m", "config": LLAMA}], "held_out": "train.jsonl"}
+        | {"held_out_rows": 8, "tasks": tasks, "comparisons": [["depth-aware", "paper"]], "seeds": [0]}
+        | changes,
+        "spec",
+    )
+
+
+def test_the_behaviour_report_says_what_cannot_be_shown(tmp_path):
+    with Store.writing(tmp_path, behaviour_campaign()) as store:
+        for arm, loss, wrong in (("base", 2.0, 6), ("uniform", 1.0, 3), ("paper", 1.0, 3), ("depth-aware", 0.9, 2)):
+            right = [float(index >= wrong) for index in range(12)]
+            store.record([Record(Row("m", arm, 0), "done", None, behaviour_result(loss, right))])
+    html, markdown, csv = (path.read_text() for path in write_report(Store(tmp_path / STORE_FILE), tmp_path))
+    assert "depth-aware against paper on m: -0.1000 nats of held-out loss per token" in markdown
+    assert "| heldout | m | depth-aware | base | -1.1000 nats per token |" in markdown
+    assert "cannot be shown at this size" in markdown  # three points of accuracy on twelve items
+    assert html.count("<svg") == 2
+    assert csv.count("\n") == 5
+
+
+@pytest.mark.parametrize("match", ["steps", "compute"])
+def test_a_behaviour_campaign_on_a_tiny_model(tmp_path, data_file, match):
+    arms = ["uniform", {"name": "depth-aware", "freeze_after": 0}, {"name": "last", "execution": "fast"}]
+    changes = {"arms": arms, "tasks": {}, "comparisons": [["depth-aware", "last"]], "match": match, "steps": 6}
+    records = run_campaign(behaviour_campaign(**changes), tmp_path, LocalPool(), data_dir=data_file.parent)
+    assert [record.reason for record in records] == [None] * 4
+    results = {record.row.arm: record.result for record in records}
+    steps = {arm: result["steps"] for arm, result in results.items() if arm != BASE}
+    assert steps["uniform"] == 6
+    assert steps["depth-aware"] == 6 if match == "steps" else steps["depth-aware"] > 6
+    assert results["last"]["layers"] == [2, 3]
+    losses = {arm: sum(result["items"]["heldout"]["value"]) for arm, result in results.items()}
+    assert losses["uniform"] < losses[BASE]
+    write_report(Store(tmp_path / STORE_FILE), tmp_path)
