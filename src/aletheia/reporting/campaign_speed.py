@@ -88,18 +88,15 @@ def _blocks(summary: SpeedSummary) -> list[Block]:
 
 def _comparisons(title: str, comparisons: Sequence[Comparison], note: str) -> Table:
     columns = (
-        *("arm", "against", "models", "speed-up", "95 % interval", "time saved", "95 % interval", "faster on"),
+        *("arm", "models", "speed-up (95 % interval)", "time saved (95 % interval)", "faster on"),
         *("p, sign flips", "after Holm", "p, Wilcoxon"),
     )
     rows = [
         (
-            found.arm,
-            found.other,
+            f"{found.arm} against {found.other}",
             str(found.models),
-            human_ratio(found.speedup.value),
-            ratio_interval(found.speedup),
-            human_percent(found.time_saved.value),
-            percent_interval(found.time_saved),
+            ratio_words(found.speedup),
+            percent_words(found.time_saved),
             f"{round(found.wins.value * found.models)} of {found.models}",
             p_value(found.sign_flip),
             p_value(found.corrected),
@@ -116,10 +113,14 @@ def _models(summary: SpeedSummary) -> Table:
     }
     rows = [_model_row(found, sizes[found.model], summary.campaign.baseline) for found in summary.models]
     columns = (
-        *("model", "parameters", "arm", "step speed-up", "95 % interval", "rounds", "predicted"),
-        *("run speed-up", "95 % interval", "seeds", "once", "whole run"),
+        *("model", "parameters", "arm", "step speed-up (95 % interval)", "predicted"),
+        *("run speed-up (95 % interval)", "once", "whole run"),
     )
-    note = "Once: probe and cache of a run, mean over seeds. Predicted: by counted operations, nothing measured."
+    rounds = summary.models[0].step.n if summary.models else 0
+    note = (
+        f"Steps: {rounds} rounds over all seeds. Runs: one figure per seed, Student's t over "
+        f"{len(summary.campaign.seeds)} seeds. Once: probe and cache of a run. Predicted: by counted operations, nothing measured."
+    )
     return Table("Every model and arm", columns, rows, note)
 
 
@@ -129,13 +130,9 @@ def _model_row(found: ModelSpeed, parameters: int, baseline: str) -> tuple[str, 
         found.model,
         human_count(parameters),
         found.arm,
-        human_ratio(found.step.value),
-        "" if is_baseline else ratio_interval(found.step),
-        str(found.step.n),
+        "1" if is_baseline else ratio_words(found.step),
         human_ratio(found.predicted),
-        human_ratio(found.run.value),
-        "" if is_baseline else ratio_interval(found.run),
-        str(found.run.n),
+        "1" if is_baseline else ratio_words(found.run),
         human_seconds(found.once_seconds),
         human_seconds(found.run_seconds),
     )
@@ -174,9 +171,9 @@ def ratio_words(found: Estimate) -> str:
     return f"{found.value:.2f} ({found.interval.low:.2f} to {found.interval.high:.2f})"
 
 
-def ratio_interval(found: Estimate) -> str:
-    """``2.10 to 2.52``, or why not."""
-    return f"{found.interval.low:.2f} to {found.interval.high:.2f}" if found.interval else found.reason
+def percent_words(found: Estimate) -> str:
+    """``23 % (21 % to 25 %)``."""
+    return f"{human_percent(found.value)} ({percent_interval(found)})"
 
 
 def percent_interval(found: Estimate) -> str:
