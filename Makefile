@@ -1,10 +1,10 @@
-# make venv | demo | test | check | test-slow | bench | lock
+# make venv | demo | test | check | test-slow | bench | reproduce | lock
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv demo test check test-slow bench lock
+.PHONY: venv demo test check test-slow bench reproduce lock
 
 venv: $(READY)
 
@@ -33,6 +33,14 @@ test-slow: venv
 
 bench: venv
 	$(BIN)/python benchmarks/bench.py
+
+# hours; an interrupted call goes on where it stopped
+CAMPAIGNS := speed behaviour-gsm8k behaviour-gsm8k-compute behaviour-instruct
+reproduce: venv $(CAMPAIGNS:%=reproduce-%)
+
+reproduce-%: venv
+	$(BIN)/aletheia campaign run campaigns/$*.yaml --out results/$*
+	$(BIN)/aletheia campaign report results/$* --to docs/results/$*
 
 lock: venv
 	{ sed -n '/^#/p' requirements.lock; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//'; } > requirements.new

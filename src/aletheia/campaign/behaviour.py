@@ -12,10 +12,9 @@ from typing import Any
 from aletheia.anatomy.load import Loaded, load
 from aletheia.campaign.grid import Row, model_named
 from aletheia.campaign.models import model_source
-from aletheia.campaign.rows import first_rows
+from aletheia.campaign.rows import held_out_rows, training_rows
 from aletheia.campaign.spec import BASE, Arm, BehaviourCampaign, TaskSettings
 from aletheia.campaign.speed import arm_plan
-from aletheia.data.examples import Examples
 from aletheia.evaluation.measures import MEASURES
 from aletheia.evaluation.row_loss import row_losses
 from aletheia.evaluation.run import eval_settings, evaluate
@@ -60,8 +59,8 @@ def run_behaviour(
 def _train(
     campaign: BehaviourCampaign, arm: Arm, seed: int, base: Loaded, data_dir: Path, folder: Path, out: Path
 ) -> None:
-    data = first_rows(campaign, data_dir / campaign.data, base.tokenizer, campaign.rows)
-    held_out = _held_out_rows(campaign, base, data_dir)
+    data = training_rows(campaign, data_dir, base.tokenizer)
+    held_out = held_out_rows(campaign, data_dir, base.tokenizer)
     scores = probe(base.model, data, seed=seed)
     made = arm_plan(arm, scores, seed, campaign.epochs)
     train(
@@ -122,13 +121,9 @@ def _trained(run: Run) -> dict[str, Any]:
     }
 
 
-def _held_out_rows(campaign: BehaviourCampaign, base: Loaded, data_dir: Path) -> Examples:
-    return first_rows(campaign, data_dir / campaign.held_out, base.tokenizer, campaign.held_out_rows)
-
-
 def _held_out(campaign: BehaviourCampaign, base: Loaded, data_dir: Path) -> dict[str, list[Any]]:
     """Nats and labelled tokens, row by row."""
-    rows = _held_out_rows(campaign, base, data_dir)
+    rows = held_out_rows(campaign, data_dir, base.tokenizer)
     size = campaign.eval_batch_size
     base.model.eval()
     found = [

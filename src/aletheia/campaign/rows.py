@@ -9,8 +9,20 @@ from aletheia.data.examples import Examples
 from aletheia.errors import CampaignError
 
 
-def first_rows(campaign: SpeedCampaign | BehaviourCampaign, path: Path, tokenizer: Any, count: int) -> Examples:
-    """The first ``count`` rows of a file that fit into the campaign's ``max_length``.
+def training_rows(campaign: SpeedCampaign | BehaviourCampaign, data_dir: Path, tokenizer: Any) -> Examples:
+    """The first rows of the data that fit into ``max_length``; errors as below."""
+    return _rows(campaign, data_dir / campaign.data, tokenizer, 0, campaign.rows)
+
+
+def held_out_rows(campaign: BehaviourCampaign, data_dir: Path, tokenizer: Any) -> Examples:
+    """The first rows of a file of their own, or those that follow the training rows; errors as below."""
+    if campaign.held_out is None:
+        return _rows(campaign, data_dir / campaign.data, tokenizer, campaign.rows, campaign.held_out_rows)
+    return _rows(campaign, data_dir / campaign.held_out, tokenizer, 0, campaign.held_out_rows)
+
+
+def _rows(campaign: SpeedCampaign | BehaviourCampaign, path: Path, tokenizer: Any, start: int, count: int) -> Examples:
+    """Rows ``start`` to ``start + count`` of those in a file that fit into the campaign's ``max_length``.
 
     Raises:
         CampaignError: there are fewer.
@@ -18,9 +30,9 @@ def first_rows(campaign: SpeedCampaign | BehaviourCampaign, path: Path, tokenize
     """
     every = load_data(str(path), tokenizer, max_length=campaign.max_length + 1, skip_emptied=True)
     fitting = [index for index, row in enumerate(every.examples) if len(row) <= campaign.max_length]
-    if len(fitting) < count:
+    if len(fitting) < start + count:
         raise CampaignError(
-            f"{path}: {len(fitting)} rows of up to {campaign.max_length} tokens, expected {count}; "
+            f"{path}: {len(fitting)} rows of up to {campaign.max_length} tokens, expected {start + count}; "
             "lower rows or raise max_length"
         )
-    return every.subset(fitting[:count])
+    return every.subset(fitting[start : start + count])

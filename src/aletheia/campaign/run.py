@@ -123,7 +123,7 @@ def check_data(campaign: SpeedCampaign | BehaviourCampaign, data_dir: Path) -> N
     Raises:
         CampaignError: names the file.
     """
-    wanted = [campaign.data, *([campaign.held_out] if isinstance(campaign, BehaviourCampaign) else [])]
-    for name in wanted:
+    held_out = campaign.held_out if isinstance(campaign, BehaviourCampaign) else None
+    for name in filter(None, (campaign.data, held_out)):
         if Path(name).suffix and not os.path.exists(data_dir / name):
             raise CampaignError(f"{data_dir / name} is missing; expected it there, or another --data-dir")

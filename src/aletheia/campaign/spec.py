@@ -139,7 +139,7 @@ class BehaviourCampaign(_Campaign):
     """Held-out loss and benchmarks before and after fine-tuning with each arm, paired per item."""
 
     kind: Literal["behaviour"]
-    held_out: str = Field(description="rows for the held-out loss")
+    held_out: str | None = Field(default=None, description="rows for the held-out loss; by default those after rows")
     held_out_rows: int = Field(default=96, ge=1)
     held_out_margin: float | None = Field(default=None, gt=0, description="nats per token that count as no loss")
     match: Literal["steps", "compute"] = Field(

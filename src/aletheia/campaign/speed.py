@@ -8,7 +8,7 @@ from typing import Any
 from aletheia.anatomy.load import load
 from aletheia.campaign.grid import Row, model_named
 from aletheia.campaign.models import model_source
-from aletheia.campaign.rows import first_rows
+from aletheia.campaign.rows import training_rows
 from aletheia.campaign.spec import Arm, SpeedCampaign
 from aletheia.campaign.steps import StepKind, interleaved_steps
 from aletheia.errors import AletheiaError
@@ -22,7 +22,7 @@ def run_speed(campaign: SpeedCampaign, rows: list[Row], data_dir: Path, folder: 
     """What came of each arm: its ``result``, or the ``reason`` why there is none."""
     seed = rows[0].seed
     base = load(model_source(model_named(campaign, rows[0].model), folder), campaign.dtype)
-    data = first_rows(campaign, data_dir / campaign.data, base.tokenizer, campaign.rows)
+    data = training_rows(campaign, data_dir, base.tokenizer)
     scores = probe(base.model, data, seed=seed)
     found: dict[str, Mapping[str, Any]] = {}
     plans: dict[str, Plan] = {}

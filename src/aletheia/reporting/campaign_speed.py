@@ -119,7 +119,8 @@ def _models(summary: SpeedSummary) -> Table:
     rounds = summary.models[0].step.n if summary.models else 0
     note = (
         f"Steps: {rounds} rounds over all seeds. Runs: one figure per seed, Student's t over "
-        f"{len(summary.campaign.seeds)} seeds. Once: probe and cache of a run. Predicted: by counted operations, nothing measured."
+        f"{len(summary.campaign.seeds)} seeds. Once: probe and cache of a run. Predicted: by counted operations, "
+        "nothing measured."
     )
     return Table("Every model and arm", columns, rows, note)
 
