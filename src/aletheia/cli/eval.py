@@ -30,7 +30,7 @@ def eval(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Hub id, local folder or .gguf file; without it, show what lies in --out.", metavar="[MODEL]"
+            help="Hub id, local folder or .gguf file; without it, show what lies in --out.", metavar="MODEL"
         ),
     ] = None,
     out: Annotated[Path, typer.Option("--out", help="Folder to write, or to go on in, or to show.")] = ...,  # type: ignore[assignment]

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 Bounds = tuple[float, float]
+Values = Sequence[float] | np.ndarray
 LEVEL = 0.95
 RESAMPLES = 2000
 
 
-def wilson(values: Sequence[float]) -> Bounds:
+def wilson(values: Values) -> Bounds:
     """Wilson's score interval for the share of ones among values of 0 and 1 [Wilson 1927]."""
     from scipy.stats import norm
 
@@ -23,7 +24,7 @@ def wilson(values: Sequence[float]) -> Bounds:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def clustered_mean(values: Sequence[float], clusters: Sequence[object]) -> Bounds | None:
+def clustered_mean(values: Values, clusters: Sequence[object]) -> Bounds | None:
     """Interval of a mean by the cluster-robust variance and Student's t; None with fewer than two clusters."""
     from scipy.stats import t
 

@@ -143,8 +143,8 @@ class Evaluated:
         Raises:
             ArtifactError: ``items.parquet`` cannot be read.
         """
-        import pyarrow
-        import pyarrow.parquet
+        import pyarrow  # type: ignore[import-untyped]
+        import pyarrow.parquet  # type: ignore[import-untyped]
 
         try:
             rows = pyarrow.parquet.read_table(self.path / ITEMS_FILE).to_pylist()

@@ -1,7 +1,6 @@
 """The held-out loss row by row, as a task of an evaluation."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -40,19 +39,12 @@ class HeldOut:
         self.items_available = len(examples)
         self._indices = chosen(len(examples), limit)
         self._examples = examples.subset(self._indices)
+        self._hashes = [sha256_of([example.input_ids, example.labels]) for example in self._examples.examples]
+        self.prompts_sha256 = sha256_of(self._hashes)
 
     def __len__(self) -> int:
         """Rows chosen."""
         return len(self._indices)
-
-    @cached_property
-    def _hashes(self) -> list[str]:
-        return [sha256_of([example.input_ids, example.labels]) for example in self._examples.examples]
-
-    @property
-    def prompts_sha256(self) -> str:
-        """One hash over tokens and labels of all rows."""
-        return sha256_of(self._hashes)
 
     def batches(self) -> list[list[int]]:
         """Rows of like length together, longest first."""

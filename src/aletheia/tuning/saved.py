@@ -30,7 +30,7 @@ def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
     if plan is not None:
         plan.check_model(identify(model))
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder))  # type: ignore[arg-type]
+        adapted = PeftModel.from_pretrained(model, str(folder))
         expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
         stored = set(load_peft_weights(str(folder), device="cpu"))
     except Exception as error:  # a foreign folder: PEFT raises whatever its parts raise
