@@ -28,6 +28,7 @@ from aletheia.evaluation.run import language_model
 from aletheia.evaluation.upstream import load_tasks, task_version
 from aletheia.evaluation.work import Benchmark, chosen
 
+pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'aletheia-tune[eval]'")
 SUBJECTS = ("anatomy", "astronomy", "virology")
 QUICK = ("--max-new-tokens", 4, "--batch-size", 4)
 

@@ -6,18 +6,16 @@ local data, and its own model class loads the weights.
 
 import json
 import os
-import sys
 from pathlib import Path
 
-import lm_eval
 import pytest
 import yaml
-from lm_eval.tasks import TaskManager
 from test_slow import aletheia_command
 
 import aletheia
 from aletheia.cli.demo import demo_checkpoint
 
+lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'aletheia-tune[eval]'")
 pytestmark = pytest.mark.slow
 DATA = Path(os.environ.get("ALETHEIA_DATA", "../shared/data")).resolve()
 ITEMS = int(os.environ.get("ALETHEIA_PARITY_ITEMS", "200"))
@@ -50,6 +48,8 @@ def task_file(folder: Path, name: str, upstream: str, **files: list[dict]) -> No
 
 
 def direct(folder: Path, tasks: Path, samples: dict[str, list[int]], **arguments) -> dict:
+    from lm_eval.tasks import TaskManager
+
     return lm_eval.simple_evaluate(
         model="hf",
         model_args={"pretrained": str(folder), "dtype": "float32"},
@@ -113,5 +113,5 @@ def test_gsm8k_equals_a_direct_run(folder, tmp_path):
     assert {row["item"]: {name: row[name] for name in names} for row in rows} == expected
     for metric in found.evaluation.tasks[0].metrics:
         value = results["results"]["gsm8k"][metric.name]
-        print(f"GSM8K, {len(rows)} items, {metric.name}: {metric.value:.4f}, direct {value:.4f}", file=sys.stderr)
+        print(f"GSM8K, {len(rows)} items, {metric.name}: {metric.value:.4f}, direct {value:.4f}")
         assert metric.value == pytest.approx(value)

@@ -1,5 +1,6 @@
 """Evaluations and their comparisons as tables for the terminal. Torch-free."""
 
+from rich import box
 from rich.table import Table
 
 from aletheia.evaluation.result import Comparison, Evaluation
@@ -9,43 +10,43 @@ PLACES = 4
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
-    """Every number with its interval, items and upstream version."""
+    """Every number with its interval; below, upstream's version and examples of each task."""
     settings = evaluation.settings
     adapter = f" with {settings.adapter}" if settings.adapter else ""
-    table = Table(
-        title=printable(f"{evaluation.model.name}{adapter}"),
-        caption=f"95 % intervals; {evaluation.dtype}, batches of {settings.batch_size}, "
-        + human_seconds(evaluation.seconds.eval),
-    )
-    for name in ("task", "metric"):
-        table.add_column(name)
-    for name in ("value", "interval", "items", "shots", "version"):
-        table.add_column(name, justify="right")
+    upstream = [f"{task.name} {task.version}, {task.num_fewshot}-shot" for task in evaluation.tasks]
+    how = f"{evaluation.dtype}, batches of {settings.batch_size}, {human_seconds(evaluation.seconds.eval)}"
+    table = _table(f"{evaluation.model.name}{adapter}", f"{'; '.join(upstream)}\n95 % intervals; {how}")
+    for name in ("value", "interval", "items"):
+        table.add_column(name, justify="right", no_wrap=True)
     for task in evaluation.tasks:
+        part = f"/{task.items_available:,}" if task.items < task.items_available else ""
         for at, metric in enumerate(task.metrics):
-            items = (
-                f"{task.items:,}" if task.items == task.items_available else f"{task.items:,}/{task.items_available:,}"
-            )
-            shared = ("", "", "") if at else (items, str(task.num_fewshot), task.version)
+            items = "" if at else f"{task.items:,}{part}"
             bounds = _bounds(metric.low, metric.high)
-            table.add_row("" if at else task.name, metric.name, _number(metric.value), bounds, *shared)
+            table.add_row("" if at else task.name, metric.name, _number(metric.value), bounds, items)
     return table
 
 
 def comparison_table(comparison: Comparison) -> Table:
     """Per task and measure how much worse this is than the other, paired per item."""
-    table = Table(
-        title=printable(f"{comparison.kind.capitalize()}: {comparison.this} against {comparison.other}"),
-        caption="positive is worse; 95 % intervals, paired per item",
+    items = ", ".join(f"{task} {found[0].items:,}" for task, found in comparison.tasks.items())
+    table = _table(
+        f"{comparison.kind.capitalize()}: {comparison.this} against {comparison.other}",
+        f"positive is worse; 95 % intervals, paired per item ({items})",
     )
-    for name in ("task", "metric"):
-        table.add_column(name)
-    for name in ("this", "other", "worse by", "interval", "items"):
-        table.add_column(name, justify="right")
+    for name in ("this", "other", "worse by", "interval"):
+        table.add_column(name, justify="right", no_wrap=True)
     for task, found in comparison.tasks.items():
         for at, one in enumerate(found):
             numbers = (_number(one.this), _number(one.other), f"{one.worse_by:+.{PLACES}f}")
-            table.add_row("" if at else task, one.name, *numbers, _bounds(one.low, one.high), str(one.items))
+            table.add_row("" if at else task, one.name, *numbers, _bounds(one.low, one.high))
+    return table
+
+
+def _table(title: str, caption: str) -> Table:
+    table = Table(title=printable(title), caption=caption, box=box.SIMPLE, pad_edge=False, padding=(0, 1))
+    table.add_column("task", no_wrap=True)
+    table.add_column("metric")
     return table
 
 
