@@ -19,7 +19,8 @@ from tiny import make_model
 
 import aletheia
 from aletheia.errors import AdapterError, DataError, EvaluationError
-from aletheia.evaluation.intervals import bootstrap, clustered_mean, wilson
+from aletheia.evaluation import humaneval, sandbox
+from aletheia.evaluation.intervals import bootstrap
 from aletheia.evaluation.journal import JOURNAL_FILE, Journal
 from aletheia.evaluation.local_data import local_splits, pages
 from aletheia.evaluation.measures import differences, summarise
@@ -178,19 +179,6 @@ def test_held_out_rows_give_the_held_out_loss(base, examples):
 # --- intervals
 
 
-def test_wilson_gives_published_bounds():
-    assert wilson([1] * 81 + [0] * 182) == pytest.approx((0.2553, 0.3662), abs=5e-5)  # Newcombe 1998, table I
-    assert wilson([0] * 20)[0] == 0
-
-
-def test_clusters_widen_an_interval():
-    values = [1, 1, 1, 1, 0, 0, 0, 0] * 4
-    alone = clustered_mean(values, range(len(values)))
-    together = clustered_mean(values, [at // 4 for at in range(len(values))])
-    assert together[0] < alone[0] < 0.5 < alone[1] < together[1]
-    assert clustered_mean(values, ["one"] * len(values)) is None
-
-
 def test_the_bootstrap_is_the_same_every_time():
     values = np.arange(20.0)
     bounds = bootstrap(lambda drawn: values[drawn].mean(), 20)
@@ -294,7 +282,7 @@ def test_answers_that_are_there_are_not_computed_again(base, benchmark_data, tmp
     assert len(done.rows["mmlu"]) == 21
 
 
-def test_humaneval_keeps_completions_until_they_can_be_scored(
+def test_humaneval_is_scored_program_by_program(
     run,  # noqa: F811
     model_folder,
     benchmark_data,
@@ -302,18 +290,20 @@ def test_humaneval_keeps_completions_until_they_can_be_scored(
     monkeypatch,
 ):
     arguments = ("eval", model_folder, "--tasks", "humaneval", "--data-dir", benchmark_data, "--out", "code", *QUICK)
-    monkeypatch.setitem(sys.modules, "aletheia.evaluation.humaneval", None)  # as if it were not there
+    sandbox.check.cache_clear()
+    monkeypatch.setenv("PATH", str(tmp_path))  # no bubblewrap: said before anything is generated
     code, _, err = run(*arguments)
     assert code == 2
-    assert "cannot run HumanEval's programs; the completions are kept" in err
+    assert "--unsafe-exec" in err
+    assert not (tmp_path / "code" / JOURNAL_FILE).exists()
     seen = []
 
     def score(programs, unsafe):
         seen.append((programs, unsafe))
         return [SimpleNamespace(passed=at != 1) for at in range(4)]
 
-    scorer = SimpleNamespace(score=score, humaneval_program=lambda *parts: parts)
-    monkeypatch.setitem(sys.modules, "aletheia.evaluation.humaneval", scorer)
+    monkeypatch.setattr(humaneval, "score", score)
+    monkeypatch.setattr(humaneval, "humaneval_program", lambda *parts: parts)
     code, out, err = run(*arguments, "--unsafe-exec", "--json")
     assert code == 0, err
     assert json.loads(out)["tasks"][0]["metrics"][0]["value"] == 0.75

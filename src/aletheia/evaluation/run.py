@@ -5,7 +5,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from aletheia.anatomy.load import Loaded
 from aletheia.anatomy.schema import ModelIdentity
 from aletheia.data.encode import load_data
 from aletheia.errors import ArtifactError, EvaluationError
+from aletheia.evaluation import humaneval, sandbox
 from aletheia.evaluation.journal import JOURNAL_FILE, Journal
 from aletheia.evaluation.local_data import FILES, data_hashes
 from aletheia.evaluation.measures import MEASURES, summarise
@@ -200,16 +200,15 @@ def _prepare(base: Loaded, settings: EvalSettings, data_dir: Path | None, unsafe
 
 
 def _scorer(unsafe_exec: bool) -> Score:
-    """What runs the programs of HumanEval and tells which pass."""
+    """What runs the programs of HumanEval and tells which pass.
+
+    Raises:
+        SandboxError: there is no sandbox on this machine; said before anything is generated.
+    """
+    if not unsafe_exec:
+        sandbox.check()
 
     def run(docs: Sequence[Any], completions: Sequence[str]) -> Sequence[bool]:
-        try:
-            humaneval = import_module("aletheia.evaluation.humaneval")
-        except ImportError as error:
-            raise EvaluationError(
-                "this release cannot run HumanEval's programs; the completions are kept in the output folder, "
-                "leave humaneval out of --tasks to finish the others in a folder of their own"
-            ) from error
         programs = [
             humaneval.humaneval_program(doc["task_id"], doc["prompt"], text, doc["test"], doc["entry_point"])
             for doc, text in zip(docs, completions, strict=True)
