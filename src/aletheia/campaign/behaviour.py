@@ -3,6 +3,7 @@
 What a killed job has finished stays in its folder and is gone on with: the run, and every evaluation item by item.
 """
 
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -41,7 +42,8 @@ def run_behaviour(
     adapter = None
     if row.arm != BASE:
         adapter = place / RUN
-        if not (adapter / METRICS_FILE).exists():
+        if not (adapter / METRICS_FILE).exists():  # written last
+            shutil.rmtree(adapter, ignore_errors=True)
             arm = next(arm for arm in campaign.arms if arm.name == row.arm)
             _train(campaign, arm, row.seed, base, data_dir, folder, adapter)
             base = load(source, campaign.dtype)  # as it was, for the adapter as it was saved
@@ -76,7 +78,6 @@ def _train(
         seed=seed,
         cache="disk" if made.boundary and not made.early_layers else "auto",
         cache_dir=folder / CACHES,  # arms and seeds with one boundary share it
-        overwrite=True,  # what a killed job left
         show_progress=False,
     )
 

@@ -77,7 +77,8 @@ def interleaved_steps(
     caches = _filled(model, kinds, data, orders, batch_size)
     seconds: dict[str, list[float]] = {kind.name: [] for kind in kinds}
     for number in range(rounds + 1):
-        for kind in kinds:
+        first = number % len(kinds)  # each goes first in turn, so that none always follows the same one
+        for kind in (*kinds[first:], *kinds[:first]):
             rows = [data[row] for row in orders[kind.grouped][number]]
             spent = _seconds(model, kind, rows, data.pad_token_id, caches)
             if number:
