@@ -2,12 +2,14 @@
 
 import json
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 from tiny import make_model, make_tokenizer
 
+from aletheia.cli import main as cli
 from aletheia.data.encode import load_data
 
 WORDS = ["red", "blue", "green", "one", "two", "three", "four", "five", "six", "seven"]
@@ -48,3 +50,19 @@ def model_folder(tmp_path_factory, tokenizer):
     make_model("llama").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """Call ``aletheia`` in this process, in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["aletheia", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        return ended.value.code, captured.out, captured.err
+
+    return call

@@ -10,6 +10,7 @@ import textwrap
 import time
 
 import pytest
+import yaml
 
 from aletheia.campaign.executors import LocalPool
 from aletheia.campaign.grid import Row, jobs
@@ -376,3 +377,36 @@ def test_a_behaviour_campaign_on_a_tiny_model(tmp_path, data_file, match):
     losses = {arm: sum(result["items"]["heldout"]["value"]) for arm, result in results.items()}
     assert losses["uniform"] < losses[BASE]
     write_report(Store(tmp_path / STORE_FILE), tmp_path)
+
+
+def test_the_command_line_from_dry_run_to_report(run, tmp_path, data_file):
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(yaml.safe_dump(SPEC | {"models": SPEC["models"][:1], "arms": ["uniform", "last"], "seeds": [0]}))
+    asked = ("campaign", "run", spec, "--out", "out", "--data-dir", data_file.parent)
+    code, out, _ = run(*asked, "--dry-run")
+    assert code == 0
+    assert "2 rows in 1 jobs, 0 rows done" in out
+    assert "hours to go (from operations" in out
+    assert not (tmp_path / "out").exists()
+    code, _, err = run("campaign", "status", "out")
+    assert (code, err) == (2, "error: out holds no campaign; run one there with 'aletheia campaign run'\n")
+    code, _, err = run(*asked[:-1], tmp_path / "nowhere")
+    assert code == 2
+    assert "train.jsonl is missing; expected it there, or another --data-dir" in err
+    code, _, err = run(*asked)
+    assert code == 0, err
+    assert "done   m0 last 0" in err
+    code, out, _ = run("campaign", "status", "out", "--json")
+    assert [row["status"] for row in json.loads(out)] == ["done", "done"]
+    code, out, _ = run(*asked, "--dry-run")
+    assert "2 rows done" in out
+    assert "0.0 hours to go (from the rows that are done)" in out
+    code, _, err = run("campaign", "report", "out", "--to", "report")
+    assert code == 0
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "report.md", "report.csv"}
+    (tmp_path / "out" / "report.html").write_text("a page of somebody else")
+    code, _, err = run("campaign", "report", "out")
+    assert code == 2
+    assert "is no report of ours" in err
+    code, out, _ = run("campaign", "schema")
+    assert json.loads(out)["oneOf"]

@@ -8,26 +8,9 @@ import pytest
 from test_formats import overflowing
 from tiny import make_tokenizer
 
-from aletheia.cli import main as cli
 from aletheia.probing.scores import Scores
 
 COMMANDS = ("inspect", "probe", "plan", "show", "train", "eval", "report", "cache", "demo", "doctor")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """Call ``aletheia`` in this process, in an empty folder: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["aletheia", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

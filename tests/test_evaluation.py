@@ -14,7 +14,6 @@ import pyarrow.parquet
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_cli import run  # noqa: F401
 from tiny import make_model
 
 import aletheia
@@ -206,7 +205,7 @@ def test_numbers_that_are_not_finite_are_refused():
 # --- the command
 
 
-def test_evaluate_forget_and_show(run, model_folder, benchmark_data, adapter, data_file, tmp_path):  # noqa: F811
+def test_evaluate_forget_and_show(run, model_folder, benchmark_data, adapter, data_file, tmp_path):
     tasks = "mmlu,gsm8k,wikitext,heldout"
     more = ("--eval-data", data_file, "--limit", 5)
     out, _ = evaluation(run, model_folder, benchmark_data, "base", *more, tasks=tasks)
@@ -239,7 +238,7 @@ def test_evaluate_forget_and_show(run, model_folder, benchmark_data, adapter, da
     assert "load" not in err
 
 
-def test_a_killed_evaluation_goes_on_to_the_same_rows(run, model_folder, benchmark_data, tmp_path):  # noqa: F811
+def test_a_killed_evaluation_goes_on_to_the_same_rows(run, model_folder, benchmark_data, tmp_path):
     evaluation(run, model_folder, benchmark_data, "whole", "--batch-size", 1)
     (tmp_path / "slow.py").write_text(
         "import sys, time\nfrom aletheia.evaluation.journal import Journal\nfrom aletheia.cli.main import main\n"
@@ -283,7 +282,7 @@ def test_answers_that_are_there_are_not_computed_again(base, benchmark_data, tmp
 
 
 def test_humaneval_is_scored_program_by_program(
-    run,  # noqa: F811
+    run,
     model_folder,
     benchmark_data,
     tmp_path,
@@ -328,7 +327,7 @@ def test_humaneval_is_scored_program_by_program(
         (("--against", "nowhere"), "nowhere holds no finished evaluation"),
     ],
 )
-def test_bad_arguments_are_one_line(run, model_folder, benchmark_data, arguments, message):  # noqa: F811
+def test_bad_arguments_are_one_line(run, model_folder, benchmark_data, arguments, message):
     code, _, err = run("eval", model_folder, "--data-dir", benchmark_data, "--out", "out", *arguments)
     assert code == 2
     assert message in err.splitlines()[-1]
@@ -347,7 +346,7 @@ def test_bad_data_is_named(benchmark_data, tmp_path):
         local_splits("gsm8k", tmp_path)
 
 
-def test_only_the_same_items_are_compared(run, model_folder, benchmark_data):  # noqa: F811
+def test_only_the_same_items_are_compared(run, model_folder, benchmark_data):
     evaluation(run, model_folder, benchmark_data, "five", "--limit", 5, tasks="mmlu")
     evaluation(run, model_folder, benchmark_data, "six", "--limit", 6, tasks="mmlu")
     evaluation(run, model_folder, benchmark_data, "shots", "--limit", 5, "--num-fewshot", 1, tasks="mmlu")
@@ -367,7 +366,7 @@ def test_only_the_same_items_are_compared(run, model_folder, benchmark_data):  #
     assert "five holds another evaluation (limit 4 here, 5 there)" in err
 
 
-def test_without_lm_eval_the_command_says_what_to_install(run, model_folder, monkeypatch):  # noqa: F811
+def test_without_lm_eval_the_command_says_what_to_install(run, model_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     code, _, err = run("eval", model_folder, "--tasks", "mmlu", "--out", "out")
     assert code == 2
@@ -413,7 +412,7 @@ def test_an_adapter_of_another_model_is_refused(adapter, tmp_path):
         aletheia.load_adapter(make_model(), tmp_path)
 
 
-def test_a_run_folder_is_an_adapter(run, model_folder, data_file, tmp_path):  # noqa: F811
+def test_a_run_folder_is_an_adapter(run, model_folder, data_file, tmp_path):
     steps = ("--steps", 2, "--max-length", 128)
     code, _, err = run("train", model_folder, "--data", data_file, "--out", "run", *steps)
     assert code == 0, err
