@@ -23,6 +23,7 @@ from aletheia.planning.plan import Plan
 from aletheia.probing.resident import probe
 from aletheia.probing.scores import Scores
 from aletheia.tuning.adapters import adapt
+from aletheia.tuning.initial import ROWS
 from aletheia.tuning.run import METRICS_FILE, PLAN_FILE, Metrics, Run
 from aletheia.tuning.saved import load_adapter
 from aletheia.tuning.train import train
@@ -83,23 +84,34 @@ def _train(
 
 
 def _steps(campaign: BehaviourCampaign, arm: Arm, made: Plan, scores: Scores, seed: int) -> int:
-    """As many steps for every arm, or as many as cost what the baseline's steps cost by the cost model, in FLOPs."""
+    """As many steps for every arm, or as many as cost what the baseline's run costs, in operations of the cost model."""
     if campaign.match == "steps":
         return campaign.steps
     baseline = next(other for other in campaign.arms if other.name == campaign.baseline)
-    return max(
-        1, round(campaign.steps * _cost(baseline, arm_plan(baseline, scores, seed, campaign.epochs)) / _cost(arm, made))
-    )
+    plain = arm_plan(baseline, scores, seed, campaign.epochs)
+    budget = _once(campaign, baseline, plain) + campaign.steps * _per_step(baseline, plain)
+    return max(1, round((budget - _once(campaign, arm, made)) / _per_step(arm, made)))
 
 
-def _cost(arm: Arm, made: Plan) -> float:
-    """Mean operations of a step of the run, the baseline's plain step being one."""
+def _per_step(arm: Arm, made: Plan) -> float:
+    """Mean operations of a step of the run, in steps of uniform LoRA."""
     predicted = made.predicted
     if arm.execution == "plain":
         return predicted.relative_step_time
     later = predicted.relative_cached_step_time or predicted.relative_step_time
     share = made.settings.freeze_after if made.early_layers else 0.0
     return share * (predicted.relative_early_step_time or later) + (1 - share) * later
+
+
+def _once(campaign: BehaviourCampaign, arm: Arm, made: Plan) -> float:
+    """Operations that a run pays once, in the same unit: probe, passes of the gradient start, filling the cache."""
+    predicted, size = made.predicted, campaign.batch_size
+    probe_rows = made.probe.batches * made.probe.batch_size if made.uses_scores else 0
+    init_rows = ROWS if arm.init == "gradient" else 0
+    fill = 0.0
+    if arm.execution == "fast" and predicted.relative_cached_step_time:
+        fill = campaign.rows / size * (predicted.relative_step_time - predicted.relative_cached_step_time)
+    return (probe_rows + init_rows) / size * (predicted.relative_early_step_time or predicted.relative_step_time) + fill
 
 
 def _trained(run: Run) -> dict[str, Any]:
