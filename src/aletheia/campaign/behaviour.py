@@ -84,7 +84,7 @@ def _train(
 
 
 def _steps(campaign: BehaviourCampaign, arm: Arm, made: Plan, scores: Scores, seed: int) -> int:
-    """As many steps for every arm, or as many as cost what the baseline's run costs, in operations of the cost model."""
+    """As many steps for every arm, or as many as cost what the baseline's run costs, by counted operations."""
     if campaign.match == "steps":
         return campaign.steps
     baseline = next(other for other in campaign.arms if other.name == campaign.baseline)

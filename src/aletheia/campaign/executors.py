@@ -25,7 +25,7 @@ class Executor(Protocol):
 class LocalPool:
     """Jobs on this machine, ``workers`` at a time; one is in order.
 
-    With several workers and CUDA devices, worker i sees device ``i mod devices`` alone.
+    With several workers and several devices in ``CUDA_VISIBLE_DEVICES``, worker i sees device ``i mod devices`` alone.
     """
 
     def __init__(self, workers: int = 1, command: Sequence[str] = COMMAND) -> None:

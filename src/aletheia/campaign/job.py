@@ -7,6 +7,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from aletheia.campaign.grid import Row
 from aletheia.campaign.process import JOB_FILE, RESULT_FILE
 from aletheia.campaign.spec import SpeedCampaign, parse_campaign
@@ -14,11 +16,18 @@ from aletheia.errors import AletheiaError
 from aletheia.files import write_text
 
 ABANDONED = 75
+LOCK_SECONDS = 60  # for a copy to end whose Ray worker died
 
 
 def main(place: Path) -> int:
     """Run the job in ``place``; exit code 0, or 2 with a line that says why not."""
     threading.Thread(target=_end_with_input, daemon=True).start()
+    lock = FileLock(place / "job.lock")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        print("error: another process runs this job; wait until it ends", flush=True)
+        return 2
     told = json.loads((place / JOB_FILE).read_text(encoding="utf-8"))
     campaign = parse_campaign(told["campaign"], str(place / JOB_FILE))
     rows = [Row(*row) for row in told["rows"]]

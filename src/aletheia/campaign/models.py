@@ -1,5 +1,8 @@
 """Models of a campaign: those that are there, and random ones of a shape, made once."""
 
+import hashlib
+import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -38,12 +41,14 @@ def model_source(entry: ModelEntry, folder: Path) -> str:
     path = str(demo_checkpoint()) if entry.path == DEMO else entry.path
     if path is not None and not path.endswith(".gguf"):
         return path
-    place = folder / MODELS / entry.name
+    digest = hashlib.sha256(json.dumps([path, entry.config], sort_keys=True).encode()).hexdigest()[:8]
+    place = folder / MODELS / f"{entry.name}-{digest}"
     place.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{place}.lock"):
         if not place.exists():
             model, tokenizer = _unpacked(path) if path else _random(entry)
-            temporary = place.with_suffix(".new")
+            temporary = place.with_name(f"{place.name}.new")
+            shutil.rmtree(temporary, ignore_errors=True)  # of a kill
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             temporary.rename(place)

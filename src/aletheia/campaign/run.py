@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from aletheia.campaign.process import JOB_FILE, LOG_FILE, RESULT_FILE
 from aletheia.campaign.spec import BehaviourCampaign, SpeedCampaign
 from aletheia.campaign.store import Record, Store
 from aletheia.errors import ArtifactError, CampaignError
-from aletheia.files import read_json, write_text
+from aletheia.files import file_sha256, read_json, write_text
 
 JOBS = "jobs"
 Watcher = Callable[[Store, Sequence[Job]], None]
@@ -45,30 +46,37 @@ def run_campaign(
         CampaignError: the folder holds another campaign, or another coordinator is at work.
     """
     folder = folder.resolve()
-    try:
-        with Store.writing(folder, campaign) as store:
-            if retry_failed:
-                store.forget_failures()
-            waiting: dict[Future[str | None], Job] = {}
-            for job in _pending(store):
-                place = folder / JOBS / job.name
-                if (place / RESULT_FILE).exists() and not retry_failed:
-                    store.record(_outcome(job, place, None))
-                    continue
-                _prepare(place, campaign, job, data_dir or Path(campaign.data_dir), folder)
+    data = data_dir or Path(campaign.data_dir)
+    with closing(executor), Store.writing(folder, campaign) as store, closing(executor):  # before the lock goes, too
+        if retry_failed:
+            _forget_failures(store, folder)
+        waiting: dict[Future[str | None], Job] = {}
+        for job in _pending(store):
+            place = folder / JOBS / job.name
+            _prepare(place, campaign, job, data, folder)
+            if (place / RESULT_FILE).exists():
+                store.record(_outcome(job, place, None))
+            else:
                 waiting[executor.submit(place)] = job
+        watch(store, list(waiting.values()))
+        while waiting:
+            done, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
+            for future in done:
+                job = waiting.pop(future)
+                error = future.exception()
+                why = f"{type(error).__name__}: {error}" if error else future.result()
+                store.record(_outcome(job, folder / JOBS / job.name, why))
             watch(store, list(waiting.values()))
-            while waiting:
-                done, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
-                for future in done:
-                    job = waiting.pop(future)
-                    error = future.exception()
-                    why = f"{type(error).__name__}: {error}" if error else future.result()
-                    store.record(_outcome(job, folder / JOBS / job.name, why))
-                watch(store, list(waiting.values()))
-            return store.records()
-    finally:
-        executor.close()
+        return store.records()
+
+
+def _forget_failures(store: Store, folder: Path) -> None:
+    """Jobs with a failed row run again: what they left goes before the store forgets the failure."""
+    failed = {record.row for record in store.records() if record.status == "failed"}
+    for job in jobs(store.campaign):
+        if failed.intersection(job.rows):
+            (folder / JOBS / job.name / RESULT_FILE).unlink(missing_ok=True)
+    store.forget_failures()
 
 
 def _pending(store: Store) -> list[Job]:
@@ -78,17 +86,26 @@ def _pending(store: Store) -> list[Job]:
 
 
 def _prepare(place: Path, campaign: SpeedCampaign | BehaviourCampaign, job: Job, data_dir: Path, folder: Path) -> None:
-    """Write what the job is to do. A log of an earlier attempt goes, its artefacts stay: they are gone on with."""
-    place.mkdir(parents=True, exist_ok=True)
-    for name in (RESULT_FILE, LOG_FILE):
-        (place / name).unlink(missing_ok=True)
+    """Write what the job is to do. What an earlier attempt at the same left stays, and is gone on with."""
     told = {
+        "data": {name: file_sha256(data_dir / name) for name in data_files(campaign) if (data_dir / name).is_file()},
         "campaign": campaign.model_dump(mode="json"),
         "rows": [[row.model, row.arm, row.seed] for row in job.rows],
         "data_dir": str(data_dir.resolve()),
         "folder": str(folder),
     }
-    write_text(place / JOB_FILE, json.dumps(told, indent=1) + "\n")
+    text = json.dumps(told, indent=1) + "\n"
+    if place.exists() and not ((place / JOB_FILE).exists() and (place / JOB_FILE).read_text(encoding="utf-8") == text):
+        shutil.rmtree(place)  # of another campaign, or other data
+    place.mkdir(parents=True, exist_ok=True)
+    (place / LOG_FILE).unlink(missing_ok=True)
+    write_text(place / JOB_FILE, text)
+
+
+def data_files(campaign: SpeedCampaign | BehaviourCampaign) -> list[str]:
+    """Files of rows, under ``data_dir``."""
+    held_out = campaign.held_out if isinstance(campaign, BehaviourCampaign) else None
+    return [name for name in (campaign.data, held_out) if name]
 
 
 def _outcome(job: Job, place: Path, why: str | None) -> list[Record]:
@@ -123,7 +140,6 @@ def check_data(campaign: SpeedCampaign | BehaviourCampaign, data_dir: Path) -> N
     Raises:
         CampaignError: names the file.
     """
-    held_out = campaign.held_out if isinstance(campaign, BehaviourCampaign) else None
-    for name in filter(None, (campaign.data, held_out)):
+    for name in data_files(campaign):
         if Path(name).suffix and not os.path.exists(data_dir / name):
             raise CampaignError(f"{data_dir / name} is missing; expected it there, or another --data-dir")

@@ -90,7 +90,7 @@ class Store:
             lock.release()
 
     def record(self, records: Iterable[Record]) -> None:
-        """Keep what came of rows, all of them or none."""
+        """Keep what came of rows, all of them or none; a row that is done stays as it is."""
         values = [
             (
                 record.status,
@@ -102,11 +102,13 @@ class Store:
             )
             for record in records
         ]
+        change = (
+            "UPDATE rows SET status = ?, reason = ?, result = ? "
+            "WHERE model = ? AND arm = ? AND seed = ? AND status != 'done'"
+        )
         with self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
-            self._connection.executemany(
-                "UPDATE rows SET status = ?, reason = ?, result = ? WHERE model = ? AND arm = ? AND seed = ?", values
-            )
+            self._connection.executemany(change, values)
             self._connection.execute("COMMIT")
 
     def records(self) -> list[Record]:
@@ -117,11 +119,9 @@ class Store:
             for model, arm, seed, status, reason, result in self._connection.execute(query)
         ]
 
-    def forget_failures(self) -> int:
-        """Failed rows become pending again; how many there were."""
-        return self._connection.execute(
-            "UPDATE rows SET status = 'pending', reason = NULL WHERE status = 'failed'"
-        ).rowcount
+    def forget_failures(self) -> None:
+        """Failed rows become pending again."""
+        self._connection.execute("UPDATE rows SET status = 'pending', reason = NULL WHERE status = 'failed'")
 
     def close(self) -> None:
         """Close the file."""

@@ -1,18 +1,20 @@
 """Means with intervals of Student's t: over a few seeds, and of paired differences, clustered or not."""
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import t as student
 
+from aletheia.errors import StatisticsError
 from aletheia.statistics.results import (
     LEVEL,
     Estimate,
     Floats,
     Interval,
     check_level,
+    check_paired,
     cluster_numbers,
     is_constant,
     positive,
@@ -98,3 +100,42 @@ def geometric_mean_of_few(ratios: ArrayLike, level: float = LEVEL) -> Estimate:
         return Estimate(float(np.exp(logs.value)), None, logs.n, logs.reason)
     low, high = float(np.exp(logs.interval.low)), float(np.exp(logs.interval.high))
     return Estimate(float(np.exp(logs.value)), Interval(low, high, level, "Student's t on logarithms"), logs.n)
+
+
+def crossed_mean(
+    values: Sequence[Sequence[float]], clusters: Sequence[Hashable] | None = None, level: float = LEVEL
+) -> Estimate:
+    """Mean of values with a row per seed and a column per item, both of which are samples.
+
+    What all items of one seed share (a lucky run) and what all seeds of one item share (a hard question) vary on their
+    own. The variance is that over items, of values averaged over seeds, plus that over seeds, of values averaged over
+    items: a little too large, as what is left counts twice (Owen 2007, Annals of Applied Statistics 1:386-411). Degrees
+    of freedom after Satterthwaite 1946. With one seed the interval is that of this run, and says so.
+
+    Raises:
+        StatisticsError: no seed, unequal numbers of items, or as :func:`mean`.
+    """
+    rows = [sample(row, "values of a seed") for row in values]
+    if not rows:
+        raise StatisticsError("found no seed; expected at least one, so leave out what has not run")
+    for row in rows[1:]:
+        check_paired("items of one seed", len(rows[0]), "of another", len(row))
+    by_item = np.mean(rows, axis=0)
+    over_items = mean(by_item, clusters, level)
+    if len(rows) == 1:
+        return replace(over_items, reason=over_items.reason or "of one run")
+    check_level(level)
+    items = standard_error(by_item, clusters)
+    seeds = standard_error(np.array([row.mean() for row in rows]))
+    if isinstance(items, str):
+        return over_items
+    if isinstance(seeds, str):  # seeds that agree to the last digit add nothing
+        return over_items
+    parts = [(error.value**2, error.degrees_of_freedom) for error in (items, seeds)]
+    variance = sum(part for part, _ in parts)
+    freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
+    half = float(student.ppf((1 + level) / 2, freedom) * np.sqrt(variance))
+    method = f"Student's t over items and seeds{', clustered' if clusters is not None else ''}"
+    return Estimate(
+        over_items.value, Interval(over_items.value - half, over_items.value + half, level, method), over_items.n
+    )
