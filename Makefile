@@ -35,12 +35,13 @@ bench: venv
 	$(BIN)/python benchmarks/bench.py
 
 # hours; an interrupted call goes on where it stopped
+DATA ?= ../shared/data
 CAMPAIGNS := speed behaviour-gsm8k behaviour-gsm8k-compute behaviour-instruct
 reproduce: venv $(CAMPAIGNS:%=reproduce-%)
 
 reproduce-%: venv
-	$(BIN)/aletheia campaign run campaigns/$*.yaml --out results/$*
-	$(BIN)/aletheia campaign report results/$* --to docs/results/$*
+	$(BIN)/aletheia campaign run campaigns/$*.yaml --out results/$* --data-dir $(DATA); code=$$?; \
+	$(BIN)/aletheia campaign report results/$* --to docs/results/$* && exit $$code
 
 lock: venv
 	{ sed -n '/^#/p' requirements.lock; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//'; } > requirements.new

@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from aletheia.anatomy.fingerprint import identify
 from aletheia.anatomy.load import Loaded, load
+from aletheia.anatomy.schema import ModelIdentity
 from aletheia.campaign.grid import Row, model_named
 from aletheia.campaign.models import model_source
 from aletheia.campaign.rows import held_out_rows, training_rows
@@ -19,6 +21,7 @@ from aletheia.campaign.speed import arm_plan
 from aletheia.evaluation.measures import MEASURES
 from aletheia.evaluation.row_loss import row_losses
 from aletheia.evaluation.run import eval_settings, evaluate
+from aletheia.evaluation.work import sha256_of
 from aletheia.planning.plan import Plan
 from aletheia.probing.resident import probe
 from aletheia.probing.scores import Scores
@@ -39,6 +42,7 @@ def run_behaviour(
     started = time.perf_counter()
     source = model_source(model_named(campaign, row.model), folder)
     base = load(source, campaign.dtype)
+    identity = identify(base.model)
     result: dict[str, Any] = {}
     adapter = None
     if row.arm != BASE:
@@ -54,7 +58,9 @@ def run_behaviour(
     versions = {}
     for name, settings in campaign.tasks.items():
         if row.arm == BASE or settings.seeds is None or row.seed in settings.seeds:
-            items[name], versions[name] = _task(campaign, name, settings, source, base, adapter, data_dir, place)
+            items[name], versions[name] = _task(
+                campaign, name, settings, source, base, identity, adapter, data_dir, place
+            )
     result |= {"items": items, "versions": versions, "job_seconds": time.perf_counter() - started}
     return {row.arm: {"result": result}}
 
@@ -134,7 +140,7 @@ def _trained(run: Run) -> dict[str, Any]:
     }
 
 
-def _held_out(campaign: BehaviourCampaign, base: Loaded, data_dir: Path) -> dict[str, list[Any]]:
+def _held_out(campaign: BehaviourCampaign, base: Loaded, data_dir: Path) -> dict[str, Any]:
     """Nats and labelled tokens, row by row."""
     rows = held_out_rows(campaign, data_dir, base.tokenizer)
     size = campaign.eval_batch_size
@@ -144,7 +150,12 @@ def _held_out(campaign: BehaviourCampaign, base: Loaded, data_dir: Path) -> dict
         for start in range(0, len(rows), size)
         for pair in row_losses(base.model, rows.examples[start : start + size], rows.pad_token_id)
     ]
-    return {"value": [nats for nats, _ in found], "weight": [tokens for _, tokens in found]}
+    told = [[row.input_ids, row.labels] for row in rows.examples]
+    return {
+        "value": [nats for nats, _ in found],
+        "weight": [tokens for _, tokens in found],
+        "digest": sha256_of(told),
+    }
 
 
 def _task(
@@ -153,10 +164,11 @@ def _task(
     settings: TaskSettings,
     source: str,
     base: Loaded,
+    identity: ModelIdentity,
     adapter: Path | None,
     data_dir: Path,
     place: Path,
-) -> tuple[dict[str, list[Any]], str]:
+) -> tuple[dict[str, Any], str]:
     """The main measure of a benchmark item by item, and upstream's version of the benchmark."""
     asked = eval_settings(
         data_dir,
@@ -168,12 +180,14 @@ def _task(
         batch_size=campaign.eval_batch_size,
         dtype=campaign.dtype,
     )
-    done = evaluate(
-        base, asked, place / f"eval-{name}", data_dir, unsafe_exec=campaign.unsafe_exec, show_progress=False
-    )
+    done = evaluate(base, asked, place / f"eval-{name}", data_dir, identity, campaign.unsafe_exec, show_progress=False)
     measure = MEASURES[name][0]
     rows = done.rows[name]
-    found = {"value": [row[measure.column] for row in rows], "cluster": [row["subject"] for row in rows]}
+    found: dict[str, Any] = {
+        "value": [row[measure.column] for row in rows],
+        "cluster": [row["subject"] for row in rows],
+        "digest": sha256_of([row["sha256"] for row in rows]),
+    }
     if measure.per:
         found["weight"] = [row[measure.per] for row in rows]
     return found, done.evaluation.tasks[0].version

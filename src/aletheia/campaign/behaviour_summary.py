@@ -1,11 +1,11 @@
 """What a behaviour campaign found, from its store alone: scores, forgetting, arms against arms. Torch-free.
 
-Values of an item are averaged over the seeds that both sides have, so an interval is over items (clustered where they
-come in groups), and what seeds do beyond that is shown beside it, never mixed in.
+Items and seeds are both samples: an interval counts what varies from item to item (clustered where they come in groups)
+and from run to run. With one seed it is that of this run alone.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,10 @@ import numpy as np
 from aletheia.campaign.spec import BASE, BehaviourCampaign
 from aletheia.campaign.speed_summary import Chosen, chosen_layers
 from aletheia.campaign.store import Record
-from aletheia.statistics.margins import NonInferiority, non_inferiority, non_inferiority_of_items
-from aletheia.statistics.means import mean
+from aletheia.errors import CampaignError
+from aletheia.statistics.margins import NonInferiority, Verdict, non_inferiority_of_items
+from aletheia.statistics.means import crossed_mean
+from aletheia.statistics.rates import proportion
 from aletheia.statistics.results import Estimate, Floats
 
 HELD_OUT = "heldout"
@@ -36,7 +38,8 @@ class Score:
 class Difference:
     """``arm`` minus ``other`` on a benchmark, paired by item; ``better`` says which way is better.
 
-    ``margin`` is the verdict on the margin that the campaign file fixed, where it fixed one.
+    ``margin`` is the verdict on the margin that the campaign file fixed, where it fixed one. ``same_layers`` counts the
+    seeds in which both arms adapt the same layers to the end.
     """
 
     model: str
@@ -45,6 +48,7 @@ class Difference:
     other: str
     estimate: Estimate
     seeds: int
+    same_layers: int
     margin: NonInferiority | None = None
 
     @property
@@ -85,15 +89,28 @@ class BehaviourSummary:
 
 @dataclass(frozen=True)
 class _Items:
-    """Values of a benchmark, one per item: 0 or 1, or a loss; ``weight`` is what a loss is summed over."""
+    """Values of a benchmark, one per item: 0 or 1, or a loss; ``weight`` is what a loss is summed over.
+
+    ``digest`` stands for what the items are: only like items are paired.
+    """
 
     value: Floats
     weight: Floats
     cluster: tuple[str, ...] | None
+    digest: str
 
     @property
     def score(self) -> float:
         return float(self.value.sum() / self.weight.sum())
+
+    def less(self, other: "_Items | None" = None) -> Floats:
+        """Values less another's, one per item, so scaled that their mean is the (difference of the) score.
+
+        A ratio of sums is linearised: an item counts by what it deviates from the ratio, not by its length.
+        """
+        change = self.value - other.value if other else self.value
+        ratio = float(change.sum() / self.weight.sum())
+        return np.asarray((change - ratio * self.weight) / self.weight.mean() + ratio)
 
 
 def summarize_behaviour(campaign: BehaviourCampaign, records: Sequence[Record]) -> BehaviourSummary:
@@ -104,14 +121,20 @@ def summarize_behaviour(campaign: BehaviourCampaign, records: Sequence[Record]) 
         by_arm.setdefault((row.model, row.arm), {})[row.seed] = result
     tasks = [HELD_OUT, *campaign.tasks]
     items = {(model, arm, task): _items(by_arm[model, arm], task) for model, arm in by_arm for task in tasks}
+    layers = {
+        pair: {seed: result["layers"] for seed, result in results.items()}
+        for pair, results in by_arm.items()
+        if pair[1] != BASE
+    }
     models = list(dict.fromkeys(model for model, _ in by_arm))
     trained = [arm.name for arm in campaign.arms]
     others = [name for name in trained if name != campaign.baseline]
 
     def compare(arms: Sequence[tuple[str, str]], with_margins: bool = False) -> tuple[Difference, ...]:
-        wanted = [(model, task, arm, other) for arm, other in arms for model in models for task in tasks]
+        wanted = [(model, task, *pair) for pair in arms for model in models for task in tasks]
         made = [
-            _difference(campaign, model, task, arm, other, items, with_margins) for model, task, arm, other in wanted
+            _difference(campaign, model, task, arm, other, items, layers, with_margins)
+            for model, task, arm, other in wanted
         ]
         return tuple(difference for difference in made if difference is not None)
 
@@ -136,18 +159,19 @@ def _items(results: Mapping[int, Mapping[str, Any]], task: str) -> dict[int, _It
             value = np.asarray(told["value"], dtype=np.float64)
             weight = np.asarray(told.get("weight", np.ones(len(value))), dtype=np.float64)
             clusters = tuple(told.get("cluster", ()))
-            found[seed] = _Items(value, weight, clusters if len(set(clusters)) > 1 else None)
+            clusters_or_none = clusters if len(set(clusters)) > 1 else None
+            found[seed] = _Items(value, weight, clusters_or_none, told["digest"])
     return found
 
 
 def _score(model: str, arm: str, task: str, values: Mapping[int, _Items]) -> Score:
     first = next(iter(values.values()))
-    summed = np.mean([items.value for items in values.values()], axis=0)
-    share = first.weight.mean()
-    ratio = float(summed.sum() / first.weight.sum())
-    # a ratio of sums, linearised: its spread is that of what rows deviate from it
-    spread = mean((summed - ratio * first.weight) / share + ratio, first.cluster)
-    return Score(model, arm, task, spread, tuple(items.score for items in values.values()))
+    estimate = crossed_mean([items.less() for items in values.values()], first.cluster)
+    if task not in LOSSES and (len(values) == 1 or estimate.interval is None):
+        right = np.mean([items.value for items in values.values()], axis=0)
+        if first.cluster is None or estimate.interval is None:
+            estimate = replace(proportion(round(float(right.sum())), len(right)), value=float(right.mean()))
+    return Score(model, arm, task, estimate, tuple(items.score for items in values.values()))
 
 
 def _difference(
@@ -157,26 +181,58 @@ def _difference(
     arm: str,
     other: str,
     items: Mapping[tuple[str, str, str], Mapping[int, _Items]],
+    layers: Mapping[tuple[str, str], Mapping[int, Sequence[int]]],
     with_margin: bool,
 ) -> Difference | None:
-    """Paired by item; a base has one seed, which stands for all."""
+    """Paired by item; a base has one seed, which stands for all.
+
+    Raises:
+        CampaignError: the items differ.
+    """
     ours, theirs = items.get((model, arm, task), {}), items.get((model, other, task), {})
     seeds = [seed for seed in ours if seed in theirs or other == BASE]
     if not seeds or not theirs:
         return None
     base = next(iter(theirs.values()))
     pairs = [(ours[seed], theirs.get(seed, base)) for seed in seeds]
-    weight = base.weight.mean()
-    changes = np.mean([(mine.value - yours.value) / weight for mine, yours in pairs], axis=0)
-    estimate = mean(changes, base.cluster)
-    margin = campaign.held_out_margin if task == HELD_OUT else campaign.tasks[task].margin  # type: ignore[index]
+    if {mine.digest for mine, _ in pairs} != {yours.digest for _, yours in pairs}:
+        raise CampaignError(f"{task}: the items of {arm} and {other} on {model} differ; run one of them again")
+    changes = [mine.less(yours) for mine, yours in pairs]
+    estimate = crossed_mean(changes, base.cluster)
+    same = sum(layers.get((model, arm), {}).get(seed) == layers.get((model, other), {}).get(seed, ()) for seed in seeds)
     verdict = None
+    margin = campaign.held_out_margin if task == HELD_OUT else campaign.tasks[task].margin  # type: ignore[index]
     if with_margin and margin is not None:
-        if task not in LOSSES and len(pairs) == 1:
-            verdict = non_inferiority_of_items(pairs[0][1].value, pairs[0][0].value, margin, base.cluster)
-        else:
-            verdict = non_inferiority(-changes if task in LOSSES else changes, margin, base.cluster)
-    return Difference(model, task, arm, other, estimate, len(seeds), verdict)
+        verdict = _verdict(task, estimate, pairs, changes, margin)
+    return Difference(model, task, arm, other, estimate, len(seeds), same, verdict)
+
+
+def _verdict(
+    task: str, estimate: Estimate, pairs: Sequence[tuple[_Items, _Items]], changes: Sequence[Floats], margin: float
+) -> NonInferiority:
+    """Whether the arm is worse by less than ``margin``, one-sided at 95 %.
+
+    The bound is that over items and seeds; for right or wrong the mean of every seed's bound for such items, if lower.
+    """
+    sign, level = -1.0 if task in LOSSES else 1.0, 0.95
+    interval = crossed_mean(changes, pairs[0][1].cluster, 2 * level - 1).interval
+    gain = sign * estimate.value
+    half = None if interval is None else (interval.high - interval.low) / 2
+    method = interval.method if interval else "none"
+    if task not in LOSSES:
+        seen = [non_inferiority_of_items(yours.value, mine.value, margin, yours.cluster) for mine, yours in pairs]
+        lows = [found.difference - found.low for found in seen if found.low is not None]
+        by_items = sum(lows) / len(lows)
+        half, method = (by_items, "Tango's score") if half is None or by_items > half else (half, method)
+    if half is None:
+        reason = estimate.reason
+        return NonInferiority(
+            "cannot be shown at this size", gain, None, margin, None, level, estimate.n, "none", reason
+        )
+    verdict: Verdict = "cannot be shown at this size" if margin <= half else "not shown"
+    if gain - half > -margin:
+        verdict = "shown"
+    return NonInferiority(verdict, gain, gain - half, margin, half, level, estimate.n, method)
 
 
 def _curve(model: str, arm: str, seed: int, result: Mapping[str, Any]) -> Curve:

@@ -1,21 +1,28 @@
 """A job of a speed campaign: probe a model, plan every arm, and time their steps interleaved."""
 
+import hashlib
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from aletheia.anatomy.load import load
 from aletheia.campaign.grid import Row, model_named
 from aletheia.campaign.models import model_source
 from aletheia.campaign.rows import training_rows
 from aletheia.campaign.spec import Arm, SpeedCampaign
-from aletheia.campaign.steps import StepKind, interleaved_steps
+from aletheia.campaign.steps import StepKind, interleaved_steps, prepared
+from aletheia.data.batches import collate, on_device_of
+from aletheia.data.examples import Examples
 from aletheia.errors import AletheiaError
 from aletheia.planning.make import plan
 from aletheia.planning.plan import Plan
 from aletheia.probing.resident import probe
 from aletheia.probing.scores import Scores
+from aletheia.tuning.initial import ROWS, align_with_gradient
 
 
 def run_speed(campaign: SpeedCampaign, rows: list[Row], data_dir: Path, folder: Path) -> dict[str, Mapping[str, Any]]:
@@ -33,24 +40,27 @@ def run_speed(campaign: SpeedCampaign, rows: list[Row], data_dir: Path, folder: 
             found[arm.name] = {"reason": str(error)}
     kinds = [kind for arm in campaign.arms if arm.name in plans for kind in _kinds(arm, plans[arm.name])]
     started = time.perf_counter()
-    seconds = interleaved_steps(base.model, kinds, data, campaign.batch_size, campaign.rounds)
+    seconds = interleaved_steps(base.model, kinds, data, campaign.batch_size, campaign.rounds, seed)
     spent = time.perf_counter() - started
     for arm in campaign.arms:
         if arm.name in plans:
-            result = _result(campaign, arm, plans[arm.name], scores, seconds)
+            made = plans[arm.name]
+            init = _init_seconds(base.model, made, data, campaign.batch_size) if arm.init == "gradient" else 0.0
+            result = _result(campaign, rows[0].model, arm, made, scores, seconds) | {"init_seconds": init}
             found[arm.name] = {"result": result | {"job_seconds": spent / len(plans)}}
     return found
 
 
 def arm_plan(arm: Arm, scores: Scores, seed: int, epochs: float) -> Plan:
-    """The plan of an arm; what it draws depends on the seed."""
+    """The plan of an arm; what it draws depends on model and seed, or models of one depth would share a draw."""
+    drawn = hashlib.sha256(f"{scores.model.fingerprint} {seed}".encode()).digest()
     return plan(
         scores,
         arm.policy,
         arm.percent,
         arm.rank,
         arm.ranks,
-        seed=seed,
+        seed=int.from_bytes(drawn[:4], "big"),
         epochs=epochs,
         freeze_after=arm.freeze_after,
     )
@@ -60,23 +70,38 @@ def _kinds(arm: Arm, made: Plan) -> list[StepKind]:
     """The kinds of steps that the run of an arm is made of."""
     if arm.execution == "plain":
         return [StepKind(arm.name, made)]
-    later = made.model_copy(
-        update={
-            "early_layers": (),
-            "adapters": tuple(adapter for adapter in made.adapters if adapter.layer in made.layers),
-        }
-    )
-    kinds = [StepKind.fast(arm.name, later, cached=later.boundary > 0)]
-    if later.boundary:
-        kinds.append(StepKind(f"{arm.name} prefix", later, grouped=True, only_prefix=True))
-    if made.early_layers:
-        every = made.model_copy(update={"early_layers": (), "layers": tuple(range(made.layer_count))})
-        kinds.append(StepKind.fast(f"{arm.name} early", every))
+    risen = bool(made.early_layers)
+    kinds = [replace(StepKind.fast(arm.name, made, cached=made.boundary > 0), risen=risen)]
+    if made.boundary:
+        kinds.append(StepKind(f"{arm.name} prefix", made, grouped=True, risen=risen, only_prefix=True))
+    if risen:
+        kinds.append(StepKind.fast(f"{arm.name} early", made))
     return kinds
 
 
+def _init_seconds(model: nn.Module, made: Plan, data: Examples, batch_size: int) -> float:
+    """Seconds of turning the adapters along the gradient, as a run does before its first step."""
+    rows = data.examples[:ROWS]
+    batches = [
+        collate(rows[start : start + batch_size], data.pad_token_id) for start in range(0, len(rows), batch_size)
+    ]
+    with prepared(model, StepKind.fast("init", made)) as adapted:
+        started = time.perf_counter()
+        align_with_gradient(adapted, (on_device_of(adapted, batch) for batch in batches))
+        return time.perf_counter() - started
+
+
+def _predicted(arm: Arm, made: Plan) -> float:
+    """Speed-up by counted operations over the steps of a run, early and later ones in their shares."""
+    if arm.execution == "plain":
+        return made.predicted.speedup
+    share = made.settings.freeze_after if made.early_layers else 0.0
+    early = made.predicted.relative_early_step_time or 0.0
+    return 1.0 / (share * early + (1 - share) / made.predicted.cached_speedup)
+
+
 def _result(
-    campaign: SpeedCampaign, arm: Arm, made: Plan, scores: Scores, seconds: dict[str, list[float]]
+    campaign: SpeedCampaign, model: str, arm: Arm, made: Plan, scores: Scores, seconds: dict[str, list[float]]
 ) -> dict[str, Any]:
     """What is recorded: seconds round by round, and what a run pays once."""
     return {
@@ -84,7 +109,8 @@ def _result(
         "layer_count": made.layer_count,
         "early_steps": made.early_steps(campaign.steps),
         "trainable_parameters": made.trainable_parameters,
-        "predicted_speedup": made.predicted.cached_speedup if arm.execution == "fast" else made.predicted.speedup,
+        "predicted_speedup": _predicted(arm, made),
+        "random_weights": model_named(campaign, model).config is not None,
         "step_seconds": seconds[arm.name],
         "early_step_seconds": seconds.get(f"{arm.name} early", []),
         "prefix_seconds": seconds.get(f"{arm.name} prefix", []),

@@ -21,8 +21,8 @@ FEW = 8  # ratios; with fewer a bootstrap has no interval to give
 class ModelSpeed:
     """An arm on one model, against the baseline in the same rounds.
 
-    ``step`` is the ratio of step times over all rounds of all seeds, ``run`` that of whole runs with probe and cache
-    counted, over seeds. ``once_seconds`` is what a run pays once (probe, filling the cache), ``run_seconds`` all of it.
+    ``step`` is the ratio of step times, a figure per seed from its paired rounds, ``run`` that of whole runs, both over
+    seeds. ``once_seconds`` is what a run pays once (probe, gradient start, cache), ``run_seconds`` all of it.
     """
 
     model: str
@@ -40,7 +40,8 @@ class Comparison:
 
     ``speedup`` is the geometric mean over models, ``time_saved`` the mean of ``1 - 1 / speed-up``, ``wins`` the share
     of models on which the arm is faster; ``sign_flip`` and ``wilcoxon`` are p-values, two-sided, over models,
-    ``corrected`` the first after Holm over the arms (None for a comparison of its own).
+    ``corrected`` the first after Holm over the arms (None for a comparison of its own). ``same_layers`` counts the
+    ``runs`` in which both chose the same layers: where they did, a difference is not one of selection.
     """
 
     arm: str
@@ -52,6 +53,8 @@ class Comparison:
     sign_flip: float
     wilcoxon: float
     corrected: float | None
+    same_layers: int
+    runs: int
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,8 @@ class SpeedSummary:
     models: tuple[ModelSpeed, ...]
     step_comparisons: tuple[Comparison, ...]
     run_comparisons: tuple[Comparison, ...]
-    asked: tuple[Comparison, ...]
+    asked_steps: tuple[Comparison, ...]
+    asked_runs: tuple[Comparison, ...]
     chosen: tuple[Chosen, ...]
     records: tuple[Record, ...]
 
@@ -91,9 +95,8 @@ def summarize_speed(campaign: SpeedCampaign, records: Sequence[Record]) -> Speed
         if not seeds:
             continue
         pairs = [(baseline[seed], results[seed]) for seed in seeds]
-        step = ratio_of_times(
-            [value for base, _ in pairs for value in base["step_seconds"]],
-            [value for _, own in pairs for value in round_seconds(own, campaign.steps)],
+        step = geometric_mean_of_few(
+            [ratio_of_times(base["step_seconds"], round_seconds(own, campaign.steps)).value for base, own in pairs]
         )
         totals = [(run_seconds(campaign, base), run_seconds(campaign, own)) for base, own in pairs]
         run = geometric_mean_of_few([base / own for base, own in totals])
@@ -113,9 +116,10 @@ def summarize_speed(campaign: SpeedCampaign, records: Sequence[Record]) -> Speed
     return SpeedSummary(
         campaign,
         tuple(models),
-        _corrected([_compare(steps, name, campaign.baseline) for name in others]),
-        _corrected([_compare(runs, name, campaign.baseline) for name in others]),
-        tuple(asked for pair in campaign.comparisons if (asked := _compare(steps, *pair)) is not None),
+        _corrected([_compare(steps, by_pair, name, campaign.baseline) for name in others]),
+        _corrected([_compare(runs, by_pair, name, campaign.baseline) for name in others]),
+        tuple(asked for pair in campaign.comparisons if (asked := _compare(steps, by_pair, *pair)) is not None),
+        tuple(asked for pair in campaign.comparisons if (asked := _compare(runs, by_pair, *pair)) is not None),
         tuple(chosen_layers(arm, model, results) for (model, arm), results in by_pair.items()),
         tuple(records),
     )
@@ -131,10 +135,12 @@ def round_seconds(result: Mapping[str, Any], steps: int) -> list[float]:
 
 
 def once_seconds(campaign: SpeedCampaign, result: Mapping[str, Any]) -> float:
-    """What a run pays once: the probe, and the layers below the boundary over every row to fill the cache."""
+    """What a run pays once: probe, gradient start, and the layers below the boundary over every row for the cache."""
     batches = math.ceil(campaign.rows / campaign.batch_size)
     prefix = result["prefix_seconds"]
-    return float(result["probe_seconds"] + (sum(prefix) / len(prefix) * batches if prefix else 0.0))
+    return float(
+        result["probe_seconds"] + result["init_seconds"] + (sum(prefix) / len(prefix) * batches if prefix else 0.0)
+    )
 
 
 def run_seconds(campaign: SpeedCampaign, result: Mapping[str, Any]) -> float:
@@ -142,13 +148,22 @@ def run_seconds(campaign: SpeedCampaign, result: Mapping[str, Any]) -> float:
     return _average(round_seconds(result, campaign.steps)) * campaign.steps + once_seconds(campaign, result)
 
 
-def _compare(ratios: Mapping[tuple[str, str], float], arm: str, other: str) -> Comparison | None:
+Results = Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]  # by (model, arm), then seed
+
+
+def _compare(ratios: Mapping[tuple[str, str], float], by_pair: Results, arm: str, other: str) -> Comparison | None:
     """Over the models that have both arms; ``ratios`` are against the baseline."""
     models = [model for model, name in ratios if name == arm and (model, other) in ratios]
     if not models:
         return None
     against = [ratios[model, arm] / ratios[model, other] for model in models]
     logs = [math.log(ratio) for ratio in against]
+    layers = [
+        by_pair[model, arm][seed]["layers"] == by_pair[model, other][seed]["layers"]
+        for model in models
+        for seed in by_pair[model, arm]
+        if seed in by_pair[model, other]
+    ]
     return Comparison(
         arm,
         other,
@@ -159,6 +174,8 @@ def _compare(ratios: Mapping[tuple[str, str], float], arm: str, other: str) -> C
         sign_flip_test(logs).p_value,
         wilcoxon_test(logs).p_value,
         None,
+        sum(layers),
+        len(layers),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate, on_device_of
 from aletheia.data.examples import Example, Examples
 from aletheia.data.order import training_batches
@@ -36,6 +37,7 @@ class StepKind:
     lean: bool = False
     cached: bool = False
     recompute: Recompute = "off"
+    risen: bool = False  # the plan's early layers have learnt and are frozen as they are, adapters and all
     only_prefix: bool = False  # nothing but the layers below the boundary: what filling the cache takes
 
     @classmethod
@@ -49,6 +51,10 @@ def prepared(model: nn.Module, kind: StepKind) -> Iterator[PeftModel]:
     """The base model adapted and set up for a kind of step, and given back without adapters."""
     adapted = adapt(model, kind.plan)
     adapted.train()
+    if kind.risen:
+        _, layers = find_layers(adapted)
+        for index in kind.plan.early_layers:
+            layers[index].requires_grad_(False)
     with ExitStack() as stack:
         contexts = [
             (kind.truncated, frozen_prefix),
@@ -66,14 +72,14 @@ def prepared(model: nn.Module, kind: StepKind) -> Iterator[PeftModel]:
 
 
 def interleaved_steps(
-    model: nn.Module, kinds: Sequence[StepKind], data: Examples, batch_size: int, rounds: int
+    model: nn.Module, kinds: Sequence[StepKind], data: Examples, batch_size: int, rounds: int, seed: int = 0
 ) -> dict[str, list[float]]:
     """Seconds of ``rounds`` steps of each kind: forward, backward, clipping, AdamW; after a step that is not counted.
 
     Every kind goes through batches of one epoch, cut at random or by length as it says, at the same quantiles of
     size, so that the sums stand for the epoch.
     """
-    orders = {grouped: _spread(data, batch_size, rounds, grouped) for grouped in (True, False)}
+    orders = {grouped: _spread(data, batch_size, rounds, grouped, seed) for grouped in (True, False)}
     caches = _filled(model, kinds, data, orders, batch_size)
     seconds: dict[str, list[float]] = {kind.name: [] for kind in kinds}
     for number in range(rounds + 1):
@@ -95,7 +101,7 @@ def _filled(
     for kind in kinds:
         boundary = kind.plan.boundary
         if kind.cached and boundary not in caches:
-            with prepared(model, StepKind("fill", kind.plan)) as adapted:
+            with prepared(model, StepKind("fill", kind.plan, risen=kind.risen)) as adapted:
                 caches[boundary] = MemoryCache()
                 fill(adapted, boundary, wanted, caches[boundary], batch_size, data.pad_token_id, show_progress=False)
     return caches
@@ -130,11 +136,11 @@ def _synchronize() -> None:
         torch.accelerator.synchronize()
 
 
-def _spread(data: Examples, batch_size: int, rounds: int, grouped: bool) -> list[list[int]]:
+def _spread(data: Examples, batch_size: int, rounds: int, grouped: bool, seed: int) -> list[list[int]]:
     """Batches of an epoch at ``rounds`` evenly spaced quantiles of padded size, shuffled, after one to warm up."""
     lengths = [len(example) for example in data.examples]
-    epoch = training_batches(lengths, batch_size, len(lengths) // batch_size, 0, grouped)
+    epoch = training_batches(lengths, batch_size, len(lengths) // batch_size, seed, grouped)
     by_size = sorted(epoch, key=lambda batch: max(lengths[row] for row in batch))
     chosen = [by_size[int((number + 0.5) / rounds * len(by_size))] for number in range(rounds)]
-    random.Random(0).shuffle(chosen)
+    random.Random(seed).shuffle(chosen)
     return [by_size[len(by_size) // 2], *chosen]

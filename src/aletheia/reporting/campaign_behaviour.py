@@ -11,7 +11,7 @@ from aletheia.campaign.behaviour_summary import (
     Score,
     summarize_behaviour,
 )
-from aletheia.campaign.spec import BehaviourCampaign
+from aletheia.campaign.spec import BASE, BehaviourCampaign
 from aletheia.campaign.store import Record
 from aletheia.planning.plan import layer_ranges
 from aletheia.reporting.blocks import Block, Card, Figure, Page, Table
@@ -49,8 +49,11 @@ def _sentence(found: Difference) -> str:
     told = f"{_amount(found.task, found.estimate.value)} nats of held-out loss per token"
     interval = found.estimate.interval
     if interval is None:
-        return f"{named}: {told} ({found.estimate.reason})."
+        same = "; both chose the same layers in every run" if found.same_layers == found.seeds else ""
+        return f"{named}: {told} ({found.estimate.reason}{same})."
     between = f"{_amount(found.task, interval.low)} to {_amount(found.task, interval.high)}"
+    if found.same_layers == found.seeds:
+        return f"{named}: both chose the same layers in every run, so selection cannot differ ({told}, {between})."
     if not found.is_clear:
         return f"{named}: {told} ({between}), so {found.estimate.n} rows and {found.seeds} seeds show no difference."
     return f"{named}: {told} ({between}), so {found.arm} is {'better' if found.gain > 0 else 'worse'}."
@@ -59,7 +62,7 @@ def _sentence(found: Difference) -> str:
 def _blocks(summary: BehaviourSummary) -> list[Block]:
     campaign = summary.campaign
     matched = "as many steps" if campaign.match == "steps" else "as many steps as cost what the baseline's cost"
-    items = "Differences are paired by item, values averaged over seeds, intervals over items"
+    items = "Differences are paired by item; intervals are over items and seeds, with one seed over items alone"
     blocks: list[Block] = [
         Figure(
             "Held-out loss against wall-clock",
@@ -67,7 +70,7 @@ def _blocks(summary: BehaviourSummary) -> list[Block]:
             "A line per run, the same colour per arm; seconds of the optimizer steps alone. Every arm takes the "
             "fast step here, the baseline too: plain PEFT and Trainer take longer, see the speed campaign.",
         ),
-        _scores(summary, f"Every arm takes {matched}. Mean over seeds, 95 % interval over items."),
+        _scores(summary, f"Every arm takes {matched}. Mean over seeds and items with 95 % intervals."),
         _differences(
             "Forgetting",
             summary.forgetting,
@@ -114,11 +117,11 @@ def _differences(title: str, differences: Sequence[Difference], note: str) -> Ta
             f"{_amount(found.task, found.estimate.value)} {UNITS.get(found.task, POINTS)}",
             _bounds(found.task, found.estimate),
             _size(found),
-            _reading(found),
+            "" if found.other == BASE else f"{found.same_layers} of {found.seeds}",
         )
         for found in differences
     ]
-    columns = ("task", "model", "arm", "against", "difference", "95 % interval", "items x seeds", "reading")
+    columns = ("task", "model", "arm", "against", "difference", "95 % interval", "items x seeds", "same layers")
     return Table(title, columns, rows, note)
 
 
@@ -169,14 +172,6 @@ def _bounds(task: str, found: Estimate) -> str:
 
 def _size(found: Difference) -> str:
     return f"{found.estimate.n} x {found.seeds}"
-
-
-def _reading(found: Difference) -> str:
-    if found.estimate.interval is None:
-        return "no interval"
-    if not found.is_clear:
-        return "no difference shown"
-    return "better" if found.gain > 0 else "worse"
 
 
 def _layers(summary: BehaviourSummary) -> list[Block]:

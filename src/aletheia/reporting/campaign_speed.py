@@ -36,9 +36,12 @@ def _verdict(summary: SpeedSummary, subject: str, step: Comparison | None, run: 
     if step is None or run is None:
         return f"No arm can be compared with {baseline}: no model has rows of both."
     wins = round(step.wins.value * step.models)
+    random = len({r.row.model for r in summary.records if r.result and r.result["random_weights"]})
+    which = f"{step.models} models" + (f" ({random} of them small and random, of the shapes named)" if random else "")
     return (
-        f"{subject} takes a step {ratio_words(step.speedup)} times as fast as {baseline} over {step.models} models, "
-        f"a whole run of {summary.campaign.steps} steps, probe and cache counted, {ratio_words(run.speedup)} times; "
+        f"{subject} takes a step {ratio_words(step.speedup)} times as fast as {baseline} over {which}, "
+        f"a whole run of {summary.campaign.steps} steps, probe, gradient start and cache counted, "
+        f"{ratio_words(run.speedup)} times; "
         f"it is faster on {wins} of {step.models} ({p_words(step.corrected)} after Holm's correction)."
     )
 
@@ -73,14 +76,14 @@ def _blocks(summary: SpeedSummary) -> list[Block]:
         _comparisons(
             "Whole runs",
             summary.run_comparisons,
-            f"{campaign.steps} steps over {campaign.rows} rows, put together of the measured steps, the probe where "
-            "the arm needs one, and the layers below the boundary once per row where it reads a cache.",
+            f"{campaign.steps} steps over {campaign.rows} rows, put together of the measured steps, probe and gradient "
+            "start where the arm needs them, and the layers below the boundary once per row where it reads a cache.",
         ),
     ]
-    if summary.asked:
-        blocks.append(
-            _comparisons("Arms against each other", summary.asked, "Step times; no correction for asking several.")
-        )
+    if summary.asked_steps:
+        note = "No correction for asking several. Where both chose the same layers, only how they are trained differs."
+        blocks.append(_comparisons("Arms against each other: steps", summary.asked_steps, note))
+        blocks.append(_comparisons("Arms against each other: whole runs", summary.asked_runs, note))
     blocks.append(_models(summary))
     blocks += _layers(summary)
     return blocks
@@ -89,7 +92,7 @@ def _blocks(summary: SpeedSummary) -> list[Block]:
 def _comparisons(title: str, comparisons: Sequence[Comparison], note: str) -> Table:
     columns = (
         *("arm", "models", "speed-up (95 % interval)", "time saved (95 % interval)", "faster on"),
-        *("p, sign flips", "after Holm", "p, Wilcoxon"),
+        *("p, sign flips", "after Holm", "p, Wilcoxon", "same layers"),
     )
     rows = [
         (
@@ -101,6 +104,7 @@ def _comparisons(title: str, comparisons: Sequence[Comparison], note: str) -> Ta
             p_value(found.sign_flip),
             p_value(found.corrected),
             p_value(found.wilcoxon),
+            f"{found.same_layers} of {found.runs} runs",
         )
         for found in comparisons
     ]
@@ -116,11 +120,9 @@ def _models(summary: SpeedSummary) -> Table:
         *("model", "parameters", "arm", "step speed-up (95 % interval)", "predicted"),
         *("run speed-up (95 % interval)", "once", "whole run"),
     )
-    rounds = summary.models[0].step.n if summary.models else 0
     note = (
-        f"Steps: {rounds} rounds over all seeds. Runs: one figure per seed, Student's t over "
-        f"{len(summary.campaign.seeds)} seeds. Once: probe and cache of a run. Predicted: by counted operations, "
-        "nothing measured."
+        f"One figure per seed, Student's t on logarithms over {len(summary.campaign.seeds)} seeds. Once: probe, "
+        "gradient start and cache of a run. Predicted: by counted operations, nothing measured."
     )
     return Table("Every model and arm", columns, rows, note)
 

@@ -48,7 +48,8 @@ def status_table(records: Sequence[Record], running: Sequence[Job]) -> list[Rend
 
 def forecast_table(expected: Forecast) -> list[RenderableType]:
     """What ``--dry-run`` prints."""
-    source = "from the rows that are done" if expected.measured else "from operations and this machine's speed, roughly"
+    rough = "training alone, from operations and this machine's speed, roughly"
+    source = "from the rows that are done" if expected.measured else rough
     return [
         Text(f"{expected.rows} rows in {expected.jobs} jobs, {expected.rows_done} rows done"),
         Text(f"about {expected.hours:.1f} hours to go ({source})"),

@@ -103,7 +103,7 @@ def geometric_mean_of_few(ratios: ArrayLike, level: float = LEVEL) -> Estimate:
 
 
 def crossed_mean(
-    values: Sequence[Sequence[float]], clusters: Sequence[Hashable] | None = None, level: float = LEVEL
+    values: Sequence[ArrayLike], clusters: Sequence[Hashable] | None = None, level: float = LEVEL
 ) -> Estimate:
     """Mean of values with a row per seed and a column per item, both of which are samples.
 
