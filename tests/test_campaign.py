@@ -399,6 +399,11 @@ def test_the_command_line_from_dry_run_to_report(run, tmp_path, data_file):
     assert not (tmp_path / "out").exists()
     code, _, err = run("campaign", "status", "out")
     assert (code, err) == (2, "error: out holds no campaign; run one there with 'aletheia campaign run'\n")
+    bad = SPEC | {"models": [{"name": "bad", "config": LLAMA | {"pad_token_id": 999}}]}
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(bad))
+    code, _, err = run(*asked[:2], "bad.yaml", *asked[3:], "--dry-run")
+    assert code == 2
+    assert "error: model bad: transformers cannot build this config (" in err.splitlines()[-1]
     code, _, err = run(*asked[:-1], tmp_path / "nowhere")
     assert code == 2
     assert "train.jsonl is missing; expected it there, or another --data-dir" in err

@@ -13,7 +13,7 @@ import yaml
 from test_slow import aletheia_command
 
 import aletheia
-from aletheia.cli.demo import demo_checkpoint
+from aletheia.anatomy.demo import demo_checkpoint
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'aletheia-tune[eval]'")
 pytestmark = pytest.mark.slow

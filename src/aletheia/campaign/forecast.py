@@ -5,11 +5,11 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from aletheia.anatomy.load import inspect
 from aletheia.anatomy.schema import Anatomy
 from aletheia.campaign.grid import Forecast, jobs, model_named
+from aletheia.campaign.models import build, byte_tokenizer
 from aletheia.campaign.run import free_bytes
 from aletheia.campaign.spec import Arm, BehaviourCampaign, ModelEntry, SpeedCampaign
 from aletheia.campaign.store import STORE_FILE, Store
@@ -87,10 +87,7 @@ def _anatomy(entry: ModelEntry) -> Anatomy | None:
     from aletheia.anatomy.read import read_anatomy
 
     if entry.config is not None:
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            return read_anatomy(AutoModelForCausalLM.from_config(AutoConfig.for_model(**entry.config)))
+        return read_anatomy(build(entry, byte_tokenizer(), "meta"))
     try:
         return inspect(str(demo_checkpoint()) if entry.path == "demo" else str(entry.path))
     except AletheiaError:

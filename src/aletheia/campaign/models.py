@@ -65,19 +65,28 @@ def _unpacked(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _random(entry: ModelEntry) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    settings = dict(entry.config or {})
-    tokenizer = _byte_tokenizer()
+    tokenizer = byte_tokenizer()
+    return build(entry, tokenizer), tokenizer
+
+
+def build(entry: ModelEntry, tokenizer: PreTrainedTokenizerBase, device: str = "cpu") -> PreTrainedModel:
+    """A random model of a config, drawn with seed 0 in float32; on the meta device, its shape alone.
+
+    Raises:
+        CampaignError: transformers knows no such config.
+    """
     special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     try:
-        config = AutoConfig.for_model(**special | settings)
-        with torch.random.fork_rng():
+        config = AutoConfig.for_model(**special | (entry.config or {}))
+        with torch.random.fork_rng(), torch.device(device):
             torch.manual_seed(0)
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
         raise CampaignError(f"model {entry.name}: transformers cannot build this config ({error})") from error
 
 
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of one token per byte."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={byte: index for index, byte in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
