@@ -13,9 +13,9 @@ from aletheia.campaign.behaviour_summary import (
 )
 from aletheia.campaign.spec import BASE, BehaviourCampaign
 from aletheia.campaign.store import Record
-from aletheia.planning.plan import layer_ranges
 from aletheia.reporting.blocks import Block, Card, Figure, Page, Table
-from aletheia.reporting.campaign_figures import curves_svg, share_of_models_svg
+from aletheia.reporting.campaign_figures import curves_svg
+from aletheia.reporting.campaign_layers import layer_blocks
 from aletheia.reporting.format import human_count, human_seconds
 from aletheia.statistics.results import Estimate
 
@@ -79,7 +79,7 @@ def _blocks(summary: BehaviourSummary) -> list[Block]:
         _margins(summary.extra, campaign.baseline),
         _differences("Arms against each other", summary.asked, f"{items}."),
     ]
-    return [*blocks, *_layers(summary), _training(summary)]
+    return [*blocks, *layer_blocks(summary.chosen), _training(summary)]
 
 
 def _scores(summary: BehaviourSummary, note: str) -> Table:
@@ -172,28 +172,6 @@ def _bounds(task: str, found: Estimate) -> str:
 
 def _size(found: Difference) -> str:
     return f"{found.estimate.n} x {found.seeds}"
-
-
-def _layers(summary: BehaviourSummary) -> list[Block]:
-    rows = [
-        (
-            found.model,
-            found.arm,
-            "; ".join(dict.fromkeys(layer_ranges(layers) for layers in found.layers)),
-            str(found.layer_count),
-            "" if found.stability is None else f"{found.stability:.2f}",
-        )
-        for found in summary.chosen
-    ]
-    note = "Layers seed by seed, equal ones once. Stability: mean Jaccard index over pairs of seeds, 1 where all agree."
-    return [
-        Figure(
-            "Which layers were chosen",
-            share_of_models_svg(summary.chosen, "behaviour-layers"),
-            "Share of runs that adapt a layer to the end, by relative depth.",
-        ),
-        Table("Layers, arm by arm", ("model", "arm", "layers", "of", "stability"), rows, note),
-    ]
 
 
 def _training(summary: BehaviourSummary) -> Table:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from aletheia.campaign.spec import SpeedCampaign
 from aletheia.campaign.speed_summary import Comparison, ModelSpeed, SpeedSummary, summarize_speed
 from aletheia.campaign.store import Record
-from aletheia.planning.plan import layer_ranges
 from aletheia.reporting.blocks import Block, Card, Page, Table
 from aletheia.reporting.blocks import Figure as FigureBlock
-from aletheia.reporting.campaign_figures import ratios_svg, share_of_models_svg
+from aletheia.reporting.campaign_figures import ratios_svg
+from aletheia.reporting.campaign_layers import layer_blocks
 from aletheia.reporting.format import human_count, human_percent, human_ratio, human_seconds
 from aletheia.statistics.results import Estimate
 
@@ -85,8 +85,8 @@ def _blocks(summary: SpeedSummary) -> list[Block]:
         blocks.append(_comparisons("Arms against each other: steps", summary.asked_steps, note))
         blocks.append(_comparisons("Arms against each other: whole runs", summary.asked_runs, note))
     blocks.append(_models(summary))
-    blocks += _layers(summary)
-    return blocks
+    random = "Random weights have no task in them: what is chosen on random models says nothing about real ones."
+    return [*blocks, *layer_blocks(summary.chosen, random)]
 
 
 def _comparisons(title: str, comparisons: Sequence[Comparison], note: str) -> Table:
@@ -139,32 +139,6 @@ def _model_row(found: ModelSpeed, parameters: int, baseline: str) -> tuple[str, 
         human_seconds(found.once_seconds),
         human_seconds(found.run_seconds),
     )
-
-
-def _layers(summary: SpeedSummary) -> list[Block]:
-    rows = [
-        (
-            found.model,
-            found.arm,
-            "; ".join(dict.fromkeys(layer_ranges(layers) for layers in found.layers)),
-            str(found.layer_count),
-            "" if found.stability is None else f"{found.stability:.2f}",
-        )
-        for found in summary.chosen
-        if len(found.layers[0]) < found.layer_count
-    ]
-    note = (
-        "Layers seed by seed, equal ones once. Stability: mean Jaccard index over pairs of seeds, 1 where all agree. "
-        "Random weights have no task in them, so what a probe chooses on random models says nothing about real ones."
-    )
-    return [
-        FigureBlock(
-            "Which layers were chosen",
-            share_of_models_svg(summary.chosen, "speed-layers"),
-            "Share of runs that adapt a layer, by relative depth.",
-        ),
-        Table("Layers, model by model", ("model", "arm", "layers", "of", "stability"), rows, note),
-    ]
 
 
 def ratio_words(found: Estimate) -> str:
