@@ -241,7 +241,7 @@ def running(script):
 
 
 def test_names_cannot_break_out_of_the_report(tmp_path):
-    bad = "</td><script>alert(1)</script>|`\x1b[2J"
+    bad = "</td><script>alert(1)</script>|`\x1b[2J![x](http://nowhere)"
     with Store.writing(tmp_path, campaign()) as store:
         store.record([Record(Row("m0", "paper", 0), "failed", bad, None)])
         done = json.loads(subprocess_result())
@@ -250,6 +250,7 @@ def test_names_cannot_break_out_of_the_report(tmp_path):
     assert "<script>alert" not in html
     assert "<script>alert" not in markdown
     assert "\x1b" not in html + markdown
+    assert "![x]" not in markdown
     assert csv.count("\n") == 28
 
 

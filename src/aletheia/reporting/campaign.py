@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,8 @@ def to_markdown(page: Page) -> str:
             continue
         lines += ["", f"## {_cell(block.title)}", ""]
         if isinstance(block, Pre):
-            lines += ["```", block.text.rstrip(), "```"]
+            fence = "`" * (3 + max(map(len, re.findall("`+", block.text)), default=0))  # no value can close it
+            lines += [fence, *map(printable, block.text.rstrip().splitlines()), fence]
             continue
         if block.note:
             lines += [_cell(block.note), ""]
@@ -106,7 +108,7 @@ def _line(cells: Sequence[str]) -> str:
 def _cell(text: str) -> str:
     """Text that stays in its cell, whatever a name holds."""
     escaped = printable(text).replace("\\", "\\\\").replace("|", "\\|")
-    return escaped.replace("<", "&lt;").replace("`", "\\`")
+    return escaped.replace("<", "&lt;").replace("`", "\\`").replace("[", "\\[")
 
 
 def to_csv(records: Sequence[Record]) -> str:
