@@ -187,7 +187,6 @@ def train(
         cache_dir=cache_dir,
         free_prefix=True,
         prefix=prefix,
-        unquantized=Checkpoint(model, dtype) if quantize == "nf4" and init == "gradient" else None,  # type: ignore[arg-type]
         gradient_checkpointing=gradient_checkpointing,  # type: ignore[arg-type]
         group_by_length=group_by_length,
         overwrite=overwrite,

@@ -1,7 +1,6 @@
 """Where adapters start: A along the input directions in which the weight's gradient is largest, B at zero.
 
-On a quantized base B may start where it takes back what quantization did. Shapes: N tokens, I inputs, O outputs,
-R rank; G [O, I] is the loss gradient of a weight, summed over batches.
+Shapes: I inputs, O outputs, R rank; G [O, I] is the loss gradient of a weight, summed over batches.
 """
 
 from collections.abc import Iterable
@@ -9,10 +8,8 @@ from typing import Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
-from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import on_device_of
 
 Init = Literal["gradient", "random"]
@@ -80,75 +77,3 @@ def _gradients(
             if gradient is not None:
                 total += gradient
     return totals
-
-
-@torch.no_grad()
-def undo_quantization(
-    model: nn.Module, layers: Iterable[tuple[int, nn.Module]], batches: Iterable[dict[str, torch.Tensor]]
-) -> int:
-    """Start every B where its adapter takes back what quantization changed, as far as the rows of A reach; A stays.
-
-    With E = W - Q(W) and the inputs X of a weight over the batches, B minimises ``||(E - s B A) X||``: with
-    ``M = A X Xt`` [R, I] it is ``E Mt (M At)^-1 / s``. Corrections in the metric of the inputs are those of QERA
-    [arXiv:2410.06040], which chooses A for them; here A is given, and inputs vary most where it points.
-
-    Args:
-        model: the adapted model on its quantized base.
-        layers: index and weights of decoder layers as they were before, one at a time; those without adapters may lack.
-        batches: what the inputs are taken from, as ``model`` takes them; one forward pass each.
-
-    Returns:
-        How many adapters were set.
-    """
-    _, own_layers = find_layers(model)
-    adapters = {
-        (index, name): module
-        for index, layer in enumerate(own_layers)
-        for name, module in layer.named_modules()
-        if isinstance(module, LoraLayer) and _is_4bit(module.get_base_layer())
-    }
-    moments_RI = _moments(model, list(adapters.values()), batches)
-    done = 0
-    for index, layer in layers:
-        for name, linear in layer.named_modules():
-            module = adapters.get((index, name))
-            if module is None or module not in moments_RI:
-                continue
-            active, base = module.active_adapters[0], module.get_base_layer()
-            a_RI, b_OR, m_RI = module.lora_A[active].weight.float(), module.lora_B[active].weight, moments_RI[module]
-            error_OI = linear.weight.float() - dequantize_module_weight(base).float()
-            inverse_RR = torch.linalg.pinv(m_RI @ a_RI.T, rtol=1e-6, hermitian=True)
-            b_OR.copy_(error_OI @ m_RI.T @ inverse_RR / module.scaling[active])
-            done += 1
-    return done
-
-
-def _is_4bit(base: nn.Module) -> bool:
-    """Quantized by bitsandbytes to 4 bits; 8 bits leave next to nothing to take back."""
-    return hasattr(getattr(base, "weight", None), "quant_state")
-
-
-def _moments(
-    model: nn.Module, modules: list[LoraLayer], batches: Iterable[dict[str, torch.Tensor]]
-) -> dict[LoraLayer, torch.Tensor]:
-    """``A X Xt`` [R, I] of each adapter, in float32, over the tokens that are not padding."""
-    found: dict[LoraLayer, torch.Tensor] = {}
-    masks: list[torch.Tensor] = []
-
-    def see(module: LoraLayer, args: tuple) -> None:
-        x_NI = args[0].flatten(0, -2).float()
-        if len(x_NI) == len(masks[0]):  # an expert sees tokens of its own
-            x_NI = x_NI[masks[0]]
-        a_RI = module.lora_A[module.active_adapters[0]].weight.float()
-        found[module] = found.get(module, 0) + (x_NI @ a_RI.T).T @ x_NI
-
-    handles = [module.register_forward_pre_hook(see) for module in modules]
-    try:
-        for batch in batches:
-            inputs = on_device_of(model, batch)
-            masks[:] = [inputs["attention_mask"].flatten().bool()]
-            model(**inputs, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found

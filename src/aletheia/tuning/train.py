@@ -14,7 +14,6 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.data.examples import Example, Examples
 from aletheia.data.order import training_batches
 from aletheia.errors import TrainingError
@@ -24,7 +23,7 @@ from aletheia.planning.plan import Plan, layer_ranges
 from aletheia.tuning.adapters import check_adapters
 from aletheia.tuning.cache import PrefixCache
 from aletheia.tuning.fill import CacheKind
-from aletheia.tuning.initial import ROWS, Init, align_with_gradient, undo_quantization
+from aletheia.tuning.initial import ROWS, Init, align_with_gradient
 from aletheia.tuning.memory import peak_memory_bytes, reset_peak_memory
 from aletheia.tuning.output import claim_output, save
 from aletheia.tuning.prefix import PREFIX
@@ -54,7 +53,6 @@ def train(
     cache_dir: str | Path | None = None,
     free_prefix: bool = False,
     prefix: PrefixCache | None = None,
-    unquantized: Checkpoint | None = None,
     gradient_checkpointing: Recompute = "off",
     group_by_length: bool = True,
     overwrite: bool = False,
@@ -87,8 +85,6 @@ def train(
             of no use afterwards, the run folder is complete.
         prefix: a cache that holds every row already, for a model of which only the upper layers are there
             (:meth:`aletheia.Checkpoint.suffix`); ``cache`` and ``cache_dir`` are not looked at then.
-        unquantized: the checkpoint that a quantized base was made from: with ``init`` ``gradient``, B then starts where
-            it takes back most of what quantization did (:func:`aletheia.tuning.initial.undo_quantization`).
         gradient_checkpointing: what of the suffix is computed again in backward instead of kept: ``off``,
             ``selective`` (all but the matrix products) or ``full``.
         group_by_length: make batches of rows of like length.
@@ -134,11 +130,7 @@ def train(
         watch.measure(step=0)
         started = time.perf_counter()
         if init == "gradient":
-            first = schedule[: math.ceil(ROWS / batch_size)]
-            align_with_gradient(model, (stage.collate(batch) for batch in first))
-            if unquantized is not None:
-                layers = unquantized.read_layers(sorted({adapter.layer for adapter in plan.adapters}))
-                undo_quantization(model, layers, (stage.collate(batch) for batch in first))
+            align_with_gradient(model, (stage.collate(batch) for batch in schedule[: math.ceil(ROWS / batch_size)]))
         init_seconds = time.perf_counter() - started
         arguments = _arguments(learning_rate, steps, seed, model)
         if early:
