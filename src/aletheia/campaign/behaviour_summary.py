@@ -221,8 +221,8 @@ def _verdict(
     method = interval.method if interval else "none"
     if task not in LOSSES:
         seen = [non_inferiority_of_items(yours.value, mine.value, margin, yours.cluster) for mine, yours in pairs]
-        lows = [found.difference - found.low for found in seen if found.low is not None]
-        by_items = sum(lows) / len(lows)
+        halves = [found.difference - found.low for found in seen if found.low is not None]
+        by_items = sum(halves) / len(halves)
         half, method = (by_items, "Tango's score") if half is None or by_items > half else (half, method)
     if half is None:
         reason = estimate.reason

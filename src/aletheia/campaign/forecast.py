@@ -8,7 +8,7 @@ import torch
 
 from aletheia.anatomy.load import inspect
 from aletheia.anatomy.schema import Anatomy
-from aletheia.campaign.grid import Forecast, jobs, model_named
+from aletheia.campaign.grid import Forecast, jobs
 from aletheia.campaign.models import build, byte_tokenizer
 from aletheia.campaign.run import free_bytes
 from aletheia.campaign.spec import Arm, BehaviourCampaign, ModelEntry, SpeedCampaign
@@ -26,7 +26,7 @@ def forecast(campaign: SpeedCampaign | BehaviourCampaign, folder: Path, workers:
 
     Generation and benchmarks are not in the first: expect more for a behaviour campaign.
     """
-    planned = jobs(campaign)
+    planned, anatomies = jobs(campaign), {model.name: _anatomy(model) for model in campaign.models}
     done, spent = _done(folder)
     rows = sum(len(job.rows) for job in planned)
     if spent:
@@ -35,10 +35,10 @@ def forecast(campaign: SpeedCampaign | BehaviourCampaign, folder: Path, workers:
         flops = _flops_per_second()
         seconds = sum(
             SETUP_SECONDS
-            + _step_flops(campaign, model_named(campaign, job.rows[0].model)) * _steps(campaign, len(job.rows)) / flops
+            + _step_flops(campaign, anatomies[job.rows[0].model]) * _steps(campaign, len(job.rows)) / flops
             for job in planned
         )
-    disk = sum(_disk_bytes(campaign, model) for model in campaign.models)
+    disk = sum(_disk_bytes(campaign, model, anatomies[model.name]) for model in campaign.models)
     return Forecast(rows, done, len(planned), seconds / workers / 3600, disk, free_bytes(folder), bool(spent))
 
 
@@ -56,18 +56,16 @@ def _steps(campaign: SpeedCampaign | BehaviourCampaign, rows: int) -> int:
     return (campaign.rounds + 1) * rows if isinstance(campaign, SpeedCampaign) else campaign.steps
 
 
-def _step_flops(campaign: SpeedCampaign | BehaviourCampaign, entry: ModelEntry) -> float:
+def _step_flops(campaign: SpeedCampaign | BehaviourCampaign, anatomy: Anatomy | None) -> float:
     """Operations of a step of uniform LoRA over full rows: an upper bound."""
-    anatomy = _anatomy(entry)
     if anatomy is None:
         return 0.0
     ranks = {module.name: 16 for module in anatomy.adaptable()}
     return layer_costs(anatomy, ranks, 16, campaign.max_length).baseline * campaign.max_length * campaign.batch_size
 
 
-def _disk_bytes(campaign: SpeedCampaign | BehaviourCampaign, entry: ModelEntry) -> int:
+def _disk_bytes(campaign: SpeedCampaign | BehaviourCampaign, entry: ModelEntry, anatomy: Anatomy | None) -> int:
     """Models that are made, and the adapters of a behaviour campaign."""
-    anatomy = _anatomy(entry)
     if anatomy is None:
         return 0
     made = anatomy.parameters * BYTES if entry.config is not None else 0

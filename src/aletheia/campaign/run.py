@@ -50,10 +50,11 @@ def run_campaign(
     with closing(executor), Store.writing(folder, campaign) as store, closing(executor):  # before the lock goes, too
         if retry_failed:
             _forget_failures(store, folder)
+        hashes = {name: file_sha256(data / name) for name in data_files(campaign) if (data / name).is_file()}
         waiting: dict[Future[str | None], Job] = {}
         for job in _pending(store):
             place = folder / JOBS / job.name
-            _prepare(place, campaign, job, data, folder)
+            _prepare(place, campaign, job, data, hashes, folder)
             if (place / RESULT_FILE).exists():
                 store.record(_outcome(job, place, None))
             else:
@@ -85,10 +86,17 @@ def _pending(store: Store) -> list[Job]:
     return [job for job in jobs(store.campaign) if open_rows.intersection(job.rows)]
 
 
-def _prepare(place: Path, campaign: SpeedCampaign | BehaviourCampaign, job: Job, data_dir: Path, folder: Path) -> None:
+def _prepare(
+    place: Path,
+    campaign: SpeedCampaign | BehaviourCampaign,
+    job: Job,
+    data_dir: Path,
+    hashes: Mapping[str, str],
+    folder: Path,
+) -> None:
     """Write what the job is to do. What an earlier attempt at the same left stays, and is gone on with."""
     told = {
-        "data": {name: file_sha256(data_dir / name) for name in data_files(campaign) if (data_dir / name).is_file()},
+        "data": hashes,
         "campaign": campaign.model_dump(mode="json"),
         "rows": [[row.model, row.arm, row.seed] for row in job.rows],
         "data_dir": str(data_dir.resolve()),
