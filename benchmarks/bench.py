@@ -23,7 +23,7 @@ from ratios import speedup, table
 
 import aletheia
 from aletheia.anatomy.demo import demo_checkpoint
-from aletheia.campaign.steps import StepKind, interleaved_steps, prepared
+from aletheia.campaign.steps import StepKind, gradient_start_seconds, interleaved_steps, prepared
 from aletheia.cli.options import quiet_libraries
 from aletheia.data.examples import Examples
 from aletheia.files import package_versions
@@ -156,6 +156,7 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
     seconds = interleaved_steps(model, arms, data, BATCH_SIZE, ROUNDS)
     steps = ROWS // BATCH_SIZE * EPOCHS
     building = _building_seconds(model, data, default)
+    turning = gradient_start_seconds(model, default, data, BATCH_SIZE)
     shares = sorted({0.0, 0.125, FREEZE_AFTER})
     lines = [
         f"Default plan: {default.settings.policy}, layers {layer_ranges(default.layers)}, rank {default.settings.rank}, "
@@ -165,8 +166,8 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
         "|---|---:|---:|",
         *table(seconds),
         "",
-        f"A whole run of {EPOCHS} epochs, {steps} steps, from these parts: probe {scores.probe.seconds:.0f} s, cache "
-        f"{building:.0f} s. Every layer learns for a share of the steps ({FREEZE_AFTER:.1%} is the default of `aletheia "
+        f"A whole run of {EPOCHS} epochs, {steps} steps, from these parts: probe {scores.probe.seconds:.0f} s, gradient "
+        f"start {turning:.0f} s, cache {building:.0f} s. Every layer learns for a share of the steps ({FREEZE_AFTER:.1%} is the default of `aletheia "
         "train`), the rest is taken from the cache.",
         "",
         "| run | baseline s | " + " | ".join(f"{share:.1%} first, s | speed-up" for share in shares) + " |",
@@ -183,7 +184,7 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
         cells = []
         for share in shares:
             early = round(share * steps)
-            whole = scores.probe.seconds + building + early * every + (steps - early) * cached
+            whole = scores.probe.seconds + turning + building + early * every + (steps - early) * cached
             cells.append(f"{whole:.0f} | {plain * steps / whole:.2f}x")
         lines.append(f"| {label} | {plain * steps:.0f} | {' | '.join(cells)} |")
     told = []

@@ -7,22 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from aletheia.anatomy.load import load
 from aletheia.campaign.grid import Row, model_named
 from aletheia.campaign.models import model_source
 from aletheia.campaign.rows import training_rows
 from aletheia.campaign.spec import Arm, SpeedCampaign
-from aletheia.campaign.steps import StepKind, interleaved_steps, prepared
-from aletheia.data.batches import collate, on_device_of
-from aletheia.data.examples import Examples
+from aletheia.campaign.steps import StepKind, gradient_start_seconds, interleaved_steps
 from aletheia.errors import AletheiaError
 from aletheia.planning.make import plan
 from aletheia.planning.plan import Plan
 from aletheia.probing.resident import probe
 from aletheia.probing.scores import Scores
-from aletheia.tuning.initial import ROWS, align_with_gradient
 
 
 def run_speed(campaign: SpeedCampaign, rows: list[Row], data_dir: Path, folder: Path) -> dict[str, Mapping[str, Any]]:
@@ -45,7 +40,9 @@ def run_speed(campaign: SpeedCampaign, rows: list[Row], data_dir: Path, folder: 
     for arm in campaign.arms:
         if arm.name in plans:
             made = plans[arm.name]
-            init = _init_seconds(base.model, made, data, campaign.batch_size) if arm.init == "gradient" else 0.0
+            init = 0.0
+            if arm.init == "gradient":
+                init = gradient_start_seconds(base.model, made, data, campaign.batch_size)
             result = _result(campaign, rows[0].model, arm, made, scores, seconds) | {"init_seconds": init}
             found[arm.name] = {"result": result | {"job_seconds": spent / len(plans)}}
     return found
@@ -77,18 +74,6 @@ def _kinds(arm: Arm, made: Plan) -> list[StepKind]:
     if risen:
         kinds.append(StepKind.fast(f"{arm.name} early", made))
     return kinds
-
-
-def _init_seconds(model: nn.Module, made: Plan, data: Examples, batch_size: int) -> float:
-    """Seconds of turning the adapters along the gradient, as a run does before its first step."""
-    rows = data.examples[:ROWS]
-    batches = [
-        collate(rows[start : start + batch_size], data.pad_token_id) for start in range(0, len(rows), batch_size)
-    ]
-    with prepared(model, StepKind.fast("init", made)) as adapted:
-        started = time.perf_counter()
-        align_with_gradient(adapted, (on_device_of(adapted, batch) for batch in batches))
-        return time.perf_counter() - started
 
 
 def _predicted(arm: Arm, made: Plan) -> float:

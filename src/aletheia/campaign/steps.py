@@ -20,6 +20,7 @@ from aletheia.probing.logits import labelled_logits
 from aletheia.tuning.adapters import adapt
 from aletheia.tuning.cache import MemoryCache, collate_with_prefix
 from aletheia.tuning.fill import fill
+from aletheia.tuning.initial import ROWS, align_with_gradient
 from aletheia.tuning.lean import lean_adapters, lean_loss
 from aletheia.tuning.prefix import frozen_prefix, prefix_output, stored_prefix
 from aletheia.tuning.recompute import Recompute, recomputation
@@ -69,6 +70,18 @@ def prepared(model: nn.Module, kind: StepKind) -> Iterator[PeftModel]:
                 stack.enter_context(context(adapted))
         yield adapted
     adapted.unload()
+
+
+def gradient_start_seconds(model: nn.Module, plan: Plan, data: Examples, batch_size: int) -> float:
+    """Seconds of turning the adapters along the gradient, as a run does before its first step."""
+    rows = data.examples[:ROWS]
+    batches = [
+        collate(rows[start : start + batch_size], data.pad_token_id) for start in range(0, len(rows), batch_size)
+    ]
+    with prepared(model, StepKind.fast("gradient start", plan)) as adapted:
+        started = time.perf_counter()
+        align_with_gradient(adapted, (on_device_of(adapted, batch) for batch in batches))
+        return time.perf_counter() - started
 
 
 def interleaved_steps(

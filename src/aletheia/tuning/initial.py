@@ -13,7 +13,7 @@ from torch import nn
 from aletheia.data.batches import on_device_of
 
 Init = Literal["gradient", "random"]
-ROWS = 32  # of the training data, from its first batches on
+ROWS = 8  # of the training data, from its first batches on; four times as many reach 4 % more of the gradient
 HALF_SCALE = 2.0**10  # keeps small gradients of a float16 model from underflow; directions do not depend on it
 
 
