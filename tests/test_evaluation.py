@@ -19,7 +19,6 @@ from tiny import make_model
 import aletheia
 from aletheia.errors import AdapterError, DataError, EvaluationError
 from aletheia.evaluation import humaneval, sandbox
-from aletheia.evaluation.intervals import bootstrap
 from aletheia.evaluation.journal import JOURNAL_FILE, Journal
 from aletheia.evaluation.local_data import local_splits, pages
 from aletheia.evaluation.measures import differences, summarise
@@ -178,12 +177,25 @@ def test_held_out_rows_give_the_held_out_loss(base, examples):
 # --- intervals
 
 
-def test_the_bootstrap_is_the_same_every_time():
-    values = np.arange(20.0)
-    bounds = bootstrap(lambda drawn: values[drawn].mean(), 20)
-    assert bounds == bootstrap(lambda drawn: values[drawn].mean(), 20)
-    assert bounds[0] < 9.5 < bounds[1]
-    assert bootstrap(lambda drawn: 0.0, 1) is None
+def test_intervals_of_perplexities_are_those_of_the_bootstrap():
+    draw = np.random.default_rng(0)
+    words = draw.integers(100, 2000, 200)
+    pages = [
+        [
+            {"loss_sum": nats * count, "words": count, "bytes": 5 * count}
+            for nats, count in zip(losses, words, strict=True)
+        ]
+        for losses in (draw.normal(3.0, 0.3, 200), draw.normal(3.1, 0.3, 200))
+    ]
+    one, two = (np.array([page["loss_sum"] for page in side]) for side in pages)
+    drawn = draw.integers(0, 200, (4000, 200))
+    first, second = (np.exp(sums[drawn].sum(axis=1) / words[drawn].sum(axis=1)) for sums in (one, two))
+    perplexity, *_ = summarise("wikitext", pages[0])
+    assert (perplexity.low, perplexity.high) == pytest.approx(np.quantile(first, [0.025, 0.975]), rel=0.01)
+    worse, *_ = differences("wikitext", pages[1], pages[0])
+    low, high = np.quantile(second - first, [0.025, 0.975])
+    assert worse.low == pytest.approx(low, abs=0.1 * (high - low))
+    assert worse.high == pytest.approx(high, abs=0.1 * (high - low))
 
 
 def test_differences_are_paired_and_positive_where_worse():
@@ -194,7 +206,7 @@ def test_differences_are_paired_and_positive_where_worse():
     assert strict.low < 0.5 < strict.high
     low, high = ([{"loss_sum": nats, "tokens": 2} for _ in range(5)] for nats in (1.0, 3.0))
     (loss,) = differences("heldout", high, low)
-    assert (loss.worse_by, loss.low, loss.high) == (1.0, 1.0, 1.0)
+    assert (loss.worse_by, loss.low, loss.interval) == (1.0, None, "none")  # no spread, nothing to estimate it from
 
 
 def test_numbers_that_are_not_finite_are_refused():

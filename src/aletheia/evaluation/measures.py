@@ -3,17 +3,29 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from aletheia.errors import EvaluationError
-from aletheia.evaluation.intervals import bootstrap, bounds_of
 from aletheia.evaluation.result import Difference, Metric
-from aletheia.statistics.means import mean
+from aletheia.statistics.means import linearised, mean
 from aletheia.statistics.rates import proportion
+from aletheia.statistics.results import Estimate
 
 Row = Mapping[str, Any]
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+Scale = Literal["nats", "bits", "perplexity"]
+SCALES: dict[Scale, tuple[Callable[[float], float], Callable[[float], float]]] = {  # of nats per unit, and their slopes
+    "nats": (float, lambda nats: 1.0),
+    "bits": (lambda nats: nats / math.log(2), lambda nats: 1 / math.log(2)),
+    "perplexity": (_exp, _exp),
+}
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,7 @@ class Measure:
     name: str
     column: str
     per: str | None = None
-    scale: Callable[[float], float] = float
+    scale: Scale = "nats"
 
     @property
     def higher_is_better(self) -> bool:
@@ -37,9 +49,9 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
     "gsm8k": tuple(Measure(name, name) for name in ("exact_match,strict-match", "exact_match,flexible-extract")),
     "humaneval": (Measure("pass@1", "pass@1"),),
     "wikitext": (
-        Measure("word_perplexity", "loss_sum", "words", math.exp),
-        Measure("byte_perplexity", "loss_sum", "bytes", math.exp),
-        Measure("bits_per_byte", "loss_sum", "bytes", lambda nats: nats / math.log(2)),
+        Measure("word_perplexity", "loss_sum", "words", "perplexity"),
+        Measure("byte_perplexity", "loss_sum", "bytes", "perplexity"),
+        Measure("bits_per_byte", "loss_sum", "bytes", "bits"),
     ),
     "heldout": (Measure("loss", "loss_sum", "tokens"),),
 }
@@ -62,14 +74,16 @@ def differences(task: str, these: Sequence[Row], others: Sequence[Row]) -> tuple
 def _summary(task: str, measure: Measure, rows: Sequence[Row]) -> Metric:
     value = _value(task, measure, rows)
     if measure.per is not None:
-        method = "bootstrap over documents" if task == "wikitext" else "bootstrap over rows"
-        bounds = bootstrap(_ratio(measure, rows), len(rows))
+        scale, _ = SCALES[measure.scale]
+        bounds, method = _bounds(mean(linearised(_column(rows, measure.column), _column(rows, measure.per))))
+        bounds = (scale(bounds[0]), scale(bounds[1])) if bounds else None
     else:
         values = _column(rows, measure.column)
-        bounds = bounds_of(mean(values, [row["subject"] for row in rows])) if task == "mmlu" else None
-        method = "clustered by subject" if bounds else "Wilson"
-        wilson = bounds_of(proportion(int(values.sum()), len(values)))
-        bounds = (max(0.0, bounds[0]), min(1.0, bounds[1])) if bounds else wilson
+        bounds, method = _bounds(mean(values, [row["subject"] for row in rows])) if task == "mmlu" else (None, "")
+        if bounds:
+            bounds = (max(0.0, bounds[0]), min(1.0, bounds[1]))
+        else:
+            bounds, method = _bounds(proportion(int(values.sum()), len(values)))
     low, high = bounds or (None, None)
     return Metric(
         name=measure.name,
@@ -85,14 +99,12 @@ def _summary(task: str, measure: Measure, rows: Sequence[Row]) -> Metric:
 def _difference(task: str, measure: Measure, these: Sequence[Row], others: Sequence[Row]) -> Difference:
     this, other = _value(task, measure, these), _value(task, measure, others)
     if measure.per is not None:
-        one, two = _ratio(measure, these), _ratio(measure, others)
-        method = "paired bootstrap"
-        bounds = bootstrap(lambda drawn: one(drawn) - two(drawn), len(these))
+        worse = _deviations(measure, these) - _deviations(measure, others) + (this - other)
+        clusters = None
     else:
         worse = _column(others, measure.column) - _column(these, measure.column)
         clusters = [row["subject"] for row in these] if task == "mmlu" else None
-        method = "paired, clustered by subject" if task == "mmlu" else "paired by item"
-        bounds = bounds_of(mean(worse, clusters))
+    bounds, method = _bounds(mean(worse, clusters))
     low, high = bounds or (None, None)
     return Difference(
         name=measure.name,
@@ -101,33 +113,34 @@ def _difference(task: str, measure: Measure, these: Sequence[Row], others: Seque
         worse_by=other - this if measure.higher_is_better else this - other,
         low=low,
         high=high,
-        interval=method if bounds else "none",
+        interval=f"{method}, paired by item" if bounds else "none",
         items=len(these),
     )
+
+
+def _bounds(found: Estimate) -> tuple[tuple[float, float] | None, str]:
+    """The ends of an interval and how it was made; None where there is none."""
+    interval = found.interval
+    return ((interval.low, interval.high), interval.method) if interval else (None, "")
+
+
+def _deviations(measure: Measure, rows: Sequence[Row]) -> np.ndarray:
+    """What each item moves the number by, to first order (the delta method); their mean is 0."""
+    assert measure.per is not None
+    nats = linearised(_column(rows, measure.column), _column(rows, measure.per))
+    _, slope = SCALES[measure.scale]
+    return np.asarray(slope(float(nats.mean())) * (nats - nats.mean()))
 
 
 def _column(rows: Sequence[Row], name: str) -> np.ndarray:
     return np.array([row[name] for row in rows], dtype=float)
 
 
-def _ratio(measure: Measure, rows: Sequence[Row]) -> Callable[[np.ndarray], float]:
-    assert measure.per is not None
-    sums, counts = _column(rows, measure.column), _column(rows, measure.per)
-
-    def of(drawn: np.ndarray) -> float:
-        try:
-            return measure.scale(float(sums[drawn].sum() / counts[drawn].sum()))
-        except OverflowError:  # exp of a loss beyond 709 nats
-            return math.inf
-
-    return of
-
-
 def _value(task: str, measure: Measure, rows: Sequence[Row]) -> float:
-    if measure.per is None:
-        value = float(_column(rows, measure.column).mean())
-    else:
-        value = _ratio(measure, rows)(np.arange(len(rows)))
+    values = _column(rows, measure.column)
+    value = float(values.mean())
+    if measure.per is not None:
+        value = SCALES[measure.scale][0](float(values.sum() / _column(rows, measure.per).sum()))
     if not math.isfinite(value):
         raise EvaluationError(
             f"{task}: {measure.name} is {value}; expected a finite number, try --dtype float32 or --attention sdpa"

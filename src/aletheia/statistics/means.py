@@ -87,6 +87,21 @@ def mean(values: ArrayLike, clusters: Sequence[Hashable] | None = None, level: f
     return Estimate(value, Interval(value - half, value + half, level, error.method), len(vector))
 
 
+def linearised(sums: ArrayLike, weights: ArrayLike) -> Floats:
+    """Numbers, one per item, whose mean is ``sum(sums) / sum(weights)`` and whose spread is that of the ratio.
+
+    An item counts by what it deviates from the ratio, not by its length (Cochran 1977, Sampling Techniques, ch. 6):
+    :func:`mean` of these is the ratio with its interval, and what is added to them or subtracted is paired by item.
+
+    Raises:
+        StatisticsError: no items, unequal numbers, a number that is not finite, or a weight that is not above zero.
+    """
+    above, below = sample(sums, "sums"), positive(weights, "weights")
+    check_paired("sums", len(above), "weights", len(below))
+    ratio = above.sum() / below.sum()
+    return np.asarray((above - ratio * below) / below.mean() + ratio)
+
+
 def geometric_mean_of_few(ratios: ArrayLike, level: float = LEVEL) -> Estimate:
     """Geometric mean of 2 to 7 ratios, too few for a bootstrap: Student's t on their logarithms.
 
