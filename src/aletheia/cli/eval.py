@@ -76,7 +76,7 @@ def eval(
     quantize: QuantizeOption = None,
     attention: AttentionOption = None,
     unsafe_exec: Annotated[
-        bool, typer.Option("--unsafe-exec", help="Run humaneval's programs even where there is no sandbox.")
+        bool, typer.Option("--unsafe-exec", help="Where there is no sandbox, run humaneval's programs without one.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another evaluation in --out.")] = False,
     as_json: JsonOption = False,

@@ -12,11 +12,15 @@ from aletheia.evaluation.result import differing
 JOURNAL_FILE = "answers.partial.jsonl"
 
 
+class OtherEvaluationError(EvaluationError):
+    """The folder holds an evaluation of something else, or one made with other packages."""
+
+
 class Journal:
     """Answers by (task, position), appended to a file whose first line says what they belong to.
 
     Raises:
-        EvaluationError: the file belongs to an evaluation of something else.
+        OtherEvaluationError: the file belongs to an evaluation of something else.
         ArtifactError: it cannot be written.
     """
 
@@ -67,7 +71,7 @@ class Journal:
     def _check(self, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
         for part in header:  # settings stand first, and explain the others
             if difference := differing(header.get(part, {}), found.get(part, {}), ignored={"adapter"}):
-                raise EvaluationError(
+                raise OtherEvaluationError(
                     f"{self.path.parent} holds another evaluation that was interrupted ({part}: {difference}); "
                     "repeat its arguments to go on with it, choose another --out or pass --overwrite"
                 )

@@ -16,9 +16,9 @@ from aletheia.anatomy.fingerprint import identify
 from aletheia.anatomy.load import Loaded
 from aletheia.anatomy.schema import ModelIdentity
 from aletheia.data.encode import load_data
-from aletheia.errors import ArtifactError, EvaluationError
+from aletheia.errors import ArtifactError, EvaluationError, SandboxError
 from aletheia.evaluation import humaneval, sandbox
-from aletheia.evaluation.journal import JOURNAL_FILE, Journal
+from aletheia.evaluation.journal import JOURNAL_FILE, Journal, OtherEvaluationError
 from aletheia.evaluation.local_data import FILES, data_hashes
 from aletheia.evaluation.measures import MEASURES, summarise
 from aletheia.evaluation.result import (
@@ -91,7 +91,7 @@ def claim(out: Path, settings: EvalSettings, overwrite: bool = False) -> Evaluat
         finished = Evaluated.read(out)
         difference = settings.first_difference(finished.evaluation.settings)
         if difference:
-            raise EvaluationError(
+            raise OtherEvaluationError(
                 f"{out} holds another evaluation ({difference}); choose another --out or pass --overwrite"
             )
         return finished
@@ -118,7 +118,7 @@ def evaluate(
         out: the folder to write.
         data_dir: local benchmark files; without it they come from the hub.
         identity: what base model it is, taken before an adapter was put on it.
-        unsafe_exec: run HumanEval's programs even where no sandbox can be had.
+        unsafe_exec: where no sandbox can be had, run HumanEval's programs without one.
         overwrite: replace another evaluation in ``out``.
         load_seconds: what loading took, for the record.
         show_progress: a bar per task on stderr.
@@ -203,17 +203,22 @@ def _scorer(unsafe_exec: bool) -> Score:
     """What runs the programs of HumanEval and tells which pass.
 
     Raises:
-        SandboxError: there is no sandbox on this machine; said before anything is generated.
+        SandboxError: there is no sandbox on this machine and ``unsafe_exec`` is off; said before anything is generated.
     """
-    if not unsafe_exec:
+    unsafe = False
+    try:
         sandbox.check()
+    except SandboxError:
+        if not unsafe_exec:
+            raise
+        unsafe = True
 
     def run(docs: Sequence[Any], completions: Sequence[str]) -> Sequence[bool]:
         programs = [
             humaneval.humaneval_program(doc["task_id"], doc["prompt"], text, doc["test"], doc["entry_point"])
             for doc, text in zip(docs, completions, strict=True)
         ]
-        return [outcome.passed for outcome in humaneval.score(programs, unsafe=unsafe_exec)]
+        return [outcome.passed for outcome in humaneval.score(programs, unsafe=unsafe)]
 
     return run
 
