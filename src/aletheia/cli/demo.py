@@ -41,6 +41,7 @@ def demo(
     from aletheia.data.rows import load_rows
     from aletheia.data.stdlib_task import write_stdlib_task
     from aletheia.planning.make import plan as make_plan
+    from aletheia.planning.plan import FREEZE_AFTER
     from aletheia.probing.resident import probe
     from aletheia.reporting.page import report
     from aletheia.reporting.terminal import comparison_table, render
@@ -70,7 +71,10 @@ def demo(
     scores.write(out / SCORES_FILE)
 
     runs, after = [], ""
-    for name, plan in (("uniform", make_plan(scores, "uniform")), ("plan", make_plan(scores))):
+    for name, plan in (
+        ("uniform", make_plan(scores, "uniform")),
+        ("plan", make_plan(scores, freeze_after=FREEZE_AFTER)),
+    ):
         say(f"train  {name}: {len(plan.layers)} of {plan.layer_count} layers, {steps} steps of {BATCH_SIZE}")
         model = adapt(base.model, plan, seed)
         runs.append(
