@@ -12,7 +12,7 @@ import time
 import pytest
 import yaml
 
-from aletheia.campaign.executors import LocalPool
+from aletheia.campaign.executors import LocalPool, check_workers
 from aletheia.campaign.grid import Row, jobs
 from aletheia.campaign.run import run_campaign
 from aletheia.campaign.spec import BASE, json_schema, parse_campaign, read_campaign
@@ -157,6 +157,46 @@ def test_rows_are_recorded_and_failures_keep_their_reason(tmp_path, scripts, mon
     started = (tmp_path / "started.txt").read_text().split()
     assert len(started) == 10
     assert started.count("m1--1") == 2
+
+
+def test_a_retried_job_of_a_speed_campaign_is_timed_as_a_whole(tmp_path, scripts):
+    run_campaign(campaign(), tmp_path, pool(scripts))
+    rows = [Row("m1", arm, 1) for arm in ("uniform", "paper", "depth-aware")]
+    with Store.writing(tmp_path, campaign()) as store:
+        store.forget(rows)
+        store.record([Record(rows[0], "done", None, {"step_seconds": [9.9]}), Record(rows[1], "failed", "why", None)])
+    results = {record.row: record.result for record in run_campaign(campaign(), tmp_path, pool(scripts), None, True)}
+    assert [len(results[row]["step_seconds"]) for row in rows] == [12, 12, 12]
+
+
+def test_folders_may_move_and_data_may_not_change(tmp_path, scripts, monkeypatch):
+    data, out = tmp_path / "data", tmp_path / "out"
+    data.mkdir()
+    (data / "train.jsonl").write_text("rows")
+    monkeypatch.setenv("FAILS", "m1--1")
+    run_campaign(campaign(), out, pool(scripts), data)
+    (out / "jobs" / "m1--1" / "half-done").write_text("hours of work")
+    monkeypatch.delenv("FAILS")
+    data, out = data.rename(tmp_path / "other-data"), out.rename(tmp_path / "other-out")
+    records = run_campaign(campaign(), out, pool(scripts), data, retry_failed=True)
+    assert all(record.status == "done" for record in records)
+    assert (out / "jobs" / "m1--1" / "half-done").exists()
+    (data / "train.jsonl").write_text("other rows")
+    with pytest.raises(CampaignError, match=r"train\.jsonl is not what it was when m0--0 ran"):
+        run_campaign(campaign(), out, pool(scripts), data)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("local", 2, None), "--workers is 2 with 1 device, and this campaign measures times"),
+        (("ray", 1, 0), "expected --gpus 1, or --executor local"),
+    ],
+)
+def test_jobs_that_would_time_each_other_are_refused(monkeypatch, given, message):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(CampaignError, match=message):
+        check_workers(campaign(), *given)
 
 
 def test_another_campaign_in_the_folder_is_refused(tmp_path, scripts):
@@ -382,7 +422,7 @@ def test_a_behaviour_campaign_on_a_tiny_model(tmp_path, data_file, match):
     steps = {arm: result["steps"] for arm, result in results.items() if arm != BASE}
     assert steps["uniform"] == 6
     assert steps["last"] == 6 if match == "steps" else steps["last"] > 6
-    assert steps["depth-aware"] == 6 if match == "steps" else steps["depth-aware"] < 6  # its start takes 16 steps' rows
+    assert steps["depth-aware"] == 6 if match == "steps" else steps["depth-aware"] < 6  # its start takes 4 steps' rows
     assert results["last"]["layers"] == [2, 3]
     losses = {arm: sum(result["items"]["heldout"]["value"]) for arm, result in results.items()}
     assert losses["uniform"] < losses[BASE]
@@ -396,7 +436,7 @@ def test_the_command_line_from_dry_run_to_report(run, tmp_path, data_file):
     code, out, _ = run(*asked, "--dry-run")
     assert code == 0
     assert "2 rows in 1 jobs, 0 rows done" in out
-    assert "hours to go (training alone, from operations" in out
+    assert "hours to go (from operations" in out
     assert not (tmp_path / "out").exists()
     code, _, err = run("campaign", "status", "out")
     assert (code, err) == (2, "error: out holds no campaign; run one there with 'aletheia campaign run'\n")
@@ -418,6 +458,9 @@ def test_the_command_line_from_dry_run_to_report(run, tmp_path, data_file):
     assert "0.0 hours to go (from the rows that are done)" in out
     code, _, err = run("campaign", "report", "out", "--to", "report")
     assert code == 0
+    code, _, err = run(*asked, "--executor", "ray", "--workers", 2)
+    assert code == 2
+    assert "--workers is not for the ray executor" in err
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "report.md", "report.csv"}
     (tmp_path / "out" / "report.html").write_text("a page of somebody else")
     code, _, err = run("campaign", "report", "out")

@@ -17,7 +17,7 @@ from aletheia.probing.logits import labelled_logits
 from aletheia.tuning.adapters import lora_config
 from aletheia.tuning.cache import MemoryCache, collate_with_prefix
 from aletheia.tuning.fast import fast_steps
-from aletheia.tuning.fill import _trial, fill, open_cache
+from aletheia.tuning.fill import fill, open_cache, why_not_exact
 from aletheia.tuning.lean import lean_adapters, lean_causal_loss, lean_loss
 from aletheia.tuning.prefix import frozen_prefix, stored_prefix
 from aletheia.tuning.recompute import recomputation
@@ -184,14 +184,14 @@ def test_stored_layers_keep_what_models_choose_by():
 
 
 def obstacle(model, rows):
-    return _trial(model, BOUNDARY, rows, 0)[0]
+    return why_not_exact(model, BOUNDARY, rows, 0)[0]
 
 
 @pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
 def test_every_family_can_be_cached(family, rows):
     model = adapted(family)
     layers, state = list(find_layers(model)[1]), torch.get_rng_state()
-    assert _trial(model, BOUNDARY, rows, 0) == (None, torch.float32)
+    assert why_not_exact(model, BOUNDARY, rows, 0) == (None, torch.float32)
     assert model.training
     assert list(find_layers(model)[1]) == layers
     assert torch.equal(torch.get_rng_state(), state)

@@ -36,10 +36,15 @@ def _device(has_accelerator: bool) -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of git in the folder of this code, if that is a checkout of it."""
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    """Output of git in the folder of this code; None unless that is a checkout of it."""
+    here = Path(__file__)
+    told = ""
+    for asked in (("ls-files", "--error-unmatch", here.name), arguments):  # another project may lie around it
+        try:
+            done = subprocess.run(["git", "-C", here.parent, *asked], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode != 0:
+            return None
+        told = done.stdout.strip()
+    return told

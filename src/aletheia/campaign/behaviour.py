@@ -4,9 +4,9 @@ What a killed job has finished stays in its folder and is gone on with: the run,
 """
 
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from aletheia.campaign.models import model_source
 from aletheia.campaign.rows import held_out_rows, training_rows
 from aletheia.campaign.spec import BASE, Arm, BehaviourCampaign, TaskSettings
 from aletheia.campaign.speed import arm_plan
+from aletheia.errors import CacheError
+from aletheia.evaluation.journal import OtherEvaluationError
 from aletheia.evaluation.measures import MEASURES
 from aletheia.evaluation.row_loss import row_losses
 from aletheia.evaluation.run import eval_settings, evaluate
@@ -39,7 +41,6 @@ def run_behaviour(
     campaign: BehaviourCampaign, row: Row, data_dir: Path, folder: Path, place: Path
 ) -> dict[str, Mapping[str, Any]]:
     """The ``result`` of one row: how it was trained, and its items, benchmark by benchmark."""
-    started = time.perf_counter()
     source = model_source(model_named(campaign, row.model), folder)
     base = load(source, campaign.dtype)
     identity = identify(base.model)
@@ -61,7 +62,7 @@ def run_behaviour(
             items[name], versions[name] = _task(
                 campaign, name, settings, source, base, identity, adapter, data_dir, place
             )
-    result |= {"items": items, "versions": versions, "job_seconds": time.perf_counter() - started}
+    result |= {"items": items, "versions": versions}
     return {row.arm: {"result": result}}
 
 
@@ -72,7 +73,8 @@ def _train(
     held_out = held_out_rows(campaign, data_dir, base.tokenizer)
     scores = probe(base.model, data, seed=seed)
     made = arm_plan(arm, scores, seed, campaign.epochs)
-    train(
+    run = partial(
+        train,
         adapt(base.model, made, seed),
         data,
         made,
@@ -83,10 +85,16 @@ def _train(
         learning_rate=arm.learning_rate,
         init=arm.init,
         seed=seed,
-        cache="disk" if made.boundary and not made.early_layers else "auto",
-        cache_dir=folder / CACHES,  # arms and seeds with one boundary share it
+        cache_dir=folder / CACHES,
         show_progress=False,
     )
+    if made.boundary == 0 or made.early_layers:
+        run()
+        return
+    try:
+        run(cache="disk")  # arms and seeds with one boundary share it
+    except CacheError:  # it would not be exact, or does not fit: said before the first step
+        run(cache="off")
 
 
 def _steps(campaign: BehaviourCampaign, arm: Arm, made: Plan, scores: Scores, seed: int) -> int:
@@ -180,7 +188,13 @@ def _task(
         batch_size=campaign.eval_batch_size,
         dtype=campaign.dtype,
     )
-    done = evaluate(base, asked, place / f"eval-{name}", data_dir, identity, campaign.unsafe_exec, show_progress=False)
+    run = partial(
+        evaluate, base, asked, place / f"eval-{name}", data_dir, identity, campaign.unsafe_exec, show_progress=False
+    )
+    try:
+        done = run()
+    except OtherEvaluationError:  # begun with other packages
+        done = run(overwrite=True)
     measure = MEASURES[name][0]
     rows = done.rows[name]
     found: dict[str, Any] = {

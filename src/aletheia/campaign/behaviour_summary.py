@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from aletheia.campaign.spec import BASE, BehaviourCampaign
-from aletheia.campaign.speed_summary import Chosen, chosen_layers
+from aletheia.campaign.speed_summary import Chosen, chosen_layers, results_by_arm
 from aletheia.campaign.store import Record
 from aletheia.errors import CampaignError
 from aletheia.statistics.margins import NonInferiority, Verdict, non_inferiority_of_items
-from aletheia.statistics.means import crossed_mean
+from aletheia.statistics.means import crossed_mean, linearised
 from aletheia.statistics.rates import proportion
 from aletheia.statistics.results import Estimate, Floats
 
@@ -104,21 +104,13 @@ class _Items:
         return float(self.value.sum() / self.weight.sum())
 
     def less(self, other: "_Items | None" = None) -> Floats:
-        """Values less another's, one per item, so scaled that their mean is the (difference of the) score.
-
-        A ratio of sums is linearised: an item counts by what it deviates from the ratio, not by its length.
-        """
-        change = self.value - other.value if other else self.value
-        ratio = float(change.sum() / self.weight.sum())
-        return np.asarray((change - ratio * self.weight) / self.weight.mean() + ratio)
+        """Values less another's, one per item, so scaled that their mean is the (difference of the) score."""
+        return linearised(self.value - other.value if other else self.value, self.weight)
 
 
 def summarize_behaviour(campaign: BehaviourCampaign, records: Sequence[Record]) -> BehaviourSummary:
     """Scores per arm, and differences to the base, to the baseline, and between the arms that were asked about."""
-    found = {record.row: record.result for record in records if record.result is not None}
-    by_arm: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
-    for row, result in found.items():
-        by_arm.setdefault((row.model, row.arm), {})[row.seed] = result
+    by_arm = results_by_arm(records)
     tasks = [HELD_OUT, *campaign.tasks]
     items = {(model, arm, task): _items(by_arm[model, arm], task) for model, arm in by_arm for task in tasks}
     layers = {
@@ -144,7 +136,12 @@ def summarize_behaviour(campaign: BehaviourCampaign, records: Sequence[Record]) 
         compare([(arm, BASE) for arm in trained]),
         compare([(arm, campaign.baseline) for arm in others], with_margins=True),
         compare(campaign.comparisons),
-        tuple(_curve(row.model, row.arm, row.seed, result) for row, result in found.items() if row.arm != BASE),
+        tuple(
+            _curve(model, arm, seed, result)
+            for (model, arm), results in by_arm.items()
+            for seed, result in results.items()
+            if arm != BASE
+        ),
         tuple(chosen_layers(arm, model, results) for (model, arm), results in by_arm.items() if arm != BASE),
         tuple(records),
     )
@@ -196,7 +193,10 @@ def _difference(
     base = next(iter(theirs.values()))
     pairs = [(ours[seed], theirs.get(seed, base)) for seed in seeds]
     if {mine.digest for mine, _ in pairs} != {yours.digest for _, yours in pairs}:
-        raise CampaignError(f"{task}: the items of {arm} and {other} on {model} differ; run one of them again")
+        raise CampaignError(
+            f"{task}: the items of {arm} and {other} on {model} differ, as after another lm-eval; "
+            "run the campaign in another folder"
+        )
     changes = [mine.less(yours) for mine, yours in pairs]
     estimate = crossed_mean(changes, base.cluster)
     same = sum(layers.get((model, arm), {}).get(seed) == layers.get((model, other), {}).get(seed, ()) for seed in seeds)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from aletheia.campaign.process import COMMAND, run_process, stop_processes
+from aletheia.campaign.spec import BehaviourCampaign, SpeedCampaign
 from aletheia.errors import CampaignError
 
 RETRIES = 3  # of a job whose Ray worker died
@@ -25,7 +26,8 @@ class Executor(Protocol):
 class LocalPool:
     """Jobs on this machine, ``workers`` at a time; one is in order.
 
-    With several workers and several devices in ``CUDA_VISIBLE_DEVICES``, worker i sees device ``i mod devices`` alone.
+    With several workers and several NVIDIA GPUs (those in ``CUDA_VISIBLE_DEVICES``, by default all), worker i sees GPU
+    ``i mod GPUs`` alone. Workers share the processor's threads, unless ``OMP_NUM_THREADS`` says how many each has.
     """
 
     def __init__(self, workers: int = 1, command: Sequence[str] = COMMAND) -> None:
@@ -35,8 +37,9 @@ class LocalPool:
         self._pool = ThreadPoolExecutor(workers)
         self._command = command
         self._free = list(range(workers))
-        self._devices = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-        self._several = workers > 1
+        self._devices = _devices() if workers > 1 else []
+        share = max(1, (os.cpu_count() or 1) // workers)
+        self._environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(share))} if workers > 1 else {}
 
     def submit(self, folder: Path) -> "Future[str | None]":
         """Queue a job."""
@@ -45,8 +48,10 @@ class LocalPool:
     def _run(self, folder: Path) -> str | None:
         worker = self._free.pop()  # lists change whole under the interpreter's lock
         try:
-            chosen = self._devices[worker % len(self._devices)] if self._several and self._devices else None
-            return run_process(folder, self._command, {"CUDA_VISIBLE_DEVICES": chosen} if chosen else None)
+            environment = dict(self._environment)
+            if self._devices:
+                environment["CUDA_VISIBLE_DEVICES"] = self._devices[worker % len(self._devices)]
+            return run_process(folder, self._command, environment)
         finally:
             self._free.append(worker)
 
@@ -55,6 +60,34 @@ class LocalPool:
         self._pool.shutdown(wait=False, cancel_futures=True)
         stop_processes()
         self._pool.shutdown()
+
+
+def _devices() -> list[str]:
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [name for name in chosen.split(",") if name]
+    return sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
+
+
+def check_workers(campaign: SpeedCampaign | BehaviourCampaign, executor: str, workers: int, gpus: float | None) -> None:
+    """Refuse jobs that would be timed while another one uses the same device.
+
+    Raises:
+        CampaignError: a speed campaign with more workers than devices, or on Ray with less than a GPU for a job.
+    """
+    if not isinstance(campaign, SpeedCampaign):
+        return
+    devices = max(1, len(_devices()))
+    if executor == "ray" and (gpus or 0) < 1:
+        raise CampaignError(
+            "a speed campaign on Ray needs a device of its own for every job, or jobs would time each other; expected "
+            "--gpus 1, or --executor local"
+        )
+    if executor == "local" and workers > devices:
+        raise CampaignError(
+            f"--workers is {workers} with {devices} device{'s' * (devices > 1)}, and this campaign measures times; "
+            "expected a device of its own for every worker"
+        )
 
 
 class RayCluster:

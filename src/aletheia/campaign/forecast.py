@@ -8,71 +8,87 @@ import torch
 
 from aletheia.anatomy.load import inspect
 from aletheia.anatomy.schema import Anatomy
-from aletheia.campaign.grid import Forecast, jobs
+from aletheia.campaign.grid import Forecast, Row, jobs
 from aletheia.campaign.models import build, byte_tokenizer
 from aletheia.campaign.run import free_bytes
-from aletheia.campaign.spec import Arm, BehaviourCampaign, ModelEntry, SpeedCampaign
-from aletheia.campaign.store import STORE_FILE, Store
+from aletheia.campaign.spec import BASE, Arm, BehaviourCampaign, ModelEntry, SpeedCampaign
+from aletheia.campaign.store import STORE_FILE, Store, check_same
 from aletheia.errors import AletheiaError
 from aletheia.planning.cost import layer_costs
+from aletheia.tuning.train import EVALUATIONS
 
 BYTES = 4
 STEP_SHARE = 0.5  # of the speed of a large matrix product, which training steps of small models reach at most
 SETUP_SECONDS = 30.0  # of a process: imports, loading, the probe
+# of each benchmark: items in all, tokens of an item's prompt, and of what a model writes unless it is cut off
+BENCHMARKS = {
+    "mmlu": (14042, 120, 0),
+    "gsm8k": (1319, 900, 256),
+    "humaneval": (164, 150, 512),
+    "wikitext": (62, 5000, 0),
+}
 
 
 def forecast(campaign: SpeedCampaign | BehaviourCampaign, folder: Path, workers: int = 1) -> Forecast:
     """Estimate from operations and this machine's speed, or from the rows of this campaign that are done.
 
-    Generation and benchmarks are not in the first: expect more for a behaviour campaign.
+    The first counts operations of training and evaluation on items of usual length: right within a factor of about two.
     """
     planned, anatomies = jobs(campaign), {model.name: _anatomy(model) for model in campaign.models}
-    done, spent = _done(folder)
+    done, spent = _done(campaign, folder)
     rows = sum(len(job.rows) for job in planned)
     if spent:
         seconds = statistics.fmean(spent) * (rows - done)
     else:
         flops = _flops_per_second()
         seconds = sum(
-            SETUP_SECONDS
-            + _step_flops(campaign, anatomies[job.rows[0].model]) * _steps(campaign, len(job.rows)) / flops
+            SETUP_SECONDS + sum(_row_flops(campaign, row, anatomies[row.model]) for row in job.rows) / flops
             for job in planned
         )
+    unread = tuple(name for name, anatomy in anatomies.items() if anatomy is None)
     disk = sum(_disk_bytes(campaign, model, anatomies[model.name]) for model in campaign.models)
-    return Forecast(rows, done, len(planned), seconds / workers / 3600, disk, free_bytes(folder), bool(spent))
+    return Forecast(rows, done, len(planned), seconds / workers / 3600, disk, free_bytes(folder), bool(spent), unread)
 
 
-def _done(folder: Path) -> tuple[int, list[float]]:
+def _done(campaign: SpeedCampaign | BehaviourCampaign, folder: Path) -> tuple[int, list[float]]:
     if not (folder / STORE_FILE).exists():
         return 0, []
-    records = [record for record in Store(folder / STORE_FILE).records() if record.result is not None]
+    store = Store(folder / STORE_FILE)
+    check_same(store.campaign, campaign, folder)
+    records = [record for record in store.records() if record.result is not None]
     spent = [
         float(record.result["job_seconds"]) for record in records if record.result and "job_seconds" in record.result
     ]
     return len(records), spent
 
 
-def _steps(campaign: SpeedCampaign | BehaviourCampaign, rows: int) -> int:
-    return (campaign.rounds + 1) * rows if isinstance(campaign, SpeedCampaign) else campaign.steps
-
-
-def _step_flops(campaign: SpeedCampaign | BehaviourCampaign, anatomy: Anatomy | None) -> float:
-    """Operations of a step of uniform LoRA over full rows: an upper bound."""
+def _row_flops(campaign: SpeedCampaign | BehaviourCampaign, row: Row, anatomy: Anatomy | None) -> float:
+    """Operations of a row; its steps are those of uniform LoRA over full rows, an upper bound."""
     if anatomy is None:
         return 0.0
     ranks = {module.name: 16 for module in anatomy.adaptable()}
-    return layer_costs(anatomy, ranks, 16, campaign.max_length).baseline * campaign.max_length * campaign.batch_size
+    step = layer_costs(anatomy, ranks, 16, campaign.max_length).baseline * campaign.max_length * campaign.batch_size
+    if isinstance(campaign, SpeedCampaign):
+        return step * (campaign.rounds + 1)
+    trained = row.arm != BASE
+    tokens = campaign.held_out_rows * campaign.max_length * (2 + EVALUATIONS if trained else 1)
+    for name, settings in campaign.tasks.items():
+        if not trained or settings.seeds is None or row.seed in settings.seeds:
+            items, prompt, written = BENCHMARKS[name]
+            tokens += (settings.limit or items) * (prompt + min(settings.max_new_tokens or written, written))
+    return step * campaign.steps * trained + 2.0 * anatomy.parameters * tokens
 
 
 def _disk_bytes(campaign: SpeedCampaign | BehaviourCampaign, entry: ModelEntry, anatomy: Anatomy | None) -> int:
-    """Models that are made, and the adapters of a behaviour campaign."""
+    """Models that are made, and the adapters and caches of a behaviour campaign; an upper bound."""
     if anatomy is None:
         return 0
     made = anatomy.parameters * BYTES if entry.config is not None else 0
     if isinstance(campaign, SpeedCampaign):
         return made
     adapters = sum(_adapter_parameters(arm, anatomy) for arm in campaign.arms) * len(campaign.seeds)
-    return made + adapters * BYTES
+    boundaries = sum(len(campaign.seeds) if arm.policy == "random" else 1 for arm in campaign.arms)  # one cache each
+    return made + (adapters + boundaries * campaign.rows * campaign.max_length * anatomy.hidden_size) * BYTES
 
 
 def _adapter_parameters(arm: Arm, anatomy: Anatomy) -> int:

@@ -24,7 +24,10 @@ class Job:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Numbers of rows and jobs, hours and bytes still to come; ``measured`` if hours come from rows that are done."""
+    """Numbers of rows and jobs, hours and bytes still to come.
+
+    ``measured`` if hours come from rows that are done; ``unread`` models are in no other number.
+    """
 
     rows: int
     rows_done: int
@@ -33,6 +36,7 @@ class Forecast:
     disk_bytes: int
     free_bytes: int
     measured: bool
+    unread: tuple[str, ...]
 
 
 def jobs(campaign: SpeedCampaign | BehaviourCampaign) -> list[Job]:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ def main(place: Path) -> int:
 
 
 def _run(campaign: Any, rows: list[Row], data_dir: Path, folder: Path, place: Path) -> dict[str, Any]:
+    started = time.perf_counter()
     import torch
 
     from aletheia.campaign.about import about
@@ -54,7 +56,11 @@ def _run(campaign: Any, rows: list[Row], data_dir: Path, folder: Path, place: Pa
         from aletheia.campaign.behaviour import run_behaviour
 
         found = run_behaviour(campaign, rows[0], data_dir, folder, place)
-    shared = {"about": about(), "process_peak_bytes": peak_memory_bytes(torch.device("cpu"))}
+    shared = {
+        "about": about(),
+        "process_peak_bytes": peak_memory_bytes(torch.device("cpu")),
+        "job_seconds": (time.perf_counter() - started) / len(found),  # a row's share
+    }
     return {arm: {"result": value["result"] | shared} if "result" in value else value for arm, value in found.items()}
 
 

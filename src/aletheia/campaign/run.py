@@ -1,7 +1,6 @@
 """The coordinator: gives jobs to an executor, and keeps what comes back. Torch-free."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -15,6 +14,7 @@ from aletheia.campaign.process import JOB_FILE, LOG_FILE, RESULT_FILE
 from aletheia.campaign.spec import BehaviourCampaign, SpeedCampaign
 from aletheia.campaign.store import Record, Store
 from aletheia.errors import ArtifactError, CampaignError
+from aletheia.evaluation.local_data import FILES
 from aletheia.files import file_sha256, read_json, write_text
 
 JOBS = "jobs"
@@ -48,9 +48,10 @@ def run_campaign(
     folder = folder.resolve()
     data = data_dir or Path(campaign.data_dir)
     with closing(executor), Store.writing(folder, campaign) as store, closing(executor):  # before the lock goes, too
+        hashes = {name: file_sha256(data / name) for name in data_files(campaign) if (data / name).is_file()}
+        _check_data_unchanged(store, folder, hashes)
         if retry_failed:
             _forget_failures(store, folder)
-        hashes = {name: file_sha256(data / name) for name in data_files(campaign) if (data / name).is_file()}
         waiting: dict[Future[str | None], Job] = {}
         for job in _pending(store):
             place = folder / JOBS / job.name
@@ -72,12 +73,41 @@ def run_campaign(
 
 
 def _forget_failures(store: Store, folder: Path) -> None:
-    """Jobs with a failed row run again: what they left goes before the store forgets the failure."""
+    """Jobs with a failed row run again as a whole, since arms are paired round by round.
+
+    What they left goes before the store forgets them.
+    """
     failed = {record.row for record in store.records() if record.status == "failed"}
     for job in jobs(store.campaign):
         if failed.intersection(job.rows):
             (folder / JOBS / job.name / RESULT_FILE).unlink(missing_ok=True)
-    store.forget_failures()
+            store.forget(job.rows)
+
+
+def _check_data_unchanged(store: Store, folder: Path, hashes: Mapping[str, str]) -> None:
+    """Refuse to mix rows of different data.
+
+    Raises:
+        CampaignError: names a file that is not what it was for a row that is recorded.
+    """
+    recorded = {record.row for record in store.records() if record.status == "done"}
+    for job in jobs(store.campaign):
+        if recorded.intersection(job.rows):
+            earlier = _told(folder / JOBS / job.name).get("data", {})
+            if changed := [name for name in earlier if name in hashes and earlier[name] != hashes[name]]:
+                raise CampaignError(
+                    f"{changed[0]} is not what it was when {job.name} ran; expected the same data for every row, "
+                    "so bring it back or choose another --out"
+                )
+
+
+def _told(place: Path) -> dict[str, Any]:
+    """What a job was told to do at an earlier attempt; nothing if there was none."""
+    try:
+        found = read_json(place / JOB_FILE)
+    except ArtifactError:
+        return {}
+    return dict(found) if isinstance(found, Mapping) else {}
 
 
 def _pending(store: Store) -> list[Job]:
@@ -103,17 +133,20 @@ def _prepare(
         "folder": str(folder),
     }
     text = json.dumps(told, indent=1) + "\n"
-    if place.exists() and not ((place / JOB_FILE).exists() and (place / JOB_FILE).read_text(encoding="utf-8") == text):
-        shutil.rmtree(place)  # of another campaign, or other data
+    earlier, same = _told(place), json.loads(text)
+    if place.exists() and any(earlier.get(part) != same[part] for part in ("data", "campaign", "rows")):
+        shutil.rmtree(place)  # of another campaign, or other data; folders may have moved
     place.mkdir(parents=True, exist_ok=True)
     (place / LOG_FILE).unlink(missing_ok=True)
     write_text(place / JOB_FILE, text)
 
 
 def data_files(campaign: SpeedCampaign | BehaviourCampaign) -> list[str]:
-    """Files of rows, under ``data_dir``."""
-    held_out = campaign.held_out if isinstance(campaign, BehaviourCampaign) else None
-    return [name for name in (campaign.data, held_out) if name]
+    """Files of rows and benchmarks, under ``data_dir``."""
+    if isinstance(campaign, SpeedCampaign):
+        return [campaign.data]
+    benchmarks = [name for task in campaign.tasks for name in FILES[task].values()]
+    return list(dict.fromkeys(name for name in (campaign.data, campaign.held_out, *benchmarks) if name))
 
 
 def _outcome(job: Job, place: Path, why: str | None) -> list[Record]:
@@ -149,5 +182,22 @@ def check_data(campaign: SpeedCampaign | BehaviourCampaign, data_dir: Path) -> N
         CampaignError: names the file.
     """
     for name in data_files(campaign):
-        if Path(name).suffix and not os.path.exists(data_dir / name):
+        if not (data_dir / name).is_file():
             raise CampaignError(f"{data_dir / name} is missing; expected it there, or another --data-dir")
+
+
+def check_tools(campaign: SpeedCampaign | BehaviourCampaign) -> None:
+    """Refuse benchmarks that cannot run on this machine, before the first row runs.
+
+    Raises:
+        EvaluationError: lm-eval is not installed.
+        SandboxError: HumanEval is asked for, and there is no sandbox.
+    """
+    if not isinstance(campaign, BehaviourCampaign) or not campaign.tasks:
+        return
+    from aletheia.evaluation import sandbox
+    from aletheia.evaluation.upstream import check_installed
+
+    check_installed()
+    if "humaneval" in campaign.tasks and not campaign.unsafe_exec:
+        sandbox.check()

@@ -132,7 +132,12 @@ class TaskSettings(_Strict):
     limit: int | None = Field(default=None, ge=1, description="items")
     max_new_tokens: int | None = Field(default=None, ge=1)
     seeds: tuple[int, ...] | None = Field(default=None, description="seeds whose rows run it; all by default")
-    margin: float | None = Field(default=None, gt=0, description="largest loss of score that counts as none")
+    margin: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="largest loss that counts as none: a share of items (0.03 is 3 points), nats per word for wikitext",
+    )
 
 
 class BehaviourCampaign(_Campaign):

@@ -1,7 +1,6 @@
 """A job of a speed campaign: probe a model, plan every arm, and time their steps interleaved."""
 
 import hashlib
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from aletheia.planning.make import plan
 from aletheia.planning.plan import Plan
 from aletheia.probing.resident import probe
 from aletheia.probing.scores import Scores
+from aletheia.tuning.fill import why_not_exact
 
 
 def run_speed(campaign: SpeedCampaign, rows: list[Row], data_dir: Path, folder: Path) -> dict[str, Mapping[str, Any]]:
@@ -33,18 +33,22 @@ def run_speed(campaign: SpeedCampaign, rows: list[Row], data_dir: Path, folder: 
             plans[arm.name] = arm_plan(arm, scores, seed, campaign.epochs)
         except AletheiaError as error:
             found[arm.name] = {"reason": str(error)}
-    kinds = [kind for arm in campaign.arms if arm.name in plans for kind in _kinds(arm, plans[arm.name])]
-    started = time.perf_counter()
+    boundaries = {made.boundary for made in plans.values()}
+    cacheable = {
+        boundary
+        for boundary in boundaries
+        if why_not_exact(base.model, boundary, data.examples, data.pad_token_id)[0] is None
+    }
+    kinds = [kind for arm in campaign.arms if arm.name in plans for kind in _kinds(arm, plans[arm.name], cacheable)]
     seconds = interleaved_steps(base.model, kinds, data, campaign.batch_size, campaign.rounds, seed)
-    spent = time.perf_counter() - started
     for arm in campaign.arms:
         if arm.name in plans:
             made = plans[arm.name]
             init = 0.0
             if arm.init == "gradient":
                 init = gradient_start_seconds(base.model, made, data, campaign.batch_size)
-            result = _result(campaign, rows[0].model, arm, made, scores, seconds) | {"init_seconds": init}
-            found[arm.name] = {"result": result | {"job_seconds": spent / len(plans)}}
+            result = _result(campaign, rows[0].model, arm, made, scores, seconds)
+            found[arm.name] = {"result": result | {"init_seconds": init}}
     return found
 
 
@@ -63,13 +67,14 @@ def arm_plan(arm: Arm, scores: Scores, seed: int, epochs: float) -> Plan:
     )
 
 
-def _kinds(arm: Arm, made: Plan) -> list[StepKind]:
-    """The kinds of steps that the run of an arm is made of."""
+def _kinds(arm: Arm, made: Plan, cacheable: set[int]) -> list[StepKind]:
+    """The kinds of steps that the run of an arm is made of; at some boundaries a cache would not be exact."""
     if arm.execution == "plain":
         return [StepKind(arm.name, made)]
     risen = bool(made.early_layers)
-    kinds = [replace(StepKind.fast(arm.name, made, cached=made.boundary > 0), risen=risen)]
-    if made.boundary:
+    cached = made.boundary in cacheable
+    kinds = [replace(StepKind.fast(arm.name, made, cached), risen=risen)]
+    if cached:
         kinds.append(StepKind(f"{arm.name} prefix", made, grouped=True, risen=risen, only_prefix=True))
     if risen:
         kinds.append(StepKind.fast(f"{arm.name} early", made))

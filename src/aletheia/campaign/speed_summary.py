@@ -82,12 +82,22 @@ class SpeedSummary:
     records: tuple[Record, ...]
 
 
+Results = dict[tuple[str, str], dict[int, Mapping[str, Any]]]  # by (model, arm), then seed
+
+
+def results_by_arm(records: Iterable[Record]) -> Results:
+    """What the rows that are done left."""
+    found: Results = {}
+    for record in records:
+        if record.result is not None:
+            found.setdefault((record.row.model, record.row.arm), {})[record.row.seed] = record.result
+    return found
+
+
 def summarize_speed(campaign: SpeedCampaign, records: Sequence[Record]) -> SpeedSummary:
     """Ratios per model and arm, and over models."""
-    found = {record.row: record.result for record in records if record.result is not None}
-    by_pair: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
-    for row, result in found.items():
-        by_pair.setdefault((row.model, row.arm), {})[row.seed] = result
+    by_pair = results_by_arm(records)
+    plain = {arm.name for arm in campaign.arms if arm.execution == "plain"}
     models, steps, runs = [], {}, {}
     for (model, arm), results in by_pair.items():
         baseline = by_pair.get((model, campaign.baseline), {})
@@ -107,7 +117,7 @@ def summarize_speed(campaign: SpeedCampaign, records: Sequence[Record]) -> Speed
                 arm,
                 step,
                 run,
-                predicted=_average(own["predicted_speedup"] for _, own in pairs),
+                predicted=_average(_predicted(base, own, arm in plain) for base, own in pairs),
                 once_seconds=_average(once_seconds(campaign, own) for _, own in pairs),
                 run_seconds=_average(own for _, own in totals),
             )
@@ -123,6 +133,11 @@ def summarize_speed(campaign: SpeedCampaign, records: Sequence[Record]) -> Speed
         tuple(chosen_layers(arm, model, results) for (model, arm), results in by_pair.items()),
         tuple(records),
     )
+
+
+def _predicted(base: Mapping[str, Any], own: Mapping[str, Any], is_plain: bool) -> float:
+    """Plans count labelled-token logits in, which a plain step has not: nor has the baseline's."""
+    return float(own["predicted_speedup"] / (base["predicted_speedup"] if is_plain else 1.0))
 
 
 def round_seconds(result: Mapping[str, Any], steps: int) -> list[float]:
@@ -146,9 +161,6 @@ def once_seconds(campaign: SpeedCampaign, result: Mapping[str, Any]) -> float:
 def run_seconds(campaign: SpeedCampaign, result: Mapping[str, Any]) -> float:
     """A whole run, put together of its measured parts."""
     return _average(round_seconds(result, campaign.steps)) * campaign.steps + once_seconds(campaign, result)
-
-
-Results = Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]  # by (model, arm), then seed
 
 
 def _compare(ratios: Mapping[tuple[str, str], float], by_pair: Results, arm: str, other: str) -> Comparison | None:

@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 from aletheia.campaign.grid import Row, jobs
 from aletheia.campaign.spec import BehaviourCampaign, SpeedCampaign, parse_campaign
 from aletheia.errors import CampaignError
+from aletheia.files import check_writable
 
 STORE_FILE = "campaign.db"
 VERSION = 1
@@ -67,7 +68,9 @@ class Store:
 
         Raises:
             CampaignError: another coordinator is at work, or the folder holds another campaign.
+            ArtifactError: the folder cannot be written.
         """
+        check_writable(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / "coordinator.lock")
         try:
@@ -81,7 +84,7 @@ class Store:
             if not path.exists():
                 _create(path, campaign)
             store = cls(path)
-            _check_same(store.campaign, campaign, folder)
+            check_same(store.campaign, campaign, folder)
             try:
                 yield store
             finally:
@@ -119,9 +122,15 @@ class Store:
             for model, arm, seed, status, reason, result in self._connection.execute(query)
         ]
 
-    def forget_failures(self) -> None:
-        """Failed rows become pending again."""
-        self._connection.execute("UPDATE rows SET status = 'pending', reason = NULL WHERE status = 'failed'")
+    def forget(self, rows: Iterable[Row]) -> None:
+        """Rows become pending again, all of them or none."""
+        change = (
+            "UPDATE rows SET status = 'pending', reason = NULL, result = NULL WHERE model = ? AND arm = ? AND seed = ?"
+        )
+        with self._connection:
+            self._connection.execute("BEGIN IMMEDIATE")
+            self._connection.executemany(change, [(row.model, row.arm, row.seed) for row in rows])
+            self._connection.execute("COMMIT")
 
     def close(self) -> None:
         """Close the file."""
@@ -144,9 +153,14 @@ def _create(path: Path, campaign: SpeedCampaign | BehaviourCampaign) -> None:
     temporary.rename(path)
 
 
-def _check_same(
+def check_same(
     stored: SpeedCampaign | BehaviourCampaign, given: SpeedCampaign | BehaviourCampaign, folder: Path
 ) -> None:
+    """Refuse to go on with another campaign than the one that ``folder`` holds.
+
+    Raises:
+        CampaignError: names the first key that differs.
+    """
     before, now = (_flat(campaign.model_dump(mode="json")) for campaign in (stored, given))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):

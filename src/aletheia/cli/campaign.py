@@ -34,18 +34,26 @@ def run(
         Path | None, typer.Option("--data-dir", help="Folder that data paths start from (the file's data_dir).")
     ] = None,
     executor: Annotated[str, typer.Option("--executor", help="local or ray.")] = "local",
-    workers: Annotated[int, typer.Option("--workers", help="Jobs at a time on this machine.", min=1)] = 1,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", help="Jobs at a time on this machine, each with a GPU of its own (1).", min=1),
+    ] = None,
     address: Annotated[
         str | None, typer.Option("--address", help="Ray cluster to join (by default one is started here).")
     ] = None,
-    gpus: Annotated[float, typer.Option("--gpus", help="GPUs per job on a Ray cluster.", min=0)] = 0,
-    cpus: Annotated[float, typer.Option("--cpus", help="CPUs per job on a Ray cluster.", min=0)] = 1,
+    gpus: Annotated[
+        float | None, typer.Option("--gpus", help="GPUs per job on a Ray cluster (0: it sees none).", min=0)
+    ] = None,
+    cpus: Annotated[float | None, typer.Option("--cpus", help="CPUs per job on a Ray cluster (1).", min=0)] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run rows that failed once more.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print rows, estimated hours and disk, and stop.")] = False,
 ) -> None:
-    """Run every row that is not recorded yet; after any interruption the same command goes on."""
-    from aletheia.campaign.executors import LocalPool, RayCluster
-    from aletheia.campaign.run import check_data, run_campaign
+    """Run every row that is not recorded yet; after any interruption the same command goes on.
+
+    Exit code 1 if rows failed; the others are kept.
+    """
+    from aletheia.campaign.executors import LocalPool, RayCluster, check_workers
+    from aletheia.campaign.run import check_data, check_tools, run_campaign
     from aletheia.campaign.spec import read_campaign
 
     campaign = read_campaign(spec)
@@ -53,13 +61,24 @@ def run(
     check_data(campaign, data)
     if executor not in ("local", "ray"):
         raise CampaignError(f"--executor is {executor!r}; expected local or ray")
+    others = {"--workers": workers} if executor == "ray" else {"--address": address, "--gpus": gpus, "--cpus": cpus}
+    if given := [name for name, value in others.items() if value is not None]:
+        raise CampaignError(
+            f"{given[0]} is not for the {executor} executor; leave it out, or choose another --executor"
+        )
+    check_workers(campaign, executor, workers or 1, gpus)
     if dry_run:
         from aletheia.campaign.forecast import forecast
         from aletheia.reporting.campaign_terminal import forecast_table
 
-        print_rich(*forecast_table(forecast(campaign, out, workers)))
+        print_rich(*forecast_table(forecast(campaign, out, workers or 1)))
         return
-    chosen: Executor = LocalPool(workers) if executor == "local" else RayCluster(address, cpus, gpus)
+    chosen: Executor
+    if executor == "local":
+        check_tools(campaign)
+        chosen = LocalPool(workers or 1)
+    else:
+        chosen = RayCluster(address, 1 if cpus is None else cpus, gpus or 0)
     with _live_table() as show:
         records = run_campaign(campaign, out, chosen, data, retry_failed, show)
     failed = [record for record in records if record.status == "failed"]

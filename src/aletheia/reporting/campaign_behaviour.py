@@ -27,9 +27,14 @@ def behaviour_page(campaign: BehaviourCampaign, records: Sequence[Record]) -> Pa
     """Verdict, scores, forgetting, arms against each other, and what cannot be shown at these sizes."""
     summary = summarize_behaviour(campaign, records)
     done = sum(record.status == "done" for record in records)
+    on = " on {}" if len(campaign.models) > 1 else ""
     cards = [Card("Rows", f"{done}", f"of {len(records)} done")]
     cards += [
-        Card(f"{found.arm} against {found.other}", _amount(found.task, found.estimate.value), "held-out loss, nats")
+        Card(
+            f"{found.arm} against {found.other}{on.format(found.model)}",
+            _amount(found.task, found.estimate.value),
+            "held-out loss, nats",
+        )
         for found in summary.asked
         if found.task == HELD_OUT
     ]
@@ -55,7 +60,9 @@ def _sentence(found: Difference) -> str:
     if found.same_layers == found.seeds:
         return f"{named}: both chose the same layers in every run, so selection cannot differ ({told}, {between})."
     if not found.is_clear:
-        return f"{named}: {told} ({between}), so {found.estimate.n} rows and {found.seeds} seeds show no difference."
+        return (
+            f"{named}: {told} ({between}), so {found.estimate.n} rows and {found.seeds} seeds cannot tell them apart."
+        )
     return f"{named}: {told} ({between}), so {found.arm} is {'better' if found.gain > 0 else 'worse'}."
 
 
@@ -77,7 +84,7 @@ def _blocks(summary: BehaviourSummary) -> list[Block]:
             f"Tuned minus base; below zero (above, for losses) is forgetting. {items}, clustered by subject for MMLU.",
         ),
         _margins(summary.extra, campaign.baseline),
-        _differences("Arms against each other", summary.asked, f"{items}."),
+        _differences("Arms against each other", summary.asked, f"{items}. No correction for asking several."),
     ]
     return [*blocks, *layer_blocks(summary.chosen), _training(summary)]
 
@@ -150,7 +157,7 @@ def _margins(differences: Sequence[Difference], baseline: str) -> Table:
     )
     note = (
         f"Tuned with the arm minus tuned with {baseline}, which is extra forgetting turned round. The margin was fixed "
-        "in the campaign file; the verdict is one-sided at 95 %."
+        "in the campaign file; each verdict is one-sided at 95 %, not corrected for there being several."
     )
     return Table("Extra forgetting, and whether it stays within the margin", columns, rows, note)
 

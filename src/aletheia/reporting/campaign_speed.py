@@ -37,7 +37,9 @@ def _verdict(summary: SpeedSummary, subject: str, step: Comparison | None, run: 
         return f"No arm can be compared with {baseline}: no model has rows of both."
     wins = round(step.wins.value * step.models)
     random = len({r.row.model for r in summary.records if r.result and r.result["random_weights"]})
-    which = f"{step.models} models" + (f" ({random} of them small and random, of the shapes named)" if random else "")
+    which = f"{step.models} models" + (
+        f" ({random} of them small and random, of these architectures)" if random else ""
+    )
     return (
         f"{subject} takes a step {ratio_words(step.speedup)} times as fast as {baseline} over {which}, "
         f"a whole run of {summary.campaign.steps} steps, probe, gradient start and cache counted, "

@@ -48,10 +48,11 @@ def status_table(records: Sequence[Record], running: Sequence[Job]) -> list[Rend
 
 def forecast_table(expected: Forecast) -> list[RenderableType]:
     """What ``--dry-run`` prints."""
-    rough = "training alone, from operations and this machine's speed, roughly"
+    rough = "from operations and this machine's speed, roughly"
     source = "from the rows that are done" if expected.measured else rough
     return [
         Text(f"{expected.rows} rows in {expected.jobs} jobs, {expected.rows_done} rows done"),
         Text(f"about {expected.hours:.1f} hours to go ({source})"),
-        Text(f"{human_bytes(expected.disk_bytes)} of disk, {human_bytes(expected.free_bytes)} free"),
+        Text(f"up to {human_bytes(expected.disk_bytes)} of disk, {human_bytes(expected.free_bytes)} free"),
+        *(Text(f"{name} cannot be read here and is counted in neither") for name in expected.unread),
     ]

@@ -106,7 +106,7 @@ def open_cache(
     """
     if kind == "off":
         return None, CacheDecision("off", "as asked")
-    obstacle, dtype = _trial(model, boundary, rows, pad_token_id)
+    obstacle, dtype = why_not_exact(model, boundary, rows, pad_token_id)
     if obstacle:
         if kind != "auto":
             raise CacheError(f"--cache {kind} is not possible: {obstacle}; pass --cache off")
@@ -151,7 +151,7 @@ def open_cache(
 
 
 @torch.no_grad()
-def _trial(
+def why_not_exact(
     model: nn.Module, boundary: int, rows: Sequence[Example], pad_token_id: int
 ) -> tuple[str | None, torch.dtype]:
     """Why a cache would not be exact, if so, and the dtype of what it would hold: tried on the two shortest rows.
