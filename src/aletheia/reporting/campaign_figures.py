@@ -1,5 +1,6 @@
 """Figures of a campaign's report: plain data in, an SVG fragment out."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,8 @@ from aletheia.reporting.figures import canvas
 from aletheia.reporting.format import shorten
 from aletheia.reporting.svg import INK, MUTED, drawing, run_color, run_dash, to_svg
 
-ROW_HEIGHT = 11.0  # points per arm
+ROW_HEIGHT = 5.5  # points per arm
+COLUMNS = 3  # of a legend
 BINS = 10  # of relative depth
 
 
@@ -20,15 +22,16 @@ def ratios_svg(models: Sequence[ModelSpeed], baseline: str, identifier: str) -> 
     names = list(dict.fromkeys(found.model for found in models))
     block = len(arms) + 1
     with drawing(identifier):
-        figure, axes = canvas(50 + ROW_HEIGHT * block * len(names), left=92, top=34)
+        top = _legend_height(arms) + 12  # and the numbers of the axis, which is long enough to need them at both ends
+        figure, axes = canvas(top + 30 + ROW_HEIGHT * block * len(names), left=92, top=top)
         for found in models:
             if found.arm == baseline:
                 continue
             y = names.index(found.model) * block + arms.index(found.arm)
             color = run_color(arms.index(found.arm))
             if found.step.interval:
-                axes.plot([found.step.interval.low, found.step.interval.high], [y, y], color=color, linewidth=1.2)
-            axes.plot([found.step.value], [y], "o", color=color, markersize=3.6)
+                axes.plot([found.step.interval.low, found.step.interval.high], [y, y], color=color, linewidth=1.0)
+            axes.plot([found.step.value], [y], "o", color=color, markersize=3.2)
         axes.axvline(1.0, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
         for index in range(1, len(names)):
             axes.axhline(index * block - 1, color=MUTED, linewidth=0.3, alpha=0.5)
@@ -39,13 +42,20 @@ def ratios_svg(models: Sequence[ModelSpeed], baseline: str, identifier: str) -> 
         axes.set_xlim(left=min(0.9, axes.get_xlim()[0]))
         axes.grid(axis="x")
         axes.spines["left"].set_visible(False)
+        axes.tick_params(axis="x", labeltop=True)
         axes.set_xlabel("times as fast", fontsize=9)
         handles = [
             axes.plot([], [], "o-", color=run_color(index), markersize=3.6, label=arm)[0]
             for index, arm in enumerate(arms)
         ]
-        axes.legend(handles=handles, ncols=3, loc="lower left", bbox_to_anchor=(-0.25, 1.0), handlelength=1.2)
+        place = {"loc": "lower left", "bbox_to_anchor": (-0.25, 1.0), "borderaxespad": 2.0}
+        axes.legend(handles=handles, ncols=COLUMNS, handlelength=1.2, **place)
         return to_svg(figure, identifier, f"Step speed-up of {', '.join(arms)} on {', '.join(names)}.")
+
+
+def _legend_height(names: Sequence[str]) -> float:
+    """Points above a figure that the names of its lines take."""
+    return 12.0 + 13.0 * math.ceil(len(names) / COLUMNS)
 
 
 def share_of_models_svg(chosen: Sequence[Chosen], identifier: str) -> str:
@@ -56,7 +66,8 @@ def share_of_models_svg(chosen: Sequence[Chosen], identifier: str) -> str:
         if any(len(layers) < found.layer_count for found in chosen if found.arm == name for layers in found.layers)
     ]
     with drawing(identifier):
-        figure, axes = canvas(220, left=40, top=34)
+        top = _legend_height(arms)
+        figure, axes = canvas(186 + top, left=40, top=top)
         centres = (np.arange(BINS) + 0.5) / BINS
         for index, arm in enumerate(arms):
             shares = _shares([found for found in chosen if found.arm == arm])
@@ -64,7 +75,7 @@ def share_of_models_svg(chosen: Sequence[Chosen], identifier: str) -> str:
         axes.set(xlim=(0, 1), ylim=(-0.03, 1.03))
         axes.grid(axis="y")
         axes.set_xlabel("depth: 0 at the embedding, 1 at the head", fontsize=9)
-        axes.legend(ncols=3, loc="lower left", bbox_to_anchor=(-0.1, 1.0), handlelength=1.2)
+        axes.legend(ncols=COLUMNS, loc="lower left", bbox_to_anchor=(-0.1, 1.0), handlelength=1.2)
         return to_svg(figure, identifier, f"Share of runs that adapt a layer, by depth: {', '.join(arms)}.")
 
 
@@ -84,7 +95,8 @@ def curves_svg(curves: Sequence[Curve], identifier: str) -> str:
     """Held-out loss against seconds of training, a line per run, the same colour and dash per arm."""
     arms = list(dict.fromkeys(curve.arm for curve in curves))
     with drawing(identifier):
-        figure, axes = canvas(260, left=40, top=48)
+        top = _legend_height(arms)
+        figure, axes = canvas(212 + top, left=40, top=top)
         for curve in curves:
             index = arms.index(curve.arm)
             axes.plot(
@@ -100,5 +112,5 @@ def curves_svg(curves: Sequence[Curve], identifier: str) -> str:
         axes.grid(axis="y")
         axes.set_xlim(left=0)
         axes.set_xlabel("seconds of training", fontsize=9)
-        axes.legend(ncols=4, loc="lower left", bbox_to_anchor=(-0.1, 1.0), handlelength=1.4)
+        axes.legend(ncols=COLUMNS, loc="lower left", bbox_to_anchor=(-0.1, 1.0), handlelength=1.4)
         return to_svg(figure, identifier, f"Held-out loss by seconds of training: {', '.join(arms)}.")

@@ -37,9 +37,7 @@ def _verdict(summary: SpeedSummary, subject: str, step: Comparison | None, run: 
         return f"No arm can be compared with {baseline}: no model has rows of both."
     wins = round(step.wins.value * step.models)
     random = len({r.row.model for r in summary.records if r.result and r.result["random_weights"]})
-    which = f"{step.models} models" + (
-        f" ({random} of them small and random, of these architectures)" if random else ""
-    )
+    which = f"{step.models} models" + (f" ({random} of them small, with random weights)" if random else "")
     return (
         f"{subject} takes a step {ratio_words(step.speedup)} times as fast as {baseline} over {which}, "
         f"a whole run of {summary.campaign.steps} steps, probe, gradient start and cache counted, "
@@ -69,17 +67,19 @@ def _blocks(summary: SpeedSummary) -> list[Block]:
             f"Against {campaign.baseline} in the same rounds, with 95 % intervals; right of the line is faster.",
         ),
         _comparisons(
-            "Steps",
+            f"Steps, against {campaign.baseline}",
             summary.step_comparisons,
             f"Geometric mean over models of the step time of {campaign.baseline} divided by the arm's. "
             f"The paper: {PAPER}. "
             f"Times are of {campaign.rounds} rounds per seed, every arm a step in each, in one process.",
+            is_titled=True,
         ),
         _comparisons(
-            "Whole runs",
+            f"Whole runs, against {campaign.baseline}",
             summary.run_comparisons,
             f"{campaign.steps} steps over {campaign.rows} rows, put together of the measured steps, probe and gradient "
             "start where the arm needs them, and the layers below the boundary once per row where it reads a cache.",
+            is_titled=True,
         ),
     ]
     if summary.asked_steps:
@@ -91,20 +91,22 @@ def _blocks(summary: SpeedSummary) -> list[Block]:
     return [*blocks, *layer_blocks(summary.chosen, random)]
 
 
-def _comparisons(title: str, comparisons: Sequence[Comparison], note: str) -> Table:
+def _comparisons(title: str, comparisons: Sequence[Comparison], note: str, is_titled: bool = False) -> Table:
+    """``is_titled`` if the title says what all are compared with."""
+    corrected = any(found.corrected is not None for found in comparisons)
     columns = (
         *("arm", "models", "speed-up (95 % interval)", "time saved (95 % interval)", "faster on"),
-        *("p, sign flips", "after Holm", "p, Wilcoxon", "same layers"),
+        *("p, sign flips", *(["after Holm"] if corrected else []), "p, Wilcoxon", "same layers"),
     )
     rows = [
         (
-            f"{found.arm} against {found.other}",
+            found.arm if is_titled else f"{found.arm} against {found.other}",
             str(found.models),
             ratio_words(found.speedup),
             percent_words(found.time_saved),
             f"{round(found.wins.value * found.models)} of {found.models}",
             p_value(found.sign_flip),
-            p_value(found.corrected),
+            *([p_value(found.corrected)] if corrected else []),
             p_value(found.wilcoxon),
             f"{found.same_layers} of {found.runs} runs",
         )
@@ -151,8 +153,8 @@ def ratio_words(found: Estimate) -> str:
 
 
 def percent_words(found: Estimate) -> str:
-    """``23 % (21 % to 25 %)``."""
-    return f"{human_percent(found.value)} ({percent_interval(found)})"
+    """``23 % (21 to 25)``."""
+    return f"{human_percent(found.value)} ({percent_interval(found).replace(' %', '')})"
 
 
 def percent_interval(found: Estimate) -> str:
