@@ -11,6 +11,7 @@ import time
 
 import pytest
 import yaml
+from browser import CHROMIUM, open_page
 
 from aletheia.campaign.executors import LocalPool, check_workers
 from aletheia.campaign.grid import Row, jobs
@@ -399,17 +400,35 @@ def behaviour_campaign(**changes):
     )
 
 
-def test_the_behaviour_report_says_what_cannot_be_shown(tmp_path):
-    with Store.writing(tmp_path, behaviour_campaign()) as store:
+def write_behaviour(folder):
+    with Store.writing(folder, behaviour_campaign()) as store:
         for arm, loss, wrong in (("base", 2.0, 6), ("uniform", 1.0, 3), ("paper", 1.0, 3), ("depth-aware", 0.9, 2)):
             right = [float(index >= wrong) for index in range(12)]
             store.record([Record(Row("m", arm, 0), "done", None, behaviour_result(loss, right))])
+
+
+def test_the_behaviour_report_says_what_cannot_be_shown(tmp_path):
+    write_behaviour(tmp_path)
     html, markdown, csv = (path.read_text() for path in write_report(Store(tmp_path / STORE_FILE), tmp_path))
     assert "depth-aware against paper on m: -0.1000 nats of held-out loss per token" in markdown
     assert "| heldout | m | depth-aware | base | -1.1000 nats per token |" in markdown
     assert "cannot be shown at this size" in markdown  # three points of accuracy on twelve items
     assert html.count("<svg") == 2
     assert csv.count("\n") == 5
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_pages_open_in_a_browser_without_overflow_errors_or_requests(tmp_path, scripts, width):
+    run_campaign(campaign(), tmp_path / "speed", pool(scripts))
+    write_behaviour(tmp_path / "behaviour")
+    for kind in ("speed", "behaviour"):
+        page, *_ = write_report(Store(tmp_path / kind / STORE_FILE), tmp_path / kind)
+        opened = open_page(page, width, tmp_path / f"browser-{kind}")
+        assert opened.overflowing == []
+        assert opened.scroll_width <= width
+        assert opened.requests == [page.as_uri()]
+        assert opened.errors == []
 
 
 @pytest.mark.parametrize("match", ["steps", "compute"])
