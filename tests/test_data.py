@@ -13,8 +13,10 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 import torch
 from tiny import CHATML, make_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from aletheia.anatomy.schema import DataIdentity
 from aletheia.data.batches import collate, length_sorted_batches, sample_batches
@@ -470,6 +472,30 @@ def test_a_template_that_raises_names_the_row(tmp_path, template, reason):
         load_data(source, make_tokenizer(template + CHATML))
     line = 2 if template is NO_SYSTEM else 1
     one_clear_line(caught, f"rows.jsonl:{line}: found messages the chat template refuses ({reason}", "change the roles")
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+def test_a_dummy_prefix_stands_in_front_of_the_first_piece_alone(tmp_path, scheme):
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE())
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        special_tokens=["</s>"], initial_alphabet=list("\n<|>:"), show_progress=False
+    )
+    raw.train_from_iterator(["user assistant the answer is four what is two and two"] * 9, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['role'] }}:\n{{ message['content'] }}</s>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"question": "what is two and two", "answer": "four"}))
+    (example,) = load_data(str(file), tokenizer).examples
+    labelled = [token for token in example.labels if token != NO_LOSS]
+    assert "".join(tokenizer.convert_ids_to_tokens(labelled)).startswith("four")
+    assert tokenizer.tokenize("four")[0].startswith("▁") == (scheme != "never")
+    whole = "user:\nwhat is two and two</s>\nassistant:\nfour</s>\n"
+    if scheme != "always":  # which puts one behind every special token, too
+        assert example.input_ids == tokenizer(whole, add_special_tokens=False)["input_ids"]
 
 
 def test_without_a_template_prompt_blank_line_completion_and_eos(tmp_path):

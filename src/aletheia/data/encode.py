@@ -1,7 +1,8 @@
 """Rows to tokens and labels: the loss falls on completions only, on every token for plain text.
 
 A row becomes pieces of text, each with or without a loss. Pieces are tokenised one by one and concatenated, so a
-completion begins at a token boundary: this is what the model sees when it generates.
+completion begins at a token boundary: this is what the model sees when it generates. Tokenizers that put a space in
+front of every text (SentencePiece's dummy prefix) do so for the first piece alone.
 """
 
 import logging
@@ -17,6 +18,7 @@ from aletheia.errors import DataError
 __all__ = ["NO_LOSS", "Example", "Examples", "encode", "load_data", "split_held_out"]
 
 _log = logging.getLogger(__name__)
+_ANCHOR = "\n"  # a text that tokenizers with a dummy prefix keep apart from what follows
 _ROWS_AT_ONCE = 1000  # rows per call of the tokenizer: enough for its threads, little memory
 
 
@@ -175,10 +177,11 @@ def _tokens(scripts: Sequence[_Script], tokenizer: Any) -> Iterator[tuple[list[i
     """(input ids, labels) of each script, not truncated; the tokenizer is called on many pieces at once."""
     for start in range(0, len(scripts), _ROWS_AT_ONCE):
         block = scripts[start : start + _ROWS_AT_ONCE]
-        opening = _ids([script.pieces[0][0] for script in block if script.plain], tokenizer, special=True)
-        others = _ids([text for script in block for text, _ in script.pieces[script.plain :]], tokenizer, special=False)
+        plain = _ids([script.pieces[0][0] for script in block if script.plain], tokenizer, special=True)
+        templated = _ids([script.pieces[0][0] for script in block if not script.plain], tokenizer, special=False)
+        later = _later_ids([text for script in block for text, _ in script.pieces[1:]], tokenizer)
         for script in block:
-            yield _joined(script, opening, others, tokenizer.eos_token_id)
+            yield _joined(script, plain if script.plain else templated, later, tokenizer.eos_token_id)
 
 
 def _ids(texts: list[str], tokenizer: Any, special: bool) -> Iterator[list[int]]:
@@ -189,13 +192,24 @@ def _ids(texts: list[str], tokenizer: Any, special: bool) -> Iterator[list[int]]
     return iter(encoded["input_ids"])
 
 
+def _later_ids(texts: list[str], tokenizer: Any) -> Iterator[list[int]]:
+    """Ids of texts that stand behind others, without what the tokenizer puts in front of a text on its own."""
+    (anchor, alone, behind) = _ids([_ANCHOR, "a", f"{_ANCHOR}a"], tokenizer, special=False)
+    if [*anchor, *alone] == behind:
+        yield from _ids(texts, tokenizer, special=False)
+        return
+    anchored = _ids([_ANCHOR + text for text in texts], tokenizer, special=False)
+    for ids, own in zip(anchored, _ids(texts, tokenizer, special=False), strict=True):
+        yield ids[len(anchor) :] if ids[: len(anchor)] == anchor else own  # the anchor was merged with the text
+
+
 def _joined(
-    script: _Script, opening: Iterator[list[int]], others: Iterator[list[int]], eos_token_id: int | None
+    script: _Script, opening: Iterator[list[int]], later: Iterator[list[int]], eos_token_id: int | None
 ) -> tuple[list[int], list[int]]:
     input_ids: list[int] = []
     labels: list[int] = []
     for at, (_, labelled) in enumerate(script.pieces):
-        ids = list(next(opening if script.plain and at == 0 else others))
+        ids = list(next(later if at else opening))
         if script.plain and len(ids) > 1 and ids[-1] == eos_token_id:
             ids.pop()  # a tokenizer that closes every text itself: EOS comes once, behind the last piece
         input_ids += ids
