@@ -48,8 +48,8 @@ def ratios_svg(models: Sequence[ModelSpeed], baseline: str, identifier: str) -> 
             axes.plot([], [], "o-", color=run_color(index), markersize=3.6, label=arm)[0]
             for index, arm in enumerate(arms)
         ]
-        place = {"loc": "lower left", "bbox_to_anchor": (-0.25, 1.0), "borderaxespad": 2.0}
-        axes.legend(handles=handles, ncols=COLUMNS, handlelength=1.2, **place)
+        legend = axes.legend(handles=handles, ncols=COLUMNS, handlelength=1.2, loc="lower left", borderaxespad=2.0)
+        legend.set_bbox_to_anchor((-0.25, 1.0, 0.0, 0.0), axes.transAxes)
         return to_svg(figure, identifier, f"Step speed-up of {', '.join(arms)} on {', '.join(names)}.")
 
 
