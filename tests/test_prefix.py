@@ -197,6 +197,16 @@ def test_every_family_can_be_cached(family, rows):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("kind", ["longrope", "dynamic", "linear"])
+def test_rotary_positions_that_depend_on_the_batch_are_seen(rows, kind):
+    model = adapted("llama")
+    longest = max(map(len, rows))
+    model.config.rope_parameters = {"rope_type": kind, "original_max_position_embeddings": longest}
+    assert obstacle(model, rows) is None
+    model.config.rope_parameters["original_max_position_embeddings"] = longest - 1
+    assert (obstacle(model, rows) is None) == (kind == "linear")
+
+
 def test_dropout_below_the_boundary_is_seen(rows):
     model = adapted("gpt2")
     path = find_layers(model)[1]

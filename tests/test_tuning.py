@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from tiny import FAMILIES, make_model
 
 from aletheia.anatomy.read import find_layers
@@ -174,6 +175,14 @@ def test_the_held_out_loss_is_the_mean_over_completion_tokens(examples):
     assert model.training
 
 
+def test_evaluation_leaves_every_module_in_its_mode(examples, scores):
+    model = adapt(make_model("llama").eval(), make_plan(scores["llama"], "last"))
+    before = {name: module.training for name, module in model.named_modules()}
+    assert set(before.values()) == {True, False}  # the wrapper is new, what it wraps is not
+    held_out_loss(model, examples.subset(range(4)))
+    assert {name: module.training for name, module in model.named_modules()} == before
+
+
 def test_nothing_below_the_boundary(examples, scores, tmp_path, monkeypatch):
     """No graph, no backward pass, no gradient and no optimizer state below the lowest adapted layer."""
     trainers, graphs, backward = [], {}, set()
@@ -251,8 +260,26 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(examples, sco
         trained(examples, scores, Path("/proc/aletheia/run"))
 
 
-def test_a_distributed_launch_is_refused(examples, scores, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+def test_a_run_that_cannot_be_saved_leaves_the_one_it_would_replace(examples, scores, tmp_path, monkeypatch):
+    trained(examples, scores, tmp_path / "run", steps=1)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+    def full(*given, **options):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr("peft.peft_model.safe_save_file", full)
+    with pytest.raises(ArtifactError, match="Error while serializing"):
+        trained(examples, scores, tmp_path / "run", steps=2, overwrite=True)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    monkeypatch.setattr("aletheia.tuning.output.free_bytes", lambda folder: 100)
+    with pytest.raises(ArtifactError, match="the adapter needs"):
+        trained(examples, scores, tmp_path / "other", steps=1)
+
+
+@pytest.mark.parametrize("launcher", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_a_distributed_launch_is_refused(examples, scores, tmp_path, monkeypatch, launcher):
+    monkeypatch.setenv(launcher, "2")
     with pytest.raises(TrainingError, match="trains on one device"):
         trained(examples, scores, tmp_path / "run")
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable
 from importlib import metadata
@@ -75,6 +76,14 @@ def check_writable(folder: Path) -> None:
             folder.rmdir()
     except OSError as error:
         raise ArtifactError(f"cannot write to {folder}: {error.strerror}; choose another place with --out") from error
+
+
+def free_bytes(folder: Path) -> int:
+    """Free space where ``folder`` is, or would be made."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 class Artifact(BaseModel):

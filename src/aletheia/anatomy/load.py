@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import psutil
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -166,12 +167,42 @@ def load(
         if getattr(model, "hf_quantizer", None) is None:
             model = model.to(target)
     _check_complete(name, loading)
+    keep_gradients(model)
     if "gguf_file" in place:
         _forget_gguf(model)
         model = model.to(target)
     model.config._name_or_path = name  # what plans, adapters and model cards call the base model
     model.name_or_path = name
     return Loaded(model, tokenizer, quantize)
+
+
+def keep_gradients(model: nn.Module) -> None:
+    """Stop 4-bit layers from packing their weights anew in their first forward pass for evaluation.
+
+    bitsandbytes does so on CPUs with AVX512-BF16, for a product that has no backward pass: from then on what lies below
+    such a layer would get no gradient, without a word.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def quantization_of(model: nn.Module) -> str | None:
+    """``nf4``, ``int8`` and the like if the matrices were quantized while loading; the checkpoint's method otherwise.
+
+    A checkpoint that is quantized itself is told as ``nf4 checkpoint``.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return None
+    told = config if isinstance(config, dict) else config.to_dict()
+    kind = str(told.get("quant_method", "unknown"))
+    if told.get("load_in_4bit"):
+        kind = str(told.get("bnb_4bit_quant_type", "4-bit"))
+    elif told.get("load_in_8bit"):
+        kind = "int8"
+    is_stored = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", True)
+    return f"{kind} checkpoint" if is_stored else kind
 
 
 def _quantization(name: str, kind: str, dtype: torch.dtype) -> BitsAndBytesConfig:

@@ -10,10 +10,10 @@ from aletheia.anatomy.load import inspect
 from aletheia.anatomy.schema import Anatomy
 from aletheia.campaign.grid import Forecast, Row, jobs
 from aletheia.campaign.models import build, byte_tokenizer
-from aletheia.campaign.run import free_bytes
 from aletheia.campaign.spec import BASE, Arm, BehaviourCampaign, ModelEntry, SpeedCampaign
 from aletheia.campaign.store import STORE_FILE, Store, check_same
 from aletheia.errors import AletheiaError
+from aletheia.files import free_bytes
 from aletheia.planning.cost import layer_costs
 from aletheia.tuning.train import EVALUATIONS
 

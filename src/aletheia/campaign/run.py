@@ -168,13 +168,6 @@ def _record(row: Row, found: Any, why: str | None) -> Record:
     return Record(row, "failed", str(reason or why or "the job left no result for this arm"), None)
 
 
-def free_bytes(folder: Path) -> int:
-    """Free space where the campaign goes."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
 def check_data(campaign: SpeedCampaign | BehaviourCampaign, data_dir: Path) -> None:
     """Refuse a campaign whose files are not there, before the first row runs.
 

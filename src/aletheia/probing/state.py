@@ -5,6 +5,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from aletheia.anatomy.modes import in_mode
+
 
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:
@@ -12,15 +14,12 @@ def borrowed(model: nn.Module) -> Iterator[None]:
 
     Runs its restoration after an error too. Gradients in ``.grad`` are not touched.
     """
-    modes = {module: module.training for module in model.modules()}
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:
-        model.eval()
-        for parameter in trainable:
-            parameter.requires_grad_(False)
-        yield
+        with in_mode(model, training=False):
+            for parameter in trainable:
+                parameter.requires_grad_(False)
+            yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for parameter, mode in trainable.items():
             parameter.requires_grad_(mode)

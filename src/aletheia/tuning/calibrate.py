@@ -12,6 +12,7 @@ from peft import get_peft_model
 from scipy.optimize import nnls
 from torch import nn
 
+from aletheia.anatomy.modes import in_mode
 from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import Anatomy
 from aletheia.data.batches import collate, labelled_tokens, on_device_of
@@ -70,10 +71,8 @@ def calibrate(model: nn.Module, data: Examples, batch_size: int = 4, seed: int =
     baseline = _Step(range(last + 1), way="plain")
     steps = [_Step([last]), _Step(upper), _Step([middle]), _Step(upper, HIGH_RANK), _Step(upper, way="prefix")]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    was_training = model.training
-    model.eval()
     try:
-        with torch.random.fork_rng():  # adapters are drawn
+        with in_mode(model, training=False), torch.random.fork_rng():  # adapters are drawn
             for _ in range(ROUNDS):  # every kind in each, so that a machine that slows down slows all of them
                 for step in (baseline, *steps):
                     with _prepared(model, anatomy, step, random_batch if step is baseline else batch) as job:
@@ -81,7 +80,6 @@ def calibrate(model: nn.Module, data: Examples, batch_size: int = 4, seed: int =
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        model.train(was_training)
     layers, head = _parts(anatomy, steps, batch, tokens)
     return Timings(
         device=batch["input_ids"].device.type,

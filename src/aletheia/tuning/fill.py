@@ -18,6 +18,7 @@ from torch import nn
 
 from aletheia.anatomy.fingerprint import configuration
 from aletheia.anatomy.load import free_memory_bytes
+from aletheia.anatomy.modes import in_mode
 from aletheia.anatomy.read import adds_router_loss, find_layers
 from aletheia.data.batches import collate, on_device_of
 from aletheia.data.examples import Example
@@ -156,26 +157,32 @@ def why_not_exact(
 ) -> tuple[str | None, torch.dtype]:
     """Why a cache would not be exact, if so, and the dtype of what it would hold: tried on the two shortest rows.
 
-    Twice in training mode, the prefix must give the same (no dropout, no noise); started from its output, with an
-    embedding of zeros, the model must give the logits it gives from the start (nothing above reads anything else).
+    Twice in training mode, the prefix must give the same (no dropout, no noise), and the same when evaluating, as it is
+    when the cache is filled (8-bit layers compute otherwise then); started from its output, with an embedding of zeros,
+    the model must give the logits it gives from the start (nothing above reads anything else).
     """
     dtype = model.get_input_embeddings().weight.dtype
     if boundary == 0:
         return "layer 0 is adapted, so there is no frozen prefix", dtype
     if adds_router_loss(model):
         return "the model adds a router loss, which looks at the layers below the boundary too", dtype
+    if _positions_vary(model, max(map(len, rows))):
+        return "rotary positions depend on the longest row of a batch (long or dynamic RoPE scaling)", dtype
     batch = on_device_of(model, collate(sorted(rows, key=len)[:2], pad_token_id))
     del batch["labels"]
-    was_training = model.training
     try:
-        with torch.random.fork_rng():
-            model.train()
-            if _differ(*(prefix_output(model, boundary, batch) for _ in range(2))):
-                return "the layers below the boundary draw at random (dropout), so every epoch differs", dtype
-        model.eval()
-        hidden_BTD = prefix_output(model, boundary, batch)
-        plain = model(**batch, use_cache=False).logits
-        with ExitStack() as stack:
+        with in_mode(model, training=True), torch.random.fork_rng():
+            training = [prefix_output(model, boundary, batch) for _ in range(2)]
+        if _differ(*training):
+            return "the layers below the boundary draw at random (dropout), so every epoch differs", dtype
+        with in_mode(model, training=False), ExitStack() as stack:
+            hidden_BTD = prefix_output(model, boundary, batch)
+            if _differ(training[0], hidden_BTD, SAME / 10):
+                return (
+                    "the layers below the boundary compute otherwise in training than in evaluation",
+                    dtype,
+                )
+            plain = model(**batch, use_cache=False).logits
             blank = model.get_input_embeddings().register_forward_hook(lambda *called: torch.zeros_like(called[2]))
             stack.callback(blank.remove)
             stack.enter_context(stored_prefix(model, boundary))
@@ -183,15 +190,22 @@ def why_not_exact(
     except Exception as error:  # whatever a family of tomorrow does with its layers
         told = str(error).splitlines()[0] if str(error) else ""
         return f"{type(model).__name__} does not start at layer {boundary} ({type(error).__name__}: {told})", dtype
-    finally:
-        model.train(was_training)
     if hidden_BTD.dim() != 3 or _differ(plain, stored):
         return "the layers above the boundary read more than its hidden states", dtype
     return None, hidden_BTD.dtype
 
 
-def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return bool((one.float() - other.float()).norm() > SAME * one.float().norm())
+def _positions_vary(model: nn.Module, longest: int) -> bool:
+    """Whether a row's rotary frequencies are chosen by the rows beside it."""
+    config = model.config.get_text_config()
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    original = scaling.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", 0)
+    varies = scaling.get("rope_type", scaling.get("type")) in ("dynamic", "longrope")
+    return varies and longest > (original or config.max_position_embeddings)
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor, tolerance: float = SAME) -> bool:
+    return bool((one.float() - other.float()).norm() > tolerance * one.float().norm())
 
 
 def _decide(rows: Sequence[Example], uses: int, forward: float, size: int, root: Path) -> CacheDecision:
@@ -278,25 +292,19 @@ def fill(
     missing = sorted(cache.missing(rows), key=len, reverse=True)
     if not missing:
         return 0
-    was_training = model.training
-    model.eval()
     make = functools.partial(collate, pad_token_id=pad_token_id)
     columns = (TextColumn("cache"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    try:
-        with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
-            task = progress.add_task("cache", total=len(missing))
-            for start in range(0, len(missing), batch_size):
-                group = missing[start : start + batch_size]
-                hidden_BTD = prefix_output(model, boundary, on_device_of(model, make(group)))
-                for row, hidden_TD in zip(group, hidden_BTD.cpu(), strict=True):
-                    if not torch.isfinite(hidden_TD[: len(row)]).all():
-                        raise CacheError(
-                            f"{row.where}: the prefix gives a value that is not finite; try --dtype float32"
-                        )
-                    cache.put(row, hidden_TD[: len(row)])
-                progress.advance(task, len(group))
-    finally:
-        model.train(was_training)
+    bar = Progress(*columns, console=Console(stderr=True), disable=not show_progress)
+    with in_mode(model, training=False), bar as progress:
+        task = progress.add_task("cache", total=len(missing))
+        for start in range(0, len(missing), batch_size):
+            group = missing[start : start + batch_size]
+            hidden_BTD = prefix_output(model, boundary, on_device_of(model, make(group)))
+            for row, hidden_TD in zip(group, hidden_BTD.cpu(), strict=True):
+                if not torch.isfinite(hidden_TD[: len(row)]).all():
+                    raise CacheError(f"{row.where}: the prefix gives a value that is not finite; try --dtype float32")
+                cache.put(row, hidden_TD[: len(row)])
+            progress.advance(task, len(group))
     return len(missing)
 
 

@@ -20,6 +20,7 @@ from aletheia.anatomy.layerwise import (
     replace_module,
     with_hidden_states,
 )
+from aletheia.anatomy.modes import in_mode
 from aletheia.anatomy.read import find_layers
 from aletheia.errors import AdapterError, TrainingError
 
@@ -193,8 +194,7 @@ def _layer_outputs(model: nn.Module, layers: nn.ModuleList) -> list[int]:
                 seen[index] = len(output) if isinstance(output, tuple) else 0
 
             stack.callback(layer.register_forward_hook(see).remove)
-        was_training = model.training
         ids = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)
-        prefix_output(model.eval(), len(layers), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-        model.train(was_training)
+        stack.enter_context(in_mode(model, training=False))
+        prefix_output(model, len(layers), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     return [seen[index] for index in range(len(layers))]

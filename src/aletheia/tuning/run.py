@@ -74,6 +74,8 @@ class TrainSettings(BaseModel):
     gradient_checkpointing: Literal["off", "selective", "full"] = "off"
     cache: Literal["memory", "disk", "off"] = "off"
     init: Literal["gradient", "random"] = "random"
+    quantization: str | None = None  # of the base's matrices
+    attention: str | None = None
 
 
 class Metrics(Artifact):
@@ -88,6 +90,8 @@ class Metrics(Artifact):
     held_out_tokens: int
     packages: dict[str, str]
     settings: TrainSettings
+    rows_truncated: int = 0
+    rows_skipped: int = 0
     steps: int
     tokens: int
     labelled_tokens: int

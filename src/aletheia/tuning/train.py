@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from aletheia.anatomy.load import quantization_of
 from aletheia.data.examples import Example, Examples
 from aletheia.data.order import training_batches
 from aletheia.errors import TrainingError
@@ -105,7 +106,7 @@ def train(
     steps = steps or math.ceil(epochs * math.ceil(len(data) / batch_size))
     if learning_rate is None:
         learning_rate = default_learning_rate(model.config.get_text_config().hidden_size, steps)
-    out = claim_output(out, overwrite)
+    out = claim_output(out, overwrite, 4 * plan.trainable_parameters)
     check_adapters(model, plan)
     batches = training_batches([len(example) for example in data.examples], batch_size, steps, seed, group_by_length)
     schedule = [[data[row] for row in batch] for batch in batches]
@@ -129,6 +130,7 @@ def train(
         reset_peak_memory(model.device)
         watch.measure(step=0)
         started = time.perf_counter()
+        model.train()
         if init == "gradient":
             align_with_gradient(model, (stage.collate(batch) for batch in schedule[: math.ceil(ROWS / batch_size)]))
         init_seconds = time.perf_counter() - started
@@ -150,6 +152,8 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
         cache=decision.kind,
         init=init,
+        quantization=quantization_of(model.get_base_model()),
+        attention=getattr(model.config, "_attn_implementation", None),
     )
     spent = _earlier(plan) | dict(earlier_seconds or {})
     metrics = Metrics(
@@ -160,6 +164,8 @@ def train(
         held_out_tokens=held_out.labelled_tokens,
         packages=package_versions(),
         settings=settings,
+        rows_truncated=data.truncated,
+        rows_skipped=data.skipped,
         steps=len(watch.train_curve),
         tokens=sum(len(row) for batch in schedule for row in batch),
         labelled_tokens=sum(row.labelled_tokens for batch in schedule for row in batch),
@@ -261,6 +267,9 @@ def default_learning_rate(hidden_size: int, steps: int) -> float:
     return 5e-5 * multiplier * (2000 / hidden_size) ** 0.781
 
 
+LAUNCHERS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # how many processes there are
+
+
 def check_settings(
     steps: int | None = None,
     epochs: float | None = None,
@@ -275,9 +284,10 @@ def check_settings(
     Raises:
         TrainingError: names the setting, what was found and what is expected.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if several := [name for name in LAUNCHERS if int(os.environ.get(name, "1")) > 1]:
         raise TrainingError(
-            "found a distributed launch (WORLD_SIZE above 1); expected one process, this release trains on one device"
+            f"found a distributed launch ({several[0]} above 1); expected one process, "
+            "this release trains on one device"
         )
     for flag, choice, known in (
         ("--cache", cache, get_args(CacheKind)),
