@@ -114,6 +114,22 @@ def test_the_whole_job_in_one_command(run, model_folder, data_file, tmp_path):
     assert json.loads(run(*again)[1])["train_curve"][-1]["loss"] == metrics["train_curve"][-1]["loss"]
 
 
+def test_rows_that_are_cut_or_left_out_are_told(run, model_folder, tmp_path):
+    rows = [
+        ("what is this", "a word " * 90),
+        *[("what is this " * 90, "a word")] * 2,
+        *[("what is this", "a word")] * 9,
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"question": q, "answer": a}) + "\n" for q, a in rows))
+    lengths = ("--max-length", 60, "--skip-emptied")
+    code, out, err = run("train", model_folder, "--data", "rows.jsonl", "--out", "run", *SMALL[:4], *lengths, "--json")
+    assert code == 0, err
+    metrics = json.loads(out)
+    assert (metrics["rows_truncated"], metrics["rows_skipped"]) == (1, 2)
+    assert "note: 1 of 10 rows are cut to 60 tokens (--max-length)" in err
+    assert "note: 2 rows are left out, with no token to learn within --max-length" in err
+
+
 def test_layers_below_learn_at_first(run, model_folder, data_file, tmp_path):
     train = ("train", model_folder, "--data", data_file, *SMALL, "--json")
     default, plain = (

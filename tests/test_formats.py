@@ -14,6 +14,7 @@ from aletheia.data.batches import collate
 from aletheia.errors import ModelError
 from aletheia.probing.preflight import preflight
 from aletheia.probing.streamed import probe_streamed
+from aletheia.reporting.comparison import repeat_command
 from aletheia.tuning.streamed import fill_streamed, streamed_cache
 
 
@@ -44,9 +45,13 @@ def test_a_quantized_base_is_probed_and_trained(family, kind, folder, examples, 
     adapted = aletheia.adapt(base.model, plan)
     run = aletheia.train(
         adapted, examples.subset(range(8)), plan, tmp_path / "run", examples.subset(range(8, 10)), steps=3,
-        learning_rate=0.01, cache="memory", free_prefix=False, show_progress=False,
+        learning_rate=0.01, cache="auto" if kind == "int8" else "memory", free_prefix=False, show_progress=False,
     )  # fmt: skip
-    assert run.metrics.settings.cache == "memory"
+    assert run.metrics.settings.cache == ("off" if kind == "int8" else "memory")
+    if kind == "int8":  # 8-bit layers compute otherwise while they train
+        assert "compute otherwise in training" in run.metrics.cache_reason
+    assert run.metrics.settings.quantization == kind
+    assert f"--quantize {kind}" in repeat_command(run)
     batch = collate(examples.examples[:2], 0)
     with torch.no_grad():
         trained = adapted.eval()(**batch).logits
@@ -54,6 +59,20 @@ def test_a_quantized_base_is_probed_and_trained(family, kind, folder, examples, 
             aletheia.load(name, "float32", quantize=kind).model, tmp_path / "run"
         ).eval()(**batch).logits  # fmt: skip
     torch.testing.assert_close(again, trained, atol=1e-5, rtol=1e-5)
+
+
+def test_4_bit_layers_keep_their_gradient_after_an_evaluation(folder, examples, monkeypatch):
+    import bitsandbytes
+
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)  # as on newer processors
+    name = folder(aletheia.load(folder(make_model("llama")), "float32", quantize="nf4").model, "quantized")
+    for model in (aletheia.load(name, "float32").model, Checkpoint(name, "float32").suffix(0)):
+        layers = [module for module in model.modules() if isinstance(module, bitsandbytes.nn.Linear4bit)]
+        hidden = torch.randn(1, 3, layers[0].in_features)
+        with torch.no_grad():
+            layers[0].eval()(hidden)
+        assert not getattr(layers[0].weight.quant_state, "packing_format_for_cpu", False)
+        assert layers[0](hidden.requires_grad_()).requires_grad
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

@@ -32,10 +32,10 @@ from transformers.utils import logging
 
 from aletheia.anatomy.fingerprint import configuration, identity, sample_embedding, sample_layer
 from aletheia.anatomy.layerwise import NoEmbedding, PassThrough, layer_call, replace_module
-from aletheia.anatomy.load import Attention, explained, load_config, pick, pick_device
+from aletheia.anatomy.load import Attention, explained, keep_gradients, load_config, pick, pick_device
 from aletheia.anatomy.read import find_layers, layer_index, read_anatomy
 from aletheia.anatomy.schema import Anatomy, ModelIdentity
-from aletheia.anatomy.shards import STREAMED_QUANTIZERS, Buffers, Cast, item_bytes, opened, shard_files
+from aletheia.anatomy.shards import STREAMED_QUANTIZERS, Buffers, Cast, item_bytes, opened, sampled_sha256, shard_files
 from aletheia.errors import ModelError
 from aletheia.files import package_versions
 
@@ -128,9 +128,15 @@ class Checkpoint:
 
     @property
     def state(self) -> str:
-        """What hidden states depend on besides the tokens: shards by name, bytes and time of change (ns), settings."""
+        """What hidden states depend on besides the tokens: shards, settings, packages.
+
+        A shard is known by its name, size, time of change (ns) and a sample of its bytes: archives and images give all
+        files one time.
+        """
         paths = sorted({stored.path for part in self._stored.values() for stored in part})
-        shards = [(Path(path).name, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+        shards = [
+            (Path(path).name, os.stat(path).st_size, os.stat(path).st_mtime_ns, sampled_sha256(path)) for path in paths
+        ]
         about = configuration(self.model) | {
             "shards": shards,
             "dtype": str(self.dtype),
@@ -154,6 +160,7 @@ class Checkpoint:
                 model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
                 if quantizer is not None:
                     quantizer.preprocess_model(model=model, dtype=self.dtype, device_map={"": self.device})
+                    keep_gradients(model)
             model.tie_weights()
         model.config._name_or_path = self.name
         model.name_or_path = self.name

@@ -1,5 +1,6 @@
 """The safetensors files of a checkpoint, and memory for the weights read from them."""
 
+import hashlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from aletheia.anatomy.load import explained, load_config
 from aletheia.errors import ModelError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+PAGE = 4096  # bytes
 STREAMED_QUANTIZERS = ("bitsandbytes",)  # whose layers can be loaded one by one
 
 
@@ -62,6 +64,17 @@ class Cast:
         """The whole tensor, cast."""
         value = self.view[everything]
         return self.buffers.take(value.shape, self.dtype).copy_(value)
+
+
+def sampled_sha256(path: str, blocks: int = 256) -> str:
+    """The sha256 of ``blocks`` pages spread evenly over a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        last = max(0, os.fstat(file.fileno()).st_size - PAGE)
+        for block in range(blocks):
+            file.seek(last * block // (blocks - 1))
+            digest.update(file.read(PAGE))
+    return digest.hexdigest()
 
 
 def weights_bytes(name: str, dtype: torch.dtype) -> int | None:

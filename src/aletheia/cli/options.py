@@ -116,7 +116,14 @@ def encode_for(base: "Loaded | Checkpoint", rows: "Rows", max_length: int, skip_
     positions = getattr(base.model.config.get_text_config(), "max_position_embeddings", None) or max_length
     if positions < max_length:
         say(f"note: the model has {positions} positions; --max-length {max_length} is lowered to that")
-    return encode(rows, base.tokenizer, min(max_length, positions), skip_emptied, base.vocab_size)
+    examples = encode(rows, base.tokenizer, min(max_length, positions), skip_emptied, base.vocab_size)
+    if examples.truncated:
+        say(
+            f"note: {examples.truncated} of {len(examples)} rows are cut to {examples.max_length} tokens (--max-length)"
+        )
+    if examples.skipped:
+        say(f"note: {examples.skipped} rows are left out, with no token to learn within --max-length")
+    return examples
 
 
 def load_for(

@@ -137,6 +137,8 @@ def _conditions(runs: Sequence[Run]) -> dict[str, list[tuple[object, str]]]:
         "seed": [(setting.seed, str(setting.seed)) for setting in settings],
         "learning rate": [(setting.learning_rate, f"{setting.learning_rate:g}") for setting in settings],
         "dtype": [(setting.dtype, setting.dtype) for setting in settings],
+        "quantization": [(setting.quantization, setting.quantization or NOTHING) for setting in settings],
+        "attention": [(setting.attention, setting.attention or NOTHING) for setting in settings],
         "device": [(setting.device, setting.device) for setting in settings],
         "torch version": [(version, version) for version in torch],
     }
@@ -261,7 +263,7 @@ def _setting_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
         Row("Tokens seen", tuple(human_count(metrics.tokens) for metrics in every)),
         Row("with a label", tuple(human_count(metrics.labelled_tokens) for metrics in every)),
         Row("Peak memory", tuple(human_bytes(metrics.peak_memory_bytes) for metrics in every)),
-        Row("Dtype", tuple(setting.dtype for setting in settings)),
+        Row("Dtype", tuple(", ".join(filter(None, (setting.dtype, setting.quantization))) for setting in settings)),
         Row("Device", tuple(setting.device for setting in settings)),
         Row("Seed", tuple(str(setting.seed) for setting in settings)),
     )
@@ -293,6 +295,10 @@ def repeat_command(run: Run) -> tuple[str, ...]:
         ("--gradient-checkpointing", settings.gradient_checkpointing),
         ("--out", f"{run.name}-again"),
     ]
+    if settings.quantization in ("nf4", "int8"):
+        options.append(("--quantize", settings.quantization))
+    if settings.attention:
+        options.append(("--attention", settings.attention))
     head = f"aletheia train {shlex.quote(metrics.model.name)}"
     switches = [] if settings.group_by_length else ["--no-group-by-length"]
     return (head, *(f"{flag} {shlex.quote(value)}" for flag, value in options), *switches)

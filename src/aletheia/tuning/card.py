@@ -38,7 +38,7 @@ Made with `aletheia-tune` {metrics.packages.get("aletheia-tune", "")}; the adapt
 | learning rate | {settings.learning_rate:g} |
 | held-out loss | {metrics.held_out_loss_before:.4f} before, {metrics.held_out_loss_after:.4f} after \
 ({metrics.held_out_rows} rows, {metrics.held_out_tokens:,} completion tokens) |
-| training time | {metrics.seconds.train:.0f} s on {settings.device}, {settings.dtype} |
+| training time | {metrics.seconds.train:.0f} s on {settings.device}, {settings.dtype}{_quantized(run)} |
 
 `plan.json` names every adapted module with its rank and alpha; `metrics.json` holds the loss curves.
 
@@ -50,6 +50,11 @@ base = AutoModelForCausalLM.from_pretrained({_from_pretrained(metrics.model.name
 model = PeftModel.from_pretrained(base, "this folder")
 ```
 """
+
+
+def _quantized(run: Run) -> str:
+    kind = run.metrics.settings.quantization
+    return f", base quantized ({kind})" if kind else ""
 
 
 def _early(run: Run) -> str:

@@ -24,10 +24,12 @@ KEPT = {  # what takes the time: products with weights, and attention where its 
     _aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aletheia.lora_linear.default,
 }
+KEPT_BY_NAME = {"bitsandbytes::gemm_4bit", "bitsandbytes::int8_mixed_scaled_mm", "bitsandbytes::int8_scaled_mm"}
 
 
 def _keep_products(ctx: SelectiveCheckpointContext, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    is_product = operator in KEPT or operator.name() in KEPT_BY_NAME
+    return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @contextmanager
