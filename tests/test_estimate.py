@@ -45,6 +45,11 @@ def test_a_plan_keeps_to_max_memory(scores):
         lowest = lowest_boundary(scores.anatomy, scores.weight_bytes, ranks, 1000, share, cap)
         made = aletheia.plan(scores, percent=100, max_memory=cap, batch_tokens=1000, labelled_share=share)
         assert made.boundary == lowest
+    cap = needed(scores, 3)
+    lowest = aletheia.plan(scores, percent=100, max_memory=cap, batch_tokens=1000).boundary
+    assert (
+        0 < lowest == min(point.boundary for point in aletheia.plan_frontier(scores, max_memory=cap, batch_tokens=1000))
+    )
     with pytest.raises(PlanError, match="the last layer alone takes"):
         aletheia.plan(scores, max_memory=PROCESS_BYTES)
     with pytest.raises(PlanError, match=r"--policy uniform adapts layer 0; expected none below \d"):

@@ -223,6 +223,13 @@ def test_the_frontier_is_exact(scores, backward, adapter, epochs):
         assert point.relative_cached_step_time == pytest.approx(costs.cached_step(point.layers) / costs.baseline)
 
 
+def test_the_frontier_keeps_to_early_steps():
+    read = make_scores([float(7 - abs(layer - 5)) for layer in range(12)])
+    whole = {point.layers: point.relative_run_time for point in plan_frontier(read)}
+    for point in plan_frontier(read, freeze_after=0.25, epochs=1 / 0.75):  # one pass is left then
+        assert point.relative_run_time == pytest.approx(0.25 * whole[tuple(range(12))] + 0.75 * whole[point.layers])
+
+
 def test_the_plan_lies_on_the_frontier_and_uniform_is_its_end():
     read = make_scores([float(7 - abs(layer - 5)) for layer in range(12)])
     points = plan_frontier(read)

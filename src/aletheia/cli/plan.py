@@ -115,7 +115,18 @@ def plan(
         made.write(out)
     points = []
     if show_frontier or plot is not None:
-        points = plan_frontier(read, rank, made.settings.ranks, attention_rank, mlp_rank, epochs)
+        points = plan_frontier(
+            read,
+            rank,
+            made.settings.ranks,
+            attention_rank,
+            mlp_rank,
+            epochs,
+            routers,
+            parse_memory(max_memory),
+            batch_tokens,
+            made.settings.freeze_after,
+        )
     if plot is not None:
         plot_frontier(points, made, plot)
         say(f"wrote {plot}")

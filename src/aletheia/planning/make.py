@@ -1,6 +1,7 @@
 """From scores to a plan: choose the layers, give their modules ranks, predict the cost."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import get_args
 
 from aletheia.anatomy.schema import Module
@@ -160,15 +161,30 @@ def plan_frontier(
     attention_rank: int | None = None,
     mlp_rank: int | None = None,
     epochs: float = 1.0,
+    routers: bool = False,
+    max_memory: int | None = None,
+    batch_tokens: int = 4096,
+    freeze_after: float = 0.0,
 ) -> list[FrontierPoint]:
     """Every undominated choice of layers, fastest first: predicted time of ``epochs`` passes against importance.
+
+    Arguments are those of :func:`plan`.
 
     Raises:
         PlanError: a setting is out of range.
     """
     settings = _settings("depth-aware", 100, rank, ranks, attention_rank, mlp_rank, None, 0, None, epochs)
-    ranks_by_name = _nominal_ranks(scores.anatomy.adaptable(), settings)
-    return frontier(scores.layers, _costs(scores, settings, ranks_by_name), epochs)
+    settings = settings.model_copy(update={"freeze_after": freeze_after})
+    adaptable = scores.anatomy.adaptable(routers)
+    costs = _costs(scores, settings, _nominal_ranks(adaptable, settings))
+    lowest = 0 if max_memory is None else _lowest(scores, settings, adaptable, max_memory, batch_tokens, 1.0)
+    _check_freeze(freeze_after, lowest)
+    rest, _ = _after_freeze(scores, costs, settings, lowest)
+    early = freeze_after * costs.step(range(scores.anatomy.layer_count)) / costs.baseline
+    return [
+        replace(choice, relative_run_time=early + (1 - freeze_after) * choice.relative_run_time)
+        for choice in frontier(scores.layers, costs, rest, lowest)
+    ]
 
 
 def _settings(
