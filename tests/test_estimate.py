@@ -7,7 +7,7 @@ from tiny import make_model
 import aletheia
 from aletheia.errors import PlanError
 from aletheia.planning.estimate import Job, Machine, estimate, estimate_plan
-from aletheia.planning.memory import PROCESS_BYTES, lowest_boundary, training_bytes
+from aletheia.planning.memory import ADAPTER_BYTES, PROCESS_BYTES, lowest_boundary, training_bytes
 from aletheia.reporting.estimate import estimate_view
 
 
@@ -58,6 +58,21 @@ def test_a_plan_keeps_to_max_memory(scores):
         aletheia.plan(scores, max_memory=needed(scores, 5), batch_tokens=1000, freeze_after=0.25)
     with pytest.raises(PlanError, match="tell no weight sizes"):
         aletheia.plan(scores.model_copy(update={"weight_bytes": None}), max_memory=10**9)
+
+
+def test_adapted_experts_are_held_twice(examples):
+    model = make_model("mixtral")
+    scores = aletheia.probe(model, examples, batches=1)
+    modules = [module for module in scores.anatomy.adaptable() if module.layer == 3]
+    stacks = {module.name: module for module in modules if module.fused}
+    sizes = [model.get_parameter(name).nbytes for name in stacks]
+    without, added = (
+        training_bytes(scores.anatomy, scores.weight_bytes, [3], {module.name: 4 for module in some}, 100)
+        for some in ([module for module in modules if not module.fused], modules)
+    )
+    adapters = ADAPTER_BYTES * sum(module.lora_parameters(4) for module in stacks.values())
+    # a layer's norms and router are counted with its experts, in proportion
+    assert added - without == pytest.approx(sum(sizes) + max(sizes) + adapters, rel=0.02)
 
 
 def test_the_estimate_follows_its_formulas(scores):

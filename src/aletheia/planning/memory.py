@@ -32,9 +32,11 @@ def training_bytes(
 ) -> int:
     """Peak memory of the process while it trains ``layers`` from a filled cache, estimated from above.
 
-    The weights from the boundary up and the head; adapters with gradients and AdamW; activations, counted as twice
-    the inputs and outputs of every matrix from the boundary up in float32, which covers norms, attention and backward's
-    own needs; the logits at labelled positions; and the process itself.
+    The weights from the boundary up and the head; a second copy of every adapted stack of experts, into which PEFT
+    folds the adapter and which backward needs, and the gradient of the largest; adapters with gradients and AdamW;
+    activations, counted as twice the inputs and outputs of every matrix from the boundary up in float32, which covers
+    norms, attention that keeps no square matrix and backward's own needs; the logits at labelled positions; and the
+    process itself.
 
     Args:
         anatomy: of the whole model.
@@ -46,15 +48,15 @@ def training_bytes(
     """
     boundary = min(layers)
     suffix = [module for module in anatomy.modules if module.layer >= boundary]
-    parameters = sum(
-        module.lora_parameters(ranks[module.name])
-        for module in suffix
-        if module.layer in layers and module.name in ranks
-    )
+    adapted = [module for module in suffix if module.layer in layers and module.name in ranks]
+    parameters = sum(module.lora_parameters(ranks[module.name]) for module in adapted)
+    per_parameter = [size / count for size, count in zip(weights.layers, anatomy.layer_parameters, strict=True)]
+    stacks = [module.parameters * per_parameter[module.layer] for module in adapted if module.fused]
+    folded = sum(stacks) + max(stacks, default=0)
     widths = sum(module.features_per_token for module in suffix)
     logits = LOGIT_COPIES * tokens * labelled_share * anatomy.vocab_size
     held = sum(weights.layers[boundary:]) + weights.outside + (0 if boundary else weights.embedding)
-    return int(PROCESS_BYTES + held + ADAPTER_BYTES * parameters + 4 * (2 * tokens * widths + logits))
+    return int(PROCESS_BYTES + held + folded + ADAPTER_BYTES * parameters + 4 * (2 * tokens * widths + logits))
 
 
 def lowest_boundary(

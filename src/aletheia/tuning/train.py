@@ -106,6 +106,11 @@ def train(
     steps = steps or math.ceil(epochs * math.ceil(len(data) / batch_size))
     if learning_rate is None:
         learning_rate = default_learning_rate(model.config.get_text_config().hidden_size, steps)
+    if model.device.type == "cuda" and model.device.index:
+        raise TrainingError(
+            f"the model is on {model.device}, and Trainer takes the first GPU it sees; expected it on cuda:0, "
+            f"started with CUDA_VISIBLE_DEVICES={model.device.index}"
+        )
     out = claim_output(out, overwrite, 4 * plan.trainable_parameters)
     check_adapters(model, plan)
     batches = training_batches([len(example) for example in data.examples], batch_size, steps, seed, group_by_length)
