@@ -17,6 +17,7 @@ from aletheia.campaign.executors import LocalPool, check_workers
 from aletheia.campaign.grid import Row, jobs
 from aletheia.campaign.run import run_campaign
 from aletheia.campaign.spec import BASE, json_schema, parse_campaign, read_campaign
+from aletheia.campaign.steps import ATTEMPTS, undisturbed
 from aletheia.campaign.store import STORE_FILE, Record, Store
 from aletheia.errors import CampaignError
 from aletheia.reporting.campaign import to_csv, write_report
@@ -331,6 +332,21 @@ def test_a_speed_campaign_on_tiny_models(tmp_path, data_file):
         assert min(result["step_seconds"]) > 0
         assert result["about"]["packages"]["torch"]
     assert all(path.stat().st_size > 500 for path in write_report(Store(tmp_path / STORE_FILE), tmp_path))
+
+
+def test_steps_that_other_work_disturbed_are_taken_again(monkeypatch):
+    others = iter([0.0, 9.0, 9.0, 9.001, *[20.0 * count for count in range(1, 9)]])  # busy seconds around each attempt
+    monkeypatch.setattr("aletheia.campaign.steps._busy_seconds", lambda: next(others))
+    taken = []
+
+    def step():
+        time.sleep(0.05)
+        taken.append(len(taken))
+        return taken[-1]
+
+    assert undisturbed(step) == 1  # the second one was left alone
+    assert undisturbed(step) in (2, 3, 4, 5)  # none was: the least disturbed counts
+    assert len(taken) == 2 + ATTEMPTS
 
 
 @pytest.mark.slow
