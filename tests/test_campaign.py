@@ -312,10 +312,12 @@ def subprocess_result():
 
 def test_the_csv_has_a_line_per_row():
     records = [
-        Record(Row("m", "a", 0), "done", None, {"x": [1, 2], "y": {"z": None}}),
+        Record(Row("m", "a", 0), "done", None, {"x": [1, 2], "y": {"z": None}, "path": "/home/me/rows.jsonl"}),
         Record(Row("m", "b", 0), "pending", None, None),
     ]
-    assert to_csv(records) == "model,arm,seed,status,reason,x,y.z\nm,a,0,done,,1 2,\nm,b,0,pending,,,\n"
+    assert to_csv(records) == (
+        "model,arm,seed,status,reason,path,x,y.z\nm,a,0,done,,rows.jsonl,1 2,\nm,b,0,pending,,,,\n"
+    )
 
 
 def test_a_speed_campaign_on_tiny_models(tmp_path, data_file):

@@ -27,7 +27,6 @@ from aletheia.tuning.lean import lean_adapters, lean_loss
 from aletheia.tuning.prefix import frozen_prefix, prefix_output, stored_prefix
 from aletheia.tuning.recompute import Recompute, recomputation
 
-
 ATTEMPTS = 4
 OTHERS = 0.1  # of the processors, which other work may use during a step that counts
 

@@ -140,6 +140,8 @@ def _flat(result: Mapping[str, Any], at: str = "") -> dict[str, Any]:
             found |= _flat(value, f"{at}{name}.")
         elif isinstance(value, list):
             found[f"{at}{name}"] = " ".join(str(item) for item in value)
+        elif isinstance(value, str) and Path(value).is_absolute():
+            found[f"{at}{name}"] = Path(value).name  # where it lay is nobody's business
         else:
             found[f"{at}{name}"] = "" if value is None else value
     return found
