@@ -22,7 +22,7 @@ import torch
 from aletheia.data.batches import collate
 from aletheia.data.examples import Example
 from aletheia.errors import ArtifactError, CacheError
-from aletheia.files import Artifact
+from aletheia.files import Artifact, free_bytes
 from aletheia.tuning.prefix import PREFIX
 
 KEPT_FREE_BYTES = 1 << 30  # of a disk that a cache may not fill to the brim
@@ -264,8 +264,7 @@ def check_space(folder: Path, needed_bytes: int) -> None:
     Raises:
         CacheError: names what is needed and what is free.
     """
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_bytes(folder)
     if needed_bytes + KEPT_FREE_BYTES > free:
         raise CacheError(
             f"the prefix cache needs {needed_bytes / 1e9:.2f} GB in {folder}, {free / 1e9:.2f} GB are free and 1 GB is "

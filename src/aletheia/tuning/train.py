@@ -36,6 +36,7 @@ from aletheia.tuning.watch import Watch
 WARMUP_SHARE = 0.05
 SHORT_RUN_STEPS = 200
 EVALUATIONS = 4  # held-out losses during training, after the one before it
+LAUNCHERS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # how many processes there are
 
 
 def train(
@@ -270,9 +271,6 @@ def default_learning_rate(hidden_size: int, steps: int) -> float:
     """
     multiplier = 10 + 5 * min(1.0, SHORT_RUN_STEPS / steps)
     return 5e-5 * multiplier * (2000 / hidden_size) ** 0.781
-
-
-LAUNCHERS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # how many processes there are
 
 
 def check_settings(
