@@ -32,7 +32,7 @@ BENCHMARKS = {
 def forecast(campaign: SpeedCampaign | BehaviourCampaign, folder: Path, workers: int = 1) -> Forecast:
     """Estimate from operations and this machine's speed, or from the rows of this campaign that are done.
 
-    The first counts operations of training and evaluation on items of usual length: right within a factor of about two.
+    The first counts operations of training and evaluation on items of usual length: a rough guess.
     """
     planned, anatomies = jobs(campaign), {model.name: _anatomy(model) for model in campaign.models}
     done, spent = _done(campaign, folder)
