@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from test_streamed import same
 from tiny import make_model, make_tokenizer
 
@@ -15,6 +17,10 @@ from aletheia.errors import ModelError
 from aletheia.probing.preflight import preflight
 from aletheia.probing.streamed import probe_streamed
 from aletheia.reporting.comparison import repeat_command
+from aletheia.tuning import correction
+from aletheia.tuning.adapters import adapted_modules
+from aletheia.tuning.correction import Correction
+from aletheia.tuning.run import Run
 from aletheia.tuning.streamed import fill_streamed, streamed_cache
 
 
@@ -59,6 +65,90 @@ def test_a_quantized_base_is_probed_and_trained(family, kind, folder, examples, 
             aletheia.load(name, "float32", quantize=kind).model, tmp_path / "run"
         ).eval()(**batch).logits  # fmt: skip
     torch.testing.assert_close(again, trained, atol=1e-5, rtol=1e-5)
+
+
+def gap(model, plain, batch):
+    """How far the logits of the rows' tokens are from those of the model before it was quantized."""
+    with torch.no_grad():
+        return (model(**batch).logits - plain(**batch).logits)[batch["attention_mask"].bool()].norm().item()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2_moe"])
+def test_a_corrected_base_is_nearer_to_what_it_was(family, folder, examples, tmp_path):
+    name = folder(make_model(family))
+    plain, base = aletheia.load(name, "float32").model, aletheia.load(name, "float32", quantize="nf4").model
+    plan = aletheia.plan(aletheia.probe(plain, examples, batches=2), "uniform", rank=8)
+    batch = collate(examples.examples[:8], 0)
+    adapted = aletheia.adapt(base, plan).eval()
+    before = gap(adapted, plain, batch)
+    correct = Correction()
+    with correct:
+        correct.measure(adapted, Checkpoint(name, "float32").read_layers(range(4)), batch)
+        quantized = [
+            m for m in adapted.modules() if isinstance(m, LoraLayer) and correction._is_4bit(m.get_base_layer())
+        ]
+        assert len(correct) == len(quantized) > 0
+        corrected = gap(adapted, plain, batch)
+    assert gap(adapted, plain, batch) == pytest.approx(before)
+    assert corrected < 0.8 * before
+    correct.fold(adapted, plan)
+    assert gap(adapted, plain, batch) == pytest.approx(corrected, rel=1e-4)
+    assert {quantized[0].r["default"], quantized[0].lora_alpha["default"]} == {16, 32}
+    adapted.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(aletheia.load(name, "float32", quantize="nf4").model, tmp_path / "adapter")
+    assert gap(again.eval(), plain, batch) == pytest.approx(corrected, rel=1e-4)
+
+
+def test_no_correction_of_that_rank_is_better():
+    torch.manual_seed(0)
+    error, x = torch.randn(12, 10), torch.randn(200, 10) @ torch.randn(10, 10)
+    a, b = correction._factors(error, x, 3)
+
+    def left(change):
+        return ((error - change) @ x.T).norm().item()
+
+    best = left(b @ a)
+    assert best < left(0 * error)
+    assert best == pytest.approx(torch.linalg.svdvals(error @ x.T)[3:].norm().item())
+    u, s, v = torch.linalg.svd(error, full_matrices=False)
+    assert best < left(u[:, :3] * s[:3] @ v[:3])  # the best for the weights, not for what comes out of them
+    a, b = correction._factors(error, x[:2], 3)  # fewer tokens than directions
+    assert (a.shape, b.shape) == ((3, 10), (12, 3))
+    assert (error - b @ a) @ x[:2].T == pytest.approx(torch.zeros(12, 2), abs=1e-4)
+
+
+def test_training_corrects_an_nf4_base_and_says_so(run, folder, data_file, tmp_path):
+    name = folder(make_model("llama"))
+    asked = ("train", name, "--data", data_file, "--steps", 4, "--quantize", "nf4", "--learning-rate", 0.01)
+    for label, switch in (("corrected", ("--correct-quantization",)), ("plain", ())):
+        code, _, err = run(*asked, "--out", label, *switch)
+        assert code == 0, err
+    corrected, plain = Run.read(tmp_path / "corrected"), Run.read(tmp_path / "plain")
+    assert corrected.metrics.settings.quantization_corrected
+    assert not plain.metrics.settings.quantization_corrected
+    assert corrected.metrics.held_out_loss_before == plain.metrics.held_out_loss_before
+    assert corrected.metrics.trainable_parameters == plain.metrics.trainable_parameters
+    assert "--correct-quantization" in repeat_command(corrected)
+    assert "--correct-quantization" not in repeat_command(plain)
+    assert "frozen correction" in (tmp_path / "corrected" / "README.md").read_text()
+    weights = [load_file(tmp_path / label / "adapter_model.safetensors") for label in ("corrected", "plain")]
+    for key, value in weights[1].items():
+        assert weights[0][key].numel() == 2 * value.numel()
+    base = aletheia.load(name, "float32", quantize="nf4").model
+    adapted = aletheia.load_adapter(base, tmp_path / "corrected")  # twice the rank of its plan
+    assert set(adapted_modules(adapted).values()) == {(32, 64.0)}
+
+
+def test_a_correction_is_refused_where_there_is_nothing_to_correct(run, data_file):
+    for quantize in ((), ("--quantize", "int8")):
+        code, _, err = run("train", "base", "--data", data_file, "--correct-quantization", *quantize, "--out", "run")
+        assert code == 2
+        assert "expected nf4" in err
+    code, _, err = run(
+        "train", "base.gguf", "--data", data_file, "--correct-quantization", "--quantize", "nf4", "--out", "run"
+    )
+    assert code == 2
+    assert "expected safetensors" in err
 
 
 def test_4_bit_layers_keep_their_gradient_after_an_evaluation(folder, examples, monkeypatch):

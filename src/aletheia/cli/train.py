@@ -95,6 +95,13 @@ def train(
     ] = True,
     dtype: DtypeOption = "auto",
     quantize: QuantizeOption = None,
+    correct_quantization: Annotated[
+        bool,
+        typer.Option(
+            "--correct-quantization",
+            help="With --quantize nf4: a frozen part of each adapter takes back most of what that does. Fits NF4 only.",
+        ),
+    ] = False,
     attention: AttentionOption = None,
     stream: StreamOption = None,
     max_memory: MaxMemoryOption = None,
@@ -124,12 +131,17 @@ def train(
     from aletheia.tuning.train import check_settings
     from aletheia.tuning.train import train as run_training
 
+    if correct_quantization and quantize != "nf4":
+        raise TrainingError(
+            "--correct-quantization takes back what --quantize nf4 does to weights; "
+            f"found {f'--quantize {quantize}' if quantize else 'no --quantize'}, expected nf4"
+        )
     check_settings(steps, epochs, batch_size, learning_rate, cache, gradient_checkpointing, init)
     claim_output(out, overwrite)
     plan = Plan.read(plan_file) if plan_file else None
     rows = load_rows(data)
     eval_source = load_rows(eval_data) if eval_data else None
-
+    unquantized = Checkpoint(model, dtype) if correct_quantization else None
     seconds: dict[str, float] = {}
     cap = parse_memory(max_memory)
     say(f"load   {model}")
@@ -187,6 +199,7 @@ def train(
         cache_dir=cache_dir,
         free_prefix=True,
         prefix=prefix,
+        unquantized=unquantized,
         gradient_checkpointing=gradient_checkpointing,  # type: ignore[arg-type]
         group_by_length=group_by_length,
         overwrite=overwrite,

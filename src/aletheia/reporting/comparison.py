@@ -17,7 +17,7 @@ from aletheia.reporting.format import (
     printable,
     rank_summary,
 )
-from aletheia.tuning.run import PHASES, HeldOutPoint, Metrics, Run
+from aletheia.tuning.run import PHASES, HeldOutPoint, Metrics, Run, TrainSettings
 
 NO_INTERVAL = (
     "One run each: these are single wall-clock timings on a machine whose noise was not removed, so they carry "
@@ -137,7 +137,10 @@ def _conditions(runs: Sequence[Run]) -> dict[str, list[tuple[object, str]]]:
         "seed": [(setting.seed, str(setting.seed)) for setting in settings],
         "learning rate": [(setting.learning_rate, f"{setting.learning_rate:g}") for setting in settings],
         "dtype": [(setting.dtype, setting.dtype) for setting in settings],
-        "quantization": [(setting.quantization, setting.quantization or NOTHING) for setting in settings],
+        "quantization": [
+            ((setting.quantization, setting.quantization_corrected), _quantization(setting) or NOTHING)
+            for setting in settings
+        ],
         "attention": [(setting.attention, setting.attention or NOTHING) for setting in settings],
         "device": [(setting.device, setting.device) for setting in settings],
         "torch version": [(version, version) for version in torch],
@@ -263,10 +266,14 @@ def _setting_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
         Row("Tokens seen", tuple(human_count(metrics.tokens) for metrics in every)),
         Row("with a label", tuple(human_count(metrics.labelled_tokens) for metrics in every)),
         Row("Peak memory", tuple(human_bytes(metrics.peak_memory_bytes) for metrics in every)),
-        Row("Dtype", tuple(", ".join(filter(None, (setting.dtype, setting.quantization))) for setting in settings)),
+        Row("Dtype", tuple(", ".join(filter(None, (setting.dtype, _quantization(setting)))) for setting in settings)),
         Row("Device", tuple(setting.device for setting in settings)),
         Row("Seed", tuple(str(setting.seed) for setting in settings)),
     )
+
+
+def _quantization(setting: TrainSettings) -> str | None:
+    return f"{setting.quantization}, corrected" if setting.quantization_corrected else setting.quantization
 
 
 def repeat_command(run: Run) -> tuple[str, ...]:
@@ -301,4 +308,6 @@ def repeat_command(run: Run) -> tuple[str, ...]:
         options.append(("--attention", settings.attention))
     head = f"aletheia train {shlex.quote(metrics.model.name)}"
     switches = [] if settings.group_by_length else ["--no-group-by-length"]
+    if settings.quantization_corrected:
+        switches.append("--correct-quantization")
     return (head, *(f"{flag} {shlex.quote(value)}" for flag, value in options), *switches)

@@ -53,8 +53,10 @@ model = PeftModel.from_pretrained(base, "this folder")
 
 
 def _quantized(run: Run) -> str:
-    kind = run.metrics.settings.quantization
-    return f", base quantized ({kind})" if kind else ""
+    settings = run.metrics.settings
+    if settings.quantization_corrected:
+        return f", base quantized ({settings.quantization}; half of each rank is a frozen correction of that)"
+    return f", base quantized ({settings.quantization})" if settings.quantization else ""
 
 
 def _early(run: Run) -> str:

@@ -20,8 +20,8 @@ REPORT_FILE = "report.html"
 class PhaseSeconds(BaseModel):
     """Wall-clock seconds by phase.
 
-    ``cache`` is deciding on the prefix cache and filling it, ``init`` the passes that turn the adapters towards the
-    gradient, ``train`` the optimizer steps alone, ``eval`` the held-out evaluation.
+    ``cache`` is deciding on the prefix cache and filling it, ``init`` the passes that correct a 4-bit base and turn
+    the adapters towards the gradient, ``train`` the optimizer steps alone, ``eval`` the held-out evaluation.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -75,6 +75,7 @@ class TrainSettings(BaseModel):
     cache: Literal["memory", "disk", "off"] = "off"
     init: Literal["gradient", "random"] = "random"
     quantization: str | None = None  # of the base's matrices
+    quantization_corrected: bool = False  # by a frozen part of the adapters, which doubles their rank
     attention: str | None = None
 
 

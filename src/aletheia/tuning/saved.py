@@ -11,7 +11,7 @@ from aletheia.data.sources import one_line
 from aletheia.errors import AdapterError
 from aletheia.planning.plan import Plan
 from aletheia.tuning.adapters import adapted_modules
-from aletheia.tuning.run import PLAN_FILE
+from aletheia.tuning.run import METRICS_FILE, PLAN_FILE, Metrics
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
@@ -45,14 +45,18 @@ def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
             "expected an adapter trained on this base model"
         )
     if plan is not None:
-        _check_plan(adapted, plan, folder)
+        metrics = Metrics.read(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else None
+        _check_plan(adapted, plan, folder, metrics is not None and metrics.settings.quantization_corrected)
     return adapted.eval()
 
 
-def _check_plan(model: PeftModel, plan: Plan, folder: Path) -> None:
-    planned = {adapter.name: (adapter.rank, adapter.alpha) for adapter in plan.adapters}
+def _check_plan(model: PeftModel, plan: Plan, folder: Path, is_corrected: bool) -> None:
+    """``is_corrected``: the adapters of 4-bit weights have twice the planned rank and alpha."""
+    planned = {adapter.name: [(adapter.rank, adapter.alpha)] for adapter in plan.adapters}
+    if is_corrected:
+        planned = {name: [*pairs, *((2 * rank, 2 * alpha) for rank, alpha in pairs)] for name, pairs in planned.items()}
     found = adapted_modules(model)
-    differing = sorted(name for name in planned.keys() | found.keys() if planned.get(name) != found.get(name))
+    differing = sorted(name for name in planned.keys() | found.keys() if found.get(name) not in planned.get(name, []))
     if differing:
         raise AdapterError(
             f"{folder}: the adapter differs from its plan.json in {len(differing)} module(s), first {differing[0]}; "

@@ -5,6 +5,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.load import quantization_of
 from aletheia.data.examples import Example, Examples
 from aletheia.data.order import training_batches
@@ -23,6 +25,7 @@ from aletheia.files import package_versions
 from aletheia.planning.plan import Plan, layer_ranges
 from aletheia.tuning.adapters import check_adapters
 from aletheia.tuning.cache import PrefixCache
+from aletheia.tuning.correction import Correction
 from aletheia.tuning.fill import CacheKind
 from aletheia.tuning.initial import ROWS, Init, align_with_gradient
 from aletheia.tuning.memory import peak_memory_bytes, reset_peak_memory
@@ -35,6 +38,7 @@ from aletheia.tuning.watch import Watch
 
 WARMUP_SHARE = 0.05
 SHORT_RUN_STEPS = 200
+CORRECTION_TOKENS = 4096  # at most, beyond the first row
 EVALUATIONS = 4  # held-out losses during training, after the one before it
 LAUNCHERS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # how many processes there are
 
@@ -55,6 +59,7 @@ def train(
     cache_dir: str | Path | None = None,
     free_prefix: bool = False,
     prefix: PrefixCache | None = None,
+    unquantized: Checkpoint | None = None,
     gradient_checkpointing: Recompute = "off",
     group_by_length: bool = True,
     overwrite: bool = False,
@@ -87,6 +92,8 @@ def train(
             of no use afterwards, the run folder is complete.
         prefix: a cache that holds every row already, for a model of which only the upper layers are there
             (:meth:`aletheia.Checkpoint.suffix`); ``cache`` and ``cache_dir`` are not looked at then.
+        unquantized: the checkpoint that a 4-bit base was made from: each adapter then gets a frozen part of its own
+            rank that takes back most of what quantization did (:class:`aletheia.tuning.correction.Correction`).
         gradient_checkpointing: what of the suffix is computed again in backward instead of kept: ``off``,
             ``selective`` (all but the matrix products) or ``full``.
         group_by_length: make batches of rows of like length.
@@ -112,7 +119,7 @@ def train(
             f"the model is on {model.device}, and Trainer takes the first GPU it sees; expected it on cuda:0, "
             f"started with CUDA_VISIBLE_DEVICES={model.device.index}"
         )
-    out = claim_output(out, overwrite, 4 * plan.trainable_parameters)
+    out = claim_output(out, overwrite, 4 * plan.trainable_parameters * (1 if unquantized is None else 2))
     check_adapters(model, plan)
     batches = training_batches([len(example) for example in data.examples], batch_size, steps, seed, group_by_length)
     schedule = [[data[row] for row in batch] for batch in batches]
@@ -130,12 +137,16 @@ def train(
         stage.rise(schedule[early:], cache, where, prefix, EVALUATIONS, show_progress)
 
     watch = Watch(lambda: held_out_loss(model, held_out, batch_size, stage.collate), EVALUATIONS, show_progress)
-    with stage:
+    with stage, Correction() as correction:
         if not early:
             store()
         reset_peak_memory(model.device)
         watch.measure(step=0)
         started = time.perf_counter()
+        if unquantized is not None:
+            model.eval()
+            layers = unquantized.read_layers(sorted({adapter.layer for adapter in plan.adapters}))
+            correction.measure(model, layers, stage.collate(_first_rows(schedule)))
         model.train()
         if init == "gradient":
             align_with_gradient(model, (stage.collate(batch) for batch in schedule[: math.ceil(ROWS / batch_size)]))
@@ -146,6 +157,7 @@ def train(
         _fit(model, schedule, stage, arguments, watch)
         peak = peak_memory_bytes(model.device)
     check_adapters(model, plan)
+    correction.fold(model, plan)
     decision = stage.decision
     settings = TrainSettings(
         batch_size=batch_size,
@@ -159,6 +171,7 @@ def train(
         cache=decision.kind,
         init=init,
         quantization=quantization_of(model.get_base_model()),
+        quantization_corrected=bool(correction),
         attention=getattr(model.config, "_attn_implementation", None),
     )
     spent = _earlier(plan) | dict(earlier_seconds or {})
@@ -195,6 +208,16 @@ def train(
     run = Run(out, metrics, plan)
     save(model, run)
     return run
+
+
+def _first_rows(schedule: list[list[Example]]) -> list[Example]:
+    """As many rows as the gradient start takes, or fewer that are long: a batch that fits where training does."""
+    first: list[Example] = []
+    for row in chain.from_iterable(schedule):
+        if first and (len(first) == ROWS or sum(map(len, first)) + len(row) > CORRECTION_TOKENS):
+            break
+        first.append(row)
+    return first
 
 
 class _Trainer(Trainer):
