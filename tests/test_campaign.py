@@ -396,7 +396,11 @@ def behaviour_result(loss, right):
         "seconds": {"probe": 1.0, "cache": 0.0, "init": 0.0, "train": 2.0},
         "held_out_curve": [[0, 0.0, 2.0], [8, 2.0, loss]],
         "items": {
-            "heldout": {"value": [loss * 10 + index / 100 for index in range(12)], "weight": [10] * 12, "digest": "a"},
+            "heldout": {
+                "value": [loss * (10 + index / 100) for index in range(12)],
+                "weight": [10] * 12,
+                "digest": "a",
+            },
             "mmlu": {"value": right, "digest": "b", "cluster": [f"s{index % 4}" for index in range(12)]},
         },
         "about": {
@@ -412,7 +416,13 @@ def behaviour_campaign(**changes):
     return parse_campaign(
         spec
         | {"kind": "behaviour", "models": [{"name": "m", "config": LLAMA}], "held_out": "train.jsonl"}
-        | {"held_out_rows": 8, "tasks": tasks, "comparisons": [["depth-aware", "paper"]], "seeds": [0]}
+        | {
+            "held_out_rows": 8,
+            "held_out_margin": 0.01,
+            "tasks": tasks,
+            "comparisons": [["depth-aware", "paper"]],
+            "seeds": [0],
+        }
         | changes,
         "spec",
     )
@@ -420,7 +430,7 @@ def behaviour_campaign(**changes):
 
 def write_behaviour(folder):
     with Store.writing(folder, behaviour_campaign()) as store:
-        for arm, loss, wrong in (("base", 2.0, 6), ("uniform", 1.0, 3), ("paper", 1.0, 3), ("depth-aware", 0.9, 2)):
+        for arm, loss, wrong in (("base", 2.0, 6), ("uniform", 1.0, 3), ("paper", 1.2, 3), ("depth-aware", 0.9, 2)):
             right = [float(index >= wrong) for index in range(12)]
             store.record([Record(Row("m", arm, 0), "done", None, behaviour_result(loss, right))])
 
@@ -428,10 +438,13 @@ def write_behaviour(folder):
 def test_the_behaviour_report_says_what_cannot_be_shown(tmp_path):
     write_behaviour(tmp_path)
     html, markdown, csv = (path.read_text() for path in write_report(Store(tmp_path / STORE_FILE), tmp_path))
-    assert "depth-aware against paper on m: -0.1000 nats of held-out loss per token" in markdown
-    assert "| heldout | m | depth-aware | base | -1.1000 nats per token |" in markdown
+    assert "than uniform on m by more than 0.0100 nats" in markdown
+    assert "paper +0.2011 (worse by more), depth-aware -0.1005 (shown)" in markdown
+    assert "depth-aware against paper on m: -0.3016 nats of held-out loss per token" in markdown
+    assert "both chose the same layers in every run, so it is not selection that differs" in markdown
+    assert "| heldout | m | depth-aware | base | -1.1060 nats per token |" in markdown
     assert "cannot be shown at this size" in markdown  # three points of accuracy on twelve items
-    assert html.count("<svg") == 2
+    assert html.count("<svg") == 3
     assert csv.count("\n") == 5
 
 

@@ -42,11 +42,24 @@ def behaviour_page(campaign: BehaviourCampaign, records: Sequence[Record]) -> Pa
 
 
 def _verdict(summary: BehaviourSummary) -> str:
-    """Whether the arms that were asked about differ in held-out loss, whatever the answer is."""
+    """Each arm against the baseline with its margin, then the pairs that were asked about, whatever the answer is."""
+    extra = [found for found in summary.extra if found.task == HELD_OUT and found.margin is not None]
     asked = [found for found in summary.asked if found.task == HELD_OUT]
-    if not asked:
-        return "No two arms of this campaign were asked to be compared."
-    return " ".join(_sentence(found) for found in asked)
+    return " ".join([*_against_baseline(extra), *map(_sentence, asked)]) or "No two arms have finished yet."
+
+
+def _against_baseline(extra: Sequence[Difference]) -> list[str]:
+    """One sentence a model: who is not worse by more than the margin."""
+    told = []
+    for model in dict.fromkeys(found.model for found in extra):
+        own = [found for found in extra if found.model == model]
+        arms = ", ".join(f"{found.arm} {_amount(found.task, found.estimate.value)} ({_kept(found)})" for found in own)
+        margin = next(found.margin.margin for found in own if found.margin is not None)
+        told.append(
+            f"No worse than {own[0].other} on {model} by more than {_size_of(HELD_OUT, margin)} nats of held-out loss "
+            f"per token: {arms}."
+        )
+    return told
 
 
 def _sentence(found: Difference) -> str:
@@ -58,10 +71,12 @@ def _sentence(found: Difference) -> str:
         return f"{named}: {told} ({found.estimate.reason}{same})."
     between = f"{_amount(found.task, interval.low)} to {_amount(found.task, interval.high)}"
     if found.same_layers == found.seeds:
-        return f"{named}: both chose the same layers in every run, so selection cannot differ ({told}, {between})."
+        same = "both chose the same layers in every run, so it is not selection that differs"
+        return f"{named}: {told} ({between}); {same}."
     if not found.is_clear:
         return (
-            f"{named}: {told} ({between}), so {found.estimate.n} rows and {found.seeds} seeds cannot tell them apart."
+            f"{named}: {told} ({between}), so {found.estimate.n} rows and {found.seeds} "
+            f"seed{'s' if found.seeds > 1 else ''} cannot tell them apart."
         )
     return f"{named}: {told} ({between}), so {found.arm} is {'better' if found.gain > 0 else 'worse'}."
 
@@ -72,10 +87,15 @@ def _blocks(summary: BehaviourSummary) -> list[Block]:
     items = "Differences are paired by item; intervals are over items and seeds, with one seed over items alone"
     blocks: list[Block] = [
         Figure(
+            "Held-out loss against steps",
+            curves_svg(summary.curves, "behaviour-steps", "steps"),
+            f"A line per run, the same colour per arm{_before(summary)}.",
+        ),
+        Figure(
             "Held-out loss against wall-clock",
-            curves_svg(summary.curves, "behaviour-curves"),
-            "A line per run, the same colour per arm; seconds of the optimizer steps alone. Every arm takes the "
-            "fast step here, the baseline too: plain PEFT and Trainer take longer, see the speed campaign.",
+            curves_svg(summary.curves, "behaviour-seconds", "seconds"),
+            "Seconds of the optimizer steps alone. Every arm takes the fast step here, the baseline too, and rows that "
+            "run side by side slow each other down: the speed campaign is what measures time.",
         ),
         _scores(summary, f"Every arm takes {matched}. Mean over seeds and items with 95 % intervals."),
         _differences(
@@ -87,6 +107,25 @@ def _blocks(summary: BehaviourSummary) -> list[Block]:
         _differences("Arms against each other", summary.asked, f"{items}. No correction for asking several."),
     ]
     return [*blocks, *layer_blocks(summary.chosen), _training(summary)]
+
+
+def _before(summary: BehaviourSummary) -> str:
+    """What the loss was before training, which the lines leave out for their ends to be told apart."""
+    scores = [score for score in summary.scores if (score.arm, score.task) == (BASE, HELD_OUT)]
+    told = ", ".join(f"{score.estimate.value:.3f} ({score.model})" for score in scores)
+    return f". Before training: {told}" if told else ""
+
+
+def _kept(found: Difference) -> str:
+    """Whether the arm is shown not to be worse by more than the margin, shown to be, or neither."""
+    verdict, interval = found.margin, found.estimate.interval
+    if verdict is None:
+        return ""
+    if interval is not None:
+        best_gain = -interval.low if found.task in LOSSES else interval.high
+        if best_gain < -verdict.margin:
+            return "worse by more"
+    return verdict.verdict
 
 
 def _scores(summary: BehaviourSummary, note: str) -> Table:
@@ -115,6 +154,7 @@ def _score_words(score: Score | None, task: str) -> str:
 
 
 def _differences(title: str, differences: Sequence[Difference], note: str) -> Table:
+    has_layers = any(found.other != BASE for found in differences)  # a base adapts none
     rows = [
         (
             found.task,
@@ -124,12 +164,12 @@ def _differences(title: str, differences: Sequence[Difference], note: str) -> Ta
             f"{_amount(found.task, found.estimate.value)} {UNITS.get(found.task, POINTS)}",
             _bounds(found.task, found.estimate),
             _size(found),
-            "" if found.other == BASE else f"{found.same_layers} of {found.seeds}",
+            *([f"{found.same_layers} of {found.seeds}"] if has_layers else []),
         )
         for found in differences
     ]
-    columns = ("task", "model", "arm", "against", "difference", "95 % interval", "items x seeds", "same layers")
-    return Table(title, columns, rows, note)
+    columns = ("task", "model", "arm", "against", "difference", "95 % interval", "items x seeds")
+    return Table(title, (*columns, "same layers") if has_layers else columns, rows, note)
 
 
 def _margins(differences: Sequence[Difference], baseline: str) -> Table:
@@ -139,7 +179,7 @@ def _margins(differences: Sequence[Difference], baseline: str) -> Table:
         limits = ("no margin was fixed", "", "")
         if verdict is not None:
             smallest = "" if verdict.smallest_margin is None else _size_of(found.task, verdict.smallest_margin)
-            limits = (_size_of(found.task, verdict.margin), verdict.verdict, smallest)
+            limits = (_size_of(found.task, verdict.margin), _kept(found), smallest)
         rows.append(
             (
                 found.task,

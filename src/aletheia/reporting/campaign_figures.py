@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -91,17 +92,18 @@ def _shares(chosen: Sequence[Chosen]) -> list[float]:
     return [float(value) for value in hits / max(runs, 1)]
 
 
-def curves_svg(curves: Sequence[Curve], identifier: str) -> str:
-    """Held-out loss against seconds of training, a line per run, the same colour and dash per arm."""
+def curves_svg(curves: Sequence[Curve], identifier: str, by: Literal["seconds", "steps"]) -> str:
+    """Held-out loss while training, a line per run, the same colour and dash per arm; not the loss before it."""
     arms = list(dict.fromkeys(curve.arm for curve in curves))
     with drawing(identifier):
         top = _legend_height(arms)
         figure, axes = canvas(212 + top, left=40, top=top)
         for curve in curves:
             index = arms.index(curve.arm)
+            trained = [point for point in curve.points if point[0] > 0]
             axes.plot(
-                [seconds for _, seconds, _ in curve.points],
-                [loss for _, _, loss in curve.points],
+                [seconds if by == "seconds" else steps for steps, seconds, _ in trained],
+                [loss for _, _, loss in trained],
                 color=run_color(index),
                 linestyle=run_dash(index),
                 linewidth=1.0,
@@ -111,6 +113,6 @@ def curves_svg(curves: Sequence[Curve], identifier: str) -> str:
             )
         axes.grid(axis="y")
         axes.set_xlim(left=0)
-        axes.set_xlabel("seconds of training", fontsize=9)
+        axes.set_xlabel("seconds of training" if by == "seconds" else "optimizer steps", fontsize=9)
         axes.legend(ncols=COLUMNS, loc="lower left", bbox_to_anchor=(-0.1, 1.0), handlelength=1.4)
-        return to_svg(figure, identifier, f"Held-out loss by seconds of training: {', '.join(arms)}.")
+        return to_svg(figure, identifier, f"Held-out loss by {by} of training: {', '.join(arms)}.")
