@@ -55,7 +55,8 @@ model = PeftModel.from_pretrained(base, "this folder")
 def _quantized(run: Run) -> str:
     settings = run.metrics.settings
     if settings.quantization_corrected:
-        return f", base quantized ({settings.quantization}; half of each rank is a frozen correction of that)"
+        kind = f"{settings.quantization}; half of each rank is a frozen correction of that, so it fits no other base"
+        return f", base quantized ({kind})"
     return f", base quantized ({settings.quantization})" if settings.quantization else ""
 
 
