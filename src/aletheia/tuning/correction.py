@@ -86,6 +86,7 @@ class Correction:
                 torch.manual_seed(0)
                 model(**rows, use_cache=False)
         finally:
+            self._changes.clear()  # of weights that no token reached: they stay as they are
             for handle in passing:
                 handle.remove()
 
@@ -117,12 +118,14 @@ class Correction:
     ) -> torch.Tensor:
         """The output of a base weight with its correction, which the first call determines."""
         x = args[0]
-        if module not in self._factors:
+        if module in self._changes:
             x_NI = x.flatten(0, -2)
             x_NI = x_NI[kept_N] if len(x_NI) == len(kept_N) else x_NI
             rank = module.r[module.active_adapters[0]]
             a_RI, b_OR = _factors(self._changes.pop(module), x_NI.float(), rank)
             self._factors[module] = a_RI.to(x.dtype), b_OR.to(x.dtype)
+        if module not in self._factors:
+            return output
         a_RI, b_OR = self._factors[module]
         return output + ((x @ a_RI.to(x.dtype).T) @ b_OR.to(x.dtype).T).to(output.dtype)
 
