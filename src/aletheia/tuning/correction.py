@@ -78,7 +78,7 @@ class Correction:
                 for name, module in layer.named_modules()
                 if isinstance(module, LoraLayer) and _is_4bit(module.get_base_layer())
             }
-            if any(isinstance(module, LoraLayer) for module in layer.modules()):
+            if adapters:
                 see = partial(self._see_layer, originals, index, adapters, kept_N)
                 passing.append(layer.register_forward_pre_hook(see))
         try:
