@@ -62,6 +62,18 @@ class Difference:
         interval = self.estimate.interval
         return interval is not None and not interval.low <= 0 <= interval.high
 
+    @property
+    def margin_verdict(self) -> str:
+        """Whether the arm is shown not to be worse by more than the margin, shown to be, or neither; empty without."""
+        if self.margin is None:
+            return ""
+        interval = self.estimate.interval
+        if interval is not None:
+            best_gain = -interval.low if self.task in LOSSES else interval.high
+            if best_gain < -self.margin.margin:
+                return "worse by more"
+        return self.margin.verdict
+
 
 @dataclass(frozen=True)
 class Curve:

@@ -53,7 +53,9 @@ def _against_baseline(extra: Sequence[Difference]) -> list[str]:
     told = []
     for model in dict.fromkeys(found.model for found in extra):
         own = [found for found in extra if found.model == model]
-        arms = ", ".join(f"{found.arm} {_amount(found.task, found.estimate.value)} ({_kept(found)})" for found in own)
+        arms = ", ".join(
+            f"{found.arm} {_amount(found.task, found.estimate.value)} ({found.margin_verdict})" for found in own
+        )
         margin = next(found.margin.margin for found in own if found.margin is not None)
         told.append(
             f"No worse than {own[0].other} on {model} by more than {_size_of(HELD_OUT, margin)} nats of held-out loss "
@@ -116,18 +118,6 @@ def _before(summary: BehaviourSummary) -> str:
     return f". Before training: {told}" if told else ""
 
 
-def _kept(found: Difference) -> str:
-    """Whether the arm is shown not to be worse by more than the margin, shown to be, or neither."""
-    verdict, interval = found.margin, found.estimate.interval
-    if verdict is None:
-        return ""
-    if interval is not None:
-        best_gain = -interval.low if found.task in LOSSES else interval.high
-        if best_gain < -verdict.margin:
-            return "worse by more"
-    return verdict.verdict
-
-
 def _scores(summary: BehaviourSummary, note: str) -> Table:
     tasks = [HELD_OUT, *summary.campaign.tasks]
     by_key = {(score.model, score.arm, score.task): score for score in summary.scores}
@@ -179,7 +169,7 @@ def _margins(differences: Sequence[Difference], baseline: str) -> Table:
         limits = ("no margin was fixed", "", "")
         if verdict is not None:
             smallest = "" if verdict.smallest_margin is None else _size_of(found.task, verdict.smallest_margin)
-            limits = (_size_of(found.task, verdict.margin), _kept(found), smallest)
+            limits = (_size_of(found.task, verdict.margin), found.margin_verdict, smallest)
         rows.append(
             (
                 found.task,
