@@ -23,14 +23,12 @@ from ratios import speedup, table
 
 import aletheia
 from aletheia.anatomy.demo import demo_checkpoint
-from aletheia.campaign.steps import StepKind, gradient_start_seconds, interleaved_steps, prepared
+from aletheia.campaign.steps import StepKind, building_seconds, gradient_start_seconds, interleaved_steps
 from aletheia.cli.options import quiet_libraries
 from aletheia.data.examples import Examples
 from aletheia.files import package_versions
 from aletheia.planning.plan import FREEZE_AFTER, Plan, layer_ranges
 from aletheia.probing.scores import Scores
-from aletheia.tuning.cache import MemoryCache
-from aletheia.tuning.fill import fill
 
 DATA = Path(os.environ.get("ALETHEIA_DATA", "../shared/data")) / "gsm8k" / "train.jsonl"
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
@@ -43,6 +41,7 @@ SECTIONS = {
     "memory": "Peak memory of the training phase",
     "growth": "Growth of the cached step",
 }
+IN_FLOAT32 = (SECTIONS["probe"], SECTIONS["growth"])  # the others in bfloat16 where the processor multiplies it
 
 
 def main() -> None:
@@ -50,14 +49,14 @@ def main() -> None:
     if unknown := [name for name in wanted if name not in SECTIONS]:
         raise SystemExit(f"{unknown[0]} is none of the sections {', '.join(SECTIONS)}")
     quiet_libraries()
-    base = aletheia.load(str(demo_checkpoint()), "float32")
+    base = aletheia.load(str(demo_checkpoint()), "auto")
     every = aletheia.load_data(str(DATA), base.tokenizer)
     fitting = [index for index, example in enumerate(every.examples) if len(example) <= MAX_TOKENS]
     data = every.subset(fitting[:ROWS])
     scores = aletheia.probe(base.model, data)
     default = aletheia.plan(scores, epochs=EPOCHS)
     makers = {
-        "probe": lambda: bench_probe(base.model, every),
+        "probe": lambda: bench_probe(aletheia.load(str(demo_checkpoint()), "float32").model, every),
         "steps": lambda: bench_arms(base.model, data, scores, default),
         "predictions": lambda: bench_predictions(base.model, data, scores),
         "memory": lambda: peaks(default, BATCH_SIZE),
@@ -65,7 +64,7 @@ def main() -> None:
     }
     for name in SECTIONS:
         if name in wanted:
-            section(SECTIONS[name], makers[name](), data)
+            section(SECTIONS[name], makers[name](), data, base.model.dtype)
     print(f"\nwrote {PAGE}")
 
 
@@ -74,19 +73,21 @@ def head(data: Examples) -> str:
     return (
         "# Benchmarks\n\n"
         f"Written by `make bench`: SmolLM2-135M-Instruct, {ROWS} GSM8K rows of up to {MAX_TOKENS} tokens "
-        f"(mean {data.tokens / ROWS:.0f}, {data.labelled_tokens / ROWS:.0f} with a label), batch {BATCH_SIZE}, float32, "
+        f"(mean {data.tokens / ROWS:.0f}, {data.labelled_tokens / ROWS:.0f} with a label), batch {BATCH_SIZE}, "
         f"{platform.machine()} with {torch.get_num_threads()} threads, no GPU; "
         + ", ".join(f"{name} {version}" for name, version in package_versions().items())
         + ".\n\n"
         "The baseline is plain PEFT as transformers' Trainer steps it (forward, backward, clipping, fused AdamW): rank 16, "
-        "alpha 32, seven modules, every layer, random batches. Ratios are sums over rounds, the arms interleaved in one "
-        "process, with 95 % intervals (BCa with expanded levels over paired rounds, see statistics.md)."
+        "alpha 32, seven modules, every layer, random batches; in bfloat16 with `bf16=True`, the quicker way. Ratios are "
+        "sums over rounds, the arms interleaved in one process, with 95 % intervals (BCa with expanded levels over paired "
+        "rounds, see statistics.md)."
     )
 
 
-def section(title: str, lines: list[str], data: Examples) -> None:
+def section(title: str, lines: list[str], data: Examples, dtype: torch.dtype) -> None:
     """Print a section and put it into its place on the page; the others stay as they are."""
-    found = "\n".join([f"## {title}", "", f"Measured on {date.today()}.", "", *lines]).rstrip() + "\n"
+    told = "float32" if title in IN_FLOAT32 else str(dtype).removeprefix("torch.")
+    found = "\n".join([f"## {title}", "", f"Measured on {date.today()} in {told}.", "", *lines]).rstrip() + "\n"
     print(found, flush=True)
     page = PAGE.read_text() if PAGE.exists() else ""
     parts = {part.partition("\n")[0]: f"## {part.rstrip()}\n" for part in page.split("\n## ")[1:]}
@@ -155,7 +156,7 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
     ]
     seconds = interleaved_steps(model, arms, data, BATCH_SIZE, ROUNDS)
     steps = ROWS // BATCH_SIZE * EPOCHS
-    building = _building_seconds(model, data, default)
+    building = building_seconds(model, data, default, BATCH_SIZE)
     turning = gradient_start_seconds(model, default, data, BATCH_SIZE)
     shares = sorted({0.0, 0.125, FREEZE_AFTER})
     lines = [
@@ -192,13 +193,6 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
         told.append(f"{speedup(seconds[names[9]], seconds[ours])} {kind}")
     lines += ["", f"Steps from the cache against the checkpointed baseline's: {', '.join(told)}. Memory: below."]
     return lines
-
-
-def _building_seconds(model: torch.nn.Module, data: Examples, plan: Plan) -> float:
-    with prepared(model, StepKind("fill", plan)) as adapted:
-        started = time.perf_counter()
-        fill(adapted, plan.boundary, data.examples, MemoryCache(), BATCH_SIZE, data.pad_token_id, show_progress=False)
-        return time.perf_counter() - started
 
 
 def bench_predictions(model: torch.nn.Module, data: Examples, scores: Scores) -> list[str]:

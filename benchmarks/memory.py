@@ -14,6 +14,7 @@ from aletheia.anatomy.demo import demo_checkpoint
 from aletheia.cli.options import quiet_libraries
 from aletheia.data.batches import collate
 from aletheia.planning.plan import Plan
+from aletheia.tuning.lean import bfloat16_autocast
 from aletheia.tuning.memory import peak_memory_bytes, reset_peak_memory
 from aletheia.tuning.recompute import recomputation
 
@@ -70,7 +71,7 @@ def run(side: str, folder: Path, batch_size: int) -> int:
     quiet_libraries()
     torch.zeros(1).sum()
     before = _resident_bytes()
-    base = aletheia.load(str(demo_checkpoint()), "float32")
+    base = aletheia.load(str(demo_checkpoint()), "auto")
     every = aletheia.load_data(str(DATA), base.tokenizer)
     fitting = [index for index, row in enumerate(every.examples) if len(row) <= MAX_TOKENS]
     longest = sorted(fitting, key=lambda index: -len(every[index]))[: STEPS * batch_size]  # the same for both sides
@@ -102,7 +103,9 @@ def _baseline(model: torch.nn.Module, data: aletheia.Examples, batch_size: int, 
     with recomputation(adapted, recompute):
         for step in range(STEPS):
             batch = collate(data.examples[step * batch_size : (step + 1) * batch_size], data.pad_token_id)
-            adapted(**batch, use_cache=False).loss.backward()
+            with bfloat16_autocast(adapted):
+                loss = adapted(**batch, use_cache=False).loss
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()

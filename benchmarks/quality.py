@@ -2,18 +2,18 @@
 
     .venv/bin/python benchmarks/quality.py OUT                  # every arm below, hours; finished arms are kept
     .venv/bin/python benchmarks/quality.py OUT --arms depth-aware   # those whose name begins so
+    .venv/bin/python benchmarks/quality.py OUT --time           # interleaved steps of the arms that are there
     .venv/bin/python benchmarks/quality.py OUT --report         # the table from what is there
 
 All arms share rows, order, batches (of like length), optimizer and schedule; held-out losses are kept per row, so that
-differences are paired. Wall-clock comes from interleaved steps of the arm and of the baseline, plain PEFT with random
-batches, since arms of hours cannot be interleaved themselves. Losses of the uniform arms are computed with the exact
-fast step, which is what the plain one computes.
+differences are paired. Wall-clock comes from interleaved steps of all arms and of the baseline, plain PEFT with random
+batches, since arms of hours cannot be interleaved themselves. Losses of the uniform arms are computed with the fast
+step, which is what the plain one computes. Arms that begin alike share their first steps.
 """
 
 import argparse
 import json
 import math
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,15 +23,16 @@ from scipy.stats import bootstrap
 
 import aletheia
 from aletheia.anatomy.demo import demo_checkpoint
-from aletheia.campaign.steps import StepKind, interleaved_steps
+from aletheia.campaign.steps import StepKind, building_seconds, gradient_start_seconds, interleaved_steps
 from aletheia.cli.options import quiet_libraries
 from aletheia.data.examples import NO_LOSS, Examples
 from aletheia.data.order import training_batches
 from aletheia.planning.plan import Plan, layer_ranges
+from aletheia.probing.scores import Scores
 from aletheia.tuning.initial import ROWS, Init, align_with_gradient
 from aletheia.tuning.stage import Stage
 
-BATCH_SIZE, WARMUP = 8, 0.05
+BATCH_SIZE, WARMUP, TIMED_ROUNDS = 8, 0.05, 5
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Spec:
     freeze_after: float = 0.0
 
 
-BASELINES = {f"uniform-{rate:g}": Spec("uniform", 100, 16, rate) for rate in (0.0005, 0.001, 0.00025)}
+BASELINES = {f"uniform-{rate:g}": Spec("uniform", 100, 16, rate) for rate in (0.001, 0.002, 0.0005)}
 ARMS = BASELINES | {
     f"{policy}-{percent}-r{rank}-{rate:g}-{init}": Spec(policy, percent, rank, rate, init)
     for policy, percent, rank, rates in (
@@ -62,10 +63,12 @@ ARMS = BASELINES | {
     if (policy, init) != ("uniform", "random")
 }
 ARMS |= {
-    f"freeze-{share:g}-{rate:g}": Spec("depth-aware", 50, 16, rate, "gradient", share)
-    for share in (0.125, 1 / 6, 0.25, 1 / 3)
+    f"freeze-{share:.3g}-last-{percent}-{rate:g}": Spec("last", percent, 16, rate, "gradient", share)
     for rate in (0.001, 0.002, 0.0005)
+    for share in (0.25, 1 / 3, 0.125)
+    for percent in (50, 33, 40, 20)
 }
+TIMES = "times.json"
 
 
 def main() -> None:
@@ -77,40 +80,67 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=640)
     parser.add_argument("--held-out-rows", type=int, default=192)
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--points", type=int, default=6, help="held-out losses during the run")
+    parser.add_argument("--points", type=int, default=8, help="held-out losses during the run")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--time", action="store_true")
     parser.add_argument("--report", action="store_true")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if not args.report:
-        run_arms(args)
+        quiet_libraries()
+        base = aletheia.load(str(demo_checkpoint()), args.dtype)
+        data, held_out = rows(args, base.tokenizer)
+        scores = aletheia.probe(base.model, data)
+        if args.time:
+            time_arms(base.model, data, scores, args.out)
+        else:
+            run_arms(base.model, data, held_out, scores, args)
     print("\n".join(report(args.out)))
 
 
-def run_arms(args: argparse.Namespace) -> None:
-    quiet_libraries()
-    base = aletheia.load(str(demo_checkpoint()), "float32")
-    data, held_out = rows(args, base.tokenizer)
-    scores = aletheia.probe(base.model, data)
-    uniform = aletheia.plan(scores, "uniform")
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "arms", "report")}
+def run_arms(
+    model: torch.nn.Module, data: Examples, held_out: Examples, scores: Scores, args: argparse.Namespace
+) -> None:
+    """Every arm that was asked for and is not there yet."""
+    not_settings = ("out", "arms", "report", "time")
+    settings = {name: value for name, value in vars(args).items() if name not in not_settings}
     for name, spec in ARMS.items():
         path = args.out / f"{name}.json"
-        if path.exists() and json.loads(path.read_text()).get("settings", settings) != settings:
+        if path.exists() and json.loads(path.read_text())["settings"] != settings:
             raise SystemExit(f"{path} was made with other settings; choose another OUT")
         if path.exists() or not name.startswith(tuple(args.arms.split(","))):
             continue
-        plan = aletheia.plan(scores, spec.policy, spec.percent, spec.rank, freeze_after=spec.freeze_after)
-        later = plan.model_copy(
-            update={"early_layers": (), "adapters": tuple(a for a in plan.adapters if a.layer in plan.layers)}
-        )
-        baseline, early = StepKind("baseline", uniform), StepKind.fast("early", uniform)
-        own = StepKind.fast("own", later, cached=plan.boundary > 0)
-        timed = interleaved_steps(base.model, [baseline, early, own], data, BATCH_SIZE, 3)
+        plan = planned(scores, spec)
         print(f"{name}: layers {layer_ranges(plan.layers)}, {plan.trainable_parameters:,} parameters", flush=True)
-        found = train(base.model, plan, data, held_out, spec, args)
-        found |= {"settings": settings, "layers": plan.layers, "arm": asdict(spec)}
-        found |= {f"{arm}_step_seconds": float(np.mean(seconds)) for arm, seconds in timed.items()}
+        points = train(model, plan, data, held_out, spec, args)
+        found = {"settings": settings, "layers": plan.layers, "arm": asdict(spec), "points": points}
         path.write_text(json.dumps(found))
+
+
+def planned(scores: Scores, spec: Spec) -> Plan:
+    """The plan of an arm."""
+    return aletheia.plan(scores, spec.policy, spec.percent, spec.rank, freeze_after=spec.freeze_after)
+
+
+def time_arms(model: torch.nn.Module, data: Examples, scores: Scores, out: Path) -> None:
+    """Seconds of the steps of all arms that are there, interleaved, of their caches and of the gradient start."""
+    plans = {name: planned(scores, Spec(**arm["arm"])) for name, arm in finished(out).items()}
+    uniform = aletheia.plan(scores, "uniform")
+    kinds = {"baseline": StepKind("baseline", uniform), "every": StepKind.fast("every", uniform)}
+    for plan in plans.values():
+        name = layer_ranges(plan.layers)
+        kinds[name] = StepKind.fast(name, plan, cached=plan.boundary > 0, risen=bool(plan.early_layers))
+    seconds = interleaved_steps(model, list(kinds.values()), data, BATCH_SIZE, TIMED_ROUNDS)
+    building = {
+        name: building_seconds(model, data, kind.plan, BATCH_SIZE) for name, kind in kinds.items() if kind.cached
+    }
+    start = gradient_start_seconds(model, uniform, data, BATCH_SIZE)
+    (out / TIMES).write_text(json.dumps({"seconds": seconds, "building": building, "start": start}))
+
+
+def finished(out: Path) -> dict[str, dict]:
+    """The arms that are there."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json")) if path.name != TIMES}
 
 
 def rows(args: argparse.Namespace, tokenizer: object) -> tuple[Examples, Examples]:
@@ -131,13 +161,14 @@ def rows(args: argparse.Namespace, tokenizer: object) -> tuple[Examples, Example
 
 def train(
     model: torch.nn.Module, plan: Plan, data: Examples, held_out: Examples, spec: Spec, args: argparse.Namespace
-) -> dict:
-    """Held-out losses per row at even steps of one run."""
+) -> list[dict]:
+    """Held-out losses per row at even steps of one run; its early steps are kept for arms that begin alike."""
     steps = args.epochs * math.ceil(len(data) / BATCH_SIZE)
     order = training_batches([len(row) for row in data.examples], BATCH_SIZE, steps, 0)
     schedule = [[data[row] for row in chosen] for chosen in order]
     due = {round(steps * number / args.points) for number in range(1, args.points + 1)}
-    early, points = plan.early_steps(steps), []
+    early, points, begun = plan.early_steps(steps), [], 0
+    kept = args.out / f"early-{early}-{spec.learning_rate:g}.pt"
     adapted = aletheia.adapt(model, plan).train()
     with Stage(adapted, plan, held_out, BATCH_SIZE, False, "off") as stage:
 
@@ -149,16 +180,23 @@ def train(
         if not early:
             store()
         parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-        started = time.perf_counter()
-        if spec.init == "gradient":
-            align_with_gradient(adapted, (stage.collate(chosen) for chosen in schedule[: ROWS // BATCH_SIZE]))
-        starting = time.perf_counter() - started
         optimizer = torch.optim.AdamW(parameters, lr=spec.learning_rate, weight_decay=0.0, fused=True)
         warmup = math.ceil(WARMUP * steps)
         decay = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min(step / warmup, max(0.0, (steps - step) / (steps - warmup)))
         )
-        for number, chosen in enumerate(schedule, start=1):
+        if early and kept.exists():
+            values, states, points = torch.load(kept, weights_only=True).values()
+            begun = early
+            with torch.no_grad():
+                for parameter, value in zip(parameters, values, strict=True):
+                    parameter.copy_(value)
+            optimizer.load_state_dict(states["optimizer"])
+            decay.load_state_dict(states["decay"])
+            store()
+        elif spec.init == "gradient":
+            align_with_gradient(adapted, (stage.collate(chosen) for chosen in schedule[: ROWS // BATCH_SIZE]))
+        for number, chosen in enumerate(schedule[begun:], start=begun + 1):
             adapted(**stage.collate(chosen), use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
@@ -169,9 +207,11 @@ def train(
                 total = np.sum(points[-1]["rows"], axis=0)
                 print(f"step {number}: {total[0] / total[1]:.4f}", flush=True)
             if number == early:
+                states = {"optimizer": optimizer.state_dict(), "decay": decay.state_dict()}
+                torch.save({"values": [p.detach() for p in parameters], "states": states, "points": points}, kept)
                 store()
     adapted.unload()
-    return {"points": points, "building_seconds": stage.cache_seconds + starting, "early_steps": early}
+    return points
 
 
 @torch.no_grad()
@@ -195,7 +235,8 @@ def per_row(model: torch.nn.Module, held_out: Examples, stage: Stage) -> list[tu
 
 def report(out: Path) -> list[str]:
     """A table over arms: each against the best point of the best uniform arm, paired by row."""
-    arms = {path.stem: json.loads(path.read_text()) for path in sorted(out.glob("*.json"))}
+    arms = finished(out)
+    times = json.loads((out / TIMES).read_text()) if (out / TIMES).exists() else None
     best_name, best_point = min(
         ((name, point) for name, arm in arms.items() if name in BASELINES for point in arm["points"]),
         key=lambda pair: mean(pair[1]["rows"]),
@@ -204,26 +245,35 @@ def report(out: Path) -> list[str]:
     lines = [
         f"Best baseline: {best_name}, {target:.4f} after {best_point['step']} steps, {mean(last['rows']):.4f} at end.",
         "",
-        "| arm | layers | held-out loss | at the end against it | cached s/step (baseline) | time to its best |",
-        "|---|---|---|---:|---:|---:|",
+        "| arm | layers | held-out loss | best against its best | at the end against its end | time to its best | whole run |",
+        "|---|---|---|---:|---:|---:|---:|",
     ]
     for name, arm in arms.items():
         curve = " / ".join(f"{mean(point['rows']):.4f}" for point in arm["points"])
+        best = difference(min((point["rows"] for point in arm["points"]), key=mean), best_point["rows"])
         end = difference(arm["points"][-1]["rows"], last["rows"])
         reached = next((point["step"] for point in arm["points"] if mean(point["rows"]) <= target), None)
-        is_baseline = name in BASELINES
-        seconds = arm["baseline_step_seconds"] if is_baseline else arm["own_step_seconds"]
-        share = "never"
-        if reached:
-            early = min(reached, arm["early_steps"])
-            own = early * arm["early_step_seconds"] + (reached - early) * seconds
-            own += 0 if is_baseline else arm["building_seconds"]
-            share = f"{own / (best_point['step'] * arm['baseline_step_seconds']):.2f}"
-        lines.append(
-            f"| {name} | {arm['layers'][0]}-{arm['layers'][-1]} ({len(arm['layers'])}) | {curve} | {end} | "
-            f"{arm['own_step_seconds']:.2f} ({arm['baseline_step_seconds']:.2f}) | {share} |"
-        )
+        share = whole = "not timed"
+        if times:
+            steps, baseline = arm["points"][-1]["step"], float(np.mean(times["seconds"]["baseline"]))
+            whole = f"{seconds_to(steps, name, arm, times) / (steps * baseline):.2f}"
+            share = (
+                f"{seconds_to(reached, name, arm, times) / (best_point['step'] * baseline):.2f}" if reached else "never"
+            )
+        lines.append(f"| {name} | {layer_ranges(arm['layers'])} | {curve} | {best} | {end} | {share} | {whole} |")
     return lines
+
+
+def seconds_to(step: int, name: str, arm: dict, times: dict) -> float:
+    """Of an arm up to a step, its gradient start and its cache included."""
+    mean_seconds = {kind: float(np.mean(spent)) for kind, spent in times["seconds"].items()}
+    if name in BASELINES:
+        return step * mean_seconds["baseline"]
+    own = layer_ranges(arm["layers"])
+    early = min(step, round(arm["arm"]["freeze_after"] * arm["points"][-1]["step"]))
+    building = times["building"].get(own, 0.0) if step > early else 0.0
+    start = times["start"] if arm["arm"]["init"] == "gradient" else 0.0
+    return start + building + early * mean_seconds["every"] + (step - early) * mean_seconds[own]
 
 
 def mean(rows: list) -> float:

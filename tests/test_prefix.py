@@ -14,11 +14,12 @@ from aletheia.anatomy.read import find_layers, is_matrix, read_anatomy
 from aletheia.data.batches import collate
 from aletheia.errors import AdapterError, TrainingError
 from aletheia.probing.logits import labelled_logits
+from aletheia.tuning import lean
 from aletheia.tuning.adapters import lora_config
 from aletheia.tuning.cache import MemoryCache, collate_with_prefix
 from aletheia.tuning.fast import fast_steps
 from aletheia.tuning.fill import fill, open_cache, why_not_exact
-from aletheia.tuning.lean import lean_adapters, lean_causal_loss, lean_loss
+from aletheia.tuning.lean import bfloat16_autocast, lean_adapters, lean_causal_loss, lean_loss, lora_linear
 from aletheia.tuning.prefix import frozen_prefix, stored_prefix
 from aletheia.tuning.recompute import recomputation
 
@@ -83,6 +84,36 @@ def test_every_fast_path_equals_the_plain_one(family, rows):
     with fast_steps(model, BOUNDARY):
         assert difference(gradients(model, with_prefix), plain) < 1e-6
     assert difference(gradients(model, batch), plain) == 0  # and every context leaves the model as it was
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_neox", "falcon"])
+def test_beside_bfloat16_fast_steps_are_as_exact_as_autocast(family, rows):
+    """A bfloat16 base with float32 adapters against the same weights in float32: ours and Trainer's ``bf16=True``."""
+    model, batch = adapted(family), collate(rows, 0)
+    for parameter in model.parameters():  # both models hold what bfloat16 can
+        parameter.data = parameter.data.bfloat16().float()
+    exact = gradients(model, batch)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data if "lora_" in name else parameter.data.bfloat16()
+    model.config.dtype = torch.bfloat16
+    with bfloat16_autocast(model):
+        plain = difference(gradients(model, batch), exact)
+    with_prefix = stored(model, rows)
+    with fast_steps(model, BOUNDARY):
+        ours = difference(gradients(model, with_prefix), exact)
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+    assert 0 < ours < 1.5 * plain
+
+
+def test_lean_adapters_are_taken_under_autocast(rows, monkeypatch):
+    calls = []
+    monkeypatch.setattr(lean, "lora_linear", lambda *given: calls.append(given) or lora_linear(*given))
+    model, batch = adapted().bfloat16(), collate(rows, 0)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.float() if "lora_" in name else parameter.data
+    with lean_adapters(model) as covered, bfloat16_autocast(model):
+        model(**batch).loss.backward()
+    assert covered == len(calls) == 14
 
 
 def test_the_paths_are_taken(rows):

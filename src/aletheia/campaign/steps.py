@@ -4,7 +4,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +23,7 @@ from aletheia.tuning.adapters import adapt
 from aletheia.tuning.cache import MemoryCache, collate_with_prefix
 from aletheia.tuning.fill import fill
 from aletheia.tuning.initial import ROWS, align_with_gradient
-from aletheia.tuning.lean import lean_adapters, lean_loss
+from aletheia.tuning.lean import bfloat16_autocast, lean_adapters, lean_loss
 from aletheia.tuning.prefix import frozen_prefix, prefix_output, stored_prefix
 from aletheia.tuning.recompute import Recompute, recomputation
 
@@ -33,7 +33,10 @@ OTHERS = 0.1  # of the processors, which other work may use during a step that c
 
 @dataclass(frozen=True)
 class StepKind:
-    """One way to take a step; a plain one, as PEFT and transformers' Trainer take it, has every switch off."""
+    """One way to take a step; a plain one, as PEFT and transformers' Trainer take it, has every switch off.
+
+    Beside a bfloat16 base that is with Trainer's ``bf16=True``, see :func:`aletheia.tuning.lean.bfloat16_autocast`.
+    """
 
     name: str
     plan: Plan
@@ -86,6 +89,14 @@ def gradient_start_seconds(model: nn.Module, plan: Plan, data: Examples, batch_s
     with prepared(model, StepKind.fast("gradient start", plan)) as adapted:
         started = time.perf_counter()
         align_with_gradient(adapted, (on_device_of(adapted, batch) for batch in batches))
+        return time.perf_counter() - started
+
+
+def building_seconds(model: nn.Module, data: Examples, plan: Plan, batch_size: int) -> float:
+    """Seconds of filling a cache in memory with every row."""
+    with prepared(model, StepKind("fill", plan)) as adapted:
+        started = time.perf_counter()
+        fill(adapted, plan.boundary, data.examples, MemoryCache(), batch_size, data.pad_token_id, show_progress=False)
         return time.perf_counter() - started
 
 
@@ -167,7 +178,9 @@ def _seconds(
         if kind.only_prefix:
             prefix_output(adapted, kind.plan.boundary, batch)
         else:
-            adapted(**batch, use_cache=False).loss.backward()
+            with nullcontext() if kind.lean else bfloat16_autocast(adapted):
+                loss = adapted(**batch, use_cache=False).loss
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
         _synchronize()

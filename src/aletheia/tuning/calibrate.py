@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,7 @@ from aletheia.planning.cost import layer_costs
 from aletheia.probing.timings import LayerTiming, Timings
 from aletheia.tuning.adapters import lora_config
 from aletheia.tuning.fast import fast_steps
+from aletheia.tuning.lean import bfloat16_autocast
 from aletheia.tuning.prefix import PREFIX, prefix_output
 
 ROUNDS = 3
@@ -129,7 +130,9 @@ def _prepared(model: nn.Module, anatomy: Anatomy, step: _Step, batch: Batch) -> 
             stack.enter_context(fast_steps(adapted, boundary or None))
 
         def run() -> None:
-            adapted(**batch, use_cache=False).loss.backward()
+            with bfloat16_autocast(model) if step.way == "plain" else nullcontext():
+                loss = adapted(**batch, use_cache=False).loss
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -26,11 +26,12 @@ def lora_linear(
 
     PEFT computes the low-rank output, its scaled copy and the sum, each [N, O], and as many gradients. Here the
     low-rank products are added by the matrix product itself, and the scale is applied to [N, R]. It is one operator
-    to autograd and to selective recomputation, which may keep its result.
+    to autograd and to selective recomputation, which may keep its result. A and B may be float32 beside a bfloat16 W:
+    they are rounded for the products, as under autocast, and their gradients are float32 again.
     """
-    reduced_NR = x_NI @ a_RI.T
+    reduced_NR = x_NI @ a_RI.to(x_NI.dtype).T
     y_NO = nn.functional.linear(x_NI, weight_OI, bias_O)
-    return y_NO.addmm_(reduced_NR, b_OR.T, alpha=scale), reduced_NR
+    return y_NO.addmm_(reduced_NR, b_OR.to(x_NI.dtype).T, alpha=scale), reduced_NR
 
 
 @lora_linear.register_fake
@@ -46,14 +47,17 @@ def _keep(ctx, inputs, output):
 
 def _lora_linear_backward(ctx, grad_NO, _):
     x_NI, weight_OI, a_RI, b_OR, reduced_NR = ctx.saved_tensors
-    grad_reduced_NR = (grad_NO @ b_OR).mul_(ctx.scale)
+    grad_reduced_NR = (grad_NO @ b_OR.to(x_NI.dtype)).mul_(ctx.scale)
     grad_x_NI = None
     if ctx.needs_input_grad[0]:
         grad_x_NI = grad_NO @ weight_OI
-        grad_x_NI.addmm_(grad_reduced_NR, a_RI)
-    grad_a_RI = grad_reduced_NR.T @ x_NI if ctx.needs_input_grad[3] else None
-    grad_b_RO = (reduced_NR.T @ grad_NO).mul_(ctx.scale) if ctx.needs_input_grad[4] else None  # the quicker order
-    return grad_x_NI, None, None, grad_a_RI, None if grad_b_RO is None else grad_b_RO.T, None
+        grad_x_NI.addmm_(grad_reduced_NR, a_RI.to(x_NI.dtype))
+    grad_a_RI = grad_b_OR = None
+    if ctx.needs_input_grad[3]:
+        grad_a_RI = (grad_reduced_NR.T @ x_NI).to(a_RI.dtype)
+    if ctx.needs_input_grad[4]:  # the quicker order
+        grad_b_OR = (reduced_NR.T @ grad_NO).to(b_OR.dtype).mul_(ctx.scale).T
+    return grad_x_NI, None, None, grad_a_RI, grad_b_OR, None
 
 
 lora_linear.register_autograd(_lora_linear_backward, setup_context=_keep)
@@ -63,8 +67,9 @@ lora_linear.register_autograd(_lora_linear_backward, setup_context=_keep)
 def lean_adapters(model: nn.Module) -> Iterator[int]:
     """Compute the adapters of ``model`` with fewer copies; yields how many modules that covers.
 
-    Covered are plain Linear modules with one adapter in the dtype of the weight and without dropout, DoRA or a bias of
-    its own; the others keep PEFT's forward. The sums are the same up to the order of rounding.
+    Covered are plain Linear modules with one adapter and without dropout, DoRA or a bias of its own, the adapter in the
+    dtype of the weight or in float32 beside bfloat16; the others keep PEFT's forward. The sums are the same up to the
+    order of rounding; beside bfloat16, up to bfloat16's rounding of the low-rank products, as under autocast.
     """
     covered = [module for module in model.modules() if isinstance(module, LoraLinear) and _is_plain(module)]
     own = [(module, module.__dict__.get("forward")) for module in covered]  # a hook of accelerate's, perhaps
@@ -80,6 +85,19 @@ def lean_adapters(model: nn.Module) -> Iterator[int]:
                 module.forward = before
 
 
+def bfloat16_autocast(model: nn.Module) -> torch.autocast:
+    """What Trainer's ``bf16=True`` puts around the forward pass of a bfloat16 model; around others, nothing.
+
+    PEFT keeps adapters in float32 beside a bfloat16 base, and multiplies them so; under autocast it does not. This is
+    the quicker of the two plain ways.
+    """
+    dtype = next(model.parameters()).dtype
+    return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+ALSO_BESIDE = {torch.bfloat16: (torch.float32,)}  # a weight: PEFT's default for adapters of a bfloat16 model
+
+
 def _is_plain(module: LoraLinear) -> bool:
     if len(module.active_adapters) != 1 or module.active_adapters[0] not in module.lora_A:
         return False
@@ -91,17 +109,19 @@ def _is_plain(module: LoraLinear) -> bool:
         and isinstance(module.lora_dropout[name], nn.Identity)
         and a.bias is None
         and b.bias is None
-        and a.weight.dtype == b.weight.dtype == base.weight.dtype
+        and a.weight.dtype == b.weight.dtype
+        and a.weight.dtype in (base.weight.dtype, *ALSO_BESIDE.get(base.weight.dtype, ()))
         and not any(part.requires_grad for part in base.parameters())
     )
 
 
 def _forward(module: LoraLinear, plain, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     usual = not (module.disable_adapters or module.merged or args or kwargs) and x.numel() > 0
-    if not usual or torch.is_autocast_enabled(x.device.type) or not _is_plain(module):
+    if not usual or not _is_plain(module):
         return plain(x, *args, **kwargs)
     name, base = module.active_adapters[0], module.base_layer
-    if x.dtype != base.weight.dtype:
+    casts = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype
+    if x.dtype != base.weight.dtype or casts:
         return plain(x)
     y_NO, _ = lora_linear(
         x.reshape(-1, x.shape[-1]),
@@ -126,20 +146,21 @@ class _LeanCrossEntropy(torch.autograd.Function):
         wants_grad = ctx.needs_input_grad[0]
         in_place = wants_grad and logits_NV.dtype == torch.float32
         summed = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
-        at_once = ROWS_AT_ONCE.get(logits_NV.device.type, ROWS_ON_DEVICE)
+        at_once = min(ROWS_AT_ONCE.get(logits_NV.device.type, ROWS_ON_DEVICE), len(target_N))
+        buffer = None if in_place else logits_NV.new_empty(at_once, logits_NV.shape[1], dtype=torch.float32)
         for start in range(0, len(target_N), at_once):
             chunk, target = logits_NV[start : start + at_once], target_N[start : start + at_once]
             counted = target != ignore_index
             column = torch.where(counted, target, 0)[:, None]
             own = chunk.gather(1, column).float()
             largest = chunk.amax(dim=1, keepdim=True).float()
-            softmax = (chunk.sub_(largest) if in_place else chunk.float() - largest).exp_()
+            softmax = (chunk if buffer is None else buffer[: len(chunk)].copy_(chunk)).sub_(largest).exp_()
             total = softmax.sum(dim=1, keepdim=True)
             summed += torch.where(counted, (largest + total.log() - own).squeeze(1), 0.0).sum()
             if wants_grad:
                 softmax.div_(total).scatter_add_(1, column, torch.full_like(own, -1.0))
                 softmax *= counted[:, None]
-                if not in_place:
+                if buffer is not None:
                     chunk.copy_(softmax)
         if wants_grad:
             ctx.save_for_backward(logits_NV)
