@@ -20,6 +20,7 @@ from aletheia.reporting.comparison import repeat_command
 from aletheia.tuning import correction
 from aletheia.tuning.adapters import adapted_modules
 from aletheia.tuning.correction import Correction
+from aletheia.tuning.lean import bfloat16_autocast, lean_adapters, lean_loss
 from aletheia.tuning.run import Run
 from aletheia.tuning.streamed import fill_streamed, streamed_cache
 
@@ -65,6 +66,31 @@ def test_a_quantized_base_is_probed_and_trained(family, kind, folder, examples, 
             aletheia.load(name, "float32", quantize=kind).model, tmp_path / "run"
         ).eval()(**batch).logits  # fmt: skip
     torch.testing.assert_close(again, trained, atol=1e-5, rtol=1e-5)
+
+
+def test_adapters_of_a_4_bit_base_multiply_in_bfloat16(folder, examples):
+    """As under Trainer's ``bf16=True``; PEFT's own forward alone would multiply them in float32."""
+    base = aletheia.load(folder(make_model("llama")), "bfloat16", quantize="nf4").model
+    model = aletheia.adapt(base, aletheia.plan(aletheia.probe(base, examples, batches=2), "last", 50, rank=4))
+    batch, dtypes = collate(examples.examples[:2], 0), set()
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            torch.nn.init.normal_(module.lora_B["default"].weight)
+            module.lora_B["default"].register_forward_hook(lambda module, given, made: dtypes.add(made.dtype))
+    with bfloat16_autocast(model), lean_loss(model):
+        expected = model(**batch).loss
+    expected.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
+    model.zero_grad()
+    dtypes.clear()
+    with lean_adapters(model) as covered, lean_loss(model):
+        loss = model(**batch).loss
+    loss.backward()
+    assert covered == 0
+    assert dtypes == {torch.bfloat16}
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-3)
+    for parameter, gradient in zip([p for p in model.parameters() if p.requires_grad], gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=0.05, atol=0.02 * gradient.abs().max().item())
 
 
 def gap(model, plain, batch):

@@ -4,11 +4,13 @@ Shapes: N tokens, I inputs, O outputs, R rank, V vocabulary.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import library, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
@@ -69,14 +71,21 @@ def lean_adapters(model: nn.Module) -> Iterator[int]:
 
     Covered are plain Linear modules with one adapter and without dropout, DoRA or a bias of its own, the adapter in the
     dtype of the weight or in float32 beside bfloat16; the others keep PEFT's forward. The sums are the same up to the
-    order of rounding; beside bfloat16, up to bfloat16's rounding of the low-rank products, as under autocast.
+    order of rounding; where adapters are float32 and activations bfloat16, up to bfloat16's rounding of the low-rank
+    products, as under autocast, which PEFT's own forward gets, too (that of 4-bit layers, say; not that of experts).
     """
-    covered = [module for module in model.modules() if isinstance(module, LoraLinear) and _is_plain(module)]
-    own = [(module, module.__dict__.get("forward")) for module in covered]  # a hook of accelerate's, perhaps
-    for module in covered:
-        module.forward = partial(_forward, module, module.forward)
+    adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    adapted = [module for module in adapted if not isinstance(module, ParamWrapper)]
+    own = [(module, module.__dict__.get("forward")) for module in adapted]  # a hook of accelerate's, perhaps
+    covered = 0
+    for module in adapted:
+        if isinstance(module, LoraLinear) and _is_plain(module):
+            covered += 1
+            module.forward = partial(_forward, module, module.forward)
+        else:
+            module.forward = partial(_in_bfloat16, module.forward)
     try:
-        yield len(covered)
+        yield covered
     finally:
         for module, before in own:
             if before is None:
@@ -132,6 +141,11 @@ def _forward(module: LoraLinear, plain, x: torch.Tensor, *args, **kwargs) -> tor
         module.scaling[name],
     )
     return y_NO.view(*x.shape[:-1], -1)
+
+
+def _in_bfloat16(plain, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+    with torch.autocast(x.device.type, torch.bfloat16) if x.dtype == torch.bfloat16 else nullcontext():
+        return plain(x, *args, **kwargs)
 
 
 ROWS_AT_ONCE = {"cpu": 32}  # of the softmax: a few megabytes, which stay in the processor's cache
