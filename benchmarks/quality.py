@@ -14,7 +14,7 @@ step, which is what the plain one computes. Arms that begin alike share their fi
 import argparse
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -102,8 +102,7 @@ def run_arms(
     model: torch.nn.Module, data: Examples, held_out: Examples, scores: Scores, args: argparse.Namespace
 ) -> None:
     """Every arm that was asked for and is not there yet."""
-    not_settings = ("out", "arms", "report", "time")
-    settings = {name: value for name, value in vars(args).items() if name not in not_settings}
+    settings = settings_of(args)
     for name, spec in ARMS.items():
         path = args.out / f"{name}.json"
         if path.exists() and json.loads(path.read_text())["settings"] != settings:
@@ -117,25 +116,42 @@ def run_arms(
         path.write_text(json.dumps(found))
 
 
+def settings_of(args: argparse.Namespace) -> dict:
+    """What all arms of a folder share."""
+    return {name: value for name, value in vars(args).items() if name not in ("out", "arms", "report", "time")}
+
+
 def planned(scores: Scores, spec: Spec) -> Plan:
     """The plan of an arm."""
     return aletheia.plan(scores, spec.policy, spec.percent, spec.rank, freeze_after=spec.freeze_after)
 
 
 def time_arms(model: torch.nn.Module, data: Examples, scores: Scores, out: Path) -> None:
-    """Seconds of the steps of all arms that are there, interleaved, of their caches and of the gradient start."""
-    plans = {name: planned(scores, Spec(**arm["arm"])) for name, arm in finished(out).items()}
+    """Seconds of all that the finished arms consist of, steps interleaved."""
+    arms = {name: Spec(**arm["arm"]) for name, arm in finished(out).items()}
     uniform = aletheia.plan(scores, "uniform")
-    kinds = {"baseline": StepKind("baseline", uniform), "every": StepKind.fast("every", uniform)}
-    for plan in plans.values():
-        name = layer_ranges(plan.layers)
-        kinds[name] = StepKind.fast(name, plan, cached=plan.boundary > 0, risen=bool(plan.early_layers))
+    kinds = {
+        "baseline": StepKind("baseline", uniform),
+        "baseline, grouped": StepKind("baseline, grouped", uniform, grouped=True),
+        "every": StepKind.fast("every", uniform),
+    }
+    for spec in arms.values():
+        plan = planned(scores, spec)
+        name = timed_as(spec)
+        kinds[name] = StepKind.fast(name, plan, cached=plan.boundary > 0)
+        kinds[name] = replace(kinds[name], risen=bool(plan.early_layers))
     seconds = interleaved_steps(model, list(kinds.values()), data, BATCH_SIZE, TIMED_ROUNDS)
     building = {
         name: building_seconds(model, data, kind.plan, BATCH_SIZE) for name, kind in kinds.items() if kind.cached
     }
     start = gradient_start_seconds(model, uniform, data, BATCH_SIZE)
-    (out / TIMES).write_text(json.dumps({"seconds": seconds, "building": building, "start": start}))
+    found = {"seconds": seconds, "building": building, "start": start, "probe": scores.probe.seconds}
+    (out / TIMES).write_text(json.dumps(found))
+
+
+def timed_as(spec: Spec) -> str:
+    """What the later steps of an arm depend on."""
+    return f"{spec.policy} {spec.percent} r{spec.rank}{' after all layers' if spec.freeze_after else ''}"
 
 
 def finished(out: Path) -> dict[str, dict]:
@@ -163,7 +179,7 @@ def train(
     model: torch.nn.Module, plan: Plan, data: Examples, held_out: Examples, spec: Spec, args: argparse.Namespace
 ) -> list[dict]:
     """Held-out losses per row at even steps of one run; its early steps are kept for arms that begin alike."""
-    steps = args.epochs * math.ceil(len(data) / BATCH_SIZE)
+    steps, settings = args.epochs * math.ceil(len(data) / BATCH_SIZE), settings_of(args)
     order = training_batches([len(row) for row in data.examples], BATCH_SIZE, steps, 0)
     schedule = [[data[row] for row in chosen] for chosen in order]
     due = {round(steps * number / args.points) for number in range(1, args.points + 1)}
@@ -186,7 +202,9 @@ def train(
             optimizer, lambda step: min(step / warmup, max(0.0, (steps - step) / (steps - warmup)))
         )
         if early and kept.exists():
-            values, states, points = torch.load(kept, weights_only=True).values()
+            values, states, points, made_with = torch.load(kept, weights_only=True).values()
+            if made_with != settings:
+                raise SystemExit(f"{kept} was made with other settings; choose another OUT")
             begun = early
             with torch.no_grad():
                 for parameter, value in zip(parameters, values, strict=True):
@@ -208,7 +226,10 @@ def train(
                 print(f"step {number}: {total[0] / total[1]:.4f}", flush=True)
             if number == early:
                 states = {"optimizer": optimizer.state_dict(), "decay": decay.state_dict()}
-                torch.save({"values": [p.detach() for p in parameters], "states": states, "points": points}, kept)
+                values = [parameter.detach() for parameter in parameters]
+                whole = {"values": values, "states": states, "points": points, "settings": settings}
+                torch.save(whole, kept.with_suffix(".partial"))
+                kept.with_suffix(".partial").rename(kept)
                 store()
     adapted.unload()
     return points
@@ -223,12 +244,12 @@ def per_row(model: torch.nn.Module, held_out: Examples, stage: Stage) -> list[tu
     for start in range(0, len(order), BATCH_SIZE):
         chosen = order[start : start + BATCH_SIZE]
         inputs = stage.collate([held_out[row] for row in chosen])
-        logits = model(**inputs, use_cache=False).logits[0, :-1]  # labelled positions alone, row after row
+        logits = model(**inputs, use_cache=False).logits[0, :-1].float()  # labelled positions alone, row after row
         targets = inputs["labels"][:, 1:]
         losses = torch.nn.functional.cross_entropy(logits, targets[targets != NO_LOSS], reduction="none")
         counts = (targets != NO_LOSS).sum(dim=1).tolist()
         for row, part in zip(chosen, losses.split(counts), strict=True):
-            found[row] = (part.sum().item(), len(part))
+            found[row] = (part.double().sum().item(), len(part))
     model.train()
     return [found[row] for row in range(len(held_out))]
 
@@ -244,6 +265,8 @@ def report(out: Path) -> list[str]:
     target, last = mean(best_point["rows"]), arms[best_name]["points"][-1]
     lines = [
         f"Best baseline: {best_name}, {target:.4f} after {best_point['step']} steps, {mean(last['rows']):.4f} at end.",
+        "",
+        "Times as shares of the baseline's, with random batches and with batches of like length.",
         "",
         "| arm | layers | held-out loss | best against its best | at the end against its end | time to its best | whole run |",
         "|---|---|---|---:|---:|---:|---:|",
@@ -264,16 +287,23 @@ def report(out: Path) -> list[str]:
     return lines
 
 
-def seconds_to(step: int, name: str, arm: dict, times: dict) -> float:
-    """Of an arm up to a step, its gradient start and its cache included."""
+def shares(step: int, until: int, name: str, arm: dict, times: dict, baseline: str) -> float:
+    """Time of an arm up to ``step`` as a share of the baseline's up to ``until``."""
+    return seconds_to(step, name, arm, times, baseline) / (until * float(np.mean(times["seconds"][baseline])))
+
+
+def seconds_to(step: int, name: str, arm: dict, times: dict, baseline: str = "baseline") -> float:
+    """Of an arm up to a step; its probe, gradient start and cache included."""
     mean_seconds = {kind: float(np.mean(spent)) for kind, spent in times["seconds"].items()}
     if name in BASELINES:
-        return step * mean_seconds["baseline"]
-    own = layer_ranges(arm["layers"])
-    early = min(step, round(arm["arm"]["freeze_after"] * arm["points"][-1]["step"]))
-    building = times["building"].get(own, 0.0) if step > early else 0.0
-    start = times["start"] if arm["arm"]["init"] == "gradient" else 0.0
-    return start + building + early * mean_seconds["every"] + (step - early) * mean_seconds[own]
+        return step * mean_seconds[baseline]
+    spec = Spec(**arm["arm"])
+    own = timed_as(spec)
+    early = min(step, round(spec.freeze_after * arm["points"][-1]["step"]))
+    once = times["building"].get(own, 0.0) if step > early else 0.0
+    once += times["start"] if spec.init == "gradient" else 0.0
+    once += times["probe"] if spec.policy in ("depth-aware", "top-percent") else 0.0
+    return once + early * mean_seconds["every"] + (step - early) * mean_seconds[own]
 
 
 def mean(rows: list) -> float:

@@ -113,7 +113,10 @@ def test_the_key_covers_weights_boundary_dtype_and_configuration():
     changed = adapted()
     changed.config.rms_norm_eps = 1e-3
     others["configuration"] = prefix_key(changed, BOUNDARY)
-    assert len({key, *others.values()}) == 5
+    torch.set_float32_matmul_precision("medium")
+    others["precision"] = prefix_key(model, BOUNDARY)
+    torch.set_float32_matmul_precision("highest")
+    assert len({key, *others.values()}) == 6
     above = adapted()
     find_layers(above)[1][3].mlp.down_proj.base_layer.weight.data += 1
     find_layers(above)[1][2].mlp.down_proj.lora_A["default"].weight.data += 1

@@ -20,7 +20,7 @@ from aletheia.reporting.comparison import repeat_command
 from aletheia.tuning import correction
 from aletheia.tuning.adapters import adapted_modules
 from aletheia.tuning.correction import Correction
-from aletheia.tuning.lean import bfloat16_autocast, lean_adapters, lean_loss
+from aletheia.tuning.lean import adapters_in_bfloat16, bfloat16_autocast, lean_adapters, lean_loss
 from aletheia.tuning.run import Run
 from aletheia.tuning.streamed import fill_streamed, streamed_cache
 
@@ -83,7 +83,7 @@ def test_adapters_of_a_4_bit_base_multiply_in_bfloat16(folder, examples):
     gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
     model.zero_grad()
     dtypes.clear()
-    with lean_adapters(model) as covered, lean_loss(model):
+    with adapters_in_bfloat16(model), lean_adapters(model) as covered, lean_loss(model):
         loss = model(**batch).loss
     loss.backward()
     assert covered == 0

@@ -400,6 +400,44 @@ def test_a_family_without_checkpointing_is_refused(rows):
         pass
 
 
+def test_a_layer_that_becomes_trainable_inside_is_refused(rows):
+    """It would silently never learn; without a gradient to be had nothing is wrong."""
+    model, batch = adapted(), collate(rows, 0)
+    _, layers = find_layers(model)
+    with frozen_prefix(model):
+        layers[0].self_attn.q_proj.weight.requires_grad_(True)
+        with pytest.raises(AdapterError, match="became trainable inside frozen_prefix"):
+            model(**batch)
+        with torch.no_grad():
+            model(**batch)
+    with frozen_prefix(model) as boundary:
+        assert boundary == 0
+        model(**batch).loss.backward()
+    assert layers[0].self_attn.q_proj.weight.grad is not None
+
+
+def test_watched_weights_keep_their_calls(rows):
+    """Hooks (of loggers, of engines that bring weights in late) still see the parts of an adapter."""
+    model, batch, seen = adapted(), collate(rows, 0), []
+    watched = find_layers(model)[1][3].self_attn.q_proj
+    for part in (watched.base_layer, watched.lora_A["default"], watched.lora_B["default"]):
+        handle = part.register_forward_hook(lambda *given: seen.append(given))
+        with lean_adapters(model) as covered:
+            model(**batch)
+        handle.remove()
+        assert covered == 13
+    assert len(seen) == 3
+
+
+def test_the_lean_loss_says_that_it_can_be_differentiated_once(rows):
+    model, batch = adapted(), collate(rows, 0)
+    with lean_loss(model):
+        loss = model(**batch).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(TrainingError, match="differentiated twice"):
+        loss.backward()
+
+
 def test_a_trainable_embedding_is_refused():
     for family, name in (("llama", "embed_tokens"), ("gpt2", "wpe")):
         model = adapted(family)

@@ -10,8 +10,9 @@ import aletheia
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate
 from aletheia.data.order import training_batches
-from aletheia.errors import ArtifactError, PlanError, TrainingError
+from aletheia.errors import ArtifactError, CacheError, PlanError, TrainingError
 from aletheia.planning.plan import Plan
+from aletheia.tuning import stage as stage_module
 from aletheia.tuning import train as train_module
 from aletheia.tuning.initial import ROWS, align_with_gradient
 
@@ -151,6 +152,20 @@ def test_what_cannot_be_is_refused(plan, examples, scores, tmp_path):
     (tmp_path / "plan.json").write_text(text)
     with pytest.raises(ArtifactError, match="without 'early_layers'"):
         Plan.read(tmp_path / "plan.json")
+
+
+def test_a_cache_that_fails_at_the_turn_leaves_the_disk(plan, examples, tmp_path, monkeypatch, capsys):
+    """What was trained is kept, and so is the room that saving it needs."""
+
+    def full(model, boundary, rows, cache, *given):
+        assert cache.folder.exists()
+        raise CacheError("the disk is full")
+
+    monkeypatch.setattr(stage_module, "fill", full)
+    _, run = trained(plan, examples, tmp_path / "run", cache="disk", cache_dir=tmp_path / "cache")
+    assert run.metrics.cache_reason == "the disk is full"
+    assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
+    assert run.metrics.early_steps == 3
 
 
 def test_a_run_too_short_for_it(plan, examples, tmp_path):

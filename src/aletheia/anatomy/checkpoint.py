@@ -141,6 +141,7 @@ class Checkpoint:
             "shards": shards,
             "dtype": str(self.dtype),
             "device": self.device.type,
+            "float32_products": torch.get_float32_matmul_precision(),
             "packages": package_versions(("torch", "transformers")),
         }
         return json.dumps(about, sort_keys=True, default=str)

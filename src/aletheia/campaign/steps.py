@@ -23,7 +23,7 @@ from aletheia.tuning.adapters import adapt
 from aletheia.tuning.cache import MemoryCache, collate_with_prefix
 from aletheia.tuning.fill import fill
 from aletheia.tuning.initial import ROWS, align_with_gradient
-from aletheia.tuning.lean import bfloat16_autocast, lean_adapters, lean_loss
+from aletheia.tuning.lean import adapters_in_bfloat16, bfloat16_autocast, lean_adapters, lean_loss
 from aletheia.tuning.prefix import frozen_prefix, prefix_output, stored_prefix
 from aletheia.tuning.recompute import Recompute, recomputation
 
@@ -68,6 +68,7 @@ def prepared(model: nn.Module, kind: StepKind) -> Iterator[PeftModel]:
         contexts = [
             (kind.truncated, frozen_prefix),
             (kind.labelled, labelled_logits),
+            (kind.lean, adapters_in_bfloat16),
             (kind.lean, lean_adapters),
             (kind.lean, lean_loss),
             (kind.cached, partial(stored_prefix, boundary=kind.plan.boundary)),
@@ -93,8 +94,8 @@ def gradient_start_seconds(model: nn.Module, plan: Plan, data: Examples, batch_s
 
 
 def building_seconds(model: nn.Module, data: Examples, plan: Plan, batch_size: int) -> float:
-    """Seconds of filling a cache in memory with every row."""
-    with prepared(model, StepKind("fill", plan)) as adapted:
+    """Seconds of filling a cache in memory with every row, early layers frozen with their adapters."""
+    with prepared(model, StepKind("fill", plan, lean=True, risen=bool(plan.early_layers))) as adapted:
         started = time.perf_counter()
         fill(adapted, plan.boundary, data.examples, MemoryCache(), batch_size, data.pad_token_id, show_progress=False)
         return time.perf_counter() - started
@@ -155,7 +156,7 @@ def _filled(
     for kind in kinds:
         boundary = kind.plan.boundary
         if kind.cached and boundary not in caches:
-            with prepared(model, StepKind("fill", kind.plan, risen=kind.risen)) as adapted:
+            with prepared(model, StepKind("fill", kind.plan, lean=True, risen=kind.risen)) as adapted:
                 caches[boundary] = MemoryCache()
                 fill(adapted, boundary, wanted, caches[boundary], batch_size, data.pad_token_id, show_progress=False)
     return caches

@@ -22,7 +22,7 @@ from aletheia.planning.cost import layer_costs
 from aletheia.probing.timings import LayerTiming, Timings
 from aletheia.tuning.adapters import lora_config
 from aletheia.tuning.fast import fast_steps
-from aletheia.tuning.lean import bfloat16_autocast
+from aletheia.tuning.lean import adapters_in_bfloat16, bfloat16_autocast
 from aletheia.tuning.prefix import PREFIX, prefix_output
 
 ROUNDS = 3
@@ -127,6 +127,7 @@ def _prepared(model: nn.Module, anatomy: Anatomy, step: _Step, batch: Batch) -> 
         if step.way == "fast":
             if boundary:
                 batch = batch | {PREFIX: prefix_output(adapted, boundary, batch)}
+            stack.enter_context(adapters_in_bfloat16(adapted))
             stack.enter_context(fast_steps(adapted, boundary or None))
 
         def run() -> None:

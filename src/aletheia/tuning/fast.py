@@ -1,4 +1,4 @@
-"""All that makes a step cheaper and changes no result, in one context."""
+"""All that makes a step cheaper and changes no result beyond rounding, in one context."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,7 +14,9 @@ from aletheia.tuning.prefix import frozen_prefix, stored_prefix
 def fast_steps(model: PeftModel, stored_from: int | None = None, free: bool = False) -> Iterator[None]:
     """Everything that makes a step cheaper and leaves loss and gradients alone, for a training loop of one's own, too.
 
-    The output's ``logits`` are those of labelled positions only, and hold their gradient after a loss that needs one.
+    Equal up to the order of sums in float32; float32 adapters beside a bfloat16 base are multiplied in bfloat16, as
+    under autocast. The output's ``logits`` are those of labelled positions only, and hold their gradient after a loss
+    that needs one, which can be differentiated once.
 
     Args:
         model: the adapted model.

@@ -55,7 +55,7 @@ def prefix_key(model: nn.Module, boundary: int) -> str:
     """What the prefix output depends on besides the tokens, as a sha256 of 64 digits.
 
     All weights and buffers outside the layers from ``boundary`` up and the head, the configuration, dtype, boundary,
-    kind of device, and the versions of torch and transformers.
+    kind of device, precision of float32 products, and the versions of torch and transformers.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     path, layers = find_layers(base)
@@ -67,6 +67,7 @@ def prefix_key(model: nn.Module, boundary: int) -> str:
         "boundary": boundary,
         "dtype": str(embedding.weight.dtype),
         "device": embedding.weight.device.type,
+        "float32_products": torch.get_float32_matmul_precision(),
         "packages": package_versions(("torch", "transformers")),
     }
     digest.update(json.dumps(about, sort_keys=True, default=str).encode())

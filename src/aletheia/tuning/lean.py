@@ -3,7 +3,7 @@
 Shapes: N tokens, I inputs, O outputs, R rank, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -13,6 +13,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import library, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
+
+from aletheia.errors import TrainingError
 
 
 @library.custom_op("aletheia::lora_linear", mutates_args=())
@@ -69,23 +71,35 @@ lora_linear.register_autograd(_lora_linear_backward, setup_context=_keep)
 def lean_adapters(model: nn.Module) -> Iterator[int]:
     """Compute the adapters of ``model`` with fewer copies; yields how many modules that covers.
 
-    Covered are plain Linear modules with one adapter and without dropout, DoRA or a bias of its own, the adapter in the
-    dtype of the weight or in float32 beside bfloat16; the others keep PEFT's forward. The sums are the same up to the
-    order of rounding; where adapters are float32 and activations bfloat16, up to bfloat16's rounding of the low-rank
-    products, as under autocast, which PEFT's own forward gets, too (that of 4-bit layers, say; not that of experts).
+    Covered are plain Linear modules with one adapter and without dropout, DoRA, hooks or a bias of its own, the adapter
+    in the dtype of the weight or in float32 beside bfloat16; the others keep PEFT's forward. The sums are the same up
+    to the order of rounding; beside bfloat16, up to bfloat16's rounding of the low-rank products, as under autocast.
+    """
+    covered = [module for module in model.modules() if isinstance(module, LoraLinear) and _is_plain(module)]
+    with _forwards(covered, _forward):
+        yield len(covered)
+
+
+@contextmanager
+def adapters_in_bfloat16(model: nn.Module) -> Iterator[None]:
+    """Run adapted modules under autocast where activations are bfloat16, as Trainer's ``bf16=True`` does.
+
+    For what :func:`lean_adapters` does not cover (4-bit layers, Conv1D) in a loop without autocast: PEFT by itself
+    multiplies float32 adapters in float32. Adapters of experts stay as they are.
     """
     adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    adapted = [module for module in adapted if not isinstance(module, ParamWrapper)]
-    own = [(module, module.__dict__.get("forward")) for module in adapted]  # a hook of accelerate's, perhaps
-    covered = 0
-    for module in adapted:
-        if isinstance(module, LoraLinear) and _is_plain(module):
-            covered += 1
-            module.forward = partial(_forward, module, module.forward)
-        else:
-            module.forward = partial(_in_bfloat16, module.forward)
+    with _forwards([module for module in adapted if not isinstance(module, ParamWrapper)], _in_bfloat16):
+        yield
+
+
+@contextmanager
+def _forwards(modules: Sequence[nn.Module], forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Put ``forward(module, its own forward, ...)`` in the place of each module's forward."""
+    own = [(module, module.__dict__.get("forward")) for module in modules]  # a hook of accelerate's, perhaps
+    for module in modules:
+        module.forward = partial(forward, module, module.forward)
     try:
-        yield covered
+        yield
     finally:
         for module, before in own:
             if before is None:
@@ -113,7 +127,7 @@ def _is_plain(module: LoraLinear) -> bool:
     name = module.active_adapters[0]
     a, b, base = module.lora_A[name], module.lora_B[name], module.base_layer
     return (
-        type(base) is nn.Linear
+        all(_is_bare(linear) for linear in (base, a, b))
         and name not in module.lora_variant
         and isinstance(module.lora_dropout[name], nn.Identity)
         and a.bias is None
@@ -122,6 +136,12 @@ def _is_plain(module: LoraLinear) -> bool:
         and a.weight.dtype in (base.weight.dtype, *ALSO_BESIDE.get(base.weight.dtype, ()))
         and not any(part.requires_grad for part in base.parameters())
     )
+
+
+def _is_bare(linear: nn.Module) -> bool:
+    """Whether it is its weight and bias alone: nothing looks at its calls, or brings the weight for them."""
+    watched = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    return type(linear) is nn.Linear and not watched and "forward" not in linear.__dict__
 
 
 def _forward(module: LoraLinear, plain, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -143,7 +163,7 @@ def _forward(module: LoraLinear, plain, x: torch.Tensor, *args, **kwargs) -> tor
     return y_NO.view(*x.shape[:-1], -1)
 
 
-def _in_bfloat16(plain, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+def _in_bfloat16(_: nn.Module, plain, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     with torch.autocast(x.device.type, torch.bfloat16) if x.dtype == torch.bfloat16 else nullcontext():
         return plain(x, *args, **kwargs)
 
@@ -176,13 +196,17 @@ class _LeanCrossEntropy(torch.autograd.Function):
                 softmax *= counted[:, None]
                 if buffer is not None:
                     chunk.copy_(softmax)
-        if wants_grad:
-            ctx.save_for_backward(logits_NV)
+        ctx.grad_NV = logits_NV if wants_grad else None
         return summed
 
     @staticmethod
     def backward(ctx, grad):
-        (grad_NV,) = ctx.saved_tensors
+        grad_NV, ctx.grad_NV = ctx.grad_NV, None
+        if grad_NV is None:
+            raise TrainingError(
+                "the loss of fast steps was differentiated twice, which its buffer does not outlast; expected one "
+                "backward pass; take aletheia.frozen_prefix alone for more"
+            )
         return grad_NV.mul_(grad), None, None
 
 

@@ -88,7 +88,16 @@ def _check_nothing_trains_below(model: nn.Module, layers: nn.ModuleList) -> None
 
 
 def _without_graph(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Pre-hook of a layer below the boundary: nothing it gets requires grad, and it is not checkpointed."""
+    """Pre-hook of a layer below the boundary: nothing it gets requires grad, and it is not checkpointed.
+
+    Raises:
+        AdapterError: a parameter of the layer has come to require grad since; it would never get one.
+    """
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in layer.parameters()):
+        raise AdapterError(
+            "a layer below the boundary became trainable inside frozen_prefix or fast_steps; expected it to be so "
+            "before they are entered: leave and enter again"
+        )
     if getattr(layer, "gradient_checkpointing", False):
         layer.gradient_checkpointing = False
     return tuple(_detached(value) for value in args), {name: _detached(value) for name, value in kwargs.items()}

@@ -19,6 +19,7 @@ from aletheia.planning.plan import Plan
 from aletheia.tuning.cache import DiskCache, PrefixCache, collate_with_prefix
 from aletheia.tuning.fast import fast_steps
 from aletheia.tuning.fill import CacheDecision, CacheKind, fill, open_cache
+from aletheia.tuning.lean import adapters_in_bfloat16, lean_adapters
 from aletheia.tuning.recompute import Recompute, recomputation
 
 
@@ -52,8 +53,8 @@ class Stage:
         self._stack.close()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        if self._frozen and isinstance(self.cache, DiskCache):
-            shutil.rmtree(self.cache.folder, ignore_errors=True)
+        if self._frozen:
+            self._delete_cache()
 
     def collate(self, rows: Sequence[Example]) -> dict[str, torch.Tensor]:
         """A batch as the model takes it now."""
@@ -95,6 +96,7 @@ class Stage:
             except CacheError as error:
                 if not self._frozen:
                     raise
+                self._delete_cache()  # only this run could use it, and the run needs the room
                 self.cache, self.decision = None, CacheDecision("off", str(error))  # what was trained is not lost
                 Console(stderr=True).print(f"cache  off: {error}", highlight=False, soft_wrap=True)
         self.cache_seconds = time.perf_counter() - started
@@ -113,10 +115,19 @@ class Stage:
             told = f"cache  {self.decision.kind}: {self.decision.reason}"
             Console(stderr=True).print(told, highlight=False, soft_wrap=True)
         if self.cache is not None:
-            fill(self._model, boundary, rows, self.cache, self._batch_size, pad, show_progress)
+            with (
+                adapters_in_bfloat16(self._model),
+                lean_adapters(self._model),
+            ):  # frozen ones in the prefix, as in steps
+                fill(self._model, boundary, rows, self.cache, self._batch_size, pad, show_progress)
+
+    def _delete_cache(self) -> None:
+        if isinstance(self.cache, DiskCache):
+            shutil.rmtree(self.cache.folder, ignore_errors=True)
 
     def _begin(self) -> None:
         stored_from = None if self.cache is None else self._plan.boundary
         free = self._free and not self._plan.early_layers
+        self._stack.enter_context(adapters_in_bfloat16(self._model))
         self._stack.enter_context(fast_steps(self._model, stored_from, free))
         self._stack.enter_context(recomputation(self._model, self._recompute))
