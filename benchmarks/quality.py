@@ -142,7 +142,7 @@ def time_arms(model: torch.nn.Module, data: Examples, scores: Scores, out: Path)
         kinds[name] = replace(kinds[name], risen=bool(plan.early_layers))
     seconds = interleaved_steps(model, list(kinds.values()), data, BATCH_SIZE, TIMED_ROUNDS)
     building = {
-        name: building_seconds(model, data, kind.plan, BATCH_SIZE) for name, kind in kinds.items() if kind.cached
+        name: building_seconds(model, kind.plan, data, BATCH_SIZE) for name, kind in kinds.items() if kind.cached
     }
     start = gradient_start_seconds(model, uniform, data, BATCH_SIZE)
     found = {"seconds": seconds, "building": building, "start": start, "probe": scores.probe.seconds}

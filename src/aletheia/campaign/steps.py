@@ -93,7 +93,7 @@ def gradient_start_seconds(model: nn.Module, plan: Plan, data: Examples, batch_s
         return time.perf_counter() - started
 
 
-def building_seconds(model: nn.Module, data: Examples, plan: Plan, batch_size: int) -> float:
+def building_seconds(model: nn.Module, plan: Plan, data: Examples, batch_size: int) -> float:
     """Seconds of filling a cache in memory with every row, early layers frozen with their adapters."""
     with prepared(model, StepKind("fill", plan, lean=True, risen=bool(plan.early_layers))) as adapted:
         started = time.perf_counter()
