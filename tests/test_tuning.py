@@ -332,8 +332,9 @@ def test_the_default_learning_rate_falls_with_width_and_length(examples, scores,
     assert default_learning_rate(2000, 100) == pytest.approx(7.5e-4)
     assert default_learning_rate(2000, 10**6) == pytest.approx(5e-4, rel=1e-3)
     assert default_learning_rate(8000, 100) == pytest.approx(7.5e-4 * 4**-0.781)
-    _, run = trained(examples, scores, tmp_path / "run", steps=1, learning_rate=None)
-    assert run.metrics.settings.learning_rate == default_learning_rate(32, 1)
+    for init, share in (("gradient", 0.5), ("random", 1.0)):
+        _, run = trained(examples, scores, tmp_path / init, steps=1, learning_rate=None, init=init)
+        assert run.metrics.settings.learning_rate == pytest.approx(share * default_learning_rate(32, 1))
 
 
 def test_evaluations_are_even_and_end_at_the_last_step():

@@ -58,7 +58,7 @@ def train(
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per step.")] = 4,
     learning_rate: Annotated[
         float | None,
-        typer.Option("--learning-rate", help="Peak learning rate (by default from the model's width and the steps)."),
+        typer.Option("--learning-rate", help="Peak learning rate (by default from width, steps and --init)."),
     ] = None,
     init: Annotated[
         str, typer.Option("--init", help="Where A starts: along the gradient of the first rows, or at random.")
