@@ -278,18 +278,21 @@ def report(out: Path) -> list[str]:
         reached = next((point["step"] for point in arm["points"] if mean(point["rows"]) <= target), None)
         share = whole = "not timed"
         if times:
-            steps, baseline = arm["points"][-1]["step"], float(np.mean(times["seconds"]["baseline"]))
-            whole = f"{seconds_to(steps, name, arm, times) / (steps * baseline):.2f}"
-            share = (
-                f"{seconds_to(reached, name, arm, times) / (best_point['step'] * baseline):.2f}" if reached else "never"
+            share, whole = (
+                told_shares(step, until, name, arm, times) if step else "never"
+                for step, until in ((reached, best_point["step"]), (last["step"], last["step"]))
             )
         lines.append(f"| {name} | {layer_ranges(arm['layers'])} | {curve} | {best} | {end} | {share} | {whole} |")
     return lines
 
 
-def shares(step: int, until: int, name: str, arm: dict, times: dict, baseline: str) -> float:
-    """Time of an arm up to ``step`` as a share of the baseline's up to ``until``."""
-    return seconds_to(step, name, arm, times, baseline) / (until * float(np.mean(times["seconds"][baseline])))
+def told_shares(step: int, until: int, name: str, arm: dict, times: dict) -> str:
+    """Time of an arm up to ``step`` as a share of each baseline's up to ``until``."""
+    told = []
+    for baseline in ("baseline", "baseline, grouped"):
+        whole = until * float(np.mean(times["seconds"][baseline]))
+        told.append(f"{seconds_to(step, name, arm, times, baseline) / whole:.2f}")
+    return ", ".join(told)
 
 
 def seconds_to(step: int, name: str, arm: dict, times: dict, baseline: str = "baseline") -> float:
