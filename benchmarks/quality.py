@@ -128,18 +128,17 @@ def planned(scores: Scores, spec: Spec) -> Plan:
 
 def time_arms(model: torch.nn.Module, data: Examples, scores: Scores, out: Path) -> None:
     """Seconds of all that the finished arms consist of, steps interleaved."""
-    arms = {name: Spec(**arm["arm"]) for name, arm in finished(out).items()}
+    specs = [Spec(**arm["arm"]) for name, arm in finished(out).items() if name not in BASELINES]
     uniform = aletheia.plan(scores, "uniform")
     kinds = {
         "baseline": StepKind("baseline", uniform),
         "baseline, grouped": StepKind("baseline, grouped", uniform, grouped=True),
         "every": StepKind.fast("every", uniform),
     }
-    for spec in arms.values():
-        plan = planned(scores, spec)
-        name = timed_as(spec)
-        kinds[name] = StepKind.fast(name, plan, cached=plan.boundary > 0)
-        kinds[name] = replace(kinds[name], risen=bool(plan.early_layers))
+    for spec in specs:
+        plan, name = planned(scores, spec), timed_as(spec)
+        own = StepKind.fast(name, plan, cached=plan.boundary > 0)
+        kinds[name] = replace(own, risen=bool(plan.early_layers))
     seconds = interleaved_steps(model, list(kinds.values()), data, BATCH_SIZE, TIMED_ROUNDS)
     building = {
         name: building_seconds(model, kind.plan, data, BATCH_SIZE) for name, kind in kinds.items() if kind.cached

@@ -115,10 +115,8 @@ class Stage:
             told = f"cache  {self.decision.kind}: {self.decision.reason}"
             Console(stderr=True).print(told, highlight=False, soft_wrap=True)
         if self.cache is not None:
-            with (
-                adapters_in_bfloat16(self._model),
-                lean_adapters(self._model),
-            ):  # frozen ones in the prefix, as in steps
+            # frozen adapters of the prefix compute as they did while they learned
+            with adapters_in_bfloat16(self._model), lean_adapters(self._model):
                 fill(self._model, boundary, rows, self.cache, self._batch_size, pad, show_progress)
 
     def _delete_cache(self) -> None:
