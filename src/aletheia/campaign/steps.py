@@ -20,6 +20,7 @@ from aletheia.data.order import training_batches
 from aletheia.planning.plan import Plan
 from aletheia.probing.logits import labelled_logits
 from aletheia.tuning.adapters import adapt
+from aletheia.tuning.attention import lean_attention
 from aletheia.tuning.cache import MemoryCache, collate_with_prefix
 from aletheia.tuning.fill import fill
 from aletheia.tuning.initial import ROWS, align_with_gradient
@@ -43,7 +44,8 @@ class StepKind:
     truncated: bool = False  # plain autograd stops at the boundary by itself; matters under checkpointing
     labelled: bool = False
     grouped: bool = False
-    lean: bool = False
+    lean: bool = False  # adapters and loss
+    attention: bool = False  # by products
     cached: bool = False
     recompute: Recompute = "off"
     risen: bool = False  # the plan's early layers have learnt and are frozen as they are, adapters and all
@@ -52,7 +54,7 @@ class StepKind:
     @classmethod
     def fast(cls, name: str, plan: Plan, cached: bool = False, recompute: Recompute = "off") -> "StepKind":
         """Everything that ``aletheia train`` does."""
-        return cls(name, plan, True, True, True, True, cached, recompute)
+        return cls(name, plan, True, True, True, True, True, cached, recompute)
 
 
 @contextmanager
@@ -71,6 +73,7 @@ def prepared(model: nn.Module, kind: StepKind) -> Iterator[PeftModel]:
             (kind.lean, adapters_in_bfloat16),
             (kind.lean, lean_adapters),
             (kind.lean, lean_loss),
+            (kind.attention, lean_attention),
             (kind.cached, partial(stored_prefix, boundary=kind.plan.boundary)),
             (True, partial(recomputation, kind=kind.recompute)),
         ]
@@ -95,7 +98,7 @@ def gradient_start_seconds(model: nn.Module, plan: Plan, data: Examples, batch_s
 
 def building_seconds(model: nn.Module, plan: Plan, data: Examples, batch_size: int) -> float:
     """Seconds of filling a cache in memory with every row, early layers frozen with their adapters."""
-    with prepared(model, StepKind("fill", plan, lean=True, risen=bool(plan.early_layers))) as adapted:
+    with prepared(model, StepKind("fill", plan, lean=True, attention=True, risen=bool(plan.early_layers))) as adapted:
         started = time.perf_counter()
         fill(adapted, plan.boundary, data.examples, MemoryCache(), batch_size, data.pad_token_id, show_progress=False)
         return time.perf_counter() - started
@@ -156,7 +159,7 @@ def _filled(
     for kind in kinds:
         boundary = kind.plan.boundary
         if kind.cached and boundary not in caches:
-            with prepared(model, StepKind("fill", kind.plan, lean=True, risen=kind.risen)) as adapted:
+            with prepared(model, StepKind("fill", kind.plan, lean=True, attention=True, risen=kind.risen)) as adapted:
                 caches[boundary] = MemoryCache()
                 fill(adapted, boundary, wanted, caches[boundary], batch_size, data.pad_token_id, show_progress=False)
     return caches

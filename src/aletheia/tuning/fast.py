@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 from peft import PeftModel
 
 from aletheia.probing.logits import labelled_logits
+from aletheia.tuning.attention import lean_attention
 from aletheia.tuning.lean import lean_adapters, lean_loss
 from aletheia.tuning.prefix import frozen_prefix, stored_prefix
 
@@ -15,8 +16,9 @@ def fast_steps(model: PeftModel, stored_from: int | None = None, free: bool = Fa
     """Everything that makes a step cheaper and leaves loss and gradients alone, for a training loop of one's own, too.
 
     Equal up to the order of sums in float32; float32 adapters beside a bfloat16 base are multiplied in bfloat16, as
-    under autocast. The output's ``logits`` are those of labelled positions only, and hold their gradient after a loss
-    that needs one, which can be differentiated once.
+    under autocast, and a processor rounds attention's scores to bfloat16, as ``eager`` attention does. The output's
+    ``logits`` are those of labelled positions only, and hold their gradient after a loss that needs one, which can be
+    differentiated once.
 
     Args:
         model: the adapted model.
@@ -29,5 +31,6 @@ def fast_steps(model: PeftModel, stored_from: int | None = None, free: bool = Fa
         stack.enter_context(frozen_prefix(model))
         stack.enter_context(labelled_logits(model))
         stack.enter_context(lean_adapters(model))
+        stack.enter_context(lean_attention(model))
         stack.enter_context(lean_loss(model))
         yield

@@ -9,7 +9,8 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-import aletheia.tuning.lean  # noqa: F401  (registers lora_linear)
+import aletheia.tuning.attention
+import aletheia.tuning.lean  # noqa: F401  (both register operators that are kept)
 from aletheia.errors import TrainingError
 
 Recompute = Literal["off", "selective", "full"]
@@ -22,6 +23,7 @@ KEPT = {  # what takes the time: products with weights, and attention where its 
     _aten._scaled_dot_product_flash_attention.default,
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aletheia.attention.default,
     torch.ops.aletheia.lora_linear.default,
 }
 KEPT_BY_NAME = {"bitsandbytes::gemm_4bit", "bitsandbytes::int8_mixed_scaled_mm", "bitsandbytes::int8_scaled_mm"}

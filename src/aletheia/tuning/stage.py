@@ -16,6 +16,7 @@ from aletheia.data.batches import collate
 from aletheia.data.examples import Example, Examples
 from aletheia.errors import CacheError
 from aletheia.planning.plan import Plan
+from aletheia.tuning.attention import lean_attention
 from aletheia.tuning.cache import DiskCache, PrefixCache, collate_with_prefix
 from aletheia.tuning.fast import fast_steps
 from aletheia.tuning.fill import CacheDecision, CacheKind, fill, open_cache
@@ -115,8 +116,8 @@ class Stage:
             told = f"cache  {self.decision.kind}: {self.decision.reason}"
             Console(stderr=True).print(told, highlight=False, soft_wrap=True)
         if self.cache is not None:
-            # frozen adapters of the prefix compute as they did while they learned
-            with adapters_in_bfloat16(self._model), lean_adapters(self._model):
+            # the prefix computes as it did while its adapters learned
+            with adapters_in_bfloat16(self._model), lean_adapters(self._model), lean_attention(self._model):
                 fill(self._model, boundary, rows, self.cache, self._batch_size, pad, show_progress)
 
     def _delete_cache(self) -> None:

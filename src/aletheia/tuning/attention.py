@@ -1,0 +1,135 @@
+"""Attention by plain matrix products, where the processor's fused kernel is the slower one. Exact up to rounding.
+
+Shapes: B batch, H query heads, K key heads, G = H/K query heads that share a key head, T queries, S keys, D and E sizes
+of a head; N = BK key heads of all samples.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import library, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+SCORES_AT_ONCE = 2**20  # 2 MB of bfloat16, which stay in the processor's cache
+LONGEST = 1024  # tokens; at 2,048 the fused kernel was the quicker one
+
+
+@library.custom_op("aletheia::attention", mutates_args=())
+def attention(
+    query_BHTD: torch.Tensor, key_BKSD: torch.Tensor, value_BKSE: torch.Tensor, bias_BTS: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """``softmax(scale q kt + bias) v`` [B, H, T, E]; the bias may be one for all of the batch.
+
+    A few heads at a time, so that the scores stay in the processor's cache. None are kept for backward, which computes
+    them again, as in Dao et al. 2022 [arXiv:2205.14135]. Keys are not repeated for the queries that share them.
+    """
+    query, key, value = _by_key_head(query_BHTD, key_BKSD, value_BKSE)
+    output = value.new_empty(*query.shape[:2], value.shape[2])
+    for heads, bias in _parts(query, key_BKSD, bias_BTS):
+        torch.bmm(_weights(query[heads], key[heads], bias, scale), value[heads], out=output[heads])
+    return output.view(*query_BHTD.shape[:3], -1)
+
+
+@attention.register_fake
+def _(query_BHTD, key_BKSD, value_BKSE, bias_BTS, scale):
+    return query_BHTD.new_empty(*query_BHTD.shape[:3], value_BKSE.shape[3])
+
+
+def _keep(ctx, inputs, output):
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _attention_backward(ctx, grad_BHTE):
+    *inputs, bias_BTS = ctx.saved_tensors
+    query, key, value = _by_key_head(*inputs)
+    grad = grad_BHTE.reshape(*query.shape[:2], -1)
+    grad_query, grad_key, grad_value = (torch.empty_like(tensor) for tensor in (query, key, value))
+    for heads, bias in _parts(query, inputs[1], bias_BTS):
+        weights = _weights(query[heads], key[heads], bias, ctx.scale)
+        torch.bmm(weights.mT, grad[heads], out=grad_value[heads])
+        grad_weights = torch.bmm(grad[heads], value[heads].mT)
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        grad_query[heads].baddbmm_(grad_scores, key[heads], beta=0, alpha=ctx.scale)
+        grad_key[heads].baddbmm_(grad_scores.mT, query[heads], beta=0, alpha=ctx.scale)
+    grads = grad_query, grad_key, grad_value
+    return *(found.view(tensor.shape) for found, tensor in zip(grads, inputs, strict=True)), None, None
+
+
+attention.register_autograd(_attention_backward, setup_context=_keep)
+
+
+def _by_key_head(query_BHTD, key_BKSD, value_BKSE):
+    """The same as [N, GT, D], [N, S, D] and [N, S, E]."""
+    heads = key_BKSD.shape[0] * key_BKSD.shape[1]
+    return tuple(tensor.reshape(heads, -1, tensor.shape[-1]) for tensor in (query_BHTD, key_BKSD, value_BKSE))
+
+
+def _parts(query: torch.Tensor, key_BKSD: torch.Tensor, bias_BTS: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Key heads to take together, those of several samples or some of one, and the bias of their samples."""
+    samples, heads, keys, _ = key_BKSD.shape
+    at_once = max(1, SCORES_AT_ONCE // (query.shape[1] * keys))
+    if at_once >= heads:
+        at_once -= at_once % heads
+    else:
+        at_once = max(number for number in range(1, at_once + 1) if heads % number == 0)
+    for start in range(0, samples * heads, at_once):
+        stop = min(start + at_once, samples * heads)
+        yield slice(start, stop), bias_BTS if len(bias_BTS) == 1 else bias_BTS[start // heads : -(-stop // heads)]
+
+
+def _weights(query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor, scale: float) -> torch.Tensor:
+    """[n, GT, S] for n key heads."""
+    scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.mT, beta=0, alpha=scale)
+    scores.view(len(bias), -1, *bias.shape[1:]).add_(bias[:, None])
+    return scores.softmax(-1)
+
+
+@contextmanager
+def lean_attention(model: nn.Module) -> Iterator[None]:
+    """Compute the ``sdpa`` attention of ``model`` by :func:`attention` where that is the quicker way.
+
+    That is in bfloat16 on a processor, up to LONGEST tokens, without dropout or a bias; the rest keeps its way. Equal
+    up to bfloat16's rounding of the scores, which ``eager`` attention rounds, too.
+    """
+    own, plain = set(model.modules()), ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        usual = module in own and not dropout and all(kwargs.get(name) is None for name in OTHER_WAYS)
+        if not (usual and _is_quicker(query, key, value) and _is_plain(attention_mask, query, key, causal)):
+            return plain(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+        if attention_mask is not None:
+            seen = attention_mask[:, 0]
+        else:
+            seen = torch.ones(1, query.shape[2], key.shape[2], dtype=torch.bool)
+            seen = seen.tril() if causal else seen
+        bias_BTS = query.new_zeros(seen.shape).masked_fill_(~seen, torch.finfo(query.dtype).min)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attention(query, key, value, bias_BTS, scale).transpose(1, 2).contiguous(), None
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = forward
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = plain
+
+
+OTHER_WAYS = ("position_bias", "cache", "softcap", "s_aux")  # arguments that ask for more
+
+
+def _is_quicker(*tensors: torch.Tensor) -> bool:
+    return all(
+        tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and tensor.shape[2] <= LONGEST
+        for tensor in tensors
+    )
+
+
+def _is_plain(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, causal: bool) -> bool:
+    """Whether every head has the same mask of true and false, or none."""
+    square = [query.shape[2], key.shape[2]]
+    if mask is None:
+        return not causal or square[0] == square[1]
+    samples, *rest = mask.shape
+    return mask.dtype == torch.bool and rest == [1, *square] and samples in (1, len(query))
