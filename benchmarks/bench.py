@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -41,7 +42,6 @@ SECTIONS = {
     "memory": "Peak memory of the training phase",
     "growth": "Growth of the cached step",
 }
-IN_FLOAT32 = (SECTIONS["probe"], SECTIONS["growth"])  # the others in bfloat16 where the processor multiplies it
 
 
 def main() -> None:
@@ -60,7 +60,7 @@ def main() -> None:
         "steps": lambda: bench_arms(base.model, data, scores, default),
         "predictions": lambda: bench_predictions(base.model, data, scores),
         "memory": lambda: peaks(default, BATCH_SIZE),
-        "growth": growth,
+        "growth": lambda: growth(base.model.dtype),
     }
     for name in SECTIONS:
         if name in wanted:
@@ -86,7 +86,7 @@ def head(data: Examples) -> str:
 
 def section(title: str, lines: list[str], data: Examples, dtype: torch.dtype) -> None:
     """Print a section and put it into its place on the page; the others stay as they are."""
-    told = "float32" if title in IN_FLOAT32 else str(dtype).removeprefix("torch.")
+    told = "float32" if title == SECTIONS["probe"] else str(dtype).removeprefix("torch.")
     found = "\n".join([f"## {title}", "", f"Measured on {date.today()} in {told}.", "", *lines]).rstrip() + "\n"
     print(found, flush=True)
     page = PAGE.read_text() if PAGE.exists() else ""
@@ -138,22 +138,30 @@ def bench_probe(model: torch.nn.Module, data: Examples) -> list[str]:
 def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: Plan) -> list[str]:
     """The gain taken apart, then put together; and a whole run from its measured parts."""
     uniform = aletheia.plan(scores, "uniform")
+    plain = StepKind("baseline", uniform)
+    every = StepKind.fast("every layer, these four together", uniform)
+    cached = StepKind.fast("default plan, everything, from a filled cache", default, cached=True)
+    plain_full = replace(plain, name="baseline, full recomputation", recompute="full")
+    every_selective = replace(every, name="every layer, fast, selective recomputation", recompute="selective")
+    every_full = replace(every, name="every layer, fast, full recomputation", recompute="full")
+    cached_selective = replace(cached, name="default plan, cached, selective recomputation", recompute="selective")
+    cached_full = replace(cached, name="default plan, cached, full recomputation", recompute="full")
     arms = [
-        StepKind("baseline", uniform),
+        plain,
         StepKind("baseline + labelled-token logits", uniform, labelled=True),
         StepKind("baseline + length grouping", uniform, grouped=True),
         StepKind("baseline + lean adapters and loss", uniform, lean=True),
         StepKind("baseline + attention by products", uniform, attention=True),
-        StepKind.fast("every layer, these four together", uniform),
+        every,
         StepKind("default plan alone (truncated backward)", default, truncated=True),
         StepKind("default plan + cache alone", default, truncated=True, cached=True),
         StepKind.fast("default plan, everything, first epoch", default),
-        StepKind.fast("default plan, everything, from a filled cache", default, cached=True),
-        StepKind("baseline, full recomputation", uniform, recompute="full"),
-        StepKind.fast("default plan, cached, selective recomputation", default, cached=True, recompute="selective"),
-        StepKind.fast("default plan, cached, full recomputation", default, cached=True, recompute="full"),
-        StepKind.fast("every layer, fast, selective recomputation", uniform, recompute="selective"),
-        StepKind.fast("every layer, fast, full recomputation", uniform, recompute="full"),
+        cached,
+        plain_full,
+        cached_selective,
+        cached_full,
+        every_selective,
+        every_full,
     ]
     seconds = interleaved_steps(model, arms, data, BATCH_SIZE, ROUNDS)
     steps = ROWS // BATCH_SIZE * EPOCHS
@@ -179,24 +187,24 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
         "| run | baseline s | " + " | ".join(f"{share:.1%} first, s | speed-up" for share in shares) + " |",
         "|---|" + "---:|" * (1 + 2 * len(shares)),
     ]
-    names = [arm.name for arm in arms]
     runs = (
-        ("nothing recomputed", names[0], names[4], names[8]),
-        ("gradient checkpointing: full, and ours selective", names[9], names[12], names[10]),
-        ("gradient checkpointing: full on both sides", names[9], names[13], names[11]),
+        ("nothing recomputed", plain, every, cached),
+        ("gradient checkpointing: full, and ours selective", plain_full, every_selective, cached_selective),
+        ("gradient checkpointing: full on both sides", plain_full, every_full, cached_full),
     )
     for label, *kinds in runs:
-        plain, every, cached = (sum(seconds[name]) / ROUNDS for name in kinds)
+        baseline_s, every_s, cached_s = (sum(seconds[kind.name]) / ROUNDS for kind in kinds)
         cells = []
         for share in shares:
             early = round(share * steps)
             once = scores.probe.seconds + turning[early > 0] + building[early > 0]
-            whole = once + early * every + (steps - early) * cached
-            cells.append(f"{whole:.0f} | {plain * steps / whole:.2f}x")
-        lines.append(f"| {label} | {plain * steps:.0f} | {' | '.join(cells)} |")
-    told = []
-    for kind, ours in (("selective", names[10]), ("full", names[11])):
-        told.append(f"{speedup(seconds[names[9]], seconds[ours])} {kind}")
+            whole = once + early * every_s + (steps - early) * cached_s
+            cells.append(f"{whole:.0f} | {baseline_s * steps / whole:.2f}x")
+        lines.append(f"| {label} | {baseline_s * steps:.0f} | {' | '.join(cells)} |")
+    told = [
+        f"{speedup(seconds[plain_full.name], seconds[ours.name])} {ours.recompute}"
+        for ours in (cached_selective, cached_full)
+    ]
     lines += ["", f"Steps from the cache against the checkpointed baseline's: {', '.join(told)}. Memory: below."]
     return lines
 

@@ -19,10 +19,10 @@ BATCH_SIZE, ROUNDS = 4, 5
 VOCABULARY = 4096
 
 
-def growth() -> list[str]:
+def growth(dtype: torch.dtype) -> list[str]:
     """A section of the page, and its picture: the last half adapted, from a filled cache."""
-    by_length = {length: _point(12, length) for length in LENGTHS}
-    by_depth = {depth: _point(depth, 256) for depth in DEPTHS}
+    by_length = {length: _point(12, length, dtype) for length in LENGTHS}
+    by_depth = {depth: _point(depth, 256, dtype) for depth in DEPTHS}
     lines = [
         f"Random Llama models of width 256, batch {BATCH_SIZE}, the last half of the layers adapted; {ROUNDS} rounds each. "
         "The prediction is calibrated at each size; growth is against the smallest size.",
@@ -43,14 +43,14 @@ def growth() -> list[str]:
     return lines
 
 
-def _point(layers: int, length: int) -> tuple[float, float]:
+def _point(layers: int, length: int, dtype: torch.dtype) -> tuple[float, float]:
     """Seconds of a cached step, the median measured and the prediction."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=256, intermediate_size=768, num_attention_heads=4, num_key_value_heads=4,
         num_hidden_layers=layers, max_position_embeddings=2048,
     )  # fmt: skip
-    model, data = LlamaForCausalLM(config), _rows(length)
+    model, data = LlamaForCausalLM(config).to(dtype), _rows(length)
     scores = aletheia.probe(model, data, batches=1)
     scores = scores.model_copy(update={"timings": aletheia.calibrate(model, data, BATCH_SIZE)})
     plan = aletheia.plan(scores, "last")

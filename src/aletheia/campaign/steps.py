@@ -54,7 +54,8 @@ class StepKind:
     @classmethod
     def fast(cls, name: str, plan: Plan, cached: bool = False, recompute: Recompute = "off") -> "StepKind":
         """Everything that ``aletheia train`` does."""
-        return cls(name, plan, True, True, True, True, True, cached, recompute)
+        every = dict.fromkeys(("truncated", "labelled", "grouped", "lean", "attention"), True)
+        return cls(name, plan, **every, cached=cached, recompute=recompute)
 
 
 @contextmanager

@@ -111,13 +111,15 @@ class Stage:
         uses = sum(map(len, trained)) + (1 + evaluations) * self._held_out.tokens
         rows, pad = [*trained, *self._held_out.examples], self._held_out.pad_token_id
         boundary = self._plan.boundary
-        self.cache, self.decision = open_cache(self._model, boundary, rows, uses, self._batch_size, pad, kind, folder)
-        if show_progress:
-            told = f"cache  {self.decision.kind}: {self.decision.reason}"
-            Console(stderr=True).print(told, highlight=False, soft_wrap=True)
-        if self.cache is not None:
-            # the prefix computes as it did while its adapters learned
-            with adapters_in_bfloat16(self._model), lean_adapters(self._model), lean_attention(self._model):
+        # the prefix computes as it did while its adapters learned
+        with adapters_in_bfloat16(self._model), lean_adapters(self._model), lean_attention(self._model):
+            self.cache, self.decision = open_cache(
+                self._model, boundary, rows, uses, self._batch_size, pad, kind, folder
+            )
+            if show_progress:
+                told = f"cache  {self.decision.kind}: {self.decision.reason}"
+                Console(stderr=True).print(told, highlight=False, soft_wrap=True)
+            if self.cache is not None:
                 fill(self._model, boundary, rows, self.cache, self._batch_size, pad, show_progress)
 
     def _delete_cache(self) -> None:
