@@ -150,7 +150,7 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
         plain,
         StepKind("baseline + labelled-token logits", uniform, labelled=True),
         StepKind("baseline + length grouping", uniform, grouped=True),
-        StepKind("baseline + lean adapters and loss", uniform, lean=True),
+        StepKind("baseline + lean adapters, norms and loss", uniform, lean=True),
         StepKind("baseline + attention by products", uniform, attention=True),
         every,
         StepKind("default plan alone (truncated backward)", default, truncated=True),

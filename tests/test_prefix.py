@@ -20,6 +20,7 @@ from aletheia.tuning.cache import MemoryCache, collate_with_prefix
 from aletheia.tuning.fast import fast_steps
 from aletheia.tuning.fill import fill, open_cache, why_not_exact
 from aletheia.tuning.lean import bfloat16_autocast, lean_adapters, lean_causal_loss, lean_loss, lora_linear
+from aletheia.tuning.norms import lean_norms
 from aletheia.tuning.prefix import frozen_prefix, stored_prefix
 from aletheia.tuning.recompute import recomputation
 
@@ -76,7 +77,7 @@ def test_every_fast_path_equals_the_plain_one(family, rows):
     plain = gradients(model, batch)
     with_prefix = stored(model, rows)
     assert plain[1].norm() > 0
-    for path in (frozen_prefix, labelled_logits, lean_adapters, lean_loss):
+    for path in (frozen_prefix, labelled_logits, lean_adapters, lean_norms, lean_loss):
         with path(model):
             assert difference(gradients(model, batch), plain) < 1e-6, path.__name__
     with stored_prefix(model, BOUNDARY):

@@ -25,6 +25,7 @@ from aletheia.tuning.cache import MemoryCache, collate_with_prefix
 from aletheia.tuning.fill import fill
 from aletheia.tuning.initial import ROWS, align_with_gradient
 from aletheia.tuning.lean import adapters_in_bfloat16, bfloat16_autocast, lean_adapters, lean_loss
+from aletheia.tuning.norms import lean_norms
 from aletheia.tuning.prefix import frozen_prefix, prefix_output, stored_prefix
 from aletheia.tuning.recompute import Recompute, recomputation
 
@@ -44,7 +45,7 @@ class StepKind:
     truncated: bool = False  # plain autograd stops at the boundary by itself; matters under checkpointing
     labelled: bool = False
     grouped: bool = False
-    lean: bool = False  # adapters and loss
+    lean: bool = False  # adapters, norms and loss
     attention: bool = False  # by products
     cached: bool = False
     recompute: Recompute = "off"
@@ -73,6 +74,7 @@ def prepared(model: nn.Module, kind: StepKind) -> Iterator[PeftModel]:
             (kind.labelled, labelled_logits),
             (kind.lean, adapters_in_bfloat16),
             (kind.lean, lean_adapters),
+            (kind.lean, lean_norms),
             (kind.lean, lean_loss),
             (kind.attention, lean_attention),
             (kind.cached, partial(stored_prefix, boundary=kind.plan.boundary)),

@@ -21,8 +21,7 @@ from aletheia.data.order import training_batches
 from aletheia.planning.cost import layer_costs
 from aletheia.probing.timings import LayerTiming, Timings
 from aletheia.tuning.adapters import lora_config
-from aletheia.tuning.attention import lean_attention
-from aletheia.tuning.fast import fast_steps
+from aletheia.tuning.fast import fast_steps, lean_layers
 from aletheia.tuning.lean import adapters_in_bfloat16, bfloat16_autocast
 from aletheia.tuning.prefix import PREFIX, prefix_output
 
@@ -117,7 +116,7 @@ def _prepared(model: nn.Module, anatomy: Anatomy, step: _Step, batch: Batch) -> 
     """The step as something to call; afterwards the model has no adapters again."""
     boundary = min(step.layers)
     if step.way == "prefix":
-        with lean_attention(model):
+        with lean_layers(model):
             yield lambda: prefix_output(model, boundary, batch)
         return
     wanted = [module for module in anatomy.adaptable() if module.layer in step.layers]

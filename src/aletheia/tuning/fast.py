@@ -4,11 +4,20 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from peft import PeftModel
+from torch import nn
 
 from aletheia.probing.logits import labelled_logits
 from aletheia.tuning.attention import lean_attention
 from aletheia.tuning.lean import lean_adapters, lean_loss
+from aletheia.tuning.norms import lean_norms
 from aletheia.tuning.prefix import frozen_prefix, stored_prefix
+
+
+@contextmanager
+def lean_layers(model: nn.Module) -> Iterator[None]:
+    """Adapters, attention and norms in their cheaper forms, in steps as in the prefix that is computed for them."""
+    with lean_adapters(model), lean_attention(model), lean_norms(model):
+        yield
 
 
 @contextmanager
@@ -30,7 +39,6 @@ def fast_steps(model: PeftModel, stored_from: int | None = None, free: bool = Fa
             stack.enter_context(stored_prefix(model, stored_from, free))
         stack.enter_context(frozen_prefix(model))
         stack.enter_context(labelled_logits(model))
-        stack.enter_context(lean_adapters(model))
-        stack.enter_context(lean_attention(model))
+        stack.enter_context(lean_layers(model))
         stack.enter_context(lean_loss(model))
         yield

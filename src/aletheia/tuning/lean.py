@@ -76,7 +76,7 @@ def lean_adapters(model: nn.Module) -> Iterator[int]:
     to the order of rounding; beside bfloat16, up to bfloat16's rounding of the low-rank products, as under autocast.
     """
     covered = [module for module in model.modules() if isinstance(module, LoraLinear) and _is_plain(module)]
-    with _forwards(covered, _forward):
+    with replaced_forwards(covered, _forward):
         yield len(covered)
 
 
@@ -88,12 +88,12 @@ def adapters_in_bfloat16(model: nn.Module) -> Iterator[None]:
     multiplies float32 adapters in float32. Adapters of experts stay as they are.
     """
     adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    with _forwards([module for module in adapted if not isinstance(module, ParamWrapper)], _in_bfloat16):
+    with replaced_forwards([module for module in adapted if not isinstance(module, ParamWrapper)], _in_bfloat16):
         yield
 
 
 @contextmanager
-def _forwards(modules: Sequence[nn.Module], forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+def replaced_forwards(modules: Sequence[nn.Module], forward: Callable[..., torch.Tensor]) -> Iterator[None]:
     """Put ``forward(module, its own forward, ...)`` in the place of each module's forward."""
     own = [(module, module.__dict__.get("forward")) for module in modules]  # a hook of accelerate's, perhaps
     for module in modules:

@@ -16,11 +16,10 @@ from aletheia.data.batches import collate
 from aletheia.data.examples import Example, Examples
 from aletheia.errors import CacheError
 from aletheia.planning.plan import Plan
-from aletheia.tuning.attention import lean_attention
 from aletheia.tuning.cache import DiskCache, PrefixCache, collate_with_prefix
-from aletheia.tuning.fast import fast_steps
+from aletheia.tuning.fast import fast_steps, lean_layers
 from aletheia.tuning.fill import CacheDecision, CacheKind, fill, open_cache
-from aletheia.tuning.lean import adapters_in_bfloat16, lean_adapters
+from aletheia.tuning.lean import adapters_in_bfloat16
 from aletheia.tuning.recompute import Recompute, recomputation
 
 
@@ -112,7 +111,7 @@ class Stage:
         rows, pad = [*trained, *self._held_out.examples], self._held_out.pad_token_id
         boundary = self._plan.boundary
         # the prefix computes as it did while its adapters learned
-        with adapters_in_bfloat16(self._model), lean_adapters(self._model), lean_attention(self._model):
+        with adapters_in_bfloat16(self._model), lean_layers(self._model):
             self.cache, self.decision = open_cache(
                 self._model, boundary, rows, uses, self._batch_size, pad, kind, folder
             )
