@@ -91,7 +91,7 @@ def calibrate(model: nn.Module, data: Examples, batch_size: int = 4, seed: int =
         random_padding=max(1.0, random_tokens / tokens),
         layers=layers,
         head=head,
-        baseline=min(baseline.seconds) * random_tokens / random_batch["input_ids"].numel(),
+        baseline=statistics.median(baseline.seconds) * random_tokens / random_batch["input_ids"].numel(),
         baseline_rank=RANK,
         seconds=time.perf_counter() - started,
     )
@@ -174,9 +174,9 @@ def _parts(
     features = [0] * anatomy.layer_count
     for module in anatomy.adaptable():
         features[module.layer] += module.lora_parameters(1)
-    rows, seconds = [], []
+    rows = []
     for step in steps:
-        boundary, least = min(step.layers), min(step.seconds)
+        boundary, spent = min(step.layers), statistics.median(step.seconds)
         width = sum(features[layer] for layer in step.layers)
         if step.way == "prefix":
             row = [0.0, sum(operations.forward[:boundary]), 0.0, 0.0, 0.0]
@@ -184,8 +184,7 @@ def _parts(
             crossed = sum(operations.forward[boundary:]), sum(operations.backward[boundary:])
             row = [1.0, *crossed, width, width * step.rank]
         if any(row):
-            rows.append(np.array(row) / least)
-            seconds.append(least)
+            rows.append(np.array(row) / spent)
     matrix = np.stack(rows)
     largest = matrix.max(axis=0)
     rest, forward, backward, fixed, slope = nnls(matrix / largest, np.ones(len(rows)))[0] / largest * tokens / count
