@@ -26,6 +26,7 @@ from aletheia.data.batches import collate
 from aletheia.data.examples import Example
 from aletheia.errors import CacheError
 from aletheia.tuning.cache import CacheInfo, DiskCache, check_space, default_cache_dir, distinct_tokens, row_key
+from aletheia.tuning.fast import lean_layers
 
 Batch = dict[str, torch.Tensor]
 
@@ -127,15 +128,16 @@ def _fill(
             _check_repeats(checkpoint, index, layer, states, groups, pad_token_id)
             if index == first:
                 checkpoint.check_layers(_batch(checkpoint, groups[-1], pad_token_id))
-            for state, group in zip(states, groups, strict=True):
-                if state.layer == index:
-                    hidden_BTD = _run(checkpoint, index, layer, state, group, pad_token_id)
-                    if not torch.isfinite(hidden_BTD).all():
-                        raise CacheError(
-                            f"layer {index} gives a value that is not finite for {group[0].where} or a row beside it; "
-                            "try --dtype bfloat16 or float32"
-                        )
-                    state.write(index + 1, hidden_BTD, checkpoint.outputs)
+            with lean_layers(layer.requires_grad_(False)):  # as in the steps
+                for state, group in zip(states, groups, strict=True):
+                    if state.layer == index:
+                        hidden_BTD = _run(checkpoint, index, layer, state, group, pad_token_id)
+                        if not torch.isfinite(hidden_BTD).all():
+                            raise CacheError(
+                                f"layer {index} gives a value that is not finite for {group[0].where} or a row beside "
+                                "it; try --dtype bfloat16 or float32"
+                            )
+                        state.write(index + 1, hidden_BTD, checkpoint.outputs)
             del layer
             progress.advance(task)
     for state, group in zip(states, groups, strict=True):
