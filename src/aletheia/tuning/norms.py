@@ -21,8 +21,7 @@ class _LeanRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, weight_D, eps):
         wide_ND = x_ND.float()
-        squares_N1 = torch.linalg.vector_norm(wide_ND, dim=-1, keepdim=True).square_()
-        inverse_N1 = squares_N1.div_(x_ND.shape[-1]).add_(eps).rsqrt_()
+        inverse_N1 = wide_ND.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()  # the sum that models take
         normed_ND = (wide_ND * inverse_N1 if wide_ND is x_ND else wide_ND.mul_(inverse_N1)).to(x_ND.dtype)
         ctx.save_for_backward(normed_ND, inverse_N1, weight_D)
         return weight_D * normed_ND
@@ -32,7 +31,7 @@ class _LeanRMSNorm(torch.autograd.Function):
         normed_ND, inverse_N1, weight_D = ctx.saved_tensors
         grad_ND = grad_ND * weight_D
         wide_ND, normed_ND = grad_ND.float(), normed_ND.float()
-        along_N1 = torch.linalg.vecdot(wide_ND, normed_ND).div_(grad_ND.shape[-1]).unsqueeze(-1)
+        along_N1 = (wide_ND * normed_ND).mean(dim=-1, keepdim=True)
         return wide_ND.sub_(normed_ND * along_N1).mul_(inverse_N1).to(grad_ND.dtype), None, None
 
 
