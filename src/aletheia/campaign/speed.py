@@ -75,9 +75,7 @@ def _kinds(arm: Arm, made: Plan, cacheable: set[int]) -> list[StepKind]:
     cached = made.boundary in cacheable
     kinds = [replace(StepKind.fast(arm.name, made, cached), risen=risen)]
     if cached:
-        kinds.append(
-            StepKind(f"{arm.name} prefix", made, grouped=True, lean=True, attention=True, risen=risen, only_prefix=True)
-        )
+        kinds.append(StepKind.prefix(f"{arm.name} prefix", made, risen))
     if risen:
         kinds.append(StepKind.fast(f"{arm.name} early", made))
     return kinds

@@ -50,13 +50,18 @@ class StepKind:
     cached: bool = False
     recompute: Recompute = "off"
     risen: bool = False  # the plan's early layers have learnt and are frozen as they are, adapters and all
-    only_prefix: bool = False  # nothing but the layers below the boundary: what filling the cache takes
+    only_prefix: bool = False  # nothing but the layers below the boundary
 
     @classmethod
     def fast(cls, name: str, plan: Plan, cached: bool = False, recompute: Recompute = "off") -> "StepKind":
         """Everything that ``aletheia train`` does."""
         every = dict.fromkeys(("truncated", "labelled", "grouped", "lean", "attention"), True)
         return cls(name, plan, **every, cached=cached, recompute=recompute)
+
+    @classmethod
+    def prefix(cls, name: str, plan: Plan, risen: bool) -> "StepKind":
+        """What filling the cache takes: the layers below the boundary as the fast steps compute them."""
+        return cls(name, plan, grouped=True, lean=True, attention=True, risen=risen, only_prefix=True)
 
 
 @contextmanager
@@ -101,7 +106,7 @@ def gradient_start_seconds(model: nn.Module, plan: Plan, data: Examples, batch_s
 
 def building_seconds(model: nn.Module, plan: Plan, data: Examples, batch_size: int) -> float:
     """Seconds of filling a cache in memory with every row, early layers frozen with their adapters."""
-    with prepared(model, StepKind("fill", plan, lean=True, attention=True, risen=bool(plan.early_layers))) as adapted:
+    with prepared(model, StepKind.prefix("fill", plan, bool(plan.early_layers))) as adapted:
         started = time.perf_counter()
         fill(adapted, plan.boundary, data.examples, MemoryCache(), batch_size, data.pad_token_id, show_progress=False)
         return time.perf_counter() - started
@@ -162,7 +167,7 @@ def _filled(
     for kind in kinds:
         boundary = kind.plan.boundary
         if kind.cached and boundary not in caches:
-            with prepared(model, StepKind("fill", kind.plan, lean=True, attention=True, risen=kind.risen)) as adapted:
+            with prepared(model, StepKind.prefix("fill", kind.plan, kind.risen)) as adapted:
                 caches[boundary] = MemoryCache()
                 fill(adapted, boundary, wanted, caches[boundary], batch_size, data.pad_token_id, show_progress=False)
     return caches
