@@ -29,8 +29,8 @@ def by_torch(inputs, seen, scale):
     return with_gradients(scaled_dot_product_attention(query, *repeated, attn_mask=seen[:, None], scale=scale), inputs)
 
 
-def by_products(inputs, seen, scale):
-    return with_gradients(attention(*inputs, seen, scale), inputs)
+def by_products(inputs, seen, scale, keep=False):
+    return with_gradients(attention(*inputs, seen, scale, keep)[0], inputs)
 
 
 def padded(samples, queries, keys):
@@ -62,7 +62,10 @@ def test_it_equals_torchs(shape, samples_of_mask, at_once, monkeypatch):
     monkeypatch.setattr(module, "SCORES_AT_ONCE", at_once)
     inputs = drawn(**shape)
     seen = padded(samples_of_mask, inputs[0].shape[2], inputs[1].shape[2])
-    assert max(errors(by_products(inputs, seen, 0.3), by_torch(inputs, seen, 0.3))) < 1e-6
+    found = by_products(inputs, seen, 0.3)
+    assert max(errors(found, by_torch(inputs, seen, 0.3))) < 1e-6
+    for kept, repeated in zip(by_products(inputs, seen, 0.3, keep=True), found, strict=True):
+        assert torch.equal(kept, repeated)
 
 
 def test_in_bfloat16_it_is_off_by_less_than_twice_what_torchs_is():
@@ -143,12 +146,31 @@ def test_someone_elses_function_stays(monkeypatch):
         assert asked(owner, drawn(dtype=torch.bfloat16)) == "own"
 
 
-@pytest.mark.parametrize(("kind", "expected"), [("off", 4), ("selective", 4), ("full", 6)])
-def test_selective_recomputation_does_not_repeat_it(kind, expected, monkeypatch):
+# forward, and backward where it does not keep the weights of two layers; MOST_KEPT is that of 9 tokens or one less
+@pytest.mark.parametrize(
+    ("kind", "most_kept", "expected"),
+    [("off", 81, 2), ("off", 80, 4), ("selective", 81, 4), ("full", 81, 4), ("full", 80, 6)],
+)
+def test_what_backward_repeats(kind, most_kept, expected, monkeypatch):
     calls = []
     weights = module._weights
+    monkeypatch.setattr(module, "MOST_KEPT", most_kept)
     monkeypatch.setattr(module, "_weights", lambda *given: calls.append(given) or weights(*given))
     model, tokens = make_model("llama", 2).bfloat16().train(), torch.randint(3, 200, (2, 9))
     with lean_attention(model), recomputation(model, kind):
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
-    assert len(calls) == expected  # forward and backward of two layers
+    assert len(calls) == expected
+
+
+def test_nothing_is_kept_where_nothing_learns(monkeypatch):
+    kept = []
+    monkeypatch.setattr(module, "attention", lambda *given: kept.append(given[-1]) or attention(*given))
+    model, tokens = make_model("llama", 2).bfloat16(), torch.randint(3, 200, (2, 9))
+    with lean_attention(model):
+        with torch.no_grad():
+            model(input_ids=tokens, use_cache=False)
+        model.requires_grad_(False)(input_ids=tokens, use_cache=False)
+        assert kept == [False] * 4
+        model.model.layers[1].requires_grad_(True)
+        model(input_ids=tokens, use_cache=False)
+    assert kept[4:] == [False, True]

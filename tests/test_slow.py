@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -62,6 +62,22 @@ def with_adapters(model, plan):
     return adapted
 
 
+@contextmanager
+def exact_loss(model):
+    """The causal loss of float64 logits: torch's float32 log-softmax over 49,152 is off by 5e-6 with AVX-512."""
+
+    def loss(logits, labels, vocab_size, shift_labels=None, **_):
+        targets = torch.nn.functional.pad(labels, (0, 1), value=-100)[..., 1:] if shift_labels is None else shift_labels
+        return torch.nn.functional.cross_entropy(logits.double().view(-1, vocab_size), targets.reshape(-1))
+
+    base = model.get_base_model()
+    base.loss_function = loss
+    try:
+        yield
+    finally:
+        del base._loss_function
+
+
 def loss_and_gradient(model, batch):
     """Both in float64; the adapters' gradients in one vector."""
     loss = model(**batch, use_cache=False).loss
@@ -79,6 +95,7 @@ def relative_errors(found, expected):
 def test_fast_steps_equal_plain_ones(base, boundary):
     """SmolLM2, float32, loss and adapter gradients of one batch: each path to 1e-6 of the plain step.
 
+    The plain step, the prefix, the cache and the labelled logits take an exact loss; the lean loss is part of all else.
     A cache filled in batches of other shapes, and the lean adapters, sum in another order. So does the plain step if
     the batch is padded further; they may differ from it by as much, and be no farther from float64.
     """
@@ -96,28 +113,30 @@ def test_fast_steps_equal_plain_ones(base, boundary):
             cache = MemoryCache()
             fill(model, boundary, filled_with, cache, 2 if kind == "cache" else 1, pad, show_progress=False)
             batches[kind] = collate_with_prefix(rows, pad, cache)
-    plain = loss_and_gradient(model, batch)
-    errors = {"plain, padded": relative_errors(loss_and_gradient(model, longer), plain)}
-    for name, context in (("prefix", frozen_prefix), ("logits", labelled_logits), ("lean", aletheia.fast_steps)):
-        with context(model):
-            errors[name] = relative_errors(loss_and_gradient(model, batch), plain)
+    with exact_loss(model):
+        plain = loss_and_gradient(model, batch)
+        errors = {"plain, padded": relative_errors(loss_and_gradient(model, longer), plain)}
+        for name, context in (("prefix", frozen_prefix), ("logits", labelled_logits)):
+            with context(model):
+                errors[name] = relative_errors(loss_and_gradient(model, batch), plain)
     fast = {}
     for kind, given in batches.items():
         with aletheia.fast_steps(model, boundary if kind != "alone" else None):
             fast[kind] = loss_and_gradient(model, given)
         errors[f"everything, {kind}"] = relative_errors(fast[kind], plain)
         if kind != "alone":
-            with stored_prefix(model, boundary):
+            with exact_loss(model), stored_prefix(model, boundary):
                 errors[kind] = relative_errors(loss_and_gradient(model, given), plain)
     model.double()
-    truth = loss_and_gradient(model, batch)
+    with exact_loss(model):
+        truth = loss_and_gradient(model, batch)
     model.float()
     model.unload()
     for name, (loss, gradient) in errors.items():
         print(f"boundary {boundary}, {name}: loss {loss:.1e}, gradient {gradient:.1e}")
     noise, plain_error = errors["plain, padded"][1], relative_errors(plain, truth)[1]
     for name, (loss, gradient) in errors.items():
-        reordered = name in ("plain, padded", "lean") or name.startswith("everything") or name.endswith("one by one")
+        reordered = name == "plain, padded" or name.startswith("everything") or name.endswith("one by one")
         assert loss < 1e-6, name
         assert gradient < (2 * noise if reordered else 1e-6), name
     for kind, found in fast.items():
@@ -142,7 +161,7 @@ def test_twenty_fast_steps_equal_twenty_plain_ones(base, boundary):
             make = partial(collate_with_prefix, pad_token_id=data.pad_token_id, cache=cache)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         losses = []
-        with aletheia.fast_steps(model, boundary or None) if kind == "fast" else nullcontext():
+        with aletheia.fast_steps(model, boundary or None) if kind == "fast" else exact_loss(model):
             for step in range(20):
                 loss = model(**make(data.examples[2 * step : 2 * step + 2]), use_cache=False).loss
                 loss.backward()

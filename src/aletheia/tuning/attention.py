@@ -15,50 +15,63 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 SCORES_AT_ONCE = 2**20  # 2 MB of bfloat16, which stay in the processor's cache
 # Measured on 2 cores, heads of 64 and 128: quicker than the fused kernel up to here, slower at 2,048 tokens.
 LONGEST, MOST_SCORES = 1024, 2**22  # tokens, and scores GTS of a key head
+MOST_KEPT = 2**16  # scores TS of a head that backward keeps: a fifth of what a layer keeps anyway, a fifth of attention
 OTHER_WAYS = ("position_bias", "cache", "softcap", "s_aux")  # arguments that ask for more
 
 
 @library.custom_op("aletheia::attention", mutates_args=())
 def attention(
-    query_BHTD: torch.Tensor, key_BKSD: torch.Tensor, value_BKSE: torch.Tensor, seen_BTS: torch.Tensor, scale: float
-) -> torch.Tensor:
+    query_BHTD: torch.Tensor,
+    key_BKSD: torch.Tensor,
+    value_BKSE: torch.Tensor,
+    seen_BTS: torch.Tensor,
+    scale: float,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """``softmax(scale q kt) v`` [B, H, T, E] over the keys that are seen; these may be the same for all of the batch.
 
-    A few heads at a time, so that most scores stay in the processor's cache. None are kept for backward, which computes
-    them again, as in Dao et al. 2022 [arXiv:2205.14135]. Keys are not repeated for the queries that share them. A query
-    that sees no key gets the mean of the values, as with ``eager`` attention.
+    A few heads at a time, so that most scores stay in the processor's cache. Keys are not repeated for the queries that
+    share them. A query that sees no key gets the mean of the values, as with ``eager`` attention. The second result is
+    the softmax [N, GT, S] if backward is to ``keep`` it, else empty: backward then computes it again, as in Dao et al.
+    2022 [arXiv:2205.14135].
     """
     query, key, value = _by_key_head(query_BHTD, key_BKSD, value_BKSE)
     output = value.new_empty(*query.shape[:2], value.shape[2])
+    kept = query.new_empty(*query.shape[:2], key.shape[1] if keep else 0)
     for part, seen in _parts(query, key_BKSD, seen_BTS):
-        torch.bmm(_weights(query[part], key[part], seen, scale), value[part], out=output[part])
-    return output.view(*query_BHTD.shape[:3], -1)
+        weights = _weights(query[part], key[part], seen, scale, kept[part] if keep else None)
+        torch.bmm(weights, value[part], out=output[part])
+    return output.view(*query_BHTD.shape[:3], -1), kept
 
 
 @attention.register_fake
-def _(query_BHTD, key_BKSD, value_BKSE, seen_BTS, scale):
-    return query_BHTD.new_empty(*query_BHTD.shape[:3], value_BKSE.shape[3])
+def _(query_BHTD, key_BKSD, value_BKSE, seen_BTS, scale, keep):
+    samples, heads, keys, _ = key_BKSD.shape
+    queries = query_BHTD.shape[1] // heads * query_BHTD.shape[2]
+    kept = query_BHTD.new_empty(samples * heads, queries, keys if keep else 0)
+    return query_BHTD.new_empty(*query_BHTD.shape[:3], value_BKSE.shape[3]), kept
 
 
 def _keep(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.scale, ctx.keep = inputs
+    ctx.save_for_backward(*tensors, output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _attention_backward(ctx, grad_BHTE):
-    *inputs, seen_BTS = ctx.saved_tensors
+def _attention_backward(ctx, grad_BHTE, _):
+    *inputs, seen_BTS, kept = ctx.saved_tensors
     query, key, value = _by_key_head(*inputs)
     grad = grad_BHTE.reshape(*query.shape[:2], -1)
     grad_query, grad_key, grad_value = (torch.empty_like(tensor) for tensor in (query, key, value))
     for part, seen in _parts(query, inputs[1], seen_BTS):
-        weights = _weights(query[part], key[part], seen, ctx.scale)
+        weights = kept[part] if ctx.keep else _weights(query[part], key[part], seen, ctx.scale)
         torch.bmm(weights.mT, grad[part], out=grad_value[part])
         grad_weights = torch.bmm(grad[part], value[part].mT)
         grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
         grad_query[part].baddbmm_(grad_scores, key[part], beta=0, alpha=ctx.scale)
         grad_key[part].baddbmm_(grad_scores.mT, query[part], beta=0, alpha=ctx.scale)
     grads = grad_query, grad_key, grad_value
-    return *(found.view(tensor.shape) for found, tensor in zip(grads, inputs, strict=True)), None, None
+    return *(found.view(tensor.shape) for found, tensor in zip(grads, inputs, strict=True)), None, None, None
 
 
 attention.register_autograd(_attention_backward, setup_context=_keep)
@@ -83,15 +96,28 @@ def _parts(query: torch.Tensor, key_BKSD: torch.Tensor, seen_BTS: torch.Tensor) 
         yield slice(start, stop), seen_BTS if len(seen_BTS) == 1 else seen_BTS[start // heads : -(-stop // heads)]
 
 
-def _weights(query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, scale: float) -> torch.Tensor:
+def _weights(
+    query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, scale: float, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """[n, GT, S] for n key heads."""
     scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.mT, beta=0, alpha=scale)
     bias = query.new_zeros(seen.shape).masked_fill_(~seen, torch.finfo(query.dtype).min)
     scores.view(len(seen), -1, *seen.shape[1:]).add_(bias[:, None])
-    return scores.softmax(-1)
+    return torch.softmax(scores, -1, out=out)
 
 
 _covered: list[set[nn.Module]] = []
+_repeating: list[None] = []
+
+
+@contextmanager
+def repeated_weights() -> Iterator[None]:
+    """Let backward compute all attention weights again, where memory is worth more than time."""
+    _repeating.append(None)
+    try:
+        yield
+    finally:
+        _repeating.pop()
 
 
 @contextmanager
@@ -129,7 +155,10 @@ def _forward(module, query, key, value, attention_mask, dropout=0.0, scaling=Non
         seen_BTS = torch.ones(1, query.shape[2], key.shape[2], dtype=torch.bool)
         seen_BTS = seen_BTS.tril() if causal else seen_BTS
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attention(query, key, value, seen_BTS, scale).transpose(1, 2).contiguous(), None
+    learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    keep = learns and not _repeating and query.shape[2] * key.shape[2] <= MOST_KEPT
+    output_BHTE, _ = attention(query, key, value, seen_BTS, scale, keep)
+    return output_BHTE.transpose(1, 2).contiguous(), None
 
 
 def _is_quicker(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Gradient checkpointing of the suffix: everything inside a layer computed again, or all but the matrix products."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -9,9 +9,9 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
-import aletheia.tuning.attention
-import aletheia.tuning.lean  # noqa: F401  (both register operators that are kept)
+import aletheia.tuning.lean  # noqa: F401  (registers an operator that is kept)
 from aletheia.errors import TrainingError
+from aletheia.tuning.attention import repeated_weights
 
 Recompute = Literal["off", "selective", "full"]
 _aten = torch.ops.aten
@@ -60,6 +60,7 @@ def recomputation(model: torch.nn.Module, kind: Recompute) -> Iterator[None]:
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
     base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     try:
-        yield
+        with repeated_weights() if kind == "selective" else nullcontext():
+            yield
     finally:
         base.activation_checkpointing_disable()
