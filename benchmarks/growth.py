@@ -15,7 +15,7 @@ from aletheia.data.examples import NO_LOSS, Example, Examples
 
 PICTURE = Path(__file__).parents[1] / "docs" / "benchmarks-growth.svg"
 LENGTHS, DEPTHS = (128, 256, 512, 1024), (6, 12, 24, 48)
-BATCH_SIZE, ROUNDS = 4, 5
+BATCH_SIZE, ROUNDS = 4, 15
 VOCABULARY = 4096
 
 

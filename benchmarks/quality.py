@@ -65,7 +65,7 @@ ARMS = BASELINES | {
 ARMS |= {
     f"freeze-{share:.3g}-last-{percent}-{rate:g}": Spec("last", percent, 16, rate, "gradient", share)
     for rate in (0.001, 0.002, 0.0005)
-    for share in (0.25, 1 / 3, 0.125)
+    for share in (0.2, 0.25, 1 / 3, 0.125)
     for percent in (50, 33, 40, 20)
 }
 TIMES = "times.json"
