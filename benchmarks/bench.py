@@ -170,7 +170,7 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
         [once(model, plan, data, BATCH_SIZE) for plan in (default, early_plan)]
         for once in (building_seconds, gradient_start_seconds)
     )
-    shares = sorted({0.0, 0.25, FREEZE_AFTER})
+    shares = sorted({0.0, 0.2, FREEZE_AFTER})
     lines = [
         f"Default plan: {default.settings.policy}, layers {layer_ranges(default.layers)}, rank {default.settings.rank}, "
         f"{default.trainable_parameters:,} parameters (uniform {uniform.trainable_parameters:,}). {ROUNDS} rounds.",

@@ -68,6 +68,12 @@ def test_it_equals_torchs(shape, samples_of_mask, at_once, monkeypatch):
         assert torch.equal(kept, repeated)
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_it_is_an_operator_like_others(keep):
+    """Its stand-in for shapes alone, its schema and its gradient, as torch checks them."""
+    torch.library.opcheck(attention, (*drawn(keys=13), padded(3, 11, 13), 0.3, keep))
+
+
 def test_in_bfloat16_it_is_off_by_less_than_twice_what_torchs_is():
     inputs = drawn(samples=2, queries=96, keys=96, size=64, value_size=64, dtype=torch.bfloat16)
     seen = padded(2, 96, 96)

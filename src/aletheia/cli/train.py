@@ -50,7 +50,7 @@ def train(
         float | None,
         typer.Option(
             "--freeze-after",
-            help="Without a plan: share of the steps in which all layers learn before the lower ones freeze (0.2).",
+            help="Without a plan: share of the steps in which all layers learn before the lower ones freeze (0.25).",
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")] = None,

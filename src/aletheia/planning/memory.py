@@ -35,8 +35,8 @@ def training_bytes(
     The weights from the boundary up and the head; a second copy of every adapted stack of experts, into which PEFT
     folds the adapter and which backward needs, and the gradient of the largest; adapters with gradients and AdamW;
     activations, counted as twice the inputs and outputs of every matrix from the boundary up in float32, which covers
-    norms, attention that keeps no square matrix and backward's own needs; the logits at labelled positions; and the
-    process itself.
+    norms, attention that keeps no square matrix or a small one, and backward's own needs; the logits at labelled
+    positions; and the process itself.
 
     Args:
         anatomy: of the whole model.

@@ -12,7 +12,7 @@ from aletheia.probing.scores import ProbeSettings
 
 Policy = Literal["depth-aware", "top-percent", "last", "first", "random", "bottom", "uniform"]
 RankMode = Literal["uniform", "by-role", "by-score"]
-FREEZE_AFTER = 0.2  # of the steps: reached a given loss soonest of what was tried, see docs/log.md
+FREEZE_AFTER = 0.25  # of the steps: reached a given loss soonest of what was tried, see docs/log.md
 
 
 class Adapter(BaseModel):

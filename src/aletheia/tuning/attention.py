@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 SCORES_AT_ONCE = 2**20  # 2 MB of bfloat16, which stay in the processor's cache
 # Measured on 2 cores, heads of 64 and 128: quicker than the fused kernel up to here, slower at 2,048 tokens.
 LONGEST, MOST_SCORES = 1024, 2**22  # tokens, and scores GTS of a key head
-MOST_KEPT = 2**16  # scores TS of a head that backward keeps: a fifth of what a layer keeps anyway, a fifth of attention
+MOST_KEPT = 2**16  # scores TS of a head that backward keeps; of SmolLM2 a fifth of what a layer keeps anyway
 OTHER_WAYS = ("position_bias", "cache", "softcap", "s_aux")  # arguments that ask for more
 
 
@@ -53,8 +53,9 @@ def _(query_BHTD, key_BKSD, value_BKSE, seen_BTS, scale, keep):
 
 
 def _keep(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.keep = inputs
+    *tensors, ctx.scale, _ = inputs
     ctx.save_for_backward(*tensors, output[1])
+    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
@@ -64,7 +65,7 @@ def _attention_backward(ctx, grad_BHTE, _):
     grad = grad_BHTE.reshape(*query.shape[:2], -1)
     grad_query, grad_key, grad_value = (torch.empty_like(tensor) for tensor in (query, key, value))
     for part, seen in _parts(query, inputs[1], seen_BTS):
-        weights = kept[part] if ctx.keep else _weights(query[part], key[part], seen, ctx.scale)
+        weights = kept[part] if kept.numel() else _weights(query[part], key[part], seen, ctx.scale)
         torch.bmm(weights.mT, grad[part], out=grad_value[part])
         grad_weights = torch.bmm(grad[part], value[part].mT)
         grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)

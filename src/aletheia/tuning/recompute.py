@@ -15,7 +15,7 @@ from aletheia.tuning.attention import repeated_weights
 
 Recompute = Literal["off", "selective", "full"]
 _aten = torch.ops.aten
-KEPT = {  # what takes the time: products with weights, and attention where its kernel keeps no square matrix
+KEPT = {  # what takes the time: products with weights, and attention, of which no square matrix is kept
     _aten.mm.default,
     _aten.addmm.default,
     _aten._grouped_mm.default,
@@ -40,7 +40,8 @@ def recomputation(model: torch.nn.Module, kind: Recompute) -> Iterator[None]:
 
     ``full`` keeps the input of each layer and runs the layer again in backward. ``selective`` keeps the matrix
     products, too, and repeats only what is cheap: norms, activations, rotary positions [Korthikanti et al. 2022,
-    arXiv:2205.05198, who repeat attention; its kernels have since come to keep no T x T matrix].
+    arXiv:2205.05198, who repeat attention; its kernels have since come to keep no T x T matrix, and ours keeps none
+    here]. Backward must run inside.
 
     Args:
         model: the adapted model.
