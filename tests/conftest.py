@@ -7,11 +7,14 @@ import sys
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+from hypothesis import settings
 from tiny import make_model, make_tokenizer
 
 from aletheia.cli import main as cli
 from aletheia.data.encode import load_data
 
+settings.register_profile("any speed", deadline=None)  # tests assert no times
+settings.load_profile("any speed")
 WORDS = ["red", "blue", "green", "one", "two", "three", "four", "five", "six", "seven"]
 
 

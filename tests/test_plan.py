@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import random
 import subprocess
 import sys
@@ -84,10 +85,8 @@ def test_controls_take_as_many_layers_as_the_published_policy(scores, percent, s
     assert made["uniform"] == tuple(range(len(scores)))
     assert made["first"] == tuple(range(count))
     assert made["last"] == tuple(range(len(scores) - count, len(scores)))
-    captured = {policy: sum(scores[layer] for layer in layers) for policy, layers in made.items()}
-    assert captured["bottom"] <= captured["random"] <= captured["top-percent"] or captured["bottom"] == pytest.approx(
-        captured["top-percent"]
-    )
+    captured = {policy: math.fsum(scores[layer] for layer in layers) for policy, layers in made.items()}
+    assert captured["bottom"] <= captured["random"] <= captured["top-percent"]
 
 
 def test_ties_go_to_the_lower_layer():
@@ -204,7 +203,7 @@ def test_speedups_that_cannot_be(settings, expected):
     st.floats(0.01, 2),
     st.sampled_from([1.0, 3.0]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_frontier_is_exact(scores, backward, adapter, epochs):
     """Against every subset of the layers: nothing on the frontier is beaten, nothing better is missed."""
     count = len(scores)
@@ -243,7 +242,6 @@ def test_the_plan_lies_on_the_frontier_and_uniform_is_its_end():
 
 
 @given(score_lists, st.data(), st.integers(1, 16).map(lambda k: 4 * k))
-@settings(deadline=None)
 def test_ranks_by_score_keep_the_budget_and_the_order(scores, data, rank):
     shares = data.draw(st.lists(st.floats(0, 1), min_size=3 * len(scores), max_size=3 * len(scores)))
     read = make_scores(scores, shares)

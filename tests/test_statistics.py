@@ -89,7 +89,7 @@ def test_intervals_repeat_by_seed():
     assert geometric_mean(baseline, seed=1) == geometric_mean(baseline, seed=1)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(times, st.floats(0.01, 100), st.integers(0, 3))
 def test_a_ratio_scales_with_the_unit_and_turns_over_with_its_arms(rounds, scale, seed):
     baseline, arm = np.array(rounds).T
