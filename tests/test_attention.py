@@ -3,6 +3,7 @@
 import pytest
 import torch
 from tiny import make_model
+from torch import library
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -71,7 +72,7 @@ def test_it_equals_torchs(shape, samples_of_mask, at_once, monkeypatch):
 @pytest.mark.parametrize("keep", [True, False])
 def test_it_is_an_operator_like_others(keep):
     """Its stand-in for shapes alone, its schema and its gradient, as torch checks them."""
-    torch.library.opcheck(attention, (*drawn(keys=13), padded(3, 11, 13), 0.3, keep))
+    library.opcheck(attention, (*drawn(keys=13), padded(3, 11, 13), 0.3, keep))
 
 
 def test_in_bfloat16_it_is_off_by_less_than_twice_what_torchs_is():
