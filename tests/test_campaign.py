@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,11 +16,12 @@ from browser import CHROMIUM, open_page
 
 from aletheia.campaign.executors import LocalPool, check_workers
 from aletheia.campaign.grid import Row, jobs
-from aletheia.campaign.run import run_campaign
+from aletheia.campaign.run import check_tools, run_campaign
 from aletheia.campaign.spec import BASE, json_schema, parse_campaign, read_campaign
 from aletheia.campaign.steps import ATTEMPTS, undisturbed
 from aletheia.campaign.store import STORE_FILE, Record, Store
-from aletheia.errors import CampaignError
+from aletheia.errors import CampaignError, SandboxError
+from aletheia.evaluation import sandbox
 from aletheia.reporting.campaign import to_csv, write_report
 
 LLAMA = {
@@ -75,7 +77,7 @@ COORDINATOR = """
     import json, sys
     from pathlib import Path
     from aletheia.campaign.executors import LocalPool
-    from aletheia.campaign.run import run_campaign
+    from aletheia.campaign.run import check_tools, run_campaign
     from aletheia.campaign.spec import parse_campaign
     spec, out, stand_in = sys.argv[1:]
     run_campaign(parse_campaign(json.loads(spec), "spec"), Path(out), LocalPool(2, (sys.executable, stand_in)))
@@ -477,6 +479,16 @@ def test_a_behaviour_campaign_on_a_tiny_model(tmp_path, data_file, match):
     losses = {arm: sum(result["items"]["heldout"]["value"]) for arm, result in results.items()}
     assert losses["uniform"] < losses[BASE]
     write_report(Store(tmp_path / STORE_FILE), tmp_path)
+
+
+def test_without_a_sandbox_the_campaign_says_where_to_do_without(monkeypatch):
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("PATH", "/nowhere")
+    sandbox.check.cache_clear()
+    campaign = read_campaign(Path(__file__).parent.parent / "campaigns/behaviour-instruct.yaml")
+    with pytest.raises(SandboxError, match=r"bubblewrap.*boundary: 'unsafe_exec: true' in the campaign's file$"):
+        check_tools(campaign)
+    check_tools(campaign.model_copy(update={"unsafe_exec": True}))
 
 
 def test_the_command_line_from_dry_run_to_report(run, tmp_path, data_file):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from aletheia.anatomy.load import inspect
+from aletheia.anatomy.load import inspect, pick, pick_device
 from aletheia.anatomy.schema import Anatomy
 from aletheia.campaign.grid import Forecast, Row, jobs
 from aletheia.campaign.models import build, byte_tokenizer
@@ -40,7 +40,7 @@ def forecast(campaign: SpeedCampaign | BehaviourCampaign, folder: Path, workers:
     if spent:
         seconds = statistics.fmean(spent) * (rows - done)
     else:
-        flops = _flops_per_second()
+        flops = _flops_per_second(campaign.dtype)
         seconds = sum(
             SETUP_SECONDS + sum(_row_flops(campaign, row, anatomies[row.model]) for row in job.rows) / flops
             for job in planned
@@ -108,12 +108,10 @@ def _anatomy(entry: ModelEntry) -> Anatomy | None:
         return None
 
 
-def _flops_per_second() -> float:
-    """Of matrix products of a size that training has, in float32, on the device that it would use."""
-    from aletheia.anatomy.load import pick_device
-
+def _flops_per_second(dtype: str) -> float:
+    """Of matrix products of a size that training has, on the device and in the dtype that it would use."""
     device = pick_device()
-    a, b = (torch.randn(1024, 1024, device=device) for _ in range(2))
+    a, b = (torch.randn(1024, 1024, device=device, dtype=pick(dtype, device)) for _ in range(2))
     spent = []
     for _ in range(5):
         started = time.perf_counter()

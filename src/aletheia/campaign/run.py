@@ -13,7 +13,7 @@ from aletheia.campaign.grid import Job, Row, jobs
 from aletheia.campaign.process import JOB_FILE, LOG_FILE, RESULT_FILE
 from aletheia.campaign.spec import BehaviourCampaign, SpeedCampaign
 from aletheia.campaign.store import Record, Store
-from aletheia.errors import ArtifactError, CampaignError
+from aletheia.errors import ArtifactError, CampaignError, SandboxError
 from aletheia.evaluation.local_data import FILES
 from aletheia.files import file_sha256, read_json, write_text
 
@@ -193,4 +193,8 @@ def check_tools(campaign: SpeedCampaign | BehaviourCampaign) -> None:
 
     check_installed()
     if "humaneval" in campaign.tasks and not campaign.unsafe_exec:
-        sandbox.check()
+        try:
+            sandbox.check()
+        except SandboxError as error:
+            instead = "'unsafe_exec: true' in the campaign's file"  # of the option of 'aletheia eval'
+            raise SandboxError(str(error).replace("--unsafe-exec", instead)) from None
