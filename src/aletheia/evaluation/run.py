@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
@@ -171,13 +172,22 @@ def evaluate(
 
 
 def language_model(model: nn.Module, tokenizer: Any, batch_size: int, context_length: int | None = None) -> "HFLM":
-    """lm-eval's view of a model that is loaded already, adapter included."""
+    """lm-eval's view of a model that is loaded already, adapter included.
+
+    Log-probabilities are float32. By default lm-eval leaves them, and their sums, in the model's dtype: in bfloat16 a
+    document's 10,000 nats are rounded to a multiple of 64, and choices of a question tie.
+    """
     check_installed()
     with quiet():
         from lm_eval.models.huggingface import HFLM
 
         return HFLM(
-            pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=context_length
+            pretrained=model,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=batch_size,
+            max_length=context_length,
+            softmax_dtype=torch.float32,
         )
 
 
