@@ -84,6 +84,7 @@ def _train(
         batch_size=campaign.batch_size,
         learning_rate=arm.learning_rate,
         init=arm.init,
+        evaluations=campaign.evaluations,
         seed=seed,
         cache_dir=folder / CACHES,
         show_progress=False,

@@ -15,7 +15,6 @@ from aletheia.campaign.store import STORE_FILE, Store, check_same
 from aletheia.errors import AletheiaError
 from aletheia.files import free_bytes
 from aletheia.planning.cost import layer_costs
-from aletheia.tuning.train import EVALUATIONS
 
 BYTES = 4
 STEP_SHARE = 0.5  # of the speed of a large matrix product, which training steps of small models reach at most
@@ -71,7 +70,7 @@ def _row_flops(campaign: SpeedCampaign | BehaviourCampaign, row: Row, anatomy: A
     if isinstance(campaign, SpeedCampaign):
         return step * (campaign.rounds + 1)
     trained = row.arm != BASE
-    tokens = campaign.held_out_rows * campaign.max_length * (2 + EVALUATIONS if trained else 1)
+    tokens = campaign.held_out_rows * campaign.max_length * (2 + campaign.evaluations if trained else 1)
     for name, settings in campaign.tasks.items():
         if not trained or settings.seeds is None or row.seed in settings.seeds:
             items, prompt, written = BENCHMARKS[name]

@@ -146,6 +146,7 @@ class BehaviourCampaign(_Campaign):
     kind: Literal["behaviour"]
     held_out: str | None = Field(default=None, description="rows for the held-out loss; by default those after rows")
     held_out_rows: int = Field(default=96, ge=1)
+    evaluations: int = Field(default=4, ge=1, description="held-out losses during training, evenly")
     held_out_margin: float | None = Field(default=None, gt=0, description="nats per token that count as no loss")
     match: Literal["steps", "compute"] = Field(
         default="steps", description="compute: an arm takes as many steps as cost what the baseline's cost, in FLOPs"

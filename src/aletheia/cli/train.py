@@ -72,6 +72,9 @@ def train(
         typer.Option("--eval-fraction", help="Share of --data held out instead (0.05 by default)."),
     ] = None,
     eval_rows: Annotated[int, typer.Option("--eval-rows", help="Held-out rows used, at most.", min=1)] = 96,
+    evaluations: Annotated[
+        int, typer.Option("--evaluations", help="How often the held-out loss is taken during training.")
+    ] = 4,
     skip_emptied: SkipEmptiedOption = False,
     cache: Annotated[
         str,
@@ -136,7 +139,7 @@ def train(
             "--correct-quantization takes back what --quantize nf4 does to weights; "
             f"found {f'--quantize {quantize}' if quantize else 'no --quantize'}, expected nf4"
         )
-    check_settings(steps, epochs, batch_size, learning_rate, cache, gradient_checkpointing, init)
+    check_settings(steps, epochs, batch_size, learning_rate, cache, gradient_checkpointing, init, evaluations)
     claim_output(out, overwrite)
     plan = Plan.read(plan_file) if plan_file else None
     rows = load_rows(data)
@@ -194,6 +197,7 @@ def train(
         batch_size=batch_size,
         learning_rate=learning_rate,
         init=init,  # type: ignore[arg-type]
+        evaluations=evaluations,
         seed=seed,
         cache=cache,  # type: ignore[arg-type]
         cache_dir=cache_dir,

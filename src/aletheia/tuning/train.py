@@ -55,6 +55,7 @@ def train(
     batch_size: int = 4,
     learning_rate: float | None = None,
     init: Init = "gradient",
+    evaluations: int = EVALUATIONS,
     seed: int = 0,
     cache: CacheKind = "auto",
     cache_dir: str | Path | None = None,
@@ -79,13 +80,14 @@ def train(
         data: rows to train on; their order depends on ``seed`` alone.
         plan: the plan the model was adapted with.
         out: the run folder.
-        held_out: rows for the held-out loss, taken before, four times during and after.
+        held_out: rows for the held-out loss, taken before training and ``evaluations`` times from then on.
         steps: optimizer steps; overrides ``epochs``.
         epochs: passes over ``data``.
         batch_size: sequences per step.
         learning_rate: peak learning rate; by default :func:`default_learning_rate`.
         init: where the A matrices start: ``gradient`` turns them along the loss gradient of the first rows
             (:func:`aletheia.tuning.initial.align_with_gradient`), ``random`` leaves them as they are.
+        evaluations: how often the held-out loss is taken from the first step on, evenly, the last time after the last.
         seed: of the order of rows.
         cache: where the prefix cache goes: ``memory``, ``disk``, ``off``, or ``auto``, which measures and decides.
         cache_dir: for a cache on disk; by default ``ALETHEIA_CACHE`` or the user's cache folder.
@@ -109,7 +111,7 @@ def train(
         CacheError: the cache asked for is not possible or does not fit.
         TrainingError: a setting is out of range, or a loss is not finite.
     """
-    check_settings(steps, epochs, batch_size, learning_rate, cache, gradient_checkpointing, init)
+    check_settings(steps, epochs, batch_size, learning_rate, cache, gradient_checkpointing, init, evaluations)
     if not len(data):
         raise TrainingError(f"{data.identity.name}: found no rows to train on, expected at least one")
     steps = steps or math.ceil(epochs * math.ceil(len(data) / batch_size))
@@ -135,9 +137,9 @@ def train(
 
     def store() -> None:
         """Freeze what only learns early, and go on from a cache where that pays."""
-        stage.rise(schedule[early:], cache, where, prefix, EVALUATIONS, show_progress)
+        stage.rise(schedule[early:], cache, where, prefix, evaluations, show_progress)
 
-    watch = Watch(lambda: held_out_loss(model, held_out, batch_size, stage.collate), EVALUATIONS, show_progress)
+    watch = Watch(lambda: held_out_loss(model, held_out, batch_size, stage.collate), evaluations, show_progress)
     with stage, Correction() as correction:
         if not early:
             store()
@@ -309,6 +311,7 @@ def check_settings(
     cache: str = "auto",
     gradient_checkpointing: str = "off",
     init: str = "gradient",
+    evaluations: int = EVALUATIONS,
 ) -> None:
     """Refuse settings that are out of range, and a distributed launch, where every process would write one folder.
 
@@ -327,7 +330,7 @@ def check_settings(
     ):
         if choice not in known:
             raise TrainingError(f"{flag} is {choice!r}; expected one of {', '.join(known)}")
-    limits = (("--steps", steps, 1), ("--batch-size", batch_size, 1))
+    limits = (("--steps", steps, 1), ("--batch-size", batch_size, 1), ("--evaluations", evaluations, 1))
     for flag, value, least in limits:
         if value is not None and value < least:
             raise TrainingError(f"{flag} is {value}; expected at least {least}")
