@@ -164,6 +164,22 @@ def test_answers_equal_those_of_lm_evals_own_loop(name, benchmark_data, lm):
         assert found == {key: pytest.approx(results[key if "," in key else f"{key},none"]) for key in found}
 
 
+def test_log_probabilities_of_bfloat16_models_are_float32(model_folder):
+    """In the model's dtype, as lm-eval leaves it, this document's loss would be a multiple of 1/2 at best."""
+    base = aletheia.load(str(model_folder), "bfloat16")
+    lm = language_model(base.model, base.tokenizer, batch_size=1)
+    ids = torch.tensor([[lm.prefix_token_id, *lm.tok_encode("Words of a page. " * 4)]])
+    with torch.no_grad():
+        logits_TV = base.model(ids).logits[0, :-1]
+    expected = torch.log_softmax(logits_TV.float(), -1).gather(1, ids[0, 1:, None]).sum().item()
+    from lm_eval.api.instance import Instance
+
+    request = Instance("loglikelihood_rolling", {}, ("Words of a page. " * 4,), 0)
+    (found,) = lm.loglikelihood_rolling([request], disable_tqdm=True)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found != torch.tensor(found).bfloat16().item()
+
+
 def test_held_out_rows_give_the_held_out_loss(base, examples):
     work = HeldOut(base.model, examples, batch_size=7)
     answers = {}

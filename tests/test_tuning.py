@@ -320,6 +320,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(examples, sco
         ({"batch_size": 0}, "--batch-size is 0"),
         ({"epochs": 0.0}, "--epochs is 0"),
         ({"learning_rate": -1.0}, "--learning-rate is -1"),
+        ({"evaluations": 0}, "--evaluations is 0"),
         ({"learning_rate": math.nan}, "--learning-rate is nan"),
     ],
 )
@@ -337,10 +338,12 @@ def test_the_default_learning_rate_falls_with_width_and_length(examples, scores,
         assert run.metrics.settings.learning_rate == pytest.approx(share * default_learning_rate(32, 1))
 
 
-def test_evaluations_are_even_and_end_at_the_last_step():
+def test_evaluations_are_even_and_end_at_the_last_step(examples, scores, tmp_path):
     assert due_steps(150, 4) == {38, 75, 112, 150}
     assert due_steps(3, 4) == {1, 2, 3}
     assert due_steps(1, 4) == {1}
+    _, run = trained(examples, scores, tmp_path / "run", evaluations=2)
+    assert [point.step for point in run.metrics.held_out_curve] == [0, 6, 12]
 
 
 def test_a_run_folder_that_is_not_finished_says_so(tmp_path):
