@@ -403,7 +403,10 @@ def behaviour_result(loss, right):
                 "weight": [10] * 12,
                 "digest": "a",
             },
-            "mmlu": {"value": right, "digest": "b", "cluster": [f"s{index % 4}" for index in range(12)]},
+            "mmlu": {
+                **{"value": right, "digest": "b", "cluster": [f"s{index % 4}" for index in range(12)]},
+                "answers": {"A": 12} if loss == 2.0 else {"A": 6, "B": 6},
+            },
         },
         "about": {
             **{"packages": {"torch": "1"}, "commit": None, "is_dirty": False, "machine": "m", "device": "cpu"},
@@ -446,6 +449,7 @@ def test_the_behaviour_report_says_what_cannot_be_shown(tmp_path):
     assert "both chose the same layers in every run, so it is not selection that differs" in markdown
     assert "| heldout | m | depth-aware | base | -1.1060 nats per token |" in markdown
     assert "cannot be shown at this size" in markdown  # three points of accuracy on twelve items
+    assert "where one answer is given throughout: base answers A to 12 of 12 items of mmlu." in markdown
     assert html.count("<svg") == 3
     assert csv.count("\n") == 5
 

@@ -22,6 +22,7 @@ from aletheia.evaluation import humaneval, sandbox
 from aletheia.evaluation.journal import JOURNAL_FILE, Journal
 from aletheia.evaluation.local_data import local_splits, pages
 from aletheia.evaluation.measures import differences, summarise
+from aletheia.evaluation.result import single_answer
 from aletheia.evaluation.row_loss import HeldOut
 from aletheia.evaluation.run import language_model
 from aletheia.evaluation.upstream import load_tasks, task_version
@@ -225,6 +226,12 @@ def test_differences_are_paired_and_positive_where_worse():
     assert (loss.worse_by, loss.low, loss.interval) == (1.0, None, "none")  # no spread, nothing to estimate it from
 
 
+def test_a_model_that_gives_one_answer_is_told():
+    assert single_answer({}) is None
+    assert single_answer({"A": 94, "B": 6}) is None
+    assert single_answer({"A": 1, "D": 199}) == "D to 199 of 200 items"
+
+
 def test_numbers_that_are_not_finite_are_refused():
     with pytest.raises(EvaluationError, match="loss is nan; expected a finite number"):
         summarise("heldout", [{"loss_sum": math.nan, "tokens": 2}] * 3)
@@ -250,6 +257,8 @@ def test_evaluate_forget_and_show(run, model_folder, benchmark_data, adapter, da
     assert found["format"] == "aletheia-evaluation"
     assert [task["version"] for task in found["tasks"]] == ["2 (subjects 1.0)", "3.0", "2.0", "1"]
     assert found["settings"]["adapter_sha256"]
+    assert sum(found["tasks"][0]["answers"].values()) == 5
+    assert found["tasks"][1]["answers"] == {}
     assert found["packages"]["lm-eval"]
 
     code, out, err = run("eval", "--out", "tuned", "--against", "base", "--against", "tuned", "--json")

@@ -205,4 +205,7 @@ def _task(
     }
     if measure.per:
         found["weight"] = [row[measure.per] for row in rows]
-    return found, done.evaluation.tasks[0].version
+    task = done.evaluation.tasks[0]
+    if task.answers:
+        found["answers"] = task.answers
+    return found, task.version

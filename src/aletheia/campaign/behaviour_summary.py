@@ -4,6 +4,7 @@ Items and seeds are both samples: an interval counts what varies from item to it
 and from run to run. With one seed it is that of this run alone.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from aletheia.campaign.spec import BASE, BehaviourCampaign
 from aletheia.campaign.speed_summary import Chosen, chosen_layers, results_by_arm
 from aletheia.campaign.store import Record
 from aletheia.errors import CampaignError
+from aletheia.evaluation.result import single_answer
 from aletheia.statistics.margins import NonInferiority, Verdict, non_inferiority_of_items
 from aletheia.statistics.means import crossed_mean, linearised
 from aletheia.statistics.rates import proportion
@@ -86,6 +88,16 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class SingleAnswer:
+    """An arm that gives nearly all items of a multiple-choice task one answer: ``told`` says which, to how many."""
+
+    model: str
+    arm: str
+    task: str
+    told: str
+
+
+@dataclass(frozen=True)
 class BehaviourSummary:
     """Everything that the report of a behaviour campaign shows."""
 
@@ -95,6 +107,7 @@ class BehaviourSummary:
     extra: tuple[Difference, ...]
     asked: tuple[Difference, ...]
     curves: tuple[Curve, ...]
+    single_answers: tuple[SingleAnswer, ...]
     chosen: tuple[Chosen, ...]
     records: tuple[Record, ...]
 
@@ -154,6 +167,12 @@ def summarize_behaviour(campaign: BehaviourCampaign, records: Sequence[Record]) 
             for seed, result in results.items()
             if arm != BASE
         ),
+        tuple(
+            SingleAnswer(model, arm, task, told)
+            for (model, arm), results in by_arm.items()
+            for task in tasks
+            if (told := single_answer(_answers(results, task)))
+        ),
         tuple(chosen_layers(arm, model, results) for (model, arm), results in by_arm.items() if arm != BASE),
         tuple(records),
     )
@@ -171,6 +190,11 @@ def _items(results: Mapping[int, Mapping[str, Any]], task: str) -> dict[int, _It
             clusters_or_none = clusters if len(set(clusters)) > 1 else None
             found[seed] = _Items(value, weight, clusters_or_none, told["digest"])
     return found
+
+
+def _answers(results: Mapping[int, Mapping[str, Any]], task: str) -> Mapping[str, int]:
+    """Summed over the seeds; none of tasks without choices, nor of rows that were recorded before they were counted."""
+    return sum((Counter(result["items"].get(task, {}).get("answers", {})) for result in results.values()), Counter())
 
 
 def _score(model: str, arm: str, task: str, values: Mapping[int, _Items]) -> Score:

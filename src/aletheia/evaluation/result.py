@@ -15,6 +15,7 @@ from aletheia.files import Artifact, file_sha256
 EVAL_FILE = "eval.json"
 ITEMS_FILE = "items.parquet"
 PACKAGES = ("aletheia-tune", "lm-eval", "torch", "transformers", "peft", "datasets", "numpy")
+NEARLY_ALL = 0.95  # of the items of a multiple-choice task
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -46,7 +47,10 @@ class Difference(BaseModel):
 
 
 class TaskResult(BaseModel):
-    """One task: upstream's version, how many of its items were taken, a hash of all prompts, and its numbers."""
+    """One task: upstream's version, how many of its items were taken, a hash of all prompts, and its numbers.
+
+    ``answers`` counts how often each choice of a multiple-choice task was answered.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -56,6 +60,14 @@ class TaskResult(BaseModel):
     items_available: int
     prompts_sha256: str
     metrics: tuple[Metric, ...]
+    answers: dict[str, int] = {}
+
+
+def single_answer(answers: Mapping[str, int]) -> str | None:
+    """``A to 198 of 200 items`` where nearly all got one answer, so that accuracy is the share of that; else None."""
+    total = sum(answers.values())
+    choice, count = max(answers.items(), key=lambda pair: pair[1], default=("", 0))
+    return f"{choice} to {count:,} of {total:,} items" if total and count >= NEARLY_ALL * total else None
 
 
 class EvalSettings(BaseModel):

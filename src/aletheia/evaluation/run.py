@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -258,6 +259,7 @@ def _result(work: Work, rows: Sequence[Row]) -> TaskResult:
         items_available=work.items_available,
         prompts_sha256=work.prompts_sha256,
         metrics=summarise(work.name, rows),
+        answers=Counter(row["prediction"] for row in rows if "loglikelihoods" in row),
     )
 
 

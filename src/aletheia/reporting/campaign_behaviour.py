@@ -99,7 +99,10 @@ def _blocks(summary: BehaviourSummary) -> list[Block]:
             "Seconds of the optimizer steps alone. Every arm takes the fast step here, the baseline too, and rows that "
             "run side by side slow each other down: the speed campaign is what measures time.",
         ),
-        _scores(summary, f"Every arm takes {matched}. Mean over seeds and items with 95 % intervals."),
+        _scores(
+            summary,
+            f"Every arm takes {matched}. Mean over seeds and items with 95 % intervals.{_single_answers(summary)}",
+        ),
         _differences(
             "Forgetting",
             summary.forgetting,
@@ -116,6 +119,15 @@ def _before(summary: BehaviourSummary) -> str:
     scores = [score for score in summary.scores if (score.arm, score.task) == (BASE, HELD_OUT)]
     told = ", ".join(f"{score.estimate.value:.3f} ({score.model})" for score in scores)
     return f". Before training: {told}" if told else ""
+
+
+def _single_answers(summary: BehaviourSummary) -> str:
+    """Which arms' accuracy says nothing."""
+    on = " on {}" if len(summary.campaign.models) > 1 else ""
+    told = [
+        f"{found.arm}{on.format(found.model)} answers {found.told} of {found.task}" for found in summary.single_answers
+    ]
+    return f" Accuracy says nothing where one answer is given throughout: {'; '.join(told)}." if told else ""
 
 
 def _scores(summary: BehaviourSummary, note: str) -> Table:

@@ -3,7 +3,7 @@
 from rich import box
 from rich.table import Table
 
-from aletheia.evaluation.result import Comparison, Evaluation
+from aletheia.evaluation.result import Comparison, Evaluation, single_answer
 from aletheia.reporting.format import NOTHING, human_seconds, printable
 
 PLACES = 4
@@ -15,7 +15,13 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     adapter = f" with {settings.adapter}" if settings.adapter else ""
     upstream = [f"{task.name} {task.version}, {task.num_fewshot}-shot" for task in evaluation.tasks]
     how = f"{evaluation.dtype}, batches of {settings.batch_size}, {human_seconds(evaluation.seconds.eval)}"
-    table = _table(f"{evaluation.model.name}{adapter}", f"{'; '.join(upstream)}\n95 % intervals; {how}")
+    notes = [
+        f"{task.name}: answers {told}, so accuracy is the share of that answer"
+        for task in evaluation.tasks
+        if (told := single_answer(task.answers))
+    ]
+    caption = "\n".join(["; ".join(upstream), f"95 % intervals; {how}", *notes])
+    table = _table(f"{evaluation.model.name}{adapter}", caption)
     for name in ("value", "interval", "items"):
         table.add_column(name, justify="right", no_wrap=True)
     for task in evaluation.tasks:
