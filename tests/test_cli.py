@@ -50,6 +50,17 @@ def test_weights_too_large_are_streamed(run, model_folder, data_file, monkeypatc
     assert "for one layer and its work" in err
 
 
+def test_a_plan_has_to_fit_in_memory(run, model_folder, data_file, scores_file):
+    assert run("plan", scores_file, "--out", "plan.json")[0] == 0
+    asked = ("train", model_folder, "--data", data_file, "--out", "run", "--plan", "plan.json", *SMALL)
+    for more in ((), ("--stream",)):
+        code, _, err = run(*asked, *more, "--overwrite", "--max-memory", "1GB")
+        assert code == 2
+        assert "--max-memory is 1.0 GB; the plan takes up to 1.0 GB with batches of" in err.splitlines()[-1]
+        code, _, err = run(*asked, *more, "--overwrite", "--max-memory", "2GB")
+        assert code == 0, err
+
+
 SMALL = ("--steps", 4, "--learning-rate", 0.01, "--max-length", 128)
 
 

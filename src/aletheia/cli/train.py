@@ -164,7 +164,7 @@ def train(
         examples, held_out = split_held_out(examples, fraction, seed, eval_rows)
     passes = 1.0 if cache == "off" else steps * batch_size / len(examples) if steps else epochs or 1.0
     if plan is not None:
-        _check_plan(plan, base, examples, cap)
+        _check_plan(plan, base, examples, batch_size, cap)
         scores = None
     else:
         work = out.with_name(f"{out.name}.partial")
@@ -249,15 +249,41 @@ def _check_streamed(plan: "Plan | None", freeze_after: float | None, cache: str)
         raise TrainingError(f"the plan adapts layer 0; expected one that leaves a frozen prefix {streamed}")
 
 
-def _check_plan(plan: "Plan", base: "Loaded | Checkpoint", examples: "Examples", max_memory: int | None) -> None:
-    """Whether a plan that was given belongs to the model; other data are only noted."""
+def _check_plan(
+    plan: "Plan", base: "Loaded | Checkpoint", examples: "Examples", batch_size: int, max_memory: int | None
+) -> None:
+    """Whether a plan that was given belongs to the model and fits in memory; other data are only noted."""
     from aletheia.anatomy.checkpoint import Checkpoint
     from aletheia.anatomy.fingerprint import identify
+    from aletheia.anatomy.read import read_anatomy
+    from aletheia.planning.memory import training_bytes
+    from aletheia.probing import resident
+    from aletheia.probing import streamed as by_layer
 
     streamed = isinstance(base, Checkpoint)
     plan.check_model(base.identity(ahead=max_memory is None) if streamed else identify(base.model))
     if plan.data and plan.data.fingerprint != examples.identity.fingerprint:
         say(f"note: the plan was made from {plan.data.name}, this run trains on {examples.identity.name}")
+    if max_memory is None:
+        return
+    if streamed:
+        anatomy, weights = base.anatomy, by_layer.weight_bytes(base)
+    else:
+        anatomy, weights = read_anatomy(base.model), resident.weight_bytes(base.model)
+    ranks = {adapter.name: adapter.rank for adapter in plan.adapters}
+    tokens, share = _largest_batch(examples, batch_size)
+    needed = training_bytes(anatomy, weights, (*plan.layers, *plan.early_layers), ranks, tokens, share)
+    if needed > max_memory:
+        raise TrainingError(
+            f"--max-memory is {max_memory / 1e9:.1f} GB; the plan takes up to {needed / 1e9:.1f} GB with batches of "
+            f"{tokens:,} tokens; expected a plan made with that --max-memory, smaller batches or shorter rows"
+        )
+
+
+def _largest_batch(examples: "Examples", batch_size: int) -> tuple[int, float]:
+    """Tokens of a batch of the longest rows, and the largest share of a row that is labelled."""
+    tokens = batch_size * max(map(len, examples.examples))
+    return tokens, max(row.labelled_tokens / len(row) for row in examples.examples)
 
 
 def _probe(
@@ -299,8 +325,7 @@ def _plan(
     streamed = isinstance(base, Checkpoint)
     device = base.device if streamed else base.model.device
     room = free_memory_bytes(device) + own_memory_bytes(device) if max_memory is None else max_memory
-    tokens = batch_size * max(map(len, examples.examples))
-    share = max(row.labelled_tokens / len(row) for row in examples.examples)
+    tokens, share = _largest_batch(examples, batch_size)
     if freeze_after is None:
         anatomy, ranks = scores.anatomy, {module.name: 16 for module in scores.anatomy.adaptable()}
         weights = scores.weight_bytes

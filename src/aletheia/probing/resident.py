@@ -78,11 +78,12 @@ def probe(
             first.device,
             time.perf_counter() - started,
         ),
-        _weight_bytes(model),
+        weight_bytes(model),
     )
 
 
-def _weight_bytes(model: nn.Module) -> WeightBytes:
+def weight_bytes(model: nn.Module) -> WeightBytes:
+    """Bytes of a loaded model's parts."""
     _, layers = find_layers(model)
     inside = {id(parameter) for parameter in layers.parameters()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()

@@ -110,11 +110,16 @@ def probe_streamed(
         model,
         data.identity if is_drawn else None,
         probe_settings(used, losses, seed if is_drawn else None, checkpoint.dtype, checkpoint.device, seconds),
-        WeightBytes(
-            layers=tuple(checkpoint.part_bytes(index) for index in range(checkpoint.layer_count)),
-            outside=checkpoint.part_bytes("around") + checkpoint.head_bytes,
-            embedding=checkpoint.part_bytes("embedding") if checkpoint.part_bytes("head") else 0,
-        ),
+        weight_bytes(checkpoint),
+    )
+
+
+def weight_bytes(checkpoint: Checkpoint) -> WeightBytes:
+    """Bytes of a model's parts once they are loaded."""
+    return WeightBytes(
+        layers=tuple(checkpoint.part_bytes(index) for index in range(checkpoint.layer_count)),
+        outside=checkpoint.part_bytes("around") + checkpoint.head_bytes,
+        embedding=checkpoint.part_bytes("embedding") if checkpoint.part_bytes("head") else 0,
     )
 
 
