@@ -449,7 +449,7 @@ def test_the_behaviour_report_says_what_cannot_be_shown(tmp_path):
     assert "both chose the same layers in every run, so it is not selection that differs" in markdown
     assert "| heldout | m | depth-aware | base | -1.1060 nats per token |" in markdown
     assert "cannot be shown at this size" in markdown  # three points of accuracy on twelve items
-    assert "where one answer is given throughout: base answers A to 12 of 12 items of mmlu." in markdown
+    assert "where nearly all items get one answer: base answers A to 12 of 12 items of mmlu." in markdown
     assert html.count("<svg") == 3
     assert csv.count("\n") == 5
 

@@ -122,12 +122,12 @@ def _before(summary: BehaviourSummary) -> str:
 
 
 def _single_answers(summary: BehaviourSummary) -> str:
-    """Which arms' accuracy says nothing."""
+    """Which arms' accuracy says little."""
     on = " on {}" if len(summary.campaign.models) > 1 else ""
     told = [
         f"{found.arm}{on.format(found.model)} answers {found.told} of {found.task}" for found in summary.single_answers
     ]
-    return f" Accuracy says nothing where one answer is given throughout: {'; '.join(told)}." if told else ""
+    return f" Accuracy says little where nearly all items get one answer: {'; '.join(told)}." if told else ""
 
 
 def _scores(summary: BehaviourSummary, note: str) -> Table:
