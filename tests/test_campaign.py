@@ -77,7 +77,7 @@ COORDINATOR = """
     import json, sys
     from pathlib import Path
     from aletheia.campaign.executors import LocalPool
-    from aletheia.campaign.run import check_tools, run_campaign
+    from aletheia.campaign.run import run_campaign
     from aletheia.campaign.spec import parse_campaign
     spec, out, stand_in = sys.argv[1:]
     run_campaign(parse_campaign(json.loads(spec), "spec"), Path(out), LocalPool(2, (sys.executable, stand_in)))
