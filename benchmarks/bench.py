@@ -24,10 +24,10 @@ from ratios import speedup, table
 
 import aletheia
 from aletheia.anatomy.demo import demo_checkpoint
-from aletheia.campaign.steps import StepKind, building_seconds, gradient_start_seconds, interleaved_steps
 from aletheia.cli.options import quiet_libraries
 from aletheia.data.examples import Examples
 from aletheia.files import package_versions
+from aletheia.lab.campaign.steps import StepKind, building_seconds, gradient_start_seconds, interleaved_steps
 from aletheia.planning.plan import FREEZE_AFTER, Plan, layer_ranges
 from aletheia.probing.scores import Scores
 

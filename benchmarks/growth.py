@@ -10,8 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import aletheia
 from aletheia.anatomy.schema import DataIdentity
-from aletheia.campaign.steps import StepKind, interleaved_steps
 from aletheia.data.examples import NO_LOSS, Example, Examples
+from aletheia.lab.campaign.steps import StepKind, interleaved_steps
 
 PICTURE = Path(__file__).parents[1] / "docs" / "benchmarks-growth.svg"
 LENGTHS, DEPTHS = (128, 256, 512, 1024), (6, 12, 24, 48)

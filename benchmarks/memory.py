@@ -13,10 +13,10 @@ import aletheia
 from aletheia.anatomy.demo import demo_checkpoint
 from aletheia.cli.options import quiet_libraries
 from aletheia.data.batches import collate
+from aletheia.execution.lean import bfloat16_autocast
+from aletheia.execution.peak_memory import peak_memory_bytes, reset_peak_memory
+from aletheia.execution.recompute import recomputation
 from aletheia.planning.plan import Plan
-from aletheia.tuning.lean import bfloat16_autocast
-from aletheia.tuning.memory import peak_memory_bytes, reset_peak_memory
-from aletheia.tuning.recompute import recomputation
 
 DATA = Path(os.environ.get("ALETHEIA_DATA", "../shared/data")) / "gsm8k" / "train.jsonl"
 MAX_TOKENS, STEPS = 256, 6

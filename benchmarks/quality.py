@@ -22,15 +22,15 @@ import torch
 from scipy.stats import bootstrap
 
 import aletheia
+from aletheia.adapters.initial import ROWS, Init, align_with_gradient
 from aletheia.anatomy.demo import demo_checkpoint
-from aletheia.campaign.steps import StepKind, building_seconds, gradient_start_seconds, interleaved_steps
 from aletheia.cli.options import quiet_libraries
 from aletheia.data.examples import NO_LOSS, Examples
 from aletheia.data.order import training_batches
+from aletheia.lab.campaign.steps import StepKind, building_seconds, gradient_start_seconds, interleaved_steps
 from aletheia.planning.plan import Plan, layer_ranges
 from aletheia.probing.scores import Scores
-from aletheia.tuning.initial import ROWS, Init, align_with_gradient
-from aletheia.tuning.stage import Stage
+from aletheia.training.stage import Stage
 
 BATCH_SIZE, WARMUP, TIMED_ROUNDS = 8, 0.05, 5
 

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Sequence
 
-from aletheia.statistics.ratios import ratio_of_times
+from aletheia.lab.statistics.ratios import ratio_of_times
 
 
 def speedup(reference: Sequence[float], seconds: Sequence[float]) -> str:

@@ -8,9 +8,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from aletheia.tuning import attention as module
-from aletheia.tuning.attention import attention, lean_attention
-from aletheia.tuning.recompute import recomputation
+from aletheia.execution.cpu import attention as module
+from aletheia.execution.cpu.attention import attention, lean_attention
+from aletheia.execution.recompute import recomputation
 
 
 def drawn(samples=3, heads=6, key_heads=2, queries=11, keys=11, size=8, value_size=8, dtype=torch.float32):

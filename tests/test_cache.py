@@ -20,14 +20,14 @@ from aletheia.anatomy.load import free_memory_bytes
 from aletheia.anatomy.read import find_layers
 from aletheia.data.order import training_batches
 from aletheia.errors import CacheError, TrainingError
-from aletheia.evaluation.held_out import held_out_loss
 from aletheia.planning.make import plan as make_plan
+from aletheia.prefix import fill as fill_module
+from aletheia.prefix.cache import CacheInfo, DiskCache, MemoryCache, check_space
+from aletheia.prefix.fill import fill, open_cache, prefix_key
 from aletheia.probing.resident import probe
-from aletheia.tuning import fill as fill_module
-from aletheia.tuning import train as train_module
-from aletheia.tuning.cache import CacheInfo, DiskCache, MemoryCache, check_space
-from aletheia.tuning.fill import fill, open_cache, prefix_key
-from aletheia.tuning.train import check_settings
+from aletheia.training import train as train_module
+from aletheia.training.held_out import held_out_loss
+from aletheia.training.train import check_settings
 
 
 @pytest.fixture(scope="module")
@@ -320,8 +320,8 @@ def test_plans_of_uniform_lora_train_without_a_cache(examples, scores, tmp_path)
     settings = {"steps": 2, "show_progress": False, "learning_rate": 1e-3}
     model = make_model("llama")
     plan = make_plan(scores["llama"], "uniform")
-    from aletheia.tuning.adapters import adapt
-    from aletheia.tuning.train import train
+    from aletheia.adapters.adapt import adapt
+    from aletheia.training.train import train
 
     run = train(adapt(model, plan), examples, plan, tmp_path / "run", examples.subset(range(5)), **settings)
     assert run.metrics.settings.cache == "off"

@@ -10,8 +10,8 @@ import aletheia
 from aletheia.anatomy.fingerprint import identify
 from aletheia.anatomy.read import read_anatomy
 from aletheia.planning.cost import layer_costs, measured_costs
-from aletheia.tuning import calibrate as calibrate_module
-from aletheia.tuning.calibrate import _average_batch, _parts, _Step
+from aletheia.training import calibrate as calibrate_module
+from aletheia.training.calibrate import _average_batch, _parts, _Step
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "bloom", "qwen3_moe"])

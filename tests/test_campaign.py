@@ -14,15 +14,15 @@ import pytest
 import yaml
 from browser import CHROMIUM, open_page
 
-from aletheia.campaign.executors import LocalPool, check_workers
-from aletheia.campaign.grid import Row, jobs
-from aletheia.campaign.run import check_tools, run_campaign
-from aletheia.campaign.spec import BASE, json_schema, parse_campaign, read_campaign
-from aletheia.campaign.steps import ATTEMPTS, undisturbed
-from aletheia.campaign.store import STORE_FILE, Record, Store
 from aletheia.errors import CampaignError, SandboxError
-from aletheia.evaluation import sandbox
-from aletheia.reporting.campaign import to_csv, write_report
+from aletheia.lab.campaign.coordinate import check_tools, run_campaign
+from aletheia.lab.campaign.executors import LocalPool, check_workers
+from aletheia.lab.campaign.grid import Row, jobs
+from aletheia.lab.campaign.spec import BASE, json_schema, parse_campaign, read_campaign
+from aletheia.lab.campaign.steps import ATTEMPTS, undisturbed
+from aletheia.lab.campaign.store import STORE_FILE, Record, Store
+from aletheia.lab.evaluation import sandbox
+from aletheia.lab.reporting.campaign_page import to_csv, write_report
 
 LLAMA = {
     **{"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4},
@@ -76,9 +76,9 @@ STAND_IN = """
 COORDINATOR = """
     import json, sys
     from pathlib import Path
-    from aletheia.campaign.executors import LocalPool
-    from aletheia.campaign.run import run_campaign
-    from aletheia.campaign.spec import parse_campaign
+    from aletheia.lab.campaign.executors import LocalPool
+    from aletheia.lab.campaign.coordinate import run_campaign
+    from aletheia.lab.campaign.spec import parse_campaign
     spec, out, stand_in = sys.argv[1:]
     run_campaign(parse_campaign(json.loads(spec), "spec"), Path(out), LocalPool(2, (sys.executable, stand_in)))
 """
@@ -340,7 +340,7 @@ def test_a_speed_campaign_on_tiny_models(tmp_path, data_file):
 
 def test_steps_that_other_work_disturbed_are_taken_again(monkeypatch):
     others = iter([0.0, 9.0, 9.0, 9.001, *[20.0 * count for count in range(1, 9)]])  # busy seconds around each attempt
-    monkeypatch.setattr("aletheia.campaign.steps._busy_seconds", lambda: next(others))
+    monkeypatch.setattr("aletheia.lab.campaign.steps._busy_seconds", lambda: next(others))
     taken = []
 
     def step():
@@ -358,7 +358,7 @@ def test_a_ray_cluster_of_two_workers_one_of_them_killed(tmp_path, scripts):
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    from aletheia.campaign.executors import RayCluster
+    from aletheia.lab.campaign.executors import RayCluster
 
     slow = tmp_path / "slow.py"
     waits = (scripts / "stand_in.py").read_text().replace("time.sleep(0.08)", "time.sleep(1.5)")

@@ -18,15 +18,15 @@ from tiny import make_model
 
 import aletheia
 from aletheia.errors import AdapterError, DataError, EvaluationError
-from aletheia.evaluation import humaneval, sandbox
-from aletheia.evaluation.journal import JOURNAL_FILE, Journal
-from aletheia.evaluation.local_data import local_splits, pages
-from aletheia.evaluation.measures import differences, summarise
-from aletheia.evaluation.result import single_answer
-from aletheia.evaluation.row_loss import HeldOut
-from aletheia.evaluation.run import language_model
-from aletheia.evaluation.upstream import load_tasks, task_version
-from aletheia.evaluation.work import Benchmark, chosen
+from aletheia.lab.evaluation import humaneval, sandbox
+from aletheia.lab.evaluation.evaluate import language_model
+from aletheia.lab.evaluation.journal import JOURNAL_FILE, Journal
+from aletheia.lab.evaluation.local_data import local_splits, pages
+from aletheia.lab.evaluation.measures import differences, summarise
+from aletheia.lab.evaluation.result import single_answer
+from aletheia.lab.evaluation.row_loss import HeldOut
+from aletheia.lab.evaluation.upstream import load_tasks, task_version
+from aletheia.lab.evaluation.work import Benchmark, chosen
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'aletheia-tune[eval]'")
 SUBJECTS = ("anatomy", "astronomy", "virology")
@@ -117,7 +117,7 @@ def test_prompts_filters_and_versions_are_upstreams(benchmark_data):
 
 
 def test_mmlu_has_a_task_for_each_of_57_subjects():
-    from aletheia.evaluation.upstream import _configs
+    from aletheia.lab.evaluation.upstream import _configs
 
     configs = _configs("mmlu")
     assert len(configs) == 57
@@ -278,7 +278,7 @@ def test_evaluate_forget_and_show(run, model_folder, benchmark_data, adapter, da
 def test_a_killed_evaluation_goes_on_to_the_same_rows(run, model_folder, benchmark_data, tmp_path):
     evaluation(run, model_folder, benchmark_data, "whole", "--batch-size", 1)
     (tmp_path / "slow.py").write_text(
-        "import sys, time\nfrom aletheia.evaluation.journal import Journal\nfrom aletheia.cli.main import main\n"
+        "import sys, time\nfrom aletheia.lab.evaluation.journal import Journal\nfrom aletheia.cli.main import main\n"
         "add = Journal.add\nJournal.add = lambda *given: (add(*given), time.sleep(0.3))\nmain()\n"
     )
     command = [sys.executable, "slow.py", "eval", model_folder, "--tasks", "mmlu,gsm8k,wikitext", "--out", "killed"]

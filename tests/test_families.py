@@ -9,11 +9,11 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 import aletheia
+from aletheia.adapters.adapt import adapted_modules
+from aletheia.adapters.initial import align_with_gradient
 from aletheia.anatomy.fingerprint import identify
 from aletheia.anatomy.read import read_anatomy
 from aletheia.data.batches import collate
-from aletheia.tuning.adapters import adapted_modules
-from aletheia.tuning.initial import align_with_gradient
 
 PAD = 0
 

@@ -11,18 +11,18 @@ from test_streamed import same
 from tiny import make_model, make_tokenizer
 
 import aletheia
+from aletheia.adapters import correction
+from aletheia.adapters.adapt import adapted_modules
+from aletheia.adapters.correction import Correction
 from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.data.batches import collate
 from aletheia.errors import ModelError
+from aletheia.execution.lean import adapters_in_bfloat16, bfloat16_autocast, lean_adapters, lean_loss
+from aletheia.prefix.fill_streamed import fill_streamed, streamed_cache
 from aletheia.probing.preflight import preflight
 from aletheia.probing.streamed import probe_streamed
 from aletheia.reporting.comparison import repeat_command
-from aletheia.tuning import correction
-from aletheia.tuning.adapters import adapted_modules
-from aletheia.tuning.correction import Correction
-from aletheia.tuning.lean import adapters_in_bfloat16, bfloat16_autocast, lean_adapters, lean_loss
-from aletheia.tuning.run import Run
-from aletheia.tuning.streamed import fill_streamed, streamed_cache
+from aletheia.runs.schema import Run
 
 
 @pytest.fixture

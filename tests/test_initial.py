@@ -9,10 +9,10 @@ from peft.tuners.lora import LoraLayer
 from test_prefix import BOUNDARY, adapted, stored
 from tiny import make_model
 
+from aletheia.adapters.initial import align_with_gradient
 from aletheia.anatomy.read import adaptable_modules
 from aletheia.data.batches import collate
-from aletheia.tuning.fast import fast_steps
-from aletheia.tuning.initial import align_with_gradient
+from aletheia.training.fast_steps import fast_steps
 
 
 def fresh(family="llama", rank=4):

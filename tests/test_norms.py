@@ -7,7 +7,7 @@ import torch
 from tiny import make_model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from aletheia.tuning.norms import _LeanRMSNorm, lean_norms
+from aletheia.execution.cpu.norms import _LeanRMSNorm, lean_norms
 
 
 def norm(dtype=torch.float32, size=96):

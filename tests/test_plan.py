@@ -408,6 +408,6 @@ def test_settings_out_of_range_are_refused(arguments, expected):
 
 
 def test_planning_loads_no_torch():
-    code = "import sys, aletheia.planning.make, aletheia.tuning.run; print('torch' in sys.modules)"
+    code = "import sys, aletheia.planning.make, aletheia.runs.schema; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

@@ -9,20 +9,21 @@ from tiny import FAMILIES, MORE_FAMILIES, make_model
 from transformers import Trainer, TrainingArguments
 
 import aletheia
+from aletheia.adapters.adapt import lora_config
 from aletheia.anatomy.layerwise import PassThrough
 from aletheia.anatomy.read import find_layers, is_matrix, read_anatomy
 from aletheia.data.batches import collate
 from aletheia.errors import AdapterError, TrainingError
+from aletheia.execution import lean
+from aletheia.execution.cpu.norms import lean_norms
+from aletheia.execution.lean import bfloat16_autocast, lean_adapters, lean_causal_loss, lean_loss, lora_linear
+from aletheia.execution.recompute import recomputation
+from aletheia.prefix.boundary import frozen_prefix
+from aletheia.prefix.cache import MemoryCache, collate_with_prefix
+from aletheia.prefix.fill import fill, open_cache, why_not_exact
+from aletheia.prefix.stored import stored_prefix
 from aletheia.probing.logits import labelled_logits
-from aletheia.tuning import lean
-from aletheia.tuning.adapters import lora_config
-from aletheia.tuning.cache import MemoryCache, collate_with_prefix
-from aletheia.tuning.fast import fast_steps
-from aletheia.tuning.fill import fill, open_cache, why_not_exact
-from aletheia.tuning.lean import bfloat16_autocast, lean_adapters, lean_causal_loss, lean_loss, lora_linear
-from aletheia.tuning.norms import lean_norms
-from aletheia.tuning.prefix import frozen_prefix, stored_prefix
-from aletheia.tuning.recompute import recomputation
+from aletheia.training.fast_steps import fast_steps
 
 BOUNDARY = 2
 

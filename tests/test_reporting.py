@@ -33,7 +33,7 @@ from aletheia.reporting.format import (
 )
 from aletheia.reporting.page import report
 from aletheia.reporting.terminal import bar, comparison_table, render
-from aletheia.tuning.run import HeldOutPoint, Metrics, PhaseSeconds, Run, TrainPoint, TrainSettings
+from aletheia.runs.schema import HeldOutPoint, Metrics, PhaseSeconds, Run, TrainPoint, TrainSettings
 
 EVIL = "<script>alert('x')</script>\"><img src=http://evil.example/x onerror=alert(1)>"
 VOID = {"meta", "img", "br", "link", "input", "hr"}

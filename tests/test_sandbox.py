@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 import aletheia
 from aletheia.errors import SandboxError
-from aletheia.evaluation import humaneval, jail, sandbox, syscalls
-from aletheia.evaluation.humaneval import estimate_pass_at_k, humaneval_program, mbpp_program, run_program, score
+from aletheia.lab.evaluation import humaneval, jail, sandbox, syscalls
+from aletheia.lab.evaluation.humaneval import estimate_pass_at_k, humaneval_program, mbpp_program, run_program, score
 
 
 def _missing() -> str | None:
@@ -154,7 +154,7 @@ def test_a_cheat_does_not_pass_in_unsafe_mode(case):
 @contained
 def test_nothing_outlives_the_parent_that_is_killed(host):
     code = (
-        "from aletheia.evaluation import sandbox\n"
+        "from aletheia.lab.evaluation import sandbox\n"
         f"sandbox.run('import time; print(1); time.sleep(600)', name={host.marker!r},"
         " limits=sandbox.Limits(wall_seconds=600))"
     )

@@ -17,11 +17,12 @@ from scipy.stats import spearmanr
 import aletheia
 from aletheia.anatomy.demo import demo_checkpoint
 from aletheia.data.batches import collate
+from aletheia.prefix.boundary import frozen_prefix
+from aletheia.prefix.cache import MemoryCache, collate_with_prefix
+from aletheia.prefix.fill import fill
+from aletheia.prefix.stored import stored_prefix
 from aletheia.probing.logits import labelled_logits
-from aletheia.tuning.cache import MemoryCache, collate_with_prefix
-from aletheia.tuning.fill import fill
-from aletheia.tuning.prefix import frozen_prefix, stored_prefix
-from aletheia.tuning.run import Run
+from aletheia.runs.schema import Run
 
 pytestmark = pytest.mark.slow
 GSM8K = Path(os.environ.get("ALETHEIA_DATA", "../shared/data")) / "gsm8k"

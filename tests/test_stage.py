@@ -7,14 +7,14 @@ from tiny import make_model
 from transformers import Trainer, TrainerCallback
 
 import aletheia
+from aletheia.adapters.initial import ROWS, align_with_gradient
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate
 from aletheia.data.order import training_batches
 from aletheia.errors import ArtifactError, CacheError, PlanError, TrainingError
 from aletheia.planning.plan import Plan
-from aletheia.tuning import stage as stage_module
-from aletheia.tuning import train as train_module
-from aletheia.tuning.initial import ROWS, align_with_gradient
+from aletheia.training import stage as stage_module
+from aletheia.training import train as train_module
 
 PAD, STEPS, RATE = 0, 12, 1e-2
 

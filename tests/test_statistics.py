@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from aletheia.errors import StatisticsError
-from aletheia.statistics.margins import non_inferiority, non_inferiority_of_items, score_bound, smallest_margin
-from aletheia.statistics.means import crossed_mean, geometric_mean_of_few, mean
-from aletheia.statistics.paired import holm, sign_flip_test, wilcoxon_test
-from aletheia.statistics.rates import proportion, win_rate
-from aletheia.statistics.ratios import geometric_mean, ratio_of_times
+from aletheia.lab.statistics.margins import non_inferiority, non_inferiority_of_items, score_bound, smallest_margin
+from aletheia.lab.statistics.means import crossed_mean, geometric_mean_of_few, mean
+from aletheia.lab.statistics.paired import holm, sign_flip_test, wilcoxon_test
+from aletheia.lab.statistics.rates import proportion, win_rate
+from aletheia.lab.statistics.ratios import geometric_mean, ratio_of_times
 
 # Darwin's plants: crossed minus self-fertilised, eighths of an inch (Fisher 1935, The Design of Experiments, ch. III)
 DARWIN = [49, -67, 8, 16, 6, 23, 28, 41, 14, 29, 56, 24, 75, 60, -48]
@@ -189,7 +189,7 @@ def test_sign_flips_are_scipys_permutations(alternative, shift):
 def test_drawn_flips_agree_with_all_of_them(monkeypatch):
     differences = np.random.default_rng(2).normal(0.4, 1, 18)
     every = sign_flip_test(differences)
-    monkeypatch.setattr("aletheia.statistics.paired.MOST_EXACT", 17)
+    monkeypatch.setattr("aletheia.lab.statistics.paired.MOST_EXACT", 17)
     drawn = sign_flip_test(differences, seed=1)
     assert (every.exact, drawn.exact) == (True, False)
     assert drawn.p_value == pytest.approx(every.p_value, abs=0.01)

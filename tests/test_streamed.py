@@ -22,10 +22,10 @@ from aletheia.anatomy.load import free_memory_bytes, growth_allowed
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate
 from aletheia.errors import CacheError, ModelError, ProbeError
+from aletheia.prefix import fill_streamed as tuning_streamed
+from aletheia.prefix.fill_streamed import fill_streamed, streamed_cache
 from aletheia.probing import streamed
 from aletheia.probing.streamed import peak_bytes, probe_streamed
-from aletheia.tuning import streamed as tuning_streamed
-from aletheia.tuning.streamed import fill_streamed, streamed_cache
 
 PAD = 0
 AutoConfig.register("strange", StrangeConfig)

@@ -10,19 +10,19 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from tiny import FAMILIES, make_model
 
+from aletheia.adapters.adapt import adapt, adapted_modules, check_adapters
 from aletheia.anatomy.read import find_layers
 from aletheia.errors import AdapterError, ArtifactError, PlanError, TrainingError
-from aletheia.evaluation.held_out import held_out_loss
 from aletheia.planning.make import plan as make_plan
 from aletheia.planning.plan import Plan
+from aletheia.prefix.boundary import lowest_trainable_layer
 from aletheia.probing.resident import probe
 from aletheia.reporting.comparison import differences
-from aletheia.tuning import train as train_module
-from aletheia.tuning.adapters import adapt, adapted_modules, check_adapters
-from aletheia.tuning.prefix import lowest_trainable_layer
-from aletheia.tuning.run import Run
-from aletheia.tuning.train import default_learning_rate, train
-from aletheia.tuning.watch import due_steps
+from aletheia.runs.schema import Run
+from aletheia.training import train as train_module
+from aletheia.training.held_out import held_out_loss
+from aletheia.training.train import default_learning_rate, train
+from aletheia.training.watch import due_steps
 
 POLICIES = ("depth-aware", "top-percent", "last", "first", "random", "bottom", "uniform")
 RANK_MODES = ("uniform", "by-role", "by-score")
@@ -272,7 +272,7 @@ def test_a_run_that_cannot_be_saved_leaves_the_one_it_would_replace(examples, sc
         trained(examples, scores, tmp_path / "run", steps=2, overwrite=True)
     assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-    monkeypatch.setattr("aletheia.tuning.output.free_bytes", lambda folder: 100)
+    monkeypatch.setattr("aletheia.runs.folder.free_bytes", lambda folder: 100)
     with pytest.raises(ArtifactError, match="the adapter needs"):
         trained(examples, scores, tmp_path / "other", steps=1)
 

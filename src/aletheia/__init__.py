@@ -23,23 +23,23 @@ __version__ = "0.1.0"
 _HOMES = {
     "Anatomy": "aletheia.anatomy.schema",
     "Checkpoint": "aletheia.anatomy.checkpoint",
-    "Evaluated": "aletheia.evaluation.result",
+    "Evaluated": "aletheia.lab.evaluation.result",
     "Examples": "aletheia.data.examples",
     "Loaded": "aletheia.anatomy.load",
     "Plan": "aletheia.planning.plan",
-    "Run": "aletheia.tuning.run",
+    "Run": "aletheia.runs.schema",
     "Scores": "aletheia.probing.scores",
-    "adapt": "aletheia.tuning.adapters",
-    "calibrate": "aletheia.tuning.calibrate",
-    "compare": "aletheia.evaluation.against",
-    "eval_settings": "aletheia.evaluation.run",
-    "evaluate": "aletheia.evaluation.run",
-    "fast_steps": "aletheia.tuning.fast",
-    "frozen_prefix": "aletheia.tuning.prefix",
-    "held_out_loss": "aletheia.evaluation.held_out",
+    "adapt": "aletheia.adapters.adapt",
+    "calibrate": "aletheia.training.calibrate",
+    "compare": "aletheia.lab.evaluation.against",
+    "eval_settings": "aletheia.lab.evaluation.evaluate",
+    "evaluate": "aletheia.lab.evaluation.evaluate",
+    "fast_steps": "aletheia.training.fast_steps",
+    "frozen_prefix": "aletheia.prefix.boundary",
+    "held_out_loss": "aletheia.training.held_out",
     "inspect": "aletheia.anatomy.load",
     "load": "aletheia.anatomy.load",
-    "load_adapter": "aletheia.tuning.saved",
+    "load_adapter": "aletheia.runs.saved",
     "load_data": "aletheia.data.encode",
     "plan": "aletheia.planning.make",
     "plan_frontier": "aletheia.planning.make",
@@ -47,34 +47,34 @@ _HOMES = {
     "probe_streamed": "aletheia.probing.streamed",
     "report": "aletheia.reporting.page",
     "split_held_out": "aletheia.data.examples",
-    "train": "aletheia.tuning.train",
+    "train": "aletheia.training.train",
 }
 
 __all__ = [*sorted(_HOMES), "__version__"]
 
 if TYPE_CHECKING:
+    from aletheia.adapters.adapt import adapt
     from aletheia.anatomy.checkpoint import Checkpoint
     from aletheia.anatomy.load import Loaded, inspect, load
     from aletheia.anatomy.schema import Anatomy
     from aletheia.data.encode import load_data
     from aletheia.data.examples import Examples, split_held_out
-    from aletheia.evaluation.against import compare
-    from aletheia.evaluation.held_out import held_out_loss
-    from aletheia.evaluation.result import Evaluated
-    from aletheia.evaluation.run import eval_settings, evaluate
+    from aletheia.lab.evaluation.against import compare
+    from aletheia.lab.evaluation.evaluate import eval_settings, evaluate
+    from aletheia.lab.evaluation.result import Evaluated
     from aletheia.planning.make import plan, plan_frontier
     from aletheia.planning.plan import Plan
+    from aletheia.prefix.boundary import frozen_prefix
     from aletheia.probing.resident import probe
     from aletheia.probing.scores import Scores
     from aletheia.probing.streamed import probe_streamed
     from aletheia.reporting.page import report
-    from aletheia.tuning.adapters import adapt
-    from aletheia.tuning.calibrate import calibrate
-    from aletheia.tuning.fast import fast_steps
-    from aletheia.tuning.prefix import frozen_prefix
-    from aletheia.tuning.run import Run
-    from aletheia.tuning.saved import load_adapter
-    from aletheia.tuning.train import train
+    from aletheia.runs.saved import load_adapter
+    from aletheia.runs.schema import Run
+    from aletheia.training.calibrate import calibrate
+    from aletheia.training.fast_steps import fast_steps
+    from aletheia.training.held_out import held_out_loss
+    from aletheia.training.train import train
 
 
 def __getattr__(name: str) -> object:

@@ -11,10 +11,10 @@ from aletheia.cli.options import JsonOption, print_json, print_rich, say
 from aletheia.errors import CampaignError
 
 if TYPE_CHECKING:
-    from aletheia.campaign.executors import Executor
-    from aletheia.campaign.grid import Job
-    from aletheia.campaign.run import Watcher
-    from aletheia.campaign.store import Store
+    from aletheia.lab.campaign.coordinate import Watcher
+    from aletheia.lab.campaign.executors import Executor
+    from aletheia.lab.campaign.grid import Job
+    from aletheia.lab.campaign.store import Store
 
 app = typer.Typer(help="Experiments over models, arms and seeds: run, resumed, reported.", no_args_is_help=True)
 EXAMPLES = {
@@ -52,9 +52,9 @@ def run(
 
     Exit code 1 if rows failed; the others are kept.
     """
-    from aletheia.campaign.executors import LocalPool, RayCluster, check_workers
-    from aletheia.campaign.run import check_data, check_tools, run_campaign
-    from aletheia.campaign.spec import read_campaign
+    from aletheia.lab.campaign.coordinate import check_data, check_tools, run_campaign
+    from aletheia.lab.campaign.executors import LocalPool, RayCluster, check_workers
+    from aletheia.lab.campaign.spec import read_campaign
 
     campaign = read_campaign(spec)
     data = data_dir or Path(campaign.data_dir)
@@ -68,8 +68,8 @@ def run(
         )
     check_workers(campaign, executor, workers or 1, gpus)
     if dry_run:
-        from aletheia.campaign.forecast import forecast
-        from aletheia.reporting.campaign_terminal import forecast_table
+        from aletheia.lab.campaign.forecast import forecast
+        from aletheia.lab.reporting.campaign_terminal import forecast_table
 
         print_rich(*forecast_table(forecast(campaign, out, workers or 1)))
         return
@@ -92,8 +92,8 @@ def run(
 @app.command("status", epilog=f"Example:\n\n{EXAMPLES['status']}")
 def status(out: OutArgument, as_json: JsonOption = False) -> None:
     """Rows by model and arm: done, failed with the reason, still to come."""
-    from aletheia.campaign.store import STORE_FILE, Store
-    from aletheia.reporting.campaign_terminal import status_table
+    from aletheia.lab.campaign.store import STORE_FILE, Store
+    from aletheia.lab.reporting.campaign_terminal import status_table
 
     records = Store(out / STORE_FILE).records()
     if as_json:
@@ -115,8 +115,8 @@ def report(
     ] = None,
 ) -> None:
     """Write the report from the store alone: HTML, Markdown and CSV; the same store gives the same bytes."""
-    from aletheia.campaign.store import STORE_FILE, Store
-    from aletheia.reporting.campaign import write_report
+    from aletheia.lab.campaign.store import STORE_FILE, Store
+    from aletheia.lab.reporting.campaign_page import write_report
 
     for path in write_report(Store(out / STORE_FILE), to or out):
         say(f"wrote {path}")
@@ -125,7 +125,7 @@ def report(
 @app.command("schema", epilog=f"Example:\n\n{EXAMPLES['schema']}")
 def schema() -> None:
     """Print the JSON schema of campaign files."""
-    from aletheia.campaign.spec import json_schema
+    from aletheia.lab.campaign.spec import json_schema
 
     print_json(json_schema())
 
@@ -136,7 +136,7 @@ def _live_table() -> "Iterator[Watcher]":
     from rich.console import Console, Group
     from rich.live import Live
 
-    from aletheia.reporting.campaign_terminal import status_table
+    from aletheia.lab.reporting.campaign_terminal import status_table
 
     console = Console(stderr=True, highlight=False)
     if console.is_terminal:

@@ -35,6 +35,7 @@ def demo(
 ) -> None:
     """Teach SmolLM2-135M to write summary lines of functions: our plan and uniform LoRA on the same batches."""
     quiet_libraries()
+    from aletheia.adapters.adapt import adapt
     from aletheia.anatomy.demo import demo_checkpoint
     from aletheia.anatomy.load import load
     from aletheia.data.encode import encode, load_data
@@ -45,10 +46,9 @@ def demo(
     from aletheia.probing.resident import probe
     from aletheia.reporting.page import report
     from aletheia.reporting.terminal import comparison_table, render
-    from aletheia.tuning.adapters import adapt
-    from aletheia.tuning.output import claim_output
-    from aletheia.tuning.run import REPORT_FILE, SCORES_FILE
-    from aletheia.tuning.train import check_settings, train
+    from aletheia.runs.folder import claim_output
+    from aletheia.runs.schema import REPORT_FILE, SCORES_FILE
+    from aletheia.training.train import check_settings, train
 
     check_settings(steps)
     arms = {"uniform": out / "uniform", "plan": out / "plan"}

@@ -61,7 +61,7 @@ def _examine() -> dict[str, Any]:
 def _sandbox() -> str:
     """Whether generated code can be run contained here, or why not."""
     from aletheia.errors import SandboxError
-    from aletheia.evaluation import sandbox
+    from aletheia.lab.evaluation import sandbox
 
     try:
         sandbox.check()

@@ -21,7 +21,7 @@ from aletheia.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from aletheia.evaluation.result import EvalSettings, Evaluated
+    from aletheia.lab.evaluation.result import EvalSettings, Evaluated
 
 EXAMPLE = "aletheia eval Qwen/Qwen2.5-0.5B-Instruct --adapter run --tasks mmlu,gsm8k --limit 200 --out run-eval"
 
@@ -83,15 +83,15 @@ def eval(
 ) -> None:
     """Evaluate a model, with an adapter or without, on lm-eval's tasks and held-out rows; interrupted, it goes on."""
     quiet_libraries()
-    from aletheia.evaluation.against import compare
-    from aletheia.evaluation.result import Evaluated
-    from aletheia.reporting.evaluation import comparison_table, evaluation_table
+    from aletheia.lab.evaluation.against import compare
+    from aletheia.lab.evaluation.result import Evaluated
+    from aletheia.lab.reporting.evaluation_table import comparison_table, evaluation_table
 
     others = [Evaluated.read(path) for path in against or ()]
     if model is None:
         done = Evaluated.read(out)
     else:
-        from aletheia.evaluation.run import eval_settings
+        from aletheia.lab.evaluation.evaluate import eval_settings
 
         settings = eval_settings(
             data_dir, adapter, model=model, tasks=[name.strip() for name in tasks.split(",") if name.strip()],
@@ -114,8 +114,8 @@ def _evaluate(
     """Load and evaluate, unless the folder holds the result already."""
     from aletheia.anatomy.fingerprint import identify
     from aletheia.anatomy.load import load
-    from aletheia.evaluation.run import claim, evaluate
-    from aletheia.tuning.saved import load_adapter
+    from aletheia.lab.evaluation.evaluate import claim, evaluate
+    from aletheia.runs.saved import load_adapter
 
     if (finished := claim(out, settings, overwrite)) is not None:
         say(f"found  {out}, finished with these settings")

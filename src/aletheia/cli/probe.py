@@ -100,7 +100,7 @@ def _timed(scores: "Scores", base: "Loaded", examples: "Examples", batch_size: i
     """With measured step times, where a step of plain uniform LoRA, the yardstick, fits in memory."""
     import torch
 
-    from aletheia.tuning.calibrate import calibrate
+    from aletheia.training.calibrate import calibrate
 
     say(f"time   the parts of a training step of {batch_size} rows")
     try:

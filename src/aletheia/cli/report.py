@@ -17,7 +17,7 @@ def report(
 ) -> None:
     """Write one self-contained page: scores, ranks, losses and times, several runs side by side."""
     from aletheia.reporting.page import report as write_report
-    from aletheia.tuning.run import Run
+    from aletheia.runs.schema import Run
 
     written = write_report([Run.read(path) for path in runs], out)
     if as_json:

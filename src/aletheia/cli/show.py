@@ -20,7 +20,7 @@ def show(
     from aletheia.planning.plan import Plan
     from aletheia.probing.scores import Scores
     from aletheia.reporting.terminal import render
-    from aletheia.tuning.run import Metrics, Run
+    from aletheia.runs.schema import Metrics, Run
 
     artifact: Scores | Plan | Run
     found = None if file.is_dir() else artifact_format(file)

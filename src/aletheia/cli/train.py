@@ -121,18 +121,18 @@ def train(
     if eval_data is not None and eval_fraction is not None:
         raise DataError("--eval-data and --eval-fraction are both given; expected one of them")
     quiet_libraries()
+    from aletheia.adapters.adapt import adapt
     from aletheia.anatomy.checkpoint import Checkpoint
     from aletheia.data.examples import split_held_out
     from aletheia.data.rows import load_rows
     from aletheia.planning.plan import Plan
+    from aletheia.prefix.fill_streamed import fill_streamed, streamed_cache
     from aletheia.reporting.page import report
     from aletheia.reporting.terminal import render
-    from aletheia.tuning.adapters import adapt
-    from aletheia.tuning.output import claim_output
-    from aletheia.tuning.run import REPORT_FILE, SCORES_FILE
-    from aletheia.tuning.streamed import fill_streamed, streamed_cache
-    from aletheia.tuning.train import check_settings
-    from aletheia.tuning.train import train as run_training
+    from aletheia.runs.folder import claim_output
+    from aletheia.runs.schema import REPORT_FILE, SCORES_FILE
+    from aletheia.training.train import check_settings
+    from aletheia.training.train import train as run_training
 
     if correct_quantization and quantize != "nf4":
         raise TrainingError(

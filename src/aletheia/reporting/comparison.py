@@ -17,7 +17,7 @@ from aletheia.reporting.format import (
     printable,
     rank_summary,
 )
-from aletheia.tuning.run import PHASES, HeldOutPoint, Metrics, Run, TrainSettings
+from aletheia.runs.schema import PHASES, HeldOutPoint, Metrics, Run, TrainSettings
 
 NO_INTERVAL = (
     "One run each: these are single wall-clock timings on a machine whose noise was not removed, so they carry "

@@ -24,7 +24,7 @@ from aletheia.reporting.svg import (
     run_dash,
     to_svg,
 )
-from aletheia.tuning.run import PHASES, PhaseSeconds, Run, TrainPoint
+from aletheia.runs.schema import PHASES, PhaseSeconds, Run, TrainPoint
 
 # One width for all: 360 points stay legible on a phone and in two columns on a desk.
 WIDTH = 360.0

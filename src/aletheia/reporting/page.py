@@ -37,7 +37,7 @@ from aletheia.reporting.format import (
     rank_summary,
 )
 from aletheia.reporting.svg import run_css_color
-from aletheia.tuning.run import Metrics, Run
+from aletheia.runs.schema import Metrics, Run
 
 _Thing = TypeVar("_Thing")
 _MARK = '<meta name="generator" content="aletheia">'

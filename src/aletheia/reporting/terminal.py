@@ -30,7 +30,7 @@ from aletheia.reporting.format import (
     rank_summary,
     shorten,
 )
-from aletheia.tuning.run import PHASES, Run
+from aletheia.runs.schema import PHASES, Run
 
 TOP_MODULES = 10
 _BAR_WIDTH = 26

@@ -1,0 +1,165 @@
+"""What quantization changed in the weights of a base, taken back as far as a few directions reach.
+
+Shapes: N tokens, I inputs, O outputs, R rank.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from types import TracebackType
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from aletheia.adapters.adapt import adapted_modules, lora_config
+from aletheia.anatomy.read import find_layers
+from aletheia.data.batches import on_device_of
+from aletheia.planning.plan import Plan
+
+OVERSAMPLED = 8  # directions beyond the rank in the randomized decomposition
+
+
+class Correction:
+    """Frozen low-rank corrections of 4-bit weights: beside the adapters in training, within them once that is over.
+
+    With ``E = W - Q(W)`` [O, I] and the inputs X [I, N] of a weight, the product of rank R that leaves least of
+    ``||E X||_F`` is ``U Ut E``, U [O, R] being the leading left singular vectors of ``E X`` (Eckart and Young). That is
+    the minimum of QERA [arXiv:2410.06040], found without the square root of the inputs' moments and its inverse. LQER
+    [arXiv:2402.02446] keeps such a correction for inference, LoftQ [arXiv:2310.08659] starts the adapter itself there;
+    here the adapter that learns starts as usual and the correction stays as it is. A context manager; leaving it takes
+    the corrections off.
+    """
+
+    def __init__(self) -> None:
+        """With nothing corrected yet."""
+        self._changes: dict[LoraLayer, torch.Tensor] = {}  # E of the layer at hand
+        self._factors: dict[LoraLayer, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> "Correction":
+        """Nothing changes until :meth:`measure`."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Take the corrections off the weights."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __len__(self) -> int:
+        """How many weights are corrected."""
+        return len(self._factors)
+
+    @torch.no_grad()
+    def measure(
+        self, model: PeftModel, layers: Iterable[tuple[int, nn.Module]], batch: dict[str, torch.Tensor]
+    ) -> None:
+        """Correct every adapted 4-bit weight, at the rank of its adapter, in one forward pass.
+
+        A weight is corrected for the inputs that it gets from the corrected weights below it.
+
+        Args:
+            model: the adapted model.
+            layers: index and weights of the adapted decoder layers as they were before, in their order.
+            batch: what the inputs are taken from, as ``model`` takes them.
+        """
+        originals = iter(layers)
+        rows = on_device_of(model, batch)
+        kept_N = rows["attention_mask"].flatten().bool()
+        _, own_layers = find_layers(model)
+        passing = []
+        for index, layer in enumerate(own_layers):
+            adapters = {
+                name: module
+                for name, module in layer.named_modules()
+                if isinstance(module, LoraLayer) and _is_4bit(module.get_base_layer())
+            }
+            if adapters:
+                see = partial(self._see_layer, originals, index, adapters, kept_N)
+                passing.append(layer.register_forward_pre_hook(see))
+        try:
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                model(**rows, use_cache=False)
+        finally:
+            self._changes.clear()  # of weights that no token reached: they stay as they are
+            for handle in passing:
+                handle.remove()
+
+    def _see_layer(
+        self,
+        originals: Iterator[tuple[int, nn.Module]],
+        index: int,
+        adapters: dict[str, LoraLayer],
+        kept_N: torch.Tensor,
+        *_: object,
+    ) -> None:
+        """Before a layer runs: what quantization changed in it, for its weights to be corrected as they are reached."""
+        original = next(layer for read, layer in originals if read == index)
+        for name, module in adapters.items():
+            before = original.get_submodule(name)
+            weight_OI = before.weight.T if isinstance(before, Conv1D) else before.weight
+            base = module.get_base_layer()
+            self._changes[module] = weight_OI.float() - dequantize_module_weight(base).float()
+            # the pass has not reached it yet: its first call is seen, and corrected, too
+            self._handles.append(base.register_forward_hook(partial(self._correct, module, kept_N)))
+
+    def _correct(
+        self,
+        module: LoraLayer,
+        kept_N: torch.Tensor,
+        _: nn.Module,
+        args: tuple[torch.Tensor, ...],
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """The output of a base weight with its correction, which the first call determines."""
+        x = args[0]
+        if module in self._changes:
+            x_NI = x.flatten(0, -2)
+            x_NI = x_NI[kept_N] if len(x_NI) == len(kept_N) else x_NI
+            rank = module.r[module.active_adapters[0]]
+            a_RI, b_OR = _factors(self._changes.pop(module), x_NI.float(), rank)
+            self._factors[module] = a_RI.to(x.dtype), b_OR.to(x.dtype)
+        if module not in self._factors:
+            return output
+        a_RI, b_OR = self._factors[module]
+        return output + ((x @ a_RI.to(x.dtype).T) @ b_OR.to(x.dtype).T).to(output.dtype)
+
+    @torch.no_grad()
+    def fold(self, model: PeftModel, plan: Plan) -> None:
+        """Make the corrections part of the adapters, as further rows of A and columns of B: twice the plan's rank.
+
+        To be called once training is over and the context is left; the model computes as it did within.
+        """
+        if not self._factors:
+            return
+        for module, (a_RI, b_OR) in self._factors.items():
+            name = module.active_adapters[0]
+            lora_a, lora_b = module.lora_A[name], module.lora_B[name]
+            own_a_RI, own_b_OR = lora_a.weight, lora_b.weight
+            lora_a.weight = nn.Parameter(torch.cat([own_a_RI, a_RI.to(own_a_RI)]))
+            lora_b.weight = nn.Parameter(torch.cat([own_b_OR, b_OR.to(own_b_OR) / module.scaling[name]], dim=1))
+            module.r[name] *= 2
+            module.lora_alpha[name] *= 2  # the scale is their ratio
+            lora_a.out_features = lora_b.in_features = module.r[name]
+        rank, alpha = 2 * plan.settings.rank, 2 * plan.settings.alpha
+        config = lora_config(plan.adapters, model.get_base_model(), rank, alpha, adapted_modules(model))
+        for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
+            setattr(model.active_peft_config, field, getattr(config, field))
+
+
+def _is_4bit(base: nn.Module) -> bool:
+    return hasattr(getattr(base, "weight", None), "quant_state")
+
+
+def _factors(error_OI: torch.Tensor, x_NI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``Ut E`` [R, I] and U [O, R]; zero beyond the directions there are."""
+    change_NO = x_NI @ error_OI.T
+    count = min(rank + OVERSAMPLED, *change_NO.shape)
+    u_OR = torch.svd_lowrank(change_NO, q=count, niter=2)[2][:, :rank]
+    u_OR = nn.functional.pad(u_OR, (0, rank - u_OR.shape[1]))
+    return u_OR.T @ error_OI, u_OR

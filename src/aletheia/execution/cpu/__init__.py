@@ -1,0 +1,1 @@
+"""What is quicker on a processor."""

@@ -1,0 +1,67 @@
+"""Gradient checkpointing of the suffix: everything inside a layer computed again, or all but the matrix products."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+import aletheia.execution.lean  # noqa: F401  (registers an operator that is kept)
+from aletheia.errors import TrainingError
+from aletheia.execution.cpu.attention import repeated_weights
+
+Recompute = Literal["off", "selective", "full"]
+_aten = torch.ops.aten
+KEPT = {  # what takes the time: products with weights, and attention, of which no square matrix is kept
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten._grouped_mm.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aletheia.attention.default,
+    torch.ops.aletheia.lora_linear.default,
+}
+KEPT_BY_NAME = {"bitsandbytes::gemm_4bit", "bitsandbytes::int8_mixed_scaled_mm", "bitsandbytes::int8_scaled_mm"}
+
+
+def _keep_products(ctx: SelectiveCheckpointContext, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    is_product = operator in KEPT or operator.name() in KEPT_BY_NAME
+    return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@contextmanager
+def recomputation(model: torch.nn.Module, kind: Recompute) -> Iterator[None]:
+    """Keep fewer activations between forward and backward; gradients stay the same.
+
+    ``full`` keeps the input of each layer and runs the layer again in backward. ``selective`` keeps the matrix
+    products, too, and repeats only what is cheap: norms, activations, rotary positions [Korthikanti et al. 2022,
+    arXiv:2205.05198, who repeat attention; its kernels have since come to keep no T x T matrix, and ours keeps none
+    here]. Backward must run inside.
+
+    Args:
+        model: the adapted model.
+        kind: ``off`` does nothing.
+
+    Raises:
+        TrainingError: the model's family cannot.
+    """
+    if kind == "off":
+        yield
+        return
+    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not base.supports_gradient_checkpointing:
+        raise TrainingError(f"{type(base).__name__} has no gradient checkpointing; use --gradient-checkpointing off")
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if kind == "selective":
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+    base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+    try:
+        with repeated_weights() if kind == "selective" else nullcontext():
+            yield
+    finally:
+        base.activation_checkpointing_disable()

@@ -1,0 +1,211 @@
+"""A job of a behaviour campaign: fine-tune with one arm (or not at all), then evaluate, task by task.
+
+What a killed job has finished stays in its folder and is gone on with: the run, and every evaluation item by item.
+"""
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from aletheia.adapters.adapt import adapt
+from aletheia.adapters.initial import ROWS
+from aletheia.anatomy.fingerprint import identify
+from aletheia.anatomy.load import Loaded, load
+from aletheia.anatomy.schema import ModelIdentity
+from aletheia.errors import CacheError
+from aletheia.lab.campaign.grid import Row, model_named
+from aletheia.lab.campaign.models import model_source
+from aletheia.lab.campaign.rows import held_out_rows, training_rows
+from aletheia.lab.campaign.spec import BASE, Arm, BehaviourCampaign, TaskSettings
+from aletheia.lab.campaign.speed import arm_plan
+from aletheia.lab.evaluation.evaluate import eval_settings, evaluate
+from aletheia.lab.evaluation.journal import OtherEvaluationError
+from aletheia.lab.evaluation.measures import MEASURES
+from aletheia.lab.evaluation.row_loss import row_losses
+from aletheia.lab.evaluation.work import sha256_of
+from aletheia.planning.plan import Plan
+from aletheia.probing.resident import probe
+from aletheia.probing.scores import Scores
+from aletheia.runs.saved import load_adapter
+from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, Metrics, Run
+from aletheia.training.train import train
+
+RUN = "run"
+CACHES = "caches"
+
+
+def run_behaviour(
+    campaign: BehaviourCampaign, row: Row, data_dir: Path, folder: Path, place: Path
+) -> dict[str, Mapping[str, Any]]:
+    """The ``result`` of one row: how it was trained, and its items, benchmark by benchmark."""
+    source = model_source(model_named(campaign, row.model), folder)
+    base = load(source, campaign.dtype)
+    identity = identify(base.model)
+    result: dict[str, Any] = {}
+    adapter = None
+    if row.arm != BASE:
+        adapter = place / RUN
+        if not (adapter / METRICS_FILE).exists():  # written last
+            shutil.rmtree(adapter, ignore_errors=True)
+            arm = next(arm for arm in campaign.arms if arm.name == row.arm)
+            _train(campaign, arm, row.seed, base, data_dir, folder, adapter)
+            base = load(source, campaign.dtype)  # as it was, for the adapter as it was saved
+        result |= _trained(Run(adapter, Metrics.read(adapter / METRICS_FILE), Plan.read(adapter / PLAN_FILE)))
+        base = replace(base, model=load_adapter(base.model, adapter))  # type: ignore[arg-type]
+    items = {"heldout": _held_out(campaign, base, data_dir)}
+    versions = {}
+    for name, settings in campaign.tasks.items():
+        if row.arm == BASE or settings.seeds is None or row.seed in settings.seeds:
+            items[name], versions[name] = _task(
+                campaign, name, settings, source, base, identity, adapter, data_dir, place
+            )
+    result |= {"items": items, "versions": versions}
+    return {row.arm: {"result": result}}
+
+
+def _train(
+    campaign: BehaviourCampaign, arm: Arm, seed: int, base: Loaded, data_dir: Path, folder: Path, out: Path
+) -> None:
+    data = training_rows(campaign, data_dir, base.tokenizer)
+    held_out = held_out_rows(campaign, data_dir, base.tokenizer)
+    scores = probe(base.model, data, seed=seed)
+    made = arm_plan(arm, scores, seed, campaign.epochs)
+    run = partial(
+        train,
+        adapt(base.model, made, seed),
+        data,
+        made,
+        out,
+        held_out,
+        steps=_steps(campaign, arm, made, scores, seed),
+        batch_size=campaign.batch_size,
+        learning_rate=arm.learning_rate,
+        init=arm.init,
+        evaluations=campaign.evaluations,
+        seed=seed,
+        cache_dir=folder / CACHES,
+        show_progress=False,
+    )
+    if made.boundary == 0 or made.early_layers:
+        run()
+        return
+    try:
+        run(cache="disk")  # arms and seeds with one boundary share it
+    except CacheError:  # it would not be exact, or does not fit: said before the first step
+        run(cache="off")
+
+
+def _steps(campaign: BehaviourCampaign, arm: Arm, made: Plan, scores: Scores, seed: int) -> int:
+    """As many steps for every arm, or as many as cost what the baseline's run costs, by counted operations."""
+    if campaign.match == "steps":
+        return campaign.steps
+    baseline = next(other for other in campaign.arms if other.name == campaign.baseline)
+    plain = arm_plan(baseline, scores, seed, campaign.epochs)
+    budget = _once(campaign, baseline, plain) + campaign.steps * _per_step(baseline, plain)
+    return max(1, round((budget - _once(campaign, arm, made)) / _per_step(arm, made)))
+
+
+def _per_step(arm: Arm, made: Plan) -> float:
+    """Mean operations of a step of the run, in steps of uniform LoRA."""
+    predicted = made.predicted
+    if arm.execution == "plain":
+        return predicted.relative_step_time
+    later = predicted.relative_cached_step_time or predicted.relative_step_time
+    share = made.settings.freeze_after if made.early_layers else 0.0
+    return share * (predicted.relative_early_step_time or later) + (1 - share) * later
+
+
+def _once(campaign: BehaviourCampaign, arm: Arm, made: Plan) -> float:
+    """Operations that a run pays once, in the same unit: probe, passes of the gradient start, filling the cache."""
+    predicted, size = made.predicted, campaign.batch_size
+    probe_rows = made.probe.batches * made.probe.batch_size if made.uses_scores else 0
+    init_rows = ROWS if arm.init == "gradient" else 0
+    fill = 0.0
+    if arm.execution == "fast" and predicted.relative_cached_step_time:
+        fill = campaign.rows / size * (predicted.relative_step_time - predicted.relative_cached_step_time)
+    return (probe_rows + init_rows) / size * (predicted.relative_early_step_time or predicted.relative_step_time) + fill
+
+
+def _trained(run: Run) -> dict[str, Any]:
+    """What the report needs of a run."""
+    metrics = run.metrics
+    return {
+        "layers": list(run.plan.layers),
+        "layer_count": run.plan.layer_count,
+        "early_steps": metrics.early_steps,
+        "trainable_parameters": metrics.trainable_parameters,
+        "steps": metrics.steps,
+        "learning_rate": metrics.settings.learning_rate,
+        "seconds": metrics.seconds.model_dump(),
+        "cache": metrics.settings.cache,
+        "peak_memory_bytes": metrics.peak_memory_bytes,
+        "held_out_curve": [[point.step, point.train_seconds, point.loss] for point in metrics.held_out_curve],
+        "model": metrics.model.model_dump(mode="json"),
+        "data": metrics.data.model_dump(mode="json") if metrics.data else None,
+        "adapter": str(run.path),
+    }
+
+
+def _held_out(campaign: BehaviourCampaign, base: Loaded, data_dir: Path) -> dict[str, Any]:
+    """Nats and labelled tokens, row by row."""
+    rows = held_out_rows(campaign, data_dir, base.tokenizer)
+    size = campaign.eval_batch_size
+    base.model.eval()
+    found = [
+        pair
+        for start in range(0, len(rows), size)
+        for pair in row_losses(base.model, rows.examples[start : start + size], rows.pad_token_id)
+    ]
+    told = [[row.input_ids, row.labels] for row in rows.examples]
+    return {
+        "value": [nats for nats, _ in found],
+        "weight": [tokens for _, tokens in found],
+        "digest": sha256_of(told),
+    }
+
+
+def _task(
+    campaign: BehaviourCampaign,
+    name: str,
+    settings: TaskSettings,
+    source: str,
+    base: Loaded,
+    identity: ModelIdentity,
+    adapter: Path | None,
+    data_dir: Path,
+    place: Path,
+) -> tuple[dict[str, Any], str]:
+    """The main measure of a benchmark item by item, and upstream's version of the benchmark."""
+    asked = eval_settings(
+        data_dir,
+        adapter,
+        model=source,
+        tasks=(name,),
+        limit=settings.limit,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=campaign.eval_batch_size,
+        dtype=campaign.dtype,
+    )
+    run = partial(
+        evaluate, base, asked, place / f"eval-{name}", data_dir, identity, campaign.unsafe_exec, show_progress=False
+    )
+    try:
+        done = run()
+    except OtherEvaluationError:  # begun with other packages
+        done = run(overwrite=True)
+    measure = MEASURES[name][0]
+    rows = done.rows[name]
+    found: dict[str, Any] = {
+        "value": [row[measure.column] for row in rows],
+        "cluster": [row["subject"] for row in rows],
+        "digest": sha256_of([row["sha256"] for row in rows]),
+    }
+    if measure.per:
+        found["weight"] = [row[measure.per] for row in rows]
+    task = done.evaluation.tasks[0]
+    if task.answers:
+        found["answers"] = task.answers
+    return found, task.version

@@ -1,0 +1,77 @@
+"""The answers of an evaluation that is under way, one line each, so that a killed one goes on where it stopped."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from aletheia.errors import ArtifactError, EvaluationError
+from aletheia.lab.evaluation.result import differing
+
+JOURNAL_FILE = "answers.partial.jsonl"
+
+
+class OtherEvaluationError(EvaluationError):
+    """The folder holds an evaluation of something else, or one made with other packages."""
+
+
+class Journal:
+    """Answers by (task, position), appended to a file whose first line says what they belong to.
+
+    Raises:
+        OtherEvaluationError: the file belongs to an evaluation of something else.
+        ArtifactError: it cannot be written.
+    """
+
+    def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
+        """Open or begin the journal in ``folder``; ``header`` is JSON."""
+        self.path = folder / JOURNAL_FILE
+        self.answers: dict[tuple[str, int], Any] = {}
+        header = json.loads(json.dumps(header))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lines = self._whole_lines()
+            if lines:
+                self._check(json.loads(lines[0]), header)
+                for line in lines[1:]:
+                    entry = json.loads(line)
+                    self.answers[entry["task"], entry["at"]] = entry["answer"]
+            else:
+                self._append([header])
+        except OSError as error:
+            raise ArtifactError(f"cannot write {self.path}: {error.strerror}; choose another --out") from error
+
+    def add(self, task: str, positions: Sequence[int], answers: Sequence[Any]) -> None:
+        """Write the answers of one batch; when this returns they are on the disk."""
+        pairs = list(zip(positions, answers, strict=True))
+        self._append([{"task": task, "at": at, "answer": answer} for at, answer in pairs])
+        self.answers |= {(task, at): answer for at, answer in pairs}
+
+    def remove(self) -> None:
+        """Delete the file: its answers are elsewhere now."""
+        self.path.unlink(missing_ok=True)
+
+    def _whole_lines(self) -> list[bytes]:
+        """The lines there are; a last one that was cut off while it was written is removed from the file."""
+        if not self.path.is_file():
+            return []
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            os.truncate(self.path, whole)
+        return content[:whole].splitlines()
+
+    def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        with open(self.path, "a", encoding="utf-8") as handle:
+            handle.writelines(json.dumps(entry) + "\n" for entry in entries)
+            handle.flush()
+            os.fsync(handle.fileno())
+
+    def _check(self, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+        for part in header:  # settings stand first, and explain the others
+            if difference := differing(header.get(part, {}), found.get(part, {}), ignored={"adapter"}):
+                raise OtherEvaluationError(
+                    f"{self.path.parent} holds another evaluation that was interrupted ({part}: {difference}); "
+                    "repeat its arguments to go on with it, choose another --out or pass --overwrite"
+                )

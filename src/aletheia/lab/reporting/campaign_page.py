@@ -1,0 +1,147 @@
+"""The report of a campaign, from its store alone: a page, Markdown and CSV. The same store gives the same bytes."""
+
+import csv
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment
+from markupsafe import Markup
+
+from aletheia.errors import CampaignError
+from aletheia.files import write_text
+from aletheia.lab.campaign.spec import SpeedCampaign
+from aletheia.lab.campaign.store import Record, Store
+from aletheia.lab.reporting.behaviour import behaviour_page
+from aletheia.lab.reporting.speed import speed_page
+from aletheia.reporting.blocks import Block, Figure, Page, Pre, Table
+from aletheia.reporting.format import printable
+from aletheia.reporting.page import page_environment, refuse_foreign
+
+HTML, MARKDOWN, CSV = "report.html", "report.md", "report.csv"
+
+
+def write_report(store: Store, folder: Path) -> list[Path]:
+    """Write the three files; their paths.
+
+    Raises:
+        CampaignError: no row is done.
+        ArtifactError: ``folder`` holds another report.html, or cannot be written.
+    """
+    records = store.records()
+    if not any(record.status == "done" for record in records):
+        raise CampaignError("no row of the campaign is done; expected at least one, see 'aletheia campaign status'")
+    page = _page(store, records)
+    refuse_foreign(folder / HTML)
+    texts = {HTML: to_html(page), MARKDOWN: to_markdown(page), CSV: to_csv(records)}
+    for name, text in texts.items():
+        write_text(folder / name, text)
+    return [folder / name for name in texts]
+
+
+def _page(store: Store, records: Sequence[Record]) -> Page:
+    campaign = store.campaign
+    page = speed_page(campaign, records) if isinstance(campaign, SpeedCampaign) else behaviour_page(campaign, records)
+    return Page(page.title, page.verdict, page.cards, (*page.blocks, *_about(store, records)))
+
+
+def _about(store: Store, records: Sequence[Record]) -> list[Block]:
+    """Failures, what the results were made with, and how to make them again."""
+    failed = [record for record in records if record.status == "failed"]
+    rows = [(r.row.model, r.row.arm, str(r.row.seed), r.reason or "") for r in failed]
+    done = sum(record.status == "done" for record in records)
+    counted = f"{done} of {len(records)} rows done, {len(failed)} failed."
+    made = sorted({_made_with(record.result["about"]) for record in records if record.result})
+    spec = yaml.safe_dump(store.campaign.model_dump(mode="json"), sort_keys=False, width=110)
+    return [
+        Table("What failed, and why", ("model", "arm", "seed", "reason"), rows, counted),
+        Table("Made with", ("code", "packages", "machine"), made),
+        Pre("How to repeat it", f"aletheia campaign run SPEC.yaml --out OUT\n\n# SPEC.yaml\n{spec}"),
+    ]
+
+
+def _made_with(about: Mapping[str, Any]) -> tuple[str, str, str]:
+    commit = (about["commit"] or "")[:12]
+    code = f"commit {commit}{', changed since' if about['is_dirty'] else ''}" if commit else "installed package"
+    packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
+    machine = f"{about['machine']}, {about['device']}, {about['threads']} threads, Python {about['python']}"
+    return code, packages, machine
+
+
+def to_html(page: Page) -> str:
+    """One self-contained page: no script, nothing loaded, dark and light, readable on a phone and in print."""
+    environment: Environment = page_environment()
+    kinds = {Table: "table", Figure: "figure", Pre: "pre"}
+    blocks = [
+        {"kind": kinds[type(block)], "block": block, "svg": Markup(block.svg) if isinstance(block, Figure) else ""}
+        for block in page.blocks
+    ]
+    return environment.get_template("campaign.html.j2").render(page=page, blocks=blocks)
+
+
+def to_markdown(page: Page) -> str:
+    """Tables and text of the page; figures are left out."""
+    lines = [f"# {_cell(page.title)}", "", page.verdict, ""]
+    lines += [f"- {_cell(card.name)}: {_cell(card.value)} ({_cell(card.note)})" for card in page.cards]
+    for block in page.blocks:
+        if isinstance(block, Figure):
+            continue
+        lines += ["", f"## {_cell(block.title)}", ""]
+        if isinstance(block, Pre):
+            fence = "`" * (3 + max(map(len, re.findall("`+", block.text)), default=0))  # no value can close it
+            lines += [fence, *map(printable, block.text.rstrip().splitlines()), fence]
+            continue
+        if block.note:
+            lines += [_cell(block.note), ""]
+        if block.rows:
+            lines += [_line(block.columns), _line(["---"] * len(block.columns)), *map(_line, block.rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(_cell(cell) for cell in cells)} |"
+
+
+def _cell(text: str) -> str:
+    """Text that stays in its cell, whatever a name holds."""
+    escaped = printable(text).replace("\\", "\\\\").replace("|", "\\|")
+    return escaped.replace("<", "&lt;").replace("`", "\\`").replace("[", "\\[")
+
+
+def to_csv(records: Sequence[Record]) -> str:
+    """A line per row: status, reason, and every figure of the result that is a single value or a list of them."""
+    flat = [_flat(record.result or {}) for record in records]
+    names = sorted({name for values in flat for name in values})
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["model", "arm", "seed", "status", "reason", *names])
+    for record, values in zip(records, flat, strict=True):
+        row = record.row
+        writer.writerow(
+            [
+                row.model,
+                row.arm,
+                row.seed,
+                record.status,
+                record.reason or "",
+                *(values.get(name, "") for name in names),
+            ]
+        )
+    return out.getvalue()
+
+
+def _flat(result: Mapping[str, Any], at: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in result.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{at}{name}.")
+        elif isinstance(value, list):
+            found[f"{at}{name}"] = " ".join(str(item) for item in value)
+        elif isinstance(value, str) and Path(value).is_absolute():
+            found[f"{at}{name}"] = Path(value).name  # where it lay is nobody's business
+        else:
+            found[f"{at}{name}"] = "" if value is None else value
+    return found

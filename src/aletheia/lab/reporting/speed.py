@@ -1,0 +1,176 @@
+"""The page of a speed campaign."""
+
+from collections.abc import Sequence
+
+from aletheia.lab.campaign.spec import SpeedCampaign
+from aletheia.lab.campaign.speed_summary import Comparison, ModelSpeed, SpeedSummary, summarize_speed
+from aletheia.lab.campaign.store import Record
+from aletheia.lab.reporting.chosen_layers import layer_blocks
+from aletheia.lab.reporting.figures_of_campaigns import ratios_svg
+from aletheia.lab.statistics.results import Estimate
+from aletheia.reporting.blocks import Block, Card, Page, Table
+from aletheia.reporting.blocks import Figure as FigureBlock
+from aletheia.reporting.format import human_count, human_percent, human_ratio, human_seconds
+
+SUBJECT = "depth-aware"  # the arm that the verdict is about, where a campaign has it
+PAPER = "23.1 % of the time saved on average, 15 to 28 %, faster on 14 of 14 models, p < 0.001 (200 steps, 3 seeds)"
+
+
+def speed_page(campaign: SpeedCampaign, records: Sequence[Record]) -> Page:
+    """Verdict, speed tables, a figure of every model, the layers chosen."""
+    summary = summarize_speed(campaign, records)
+    arms = [arm.name for arm in campaign.arms if arm.name != campaign.baseline]
+    subject = SUBJECT if SUBJECT in arms else (arms[-1] if arms else campaign.baseline)
+    step = next((found for found in summary.step_comparisons if found.arm == subject), None)
+    run = next((found for found in summary.run_comparisons if found.arm == subject), None)
+    return Page(
+        f"Campaign {campaign.name}: speed",
+        _verdict(summary, subject, step, run),
+        _cards(summary, step, run),
+        tuple(_blocks(summary)),
+    )
+
+
+def _verdict(summary: SpeedSummary, subject: str, step: Comparison | None, run: Comparison | None) -> str:
+    baseline = summary.campaign.baseline
+    if step is None or run is None:
+        return f"No arm can be compared with {baseline}: no model has rows of both."
+    wins = round(step.wins.value * step.models)
+    random = len({r.row.model for r in summary.records if r.result and r.result["random_weights"]})
+    which = f"{step.models} models" + (f" ({random} of them small, with random weights)" if random else "")
+    return (
+        f"{subject} takes a step {ratio_words(step.speedup)} times as fast as {baseline} over {which}, "
+        f"a whole run of {summary.campaign.steps} steps, probe, gradient start and cache counted, "
+        f"{ratio_words(run.speedup)} times; "
+        f"it is faster on {wins} of {step.models} ({p_words(step.corrected)} after Holm's correction)."
+    )
+
+
+def _cards(summary: SpeedSummary, step: Comparison | None, run: Comparison | None) -> tuple[Card, ...]:
+    done = sum(record.status == "done" for record in summary.records)
+    cards = [Card("Rows", f"{done}", f"of {len(summary.records)} done")]
+    if step and run:
+        cards += [
+            Card("Step time saved", human_percent(step.time_saved.value), percent_interval(step.time_saved)),
+            Card("Run time saved", human_percent(run.time_saved.value), percent_interval(run.time_saved)),
+            Card("The paper's", "23.1 %", "15 to 28 % over its 14 models"),
+        ]
+    return tuple(cards)
+
+
+def _blocks(summary: SpeedSummary) -> list[Block]:
+    campaign = summary.campaign
+    blocks: list[Block] = [
+        FigureBlock(
+            "Step speed-up, model by model",
+            ratios_svg(summary.models, campaign.baseline, "speed-models"),
+            f"Against {campaign.baseline} in the same rounds, with 95 % intervals; right of the line is faster.",
+        ),
+        _comparisons(
+            f"Steps, against {campaign.baseline}",
+            summary.step_comparisons,
+            f"Geometric mean over models of the step time of {campaign.baseline} divided by the arm's. "
+            f"The paper: {PAPER}. "
+            f"Times are of {campaign.rounds} rounds per seed, every arm a step in each, in one process.",
+            is_titled=True,
+        ),
+        _comparisons(
+            f"Whole runs, against {campaign.baseline}",
+            summary.run_comparisons,
+            f"{campaign.steps} steps over {campaign.rows} rows, put together of the measured steps, probe and gradient "
+            "start where the arm needs them, and the layers below the boundary once per row where it reads a cache.",
+            is_titled=True,
+        ),
+    ]
+    if summary.asked_steps:
+        note = "No correction for asking several. Where both chose the same layers, only how they are trained differs."
+        blocks.append(_comparisons("Arms against each other: steps", summary.asked_steps, note))
+        blocks.append(_comparisons("Arms against each other: whole runs", summary.asked_runs, note))
+    blocks.append(_models(summary))
+    random = "Random weights have no task in them: what is chosen on random models says nothing about real ones."
+    return [*blocks, *layer_blocks(summary.chosen, random)]
+
+
+def _comparisons(title: str, comparisons: Sequence[Comparison], note: str, is_titled: bool = False) -> Table:
+    """``is_titled`` if the title says what all are compared with."""
+    corrected = any(found.corrected is not None for found in comparisons)
+    columns = (
+        *("arm", "models", "speed-up (95 % interval)", "time saved (95 % interval)", "faster on"),
+        *("p, sign flips", *(["after Holm"] if corrected else []), "p, Wilcoxon", "same layers"),
+    )
+    rows = [
+        (
+            found.arm if is_titled else f"{found.arm} against {found.other}",
+            str(found.models),
+            ratio_words(found.speedup),
+            percent_words(found.time_saved),
+            f"{round(found.wins.value * found.models)} of {found.models}",
+            p_value(found.sign_flip),
+            *([p_value(found.corrected)] if corrected else []),
+            p_value(found.wilcoxon),
+            f"{found.same_layers} of {found.runs} runs",
+        )
+        for found in comparisons
+    ]
+    return Table(title, columns, rows, note)
+
+
+def _models(summary: SpeedSummary) -> Table:
+    sizes = {
+        record.row.model: record.result["model_parameters"] for record in summary.records if record.result is not None
+    }
+    rows = [_model_row(found, sizes[found.model], summary.campaign.baseline) for found in summary.models]
+    columns = (
+        *("model", "parameters", "arm", "step speed-up (95 % interval)", "predicted"),
+        *("run speed-up (95 % interval)", "once", "whole run"),
+    )
+    note = (
+        f"One figure per seed, Student's t on logarithms over {len(summary.campaign.seeds)} seeds. Once: probe, "
+        "gradient start and cache of a run. Predicted: by counted operations, nothing measured."
+    )
+    return Table("Every model and arm", columns, rows, note)
+
+
+def _model_row(found: ModelSpeed, parameters: int, baseline: str) -> tuple[str, ...]:
+    is_baseline = found.arm == baseline
+    return (
+        found.model,
+        human_count(parameters),
+        found.arm,
+        "1" if is_baseline else ratio_words(found.step),
+        human_ratio(found.predicted),
+        "1" if is_baseline else ratio_words(found.run),
+        human_seconds(found.once_seconds),
+        human_seconds(found.run_seconds),
+    )
+
+
+def ratio_words(found: Estimate) -> str:
+    """``2.31 (2.10 to 2.52)``, or the figure and why it has no interval."""
+    if found.interval is None:
+        return f"{found.value:.2f} (no interval: {found.reason})"
+    return f"{found.value:.2f} ({found.interval.low:.2f} to {found.interval.high:.2f})"
+
+
+def percent_words(found: Estimate) -> str:
+    """``23 % (21 to 25)``."""
+    return f"{human_percent(found.value)} ({percent_interval(found).replace(' %', '')})"
+
+
+def percent_interval(found: Estimate) -> str:
+    """``21 % to 25 %``, or why not."""
+    if found.interval is None:
+        return found.reason
+    return f"{human_percent(found.interval.low)} to {human_percent(found.interval.high)}"
+
+
+def p_value(value: float | None) -> str:
+    """Two digits, never 0."""
+    return "" if value is None else f"{value:.2g}" if value >= 1e-4 else "< 0.0001"
+
+
+def p_words(value: float | None) -> str:
+    """``p = 0.0006``."""
+    if value is None:
+        return "not corrected"
+    return f"p {'< 0.0001' if value < 1e-4 else f'= {value:.2g}'}"

@@ -1,0 +1,1 @@
+"""The frozen layers below the boundary: no backward through them, and what leaves them stored."""

@@ -1,0 +1,285 @@
+"""The prefix activation cache: the hidden states that enter the boundary layer, one entry per distinct row of tokens.
+
+An entry is [T, D] in the model's dtype, without padding. In memory it is a dictionary of tensors. On disk, a folder
+per key holds shards, each written by one process: ``NAME.bin`` with the raw entries one after another, and
+``NAME.idx`` with one line per complete entry. A line is written after its bytes, so a killed build leaves whole
+entries and the next build goes on from them; a checksum finds entries that were damaged since.
+"""
+
+import hashlib
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+
+from aletheia.data.batches import collate
+from aletheia.data.examples import Example
+from aletheia.errors import ArtifactError, CacheError
+from aletheia.files import Artifact, free_bytes
+from aletheia.prefix.stored import PREFIX
+
+KEPT_FREE_BYTES = 1 << 30  # of a disk that a cache may not fill to the brim
+
+
+def default_cache_dir() -> Path:
+    """``ALETHEIA_CACHE``, else ``aletheia/prefix`` in the user's cache folder."""
+    if "ALETHEIA_CACHE" in os.environ:
+        return Path(os.environ["ALETHEIA_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "aletheia" / "prefix"
+
+
+def row_key(tokens: Sequence[int]) -> str:
+    """Digest of a row's tokens, 32 hexadecimal digits."""
+    return hashlib.blake2b(np.asarray(tokens, dtype="<i4").tobytes(), digest_size=16).hexdigest()
+
+
+class PrefixCache(Protocol):
+    """Stored hidden states by row."""
+
+    def missing(self, rows: Sequence[Example]) -> list[Example]:
+        """The rows without a good entry, each distinct row once."""
+
+    def put(self, row: Example, hidden_TD: torch.Tensor) -> None:
+        """Store the hidden states of a row."""
+
+    def get(self, row: Example) -> torch.Tensor:
+        """The hidden states [T, D] of a row.
+
+        Raises:
+            CacheError: there is none, or it was damaged.
+        """
+
+
+class MemoryCache:
+    """Entries in memory, on the CPU."""
+
+    def __init__(self) -> None:
+        """Empty."""
+        self._entries: dict[str, torch.Tensor] = {}
+
+    def missing(self, rows: Sequence[Example]) -> list[Example]:
+        """The rows without an entry, each distinct row once."""
+        return [row for key, row in _distinct(rows).items() if key not in self._entries]
+
+    def put(self, row: Example, hidden_TD: torch.Tensor) -> None:
+        """Store a copy."""
+        self._entries[row_key(row.input_ids)] = hidden_TD.detach().cpu().clone()
+
+    def get(self, row: Example) -> torch.Tensor:
+        """The entry; CacheError if there is none."""
+        try:
+            return self._entries[row_key(row.input_ids)]
+        except KeyError:
+            raise _no_entry(row) from None
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    shard: str
+    offset: int
+    tokens: int
+    checksum: int
+
+
+class CacheInfo(Artifact):
+    """What a cache folder holds; ``key`` covers the base weights, the boundary, the dtype and the library."""
+
+    FORMAT: ClassVar[str] = "aletheia-prefix-cache"
+
+    model: str
+    key: str
+    boundary: int
+    dtype: str
+    width: int
+
+
+class DiskCache:
+    """Entries in a folder, memory-mapped when read; safe to share between runs, also at the same time."""
+
+    def __init__(self, root: str | Path, info: CacheInfo) -> None:
+        """Open the folder for ``info.key`` under ``root``, or create it.
+
+        Raises:
+            CacheError: the folder belongs to something else or cannot be written.
+        """
+        self._dtype = getattr(torch, info.dtype)
+        self._row_bytes = info.width * self._dtype.itemsize
+        self._width = info.width
+        self._entries: dict[str, list[_Entry]] = {}  # several writers may have stored a row
+        self._good: dict[str, _Entry] = {}  # whose checksum was seen to hold
+        self._maps: dict[str, np.memmap] = {}
+        self._shard = f"{os.getpid()}-{os.urandom(4).hex()}"
+        self.folder = Path(root) / info.key[:32]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if (self.folder / "cache.json").exists():
+                if CacheInfo.read(self.folder / "cache.json").key != info.key:
+                    raise CacheError(f"{self.folder} holds the cache of something else; delete it")
+            else:
+                info.write(self.folder / "cache.json")
+        except (OSError, ArtifactError) as error:
+            raise CacheError(
+                f"cannot use the cache folder {self.folder}: {error}; choose another --cache-dir or delete it"
+            ) from error
+        with suppress(OSError):  # another user's folder, perhaps
+            os.utime(self.folder / "cache.json")  # when it was last used
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take up what others have written since."""
+        self._entries.clear()
+        for index in sorted(self.folder.glob("*.idx")):
+            self._read_index(index)
+
+    def _read_index(self, index: Path) -> None:
+        """Take the complete lines whose bytes are there; a torn last line belongs to an entry that is not complete."""
+        data = index.with_suffix(".bin")
+        size = data.stat().st_size if data.exists() else 0
+        for line in index.read_text(errors="replace").split("\n")[:-1]:
+            fields = line.split()
+            if len(fields) != 4 or not all(field.isdigit() for field in fields[1:]):
+                continue
+            entry = _Entry(index.stem, *map(int, fields[1:]))
+            if entry.offset + entry.tokens * self._row_bytes <= size:
+                self._entries.setdefault(fields[0], []).append(entry)
+
+    def missing(self, rows: Sequence[Example]) -> list[Example]:
+        """The rows without an entry or with a damaged one, each distinct row once; reads what it finds."""
+        return [row for key, row in _distinct(rows).items() if not self._find(key)]
+
+    def _find(self, key: str) -> bool:
+        """Whether a row has an entry that is whole; each is read once."""
+        if key not in self._good:
+            for entry in self._entries.get(key, ()):
+                if self._bytes(entry) is not None:
+                    self._good[key] = entry
+                    break
+        return key in self._good
+
+    def put(self, row: Example, hidden_TD: torch.Tensor) -> None:
+        """Append to this process's shard.
+
+        Raises:
+            CacheError: the disk is full or fails; what was written before stays good.
+        """
+        raw = hidden_TD.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        if len(raw) != len(row) * self._row_bytes:
+            raise CacheError(f"{row.where}: {len(raw)} bytes to store, expected {len(row) * self._row_bytes}")
+        key, data = row_key(row.input_ids), self.folder / f"{self._shard}.bin"
+        try:
+            with data.open("ab") as stream:
+                offset = stream.tell()
+                stream.write(raw)
+            entry = _Entry(self._shard, offset, len(row), zlib.crc32(raw))
+            with data.with_suffix(".idx").open("a") as stream:
+                stream.write(f"{key} {entry.offset} {entry.tokens} {entry.checksum}\n")
+        except OSError as error:
+            raise CacheError(
+                f"cannot write to the cache {self.folder}: {error.strerror or error}; "
+                "free some space and run again, it goes on from here, or pass --cache off"
+            ) from error
+        self._good[key] = entry
+
+    def get(self, row: Example) -> torch.Tensor:
+        """The entry, checked against its checksum; CacheError if there is none or it was damaged."""
+        key = row_key(row.input_ids)
+        if not self._find(key):
+            raise _no_entry(row)
+        raw = self._bytes(self._good[key])
+        if raw is None:
+            raise CacheError(f"{row.where}: its entry in {self.folder} was damaged; run again, which computes it anew")
+        return torch.frombuffer(bytearray(raw), dtype=self._dtype).view(len(row), self._width)
+
+    def _bytes(self, entry: _Entry) -> memoryview | None:
+        """The raw entry, or None if its checksum does not hold."""
+        end = entry.offset + entry.tokens * self._row_bytes
+        mapped = self._maps.get(entry.shard)
+        if mapped is None or len(mapped) < end:
+            path = self.folder / f"{entry.shard}.bin"
+            if not path.exists() or path.stat().st_size < end:
+                return None
+            mapped = self._maps[entry.shard] = np.memmap(path, dtype=np.uint8, mode="r")
+        raw = memoryview(mapped)[entry.offset : end]
+        return raw if zlib.crc32(raw) == entry.checksum else None
+
+
+@dataclass(frozen=True, slots=True)
+class StoredCache:
+    """A cache folder as it lies on disk: what it holds, its bytes, and when a run last opened it (seconds, POSIX)."""
+
+    folder: Path
+    info: CacheInfo
+    size_bytes: int
+    used: float
+
+    def delete(self) -> None:
+        """Remove the folder.
+
+        Raises:
+            CacheError: the system refuses.
+        """
+        try:
+            shutil.rmtree(self.folder)
+        except OSError as error:
+            raise CacheError(f"cannot delete {self.folder}: {error.strerror or error}") from error
+
+
+def stored_caches(root: str | Path) -> list[StoredCache]:
+    """The caches under ``root``, the one used last first; anything else that lies there is left out."""
+    found = []
+    for marker in Path(root).glob("*/cache.json"):
+        try:
+            info = CacheInfo.read(marker)
+            size = sum(path.stat().st_size for path in marker.parent.rglob("*"))
+            found.append(StoredCache(marker.parent, info, size, marker.stat().st_mtime))
+        except (ArtifactError, OSError):
+            continue
+    return sorted(found, key=lambda stored: -stored.used)
+
+
+def collate_with_prefix(examples: Sequence[Example], pad_token_id: int, cache: PrefixCache) -> dict[str, torch.Tensor]:
+    """As :func:`aletheia.data.batches.collate`, with the stored hidden states [B, T, D], 0 where a row is padded.
+
+    Raises:
+        CacheError: a row has no good entry.
+    """
+    batch = collate(examples, pad_token_id)
+    stored = [cache.get(example) for example in examples]
+    prefix_BTD = stored[0].new_zeros(*batch["input_ids"].shape, stored[0].shape[1])
+    for row, hidden_TD in enumerate(stored):
+        prefix_BTD[row, : len(hidden_TD)] = hidden_TD
+    return batch | {PREFIX: prefix_BTD}
+
+
+def check_space(folder: Path, needed_bytes: int) -> None:
+    """Refuse a cache that its disk cannot hold.
+
+    Raises:
+        CacheError: names what is needed and what is free.
+    """
+    free = free_bytes(folder)
+    if needed_bytes + KEPT_FREE_BYTES > free:
+        raise CacheError(
+            f"the prefix cache needs {needed_bytes / 1e9:.2f} GB in {folder}, {free / 1e9:.2f} GB are free and 1 GB is "
+            "left alone; choose another --cache-dir, fewer rows, or pass --cache off"
+        )
+
+
+def _distinct(rows: Sequence[Example]) -> dict[str, Example]:
+    return {row_key(row.input_ids): row for row in rows}
+
+
+def _no_entry(row: Example) -> CacheError:
+    return CacheError(f"{row.where}: no stored hidden states; expected the cache to be filled before training")
+
+
+def distinct_tokens(rows: Sequence[Example]) -> int:
+    """Tokens of the distinct rows: what a cache of them stores."""
+    return sum(len(row) for row in _distinct(rows).values())

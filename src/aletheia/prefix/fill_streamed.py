@@ -1,0 +1,230 @@
+"""The prefix cache of a model larger than memory: all rows go through one layer at a time.
+
+Shapes: B rows of the batch, T tokens of its longest row, D model width.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from aletheia.anatomy.checkpoint import Checkpoint
+from aletheia.anatomy.layerwise import hidden_states, with_hidden_states
+from aletheia.anatomy.load import growth_allowed
+from aletheia.anatomy.read import adds_router_loss
+from aletheia.data.batches import collate
+from aletheia.data.examples import Example
+from aletheia.errors import CacheError
+from aletheia.execution.backend import lean_layers
+from aletheia.prefix.cache import CacheInfo, DiskCache, check_space, default_cache_dir, distinct_tokens, row_key
+
+Batch = dict[str, torch.Tensor]
+
+
+def streamed_cache(checkpoint: Checkpoint, boundary: int, folder: Path | None = None) -> DiskCache:
+    """The cache on disk for what enters layer ``boundary``; it is not filled yet.
+
+    It is known by :attr:`aletheia.Checkpoint.state` and the boundary.
+
+    Raises:
+        CacheError: layer 0 is adapted, the model adds a router loss, or the folder cannot be used.
+    """
+    if boundary == 0:
+        raise CacheError("layer 0 is adapted, so there is no frozen prefix; expected a plan that leaves it out")
+    if adds_router_loss(checkpoint.model):
+        raise CacheError(
+            "the model adds a router loss over all layers; expected output_router_logits off in its config"
+        )
+    info = CacheInfo(
+        model=checkpoint.name,
+        key=hashlib.sha256(f"{checkpoint.state} {boundary}".encode()).hexdigest(),
+        boundary=boundary,
+        dtype=str(checkpoint.dtype).removeprefix("torch."),
+        width=checkpoint.anatomy.hidden_size,
+    )
+    return DiskCache(folder or default_cache_dir(), info)
+
+
+@torch.no_grad()
+def fill_streamed(
+    checkpoint: Checkpoint,
+    boundary: int,
+    rows: Sequence[Example],
+    cache: DiskCache,
+    batch_size: int,
+    pad_token_id: int,
+    max_memory: int | None = None,
+    show_progress: bool = True,
+) -> int:
+    """Store what ``cache`` lacks, each layer below ``boundary`` read once; returns how many rows that were.
+
+    Between layers the states of a batch lie beside the cache, in a file that is replaced as a whole, so a build that
+    was killed goes on with the batch and layer it had reached; one killed in the last copy, out of these files, does
+    what is missing again.
+
+    Raises:
+        CacheError: the disk cannot hold it, a layer draws at random, or a value is not finite.
+        ModelError: the checkpoint is damaged.
+    """
+    with FileLock(cache.folder / "fill.lock"):  # another run may be at it, and would do what we do
+        cache.refresh()
+        missing = sorted(cache.missing(rows), key=len, reverse=True)
+        if missing:
+            _fill(checkpoint, boundary, missing, cache, batch_size, pad_token_id, max_memory, show_progress)
+    return len(missing)
+
+
+def _fill(
+    checkpoint: Checkpoint,
+    boundary: int,
+    missing: list[Example],
+    cache: DiskCache,
+    batch_size: int,
+    pad_token_id: int,
+    max_memory: int | None,
+    show_progress: bool,
+) -> None:
+    width = checkpoint.anatomy.hidden_size * checkpoint.dtype.itemsize
+    groups = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
+    work = cache.folder / f"partial-{_key(missing, batch_size)[:16]}"
+    for other in cache.folder.glob("partial-*"):
+        if other != work:  # of rows or batches that nobody asks for any more
+            shutil.rmtree(other, ignore_errors=True)
+    work.mkdir(exist_ok=True)
+    states = [_States(work / f"{number:06d}.safetensors") for number in range(len(groups))]
+    done = sum(len(row) for state, group in zip(states, groups, strict=True) if state.layer >= 0 for row in group)
+    check_space(cache.folder, (2 * distinct_tokens(missing) - done) * width)
+    largest = max(checkpoint.part_bytes(index) + checkpoint.stored_bytes(index) for index in range(boundary))
+    room = growth_allowed(checkpoint.device, max_memory)
+    if largest > room:
+        raise CacheError(
+            f"the cache is filled layer by layer, and a layer takes {largest / 1e9:.1f} GB; {room / 1e9:.1f} GB may be "
+            "used; expected room for one"
+        )
+    ahead = 2 * largest <= room
+    columns = (TextColumn("cache"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
+        task = progress.add_task("cache", total=boundary)
+        if any(state.layer < 0 for state in states):
+            with checkpoint.embedding():
+                for state, group in zip(states, groups, strict=True):
+                    if state.layer < 0:
+                        call = checkpoint.call(0, _batch(checkpoint, group, pad_token_id))
+                        state.write(0, _checked(hidden_states(*call), checkpoint), None)
+        first = min(state.layer for state in states)
+        checkpoint.set_outputs(states[0].outputs)
+        progress.advance(task, first)
+        for index, layer in checkpoint.read_layers(range(first, boundary), ahead):
+            _check_repeats(checkpoint, index, layer, states, groups, pad_token_id)
+            if index == first:
+                checkpoint.check_layers(_batch(checkpoint, groups[-1], pad_token_id))
+            with lean_layers(layer):  # as in the steps
+                for state, group in zip(states, groups, strict=True):
+                    if state.layer == index:
+                        hidden_BTD = _run(checkpoint, index, layer, state, group, pad_token_id)
+                        if not torch.isfinite(hidden_BTD).all():
+                            raise CacheError(
+                                f"layer {index} gives a value that is not finite for {group[0].where} or a row beside "
+                                "it; try --dtype bfloat16 or float32"
+                            )
+                        state.write(index + 1, hidden_BTD, checkpoint.outputs)
+            del layer
+            progress.advance(task)
+    for state, group in zip(states, groups, strict=True):
+        for row, hidden_TD in zip(group, state.read(torch.device("cpu")), strict=True):
+            cache.put(row, hidden_TD[: len(row)])
+    shutil.rmtree(work)
+
+
+class _States:
+    """The states of one batch on disk, the layer they enter (-1: none yet), and the form of a layer's output."""
+
+    def __init__(self, path: Path) -> None:
+        """Take up what is there."""
+        self._path = path
+        self.layer: int = -1
+        self.outputs: list[bool] | None = None
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata()
+                self.layer, self.outputs = int(about["layer"]), json.loads(about["outputs"])
+        except (OSError, SafetensorError):
+            pass
+
+    def read(self, device: torch.device) -> torch.Tensor:
+        """The states [B, T, D]."""
+        with safe_open(self._path, framework="pt") as file:
+            return file.get_tensor("states").to(device)
+
+    def write(self, layer: int, hidden_BTD: torch.Tensor, outputs: list[bool] | None) -> None:
+        """Replace them by those that enter ``layer``."""
+        temporary = self._path.with_suffix(".new")
+        about = {"layer": str(layer), "outputs": json.dumps(outputs)}
+        try:
+            save_file({"states": hidden_BTD.cpu().contiguous()}, temporary, about)
+            os.replace(temporary, self._path)
+        except (OSError, SafetensorError) as error:
+            raise CacheError(f"cannot write to {self._path.parent}: {error}; free some space and run again") from error
+        self.layer, self.outputs = layer, outputs
+
+
+def _run(
+    checkpoint: Checkpoint, index: int, layer: nn.Module, state: _States, group: list[Example], pad_token_id: int
+) -> torch.Tensor:
+    batch = _batch(checkpoint, group, pad_token_id)
+    call = checkpoint.call(index, batch)
+    return checkpoint.run(layer, *with_hidden_states(*call, state.read(checkpoint.device)))
+
+
+def _check_repeats(
+    checkpoint: Checkpoint,
+    index: int,
+    layer: nn.Module,
+    states: list[_States],
+    groups: list[list[Example]],
+    pad_token_id: int,
+) -> None:
+    """Refuse a layer that gives something else each time it trains (dropout): a stored prefix would not be exact."""
+    number = next((number for number, state in reversed(list(enumerate(states))) if state.layer == index), None)
+    if number is None:
+        return
+    with torch.random.fork_rng():
+        layer.train()
+        one, other = (_run(checkpoint, index, layer, states[number], groups[number], pad_token_id) for _ in range(2))
+        layer.eval()
+    if (one.float() - other.float()).norm() > 1e-3 * one.float().norm():
+        raise CacheError(f"layer {index} draws at random (dropout); expected none, set it to 0 in the model's config")
+
+
+def _checked(hidden_BTD: torch.Tensor, checkpoint: Checkpoint) -> torch.Tensor:
+    if hidden_BTD.dim() != 3 or hidden_BTD.dtype != checkpoint.dtype:
+        raise CacheError(
+            f"the embedding of {type(checkpoint.model).__name__} gives {hidden_BTD.dtype} [{_by(hidden_BTD.shape)}]; "
+            f"expected {checkpoint.dtype} with three dimensions; it cannot be streamed"
+        )
+    return hidden_BTD
+
+
+def _by(shape: Sequence[int]) -> str:
+    return ", ".join(map(str, shape))
+
+
+def _batch(checkpoint: Checkpoint, group: list[Example], pad_token_id: int) -> Batch:
+    return {name: tensor.to(checkpoint.device) for name, tensor in collate(group, pad_token_id).items()}
+
+
+def _key(rows: Sequence[Example], batch_size: int) -> str:
+    digest = hashlib.sha256(str(batch_size).encode())
+    for row in rows:
+        digest.update(row_key(row.input_ids).encode())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""The run folder: schema, writing, model card, loading an adapter again."""

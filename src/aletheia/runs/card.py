@@ -1,0 +1,78 @@
+"""The model card of a run: README.md of the adapter folder."""
+
+import json
+from pathlib import Path
+
+from aletheia.planning.plan import Plan, layer_ranges
+from aletheia.runs.schema import Run
+
+
+def model_card(run: Run) -> str:
+    """Markdown with the front matter the hub reads: what was adapted, how it was trained, what it reached."""
+    metrics, plan = run.metrics, run.plan
+    data = metrics.data.name if metrics.data else "batches made in Python"
+    settings = metrics.settings
+    base = json.dumps(metrics.model.name)  # a JSON string is a YAML string, and a Python one in the example
+    return f"""---
+base_model: {base}
+library_name: peft
+pipeline_tag: text-generation
+tags:
+- lora
+- aletheia
+---
+
+# LoRA on {len({adapter.layer for adapter in plan.adapters})} of {plan.layer_count} layers of {metrics.model.name}
+
+Made with `aletheia-tune` {metrics.packages.get("aletheia-tune", "")}; the adapted modules were planned before training
+(policy `{plan.settings.policy}`).
+
+| | |
+|---|---|
+| base model | {metrics.model} |
+| data | {data} |
+| adapted layers | {layer_ranges(plan.layers)}{_early(run)} |
+| ranks | {plan.settings.ranks}, {_rank_range(plan)} |
+| trainable parameters | {plan.trainable_parameters:,} |
+| steps x batch size | {metrics.steps} x {settings.batch_size} |
+| learning rate | {settings.learning_rate:g} |
+| held-out loss | {metrics.held_out_loss_before:.4f} before, {metrics.held_out_loss_after:.4f} after \
+({metrics.held_out_rows} rows, {metrics.held_out_tokens:,} completion tokens) |
+| training time | {metrics.seconds.train:.0f} s on {settings.device}, {settings.dtype}{_quantized(run)} |
+
+`plan.json` names every adapted module with its rank and alpha; `metrics.json` holds the loss curves.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({_from_pretrained(metrics.model.name)})
+model = PeftModel.from_pretrained(base, "this folder")
+```
+"""
+
+
+def _quantized(run: Run) -> str:
+    settings = run.metrics.settings
+    if settings.quantization_corrected:
+        kind = f"{settings.quantization}; half of each rank is a frozen correction of that, so it fits no other base"
+        return f", base quantized ({kind})"
+    return f", base quantized ({settings.quantization})" if settings.quantization else ""
+
+
+def _early(run: Run) -> str:
+    layers = run.plan.early_layers
+    return f", and {layer_ranges(layers)} in the first {run.metrics.early_steps} steps" if layers else ""
+
+
+def _from_pretrained(name: str) -> str:
+    """Arguments that load the base model; a GGUF file is named by folder and file."""
+    path = Path(name)
+    if path.suffix == ".gguf":
+        return f"{json.dumps(str(path.parent))}, gguf_file={json.dumps(path.name)}"
+    return json.dumps(name)
+
+
+def _rank_range(plan: Plan) -> str:
+    ranks = [adapter.rank for adapter in plan.adapters]
+    return f"rank {min(ranks)}" if min(ranks) == max(ranks) else f"ranks {min(ranks)} to {max(ranks)}"

@@ -1,0 +1,201 @@
+"""Whole training steps of a few kinds, timed: what each part of a step costs here. Shapes as in ``prefix.py``."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from peft import get_peft_model
+from scipy.optimize import nnls
+from torch import nn
+
+from aletheia.adapters.adapt import lora_config
+from aletheia.anatomy.modes import in_mode
+from aletheia.anatomy.read import read_anatomy
+from aletheia.anatomy.schema import Anatomy
+from aletheia.data.batches import collate, labelled_tokens, on_device_of
+from aletheia.data.examples import Examples
+from aletheia.data.order import training_batches
+from aletheia.execution.backend import lean_layers
+from aletheia.execution.lean import adapters_in_bfloat16, bfloat16_autocast
+from aletheia.planning.cost import layer_costs
+from aletheia.prefix.stored import PREFIX, prefix_output
+from aletheia.probing.timings import LayerTiming, Timings
+from aletheia.training.fast_steps import fast_steps
+
+ROUNDS = 3
+SHORT_SECONDS, MOST_REPEATS = 0.2, 25
+SAMPLED_BATCHES = 200
+RANK, HIGH_RANK = 16, 64  # adapters are timed at both; between and beyond, their time is a line in the parameters
+Batch = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A kind of step and its measured seconds, round by round.
+
+    Our steps start from a stored prefix where there is one. ``way`` is ``fast``, ``plain`` (as PEFT and transformers
+    take it) or ``prefix`` (forward through the layers below the first of ``layers``, and nothing else).
+    """
+
+    layers: Sequence[int]
+    rank: int = RANK
+    way: str = "fast"
+    seconds: list[float] = field(default_factory=list)
+
+
+def calibrate(model: nn.Module, data: Examples, batch_size: int = 4, seed: int = 0) -> Timings:
+    """Time whole training steps of a few kinds on batches of average size, and share their seconds out over the parts.
+
+    Our steps differ in one thing each: how many layers are crossed, how many of them are adapted, the rank. Forward,
+    backward and adapter times, and the rest (head, loss, embedding), are the non-negative least-squares solution over
+    them; layers of other shapes get seconds in proportion to their operations. A plain step of uniform LoRA is the
+    yardstick. The model is left as it was.
+
+    Args:
+        model: the base model, without adapters.
+        data: rows to train on.
+        batch_size: rows per training step.
+        seed: of the batches.
+    """
+    started = time.perf_counter()
+    anatomy = read_anatomy(model)
+    rows, tokens = _average_batch(data, batch_size, seed, grouped=True)
+    random_rows, random_tokens = _average_batch(data, batch_size, seed, grouped=False)
+    batch, random_batch = (
+        on_device_of(model, collate([data[row] for row in chosen], data.pad_token_id)) for chosen in (rows, random_rows)
+    )
+    last, middle = anatomy.layer_count - 1, anatomy.layer_count // 2
+    upper = range(middle, last + 1)
+    baseline = _Step(range(last + 1), way="plain")
+    steps = [_Step([last]), _Step(upper), _Step([middle]), _Step(upper, HIGH_RANK), _Step(upper, way="prefix")]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with in_mode(model, training=False), torch.random.fork_rng():  # adapters are drawn
+            for _ in range(ROUNDS):  # every kind in each, so that a machine that slows down slows all of them
+                for step in (baseline, *steps):
+                    with _prepared(model, anatomy, step, random_batch if step is baseline else batch) as job:
+                        step.seconds.append(_timed(job))
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+    layers, head = _parts(anatomy, steps, batch, tokens)
+    return Timings(
+        device=batch["input_ids"].device.type,
+        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        batch_size=batch_size,
+        tokens=tokens,
+        random_padding=max(1.0, random_tokens / tokens),
+        layers=layers,
+        head=head,
+        baseline=statistics.median(baseline.seconds) * random_tokens / random_batch["input_ids"].numel(),
+        baseline_rank=RANK,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _average_batch(data: Examples, batch_size: int, seed: int, grouped: bool) -> tuple[list[int], float]:
+    """Rows of the batch whose padded size is nearest to the mean, and that mean, in tokens."""
+    lengths = [len(example) for example in data.examples]
+    size = min(batch_size, len(lengths))
+
+    def padded(batch: Sequence[int]) -> int:
+        return max(lengths[row] for row in batch) * len(batch)
+
+    count = min(SAMPLED_BATCHES, max(1, len(lengths) // size))
+    batches = training_batches(lengths, size, count, seed, grouped)
+    mean = statistics.fmean(map(padded, batches))
+    return min(batches, key=lambda batch: abs(padded(batch) - mean)), mean
+
+
+@contextmanager
+def _prepared(model: nn.Module, anatomy: Anatomy, step: _Step, batch: Batch) -> Iterator[Callable[[], object]]:
+    """The step as something to call; afterwards the model has no adapters again."""
+    boundary = min(step.layers)
+    if step.way == "prefix":
+        with lean_layers(model):
+            yield lambda: prefix_output(model, boundary, batch)
+        return
+    wanted = [module for module in anatomy.adaptable() if module.layer in step.layers]
+    adapted = get_peft_model(model, lora_config(wanted, model, step.rank, 2.0 * step.rank))
+    parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+    with ExitStack() as stack:
+        stack.callback(adapted.unload)
+        if step.way == "fast":
+            if boundary:
+                batch = batch | {PREFIX: prefix_output(adapted, boundary, batch)}
+            stack.enter_context(adapters_in_bfloat16(adapted))
+            stack.enter_context(fast_steps(adapted, boundary or None))
+
+        def run() -> None:
+            with bfloat16_autocast(model) if step.way == "plain" else nullcontext():
+                loss = adapted(**batch, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        yield run
+
+
+def _timed(job: Callable[[], object]) -> float:
+    """Least seconds of a job, which is repeated if it is short: what other work adds is not the job's own."""
+    spent: list[float] = []
+    while not spent or (sum(spent) < SHORT_SECONDS and len(spent) < MOST_REPEATS):
+        _synchronize()
+        started = time.perf_counter()
+        job()
+        _synchronize()
+        spent.append(time.perf_counter() - started)
+    return min(spent)
+
+
+def _synchronize() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def _parts(
+    anatomy: Anatomy, steps: Sequence[_Step], batch: Batch, tokens: float
+) -> tuple[tuple[LayerTiming, ...], float]:
+    """Seconds per layer, and of the head and the rest, for a batch of ``tokens``.
+
+    A fast step from boundary k over layers S takes ``rest + sum_{l >= k} (u F_l + v B_l) + sum_{l in S} (p + q r) w_l``
+    with the operations F and B of the cost model and w the in and out features of a layer's modules; a step's row is
+    divided by its seconds, so that relative errors count.
+    """
+    sequence, count = batch["input_ids"].shape[1], batch["input_ids"].numel()
+    share = float(labelled_tokens(batch["labels"])) / count
+    operations = layer_costs(anatomy, {module.name: RANK for module in anatomy.modules}, RANK, sequence, share)
+    features = [0] * anatomy.layer_count
+    for module in anatomy.adaptable():
+        features[module.layer] += module.lora_parameters(1)
+    rows = []
+    for step in steps:
+        boundary, spent = min(step.layers), statistics.median(step.seconds)
+        width = sum(features[layer] for layer in step.layers)
+        if step.way == "prefix":
+            row = [0.0, sum(operations.forward[:boundary]), 0.0, 0.0, 0.0]
+        else:
+            crossed = sum(operations.forward[boundary:]), sum(operations.backward[boundary:])
+            row = [1.0, *crossed, width, width * step.rank]
+        if any(row):
+            rows.append(np.array(row) / spent)
+    matrix = np.stack(rows)
+    largest = matrix.max(axis=0)
+    rest, forward, backward, fixed, slope = nnls(matrix / largest, np.ones(len(rows)))[0] / largest * tokens / count
+    layers = tuple(
+        LayerTiming(
+            forward=forward * operations.forward[layer],
+            backward=backward * operations.backward[layer],
+            adapter_fixed=fixed * features[layer],
+            adapter_per_parameter=slope,
+        )
+        for layer in range(anatomy.layer_count)
+    )
+    return layers, float(rest)
