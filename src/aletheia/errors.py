@@ -1,6 +1,7 @@
 """Every error Aletheia raises on purpose.
 
     AletheiaError
+    ├── SettingsError   a setting that is out of range, unknown, or contradicts another
     ├── ModelError      a model that cannot be found, read or taken apart
     ├── DataError       rows that cannot be read or used; names file and line where it can
     ├── ProbeError      a probe that gave no usable scores (a non-finite gradient, no batch)
@@ -21,6 +22,10 @@ after ``error:`` and exits with 2.
 
 class AletheiaError(Exception):
     """Base of all errors raised on purpose; the message is one line meant for the user."""
+
+
+class SettingsError(AletheiaError):
+    """A setting is out of range, unknown, or contradicts another; its names stand in backticks."""
 
 
 class ModelError(AletheiaError):

@@ -1,0 +1,32 @@
+"""How a model is loaded. No torch."""
+
+from typing import Literal
+
+from pydantic import ByteSize, model_validator
+
+from aletheia.settings import Settings, option
+
+GROUP = "Model"
+
+
+class LoadSettings(Settings):
+    """Which model, and in which form."""
+
+    model: str = option(..., "Hub id, local folder or .gguf file.", GROUP)
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
+        "auto", "Number format; auto takes what the device is fast in.", GROUP
+    )
+    quantize: Literal["nf4", "int8"] | None = option(None, "Quantize the base while loading, for QLoRA.", GROUP)
+    attention: str | None = option(None, "eager, sdpa or flash_attention_2; transformers chooses by default.", GROUP)
+    stream: bool | None = option(
+        None, "Read the weights layer by layer (by default where they take over half the memory).", GROUP
+    )
+    max_memory: ByteSize | None = option(None, "Memory that may be used, such as 6GB (by default what is free).", GROUP)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LoadSettings":
+        if self.stream and self.quantize:
+            raise ValueError(
+                "`stream` and `quantize` are both given; expected a checkpoint that is quantized to stream from"
+            )
+        return self

@@ -1,0 +1,39 @@
+"""Which rows a run learns from, and which are held out. No torch."""
+
+from typing import Any
+
+from pydantic import field_validator, model_validator
+
+from aletheia.settings import Settings, option
+
+GROUP = "Data"
+
+
+class DataSettings(Settings):
+    """Rows to learn from and rows to test on."""
+
+    data: tuple[str, ...] = option(
+        ...,
+        "Rows to learn from: .jsonl, .json, .csv or .parquet, or a hub data set name[:config[:split]]. "
+        "Give it again for more files.",
+        GROUP,
+        min_length=1,
+    )
+    max_length: int = option(1024, "Tokens per row; longer rows are cut on the right.", GROUP, ge=2)
+    skip_emptied: bool = option(False, "Skip rows whose completion `max_length` cuts off, instead of stopping.", GROUP)
+    eval_data: tuple[str, ...] = option((), "Held-out rows, in any form that `data` takes.", GROUP)
+    eval_fraction: float | None = option(
+        None, "Share of `data` held out where there is no `eval_data` (0.05 by default).", GROUP, gt=0, lt=1
+    )
+    eval_rows: int = option(96, "Held-out rows used, at most.", GROUP, ge=1)
+
+    @field_validator("data", "eval_data", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DataSettings":
+        if self.eval_data and self.eval_fraction is not None:
+            raise ValueError("`eval_data` and `eval_fraction` are both given; expected one of them")
+        return self

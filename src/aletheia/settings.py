@@ -1,0 +1,80 @@
+"""Settings that check themselves: one object is read from YAML, filled from flags, and recorded. No torch.
+
+A fault is one line in the names of Python, each in backticks: ```steps` is 0; expected at least 1``. The command line
+puts its flags in their place.
+"""
+
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from aletheia.errors import SettingsError
+
+LIMITS = {
+    "greater_than_equal": ("at least", "ge"),
+    "greater_than": ("more than", "gt"),
+    "less_than_equal": ("at most", "le"),
+    "less_than": ("less than", "lt"),
+}
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "finite": "a finite number",
+    "bool": "true or false",
+    "string": "a text",
+    "tuple": "a list",
+    "path": "a path",
+    "byte": "an amount such as 6GB or 500MiB",
+}
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, no unknown names, faults told in one line.
+
+    Raises:
+        SettingsError: a value is of the wrong kind or out of range, names contradict each other, or one is unknown.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def __init__(self, **given: Any) -> None:
+        """Check what is given; the rest has its default."""
+        try:
+            super().__init__(**given)
+        except ValidationError as error:
+            raise SettingsError(_told(error.errors()[0], tuple(type(self).model_fields))) from None
+
+    def given(self) -> dict[str, Any]:
+        """The settings that were given rather than left at their defaults, as YAML and JSON have them."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+def option(default: Any, help: str, group: str = "", flag: str = "", **limits: Any) -> Any:
+    """A field that the command line offers, too: its help, the group it stands in, and its flag if not the name."""
+    return Field(default=default, description=help, json_schema_extra={"group": group, "flag": flag}, **limits)
+
+
+def _told(fault: ErrorDetails, known: tuple[str, ...]) -> str:
+    """One fault of pydantic's in our words."""
+    kind, found, context = fault["type"], fault["input"], fault.get("ctx", {})
+    name = ".".join(str(part) for part in fault["loc"] if not isinstance(part, int))
+    if kind == "value_error":
+        return str(context["error"])
+    if kind == "extra_forbidden":
+        near = get_close_matches(name, known, 1)
+        return f"unknown setting `{name}`; expected " + (
+            f"perhaps `{near[0]}`" if near else f"one of {', '.join(known)}"
+        )
+    if kind == "missing":
+        return f"`{name}` is missing; expected it to be given"
+    shown = f"{found:g}" if isinstance(found, float) else repr(found) if isinstance(found, str) else str(found)
+    if kind in LIMITS:
+        words, key = LIMITS[kind]
+        return f"`{name}` is {shown}; expected {words} {context[key]:g}"
+    if kind == "literal_error":
+        choices = context["expected"].replace("'", "").replace(" or ", ", ")
+        return f"`{name}` is {shown}; expected one of {choices}"
+    expected = next((words for start, words in KINDS.items() if kind.startswith(start)), None)
+    return f"`{name}` is {shown}; expected {expected or fault['msg']}"

@@ -1,0 +1,140 @@
+"""How a run trains: our settings by name, and any field of transformers' TrainingArguments beside them.
+
+Importing this loads no torch; a field that is not ours is looked up in transformers when it is given.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ConfigDict, model_validator
+
+from aletheia.settings import Settings, option
+
+TRAINING, CACHE, SAVING, LOGGING = "Training", "Frozen prefix", "Checkpoints", "Logging and hub"
+
+CacheKind = Literal["auto", "memory", "disk", "off"]
+Init = Literal["gradient", "random"]
+Recompute = Literal["off", "selective", "full"]
+
+# fields of TrainingArguments that are not the user's here, and why
+NOT_TAKEN = {
+    "output_dir": "the run folder is `out`",
+    "max_steps": "it is `steps` here",
+    "num_train_epochs": "it is `epochs` here",
+    "per_device_train_batch_size": "it is `batch_size` here",
+    "activation_checkpointing": "it is `gradient_checkpointing` here: off, selective or full",
+    "activation_checkpointing_kwargs": "it is `gradient_checkpointing` here: off, selective or full",
+    "gradient_checkpointing_kwargs": "it is `gradient_checkpointing` here: off, selective or full",
+    "train_sampling_strategy": "it is `group_by_length` here",
+    "bf16": "adapters run in the dtype of the model, see `dtype`",
+    "fp16": "adapters run in the dtype of the model, see `dtype`",
+    "bf16_full_eval": "the model is evaluated as it is trained",
+    "fp16_full_eval": "the model is evaluated as it is trained",
+    "remove_unused_columns": "rows are tokenised before",
+    "label_names": "rows are tokenised before",
+    "resume_from_checkpoint": "it is `resume` here",
+    "load_best_model_at_end": "it is `keep` here: last or best",
+    "metric_for_best_model": "the held-out loss decides",
+    "greater_is_better": "the held-out loss decides",
+    "save_only_model": "such a checkpoint cannot be resumed from",
+    "save_strategy": "it follows from `save_steps` and `keep` here",
+    "enable_jit_checkpoint": "SIGTERM and Ctrl-C save a checkpoint here anyway",
+    "auto_find_batch_size": "the plan's phases are counted in steps",
+    "ignore_data_skip": "a resumed run goes on with its own next row",
+    "restore_callback_states_from_checkpoint": "a resumed run restores what it needs",
+    "torch_compile": "hooks of the frozen prefix break the graph",
+    "torch_compile_backend": "hooks of the frozen prefix break the graph",
+    "torch_compile_mode": "hooks of the frozen prefix break the graph",
+    "use_liger_kernel": "its loss and ours exclude each other",
+    "deepspeed": "DeepSpeed is not supported; take FSDP",
+    "logging_nan_inf_filter": "a loss that is not finite ends the run",
+    "prediction_loss_only": "the held-out loss is what is evaluated",
+    "do_train": "this command trains",
+    "do_eval": "held-out rows are evaluated",
+    "do_predict": "this command trains",
+    "local_rank": "the launcher sets it",
+    "use_cache": "a training step has no key-value cache",
+    "per_device_eval_batch_size": "held-out rows go in batches of `batch_size`",
+    "optim_target_modules": "the plan says what is adapted",
+    "disable_tqdm": "progress is drawn here",
+    "data_seed": "`seed` decides the order of rows",
+}
+
+
+class TrainSettings(Settings):
+    """How a run trains.
+
+    Any other field of transformers' ``TrainingArguments`` may be given, too, under its own name, as long as it does not
+    contradict what is done here; ``NOT_TAKEN`` lists those that do, and why.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    steps: int | None = option(None, "Optimizer steps.", TRAINING, ge=1)
+    epochs: float | None = option(None, "Passes over the data (1 by default).", TRAINING, gt=0, allow_inf_nan=False)
+    batch_size: int = option(4, "Rows per device and pass through the model.", TRAINING, ge=1)
+    gradient_accumulation_steps: int = option(
+        1, "Batches per optimizer step: each step sees this many times `batch_size` rows per device.", TRAINING, ge=1
+    )
+    learning_rate: float | None = option(
+        None, "Peak learning rate (by default from width, steps and `init`).", TRAINING, gt=0, allow_inf_nan=False
+    )
+    lr_scheduler_type: str = option("linear", "Schedule of the learning rate, as transformers names it.", TRAINING)
+    warmup_steps: float = option(
+        0.05, "Warm-up of the learning rate: steps, or below 1 a share of them.", TRAINING, ge=0, allow_inf_nan=False
+    )
+    optim: str = option(
+        "adamw_torch_fused", "Optimizer, as transformers names it: adamw_bnb_8bit, adafactor, ...", TRAINING
+    )
+    weight_decay: float = option(0.0, "Weight decay of the adapters.", TRAINING, ge=0, allow_inf_nan=False)
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", TRAINING, gt=0, allow_inf_nan=False)
+    init: Init = option("gradient", "Where A starts: along the gradient of the first rows, or at random.", TRAINING)
+    gradient_checkpointing: Recompute = option(
+        "off", "Less memory, more time: compute again in backward all but matrix products, or all.", TRAINING
+    )
+    group_by_length: bool = option(True, "Make batches of rows of like length.", TRAINING)
+    correct_quantization: bool = option(
+        False,
+        "With `quantize` nf4: a frozen part of each adapter takes back most of what that does. Fits NF4 only.",
+        TRAINING,
+    )
+    seed: int = option(0, "Seed of everything that is drawn.", TRAINING, ge=0, le=2**32 - 1)
+    evaluations: int = option(4, "How often the held-out loss is taken during training.", TRAINING, ge=1)
+    keep: Literal["last", "best"] = option(
+        "last", "Which point of the run is kept: the last one, or that of the lowest held-out loss.", TRAINING
+    )
+    early_stopping_patience: int | None = option(
+        None, "Stop after so many held-out losses without a new lowest one.", TRAINING, ge=1
+    )
+    cache: CacheKind = option("auto", "Where what enters the lowest layer that learns is kept.", CACHE)
+    cache_dir: Path | None = option(None, "For a cache on disk ($ALETHEIA_CACHE, or your cache folder).", CACHE)
+    free_prefix: bool = option(
+        False, "Fill the cache before the first step, then drop the frozen layers from memory.", CACHE
+    )
+    save_steps: int | None = option(
+        None, "Steps between checkpoints (by default by time: at most ten minutes are lost).", SAVING, ge=1
+    )
+    save_total_limit: int = option(2, "Checkpoints that are kept.", SAVING, ge=1)
+    report_to: tuple[str, ...] = option(
+        (), "Loggers: tensorboard, wandb, mlflow, trackio. Give it again for more.", LOGGING
+    )
+    push_to_hub: bool = option(False, "Upload the finished run to the hub.", LOGGING)
+    hub_model_id: str | None = option(
+        None, "Repository for `push_to_hub` (by default the name of the folder).", LOGGING
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_logger(cls, given: Any) -> Any:
+        if isinstance(given, dict) and isinstance(given.get("report_to"), str):
+            return given | {"report_to": () if given["report_to"] == "none" else (given["report_to"],)}
+        return given
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainSettings":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("`steps` and `epochs` are both given; expected one of them")
+        for name in self.model_extra or {}:
+            if name in NOT_TAKEN:
+                raise ValueError(f"`{name}` is given; expected it to be left out: {NOT_TAKEN[name]}")
+        return self
