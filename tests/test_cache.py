@@ -16,18 +16,25 @@ from test_prefix import BOUNDARY, adapted
 from test_tuning import trained
 from tiny import make_model
 
+import aletheia
+from aletheia.adapters.adapt import adapt
 from aletheia.anatomy.load import free_memory_bytes
 from aletheia.anatomy.read import find_layers
+from aletheia.data.batches import collate
 from aletheia.data.order import training_batches
-from aletheia.errors import CacheError, TrainingError
+from aletheia.errors import CacheError, SettingsError, TrainingError
 from aletheia.planning.make import plan as make_plan
-from aletheia.prefix import fill as fill_module
-from aletheia.prefix.cache import CacheInfo, DiskCache, MemoryCache, check_space
-from aletheia.prefix.fill import fill, open_cache, prefix_key
+from aletheia.prefix import choose
+from aletheia.prefix.cache import CacheInfo, DiskCache, MemoryCache, SpillingCache, check_space
+from aletheia.prefix.cache_folders import stored_caches
+from aletheia.prefix.choose import CachePlace, open_cache, prefix_key
+from aletheia.prefix.fill import fill
+from aletheia.prefix.source import PrefixSource
 from aletheia.probing.resident import probe
-from aletheia.training import train as train_module
+from aletheia.training import attach as attach_module
+from aletheia.training import loop
 from aletheia.training.held_out import held_out_loss
-from aletheia.training.train import check_settings
+from aletheia.training.train import train
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +52,7 @@ def disk(folder, key="k" * 64):
 
 
 def filled(cache, model, rows, batch_size=4):
-    return fill(model, BOUNDARY, rows, cache, batch_size, 0, show_progress=False)
+    return fill(model, BOUNDARY, rows, cache, batch_size, show_progress=False)
 
 
 def curve(run):
@@ -84,14 +91,18 @@ def test_a_second_run_with_another_seed_computes_nothing(examples, scores, tmp_p
     _, run = trained(examples, scores, tmp_path / "two", seed=7, **settings)
     assert run.metrics.settings.cache == "disk"
     _, run = trained(examples, scores, tmp_path / "three", seed=8, **settings | {"cache": "auto"})
-    assert "all rows are in" in run.metrics.cache_reason
+    assert "states of an earlier run are in" in run.metrics.cache_reason
+    assert run.metrics.cache_bytes == 0  # it stored none
 
 
-def test_only_rows_that_the_run_reads_are_stored(examples, scores, tmp_path):
-    trained(examples, scores, tmp_path / "run", steps=2, batch_size=3, cache="disk", cache_dir=tmp_path / "c")
-    lines = next((tmp_path / "c").glob("*/*.idx")).read_text().splitlines()
+def test_only_rows_that_come_back_are_stored(examples, scores, tmp_path):
+    """Of a run of one epoch these are the held-out rows; of a longer one, all that it has seen before the last one."""
     held_out = {tuple(row.input_ids) for row in examples.examples[40:60]}
-    assert len(held_out) < len(lines) <= len(held_out) + 6
+    seen = {tuple(row.input_ids) for row in examples.examples[:40]} | held_out
+    for steps, expected in ((2, held_out), (5, held_out), (6, seen)):
+        _, run = trained(examples, scores, tmp_path / f"run{steps}", steps=steps, batch_size=8, evaluations=2)
+        assert run.metrics.settings.cache == "memory"
+        assert run.metrics.cache_bytes == sum(map(len, expected)) * 32 * 4
 
 
 def test_equal_rows_share_an_entry(rows):
@@ -116,6 +127,12 @@ def test_the_key_covers_weights_boundary_dtype_and_configuration():
     torch.set_float32_matmul_precision("medium")
     others["precision"] = prefix_key(model, BOUNDARY)
     torch.set_float32_matmul_precision("highest")
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # torch may refuse the old switch then
+    try:
+        assert prefix_key(model, BOUNDARY) not in {key, *others.values()}
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
     assert len({key, *others.values()}) == 6
     above = adapted()
     find_layers(above)[1][3].mlp.down_proj.base_layer.weight.data += 1
@@ -202,59 +219,143 @@ def test_two_writers_may_share_a_cache(tmp_path, rows):
     assert not disk(tmp_path).missing(rows)
 
 
-def test_a_full_disk_is_refused_before_anything_is_built(tmp_path, rows, monkeypatch):
+def test_a_full_disk_is_not_begun_to_be_filled(tmp_path, rows, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10_000))
-    with pytest.raises(CacheError, match=r"the prefix cache needs .* GB are free .* choose another --cache-dir"):
-        open_cache(adapted(), BOUNDARY, rows, 10**6, 4, 0, "disk", tmp_path)
-    with pytest.raises(CacheError, match=r"needs 5.00 GB in .*there, 0.00 GB are free"):
+    with pytest.raises(CacheError, match=r"needs 5.00 GB in .*there, 0.00 GB are free.*choose another `cache_dir`"):
         check_space(tmp_path / "not" / "there", 5 * 10**9)
+    assert not choose._disk_pays(tmp_path, token_bytes=128, forward_seconds=1e9)
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_cache_that_cannot_be_exact_is_refused_or_left_out(rows, tmp_path):
-    with pytest.raises(CacheError, match=r"--cache memory is not possible: layer 0 is adapted"):
-        open_cache(adapted(boundary=0), 0, rows, 10**6, 4, 0, "memory")
-    cache, decision = open_cache(adapted(boundary=0), 0, rows, 10**6, 4, 0, "auto")
-    assert (cache, decision.kind) == (None, "off")
-    with pytest.raises(TrainingError, match="expected one of auto, memory, disk, off"):
-        check_settings(cache="ram")
+def test_a_disk_that_fills_up_ends_the_storing_alone(tmp_path, rows):
+    """What is stored already is read on, the rest is computed."""
+    cache, model, obstacles = disk(tmp_path), adapted(), []
+    filled(cache, model, rows[:4])
+    cache._shard = "full"
+    (cache.folder / "full.bin").symlink_to("/dev/full")
+    with pytest.raises(CacheError, match=r"cannot write to the cache .*: No space left on device; free some space"):
+        filled(cache, model, rows)
+    source = PrefixSource(model, BOUNDARY, lambda dtype: cache, on_obstacle=obstacles.append)
+    batch = collate(rows[2:6], 0)
+    found = [source(batch), source(batch)]
+    assert len(obstacles) == 1
+    assert obstacles[0].startswith("nothing more is stored: cannot write to the cache")
+    whole = PrefixSource(model, BOUNDARY, lambda dtype: MemoryCache())(batch)
+    assert all(torch.equal(states, whole) for states in found)
+
+
+def test_a_cache_that_cannot_be_exact_is_refused_or_left_out(examples, scores, tmp_path):
+    plan = make_plan(scores["llama"], policy="uniform")
+    data, held_out = examples.subset(range(20)), examples.subset(range(20, 25))
+    for kind in ("memory", "disk"):
+        with pytest.raises(CacheError, match=f"`cache` {kind} is not possible: layer 0 is adapted.*; set `cache` off"):
+            train(
+                adapt(make_model(), plan), data, plan, tmp_path / kind, held_out, steps=2, cache=kind,
+                cache_dir=tmp_path / "cache", show_progress=False,
+            )  # fmt: skip
+    for settings in ({}, {"free_prefix": True}):
+        out = tmp_path / f"run{len(settings)}"
+        model = adapt(make_model(), plan)
+        run = train(model, data, plan, out, held_out, steps=2, show_progress=False, **settings)
+        assert run.metrics.settings.cache == "off"
+        assert "layer 0 is adapted" in run.metrics.cache_reason
+    with pytest.raises(SettingsError, match="`cache` is 'ram'; expected one of auto, memory, disk, off"):
+        aletheia.TrainSettings(cache="ram")
     (tmp_path / "file").write_text("")
-    with pytest.raises(CacheError, match="cannot use the cache folder"):
+    with pytest.raises(CacheError, match=r"cannot use the cache folder .*; choose another `cache_dir`"):
         disk(tmp_path / "file")
 
 
 def test_a_value_that_is_not_finite_is_refused(rows):
     model = adapted()
     find_layers(model)[1][0].mlp.down_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(CacheError, match="not finite; try --dtype float32"):
+    with pytest.raises(CacheError, match="not finite; set `dtype` float32"):
         filled(MemoryCache(), model, rows)
 
 
 # --- auto
 
 
-def decide(monkeypatch, rows, uses, folder, forward=1.0, memory=10**12, speed=1e9):
-    monkeypatch.setattr(fill_module, "_forward_seconds_per_token", lambda *_: forward)
-    monkeypatch.setattr(fill_module, "_copy_bytes_per_second", lambda: 1e10)
-    monkeypatch.setattr(fill_module, "_disk_bytes_per_second", lambda root: (speed, speed))
-    monkeypatch.setattr(fill_module, "free_memory_bytes", lambda: memory)
-    return open_cache(adapted(), BOUNDARY, rows, uses, 4, 0, "auto", folder)[1]
+def states(rows):
+    """What is stored of each row: numbers that tell it from others."""
+    return [torch.full((len(row), 32), float(number)) for number, row in enumerate(rows)]
 
 
-def test_auto_weighs_what_it_measures(monkeypatch, rows, tmp_path):
-    tokens = sum(map(len, rows))
-    assert decide(monkeypatch, rows, 3 * tokens, tmp_path).kind == "memory"
-    once = decide(monkeypatch, rows, tokens, tmp_path, forward=1e-9)
-    assert once.kind == "off"
-    assert "run each time" in once.reason
-    small = decide(monkeypatch, rows, 3 * tokens, tmp_path, memory=1000)
-    assert small.kind == "disk"
-    assert "too much for memory" in small.reason
-    assert decide(monkeypatch, rows, 3 * tokens, tmp_path, memory=1000, speed=1.0).kind == "off"
+def test_what_memory_does_not_hold_goes_where_the_overflow_says(rows, tmp_path):
+    given, opened = [next(row for row in rows if len(row) == size) for size in {len(row) for row in rows}][:4], []
+    stored, room = states(given), sum(len(row) * 32 * 4 for row in given[:2])
+
+    def on_disk():
+        opened.append(disk(tmp_path))
+        return opened[-1]
+
+    spilling = SpillingCache(room, on_disk)
+    for row, hidden in zip(given[:2], stored, strict=False):
+        spilling.put(row, hidden)
+    assert (opened, spilling.is_spilled, spilling.size_bytes) == ([], False, room)
+    assert spilling.missing(given) == given[2:]
+    for row, hidden in zip(given[2:], stored[2:], strict=True):
+        spilling.put(row, hidden)
+    assert len(opened) == 1
+    assert spilling.is_spilled
+    assert spilling.size_bytes == sum(hidden.nbytes for hidden in stored)
+    assert opened[0].size_bytes == spilling.size_bytes - room
+    assert not spilling.missing(given)
+    for row, hidden in zip(given, stored, strict=True):
+        assert torch.equal(spilling.get(row), hidden)
 
 
-def test_auto_measures_something(rows):
-    assert fill_module._forward_seconds_per_token(adapted(), BOUNDARY, rows[:4], 0) > 0
-    assert fill_module._copy_bytes_per_second() > 1e7
+def test_what_has_no_room_anywhere_is_left_out(rows):
+    asked, given = [], list(rows[:2])
+    spilling = SpillingCache(0, lambda: asked.append("overflow"))
+    for row, hidden in zip(given, states(given), strict=True):
+        spilling.put(row, hidden)
+    assert asked == ["overflow"]  # once
+    assert (spilling.is_spilled, spilling.size_bytes) == (False, 0)
+    assert spilling.missing(given) == given
+    with pytest.raises(CacheError, match="no stored hidden states"):
+        spilling.get(rows[0])
+
+
+def decide(monkeypatch, rows, folder, forward=1.0, memory=10**12, speed=1e9):
+    """Where some rows end up, and how the decision is told."""
+    monkeypatch.setattr(choose, "disk_bytes_per_second", lambda root: (speed, speed))
+    monkeypatch.setattr(choose, "free_memory_bytes", lambda: memory)
+    cache, decision = open_cache(adapted(), BOUNDARY, torch.float32, CachePlace(folder=folder), lambda: forward)
+    for row, hidden in zip(rows[:8], states(rows[:8]), strict=True):
+        cache.put(row, hidden)
+    return decision, cache
+
+
+def test_auto_takes_memory_and_then_the_disk_if_that_is_quicker(monkeypatch, rows, tmp_path):
+    decision, cache = decide(monkeypatch, rows, tmp_path)
+    assert (decision.kind, decision.reason) == ("memory", "up to 500.0 GB, the rest on disk")
+    assert not cache.is_spilled
+    assert not list(tmp_path.iterdir())
+    total = cache.size_bytes
+    decision, cache = decide(monkeypatch, rows, tmp_path / "slow", memory=total, speed=1.0)
+    assert not cache.is_spilled
+    assert 0 < cache.size_bytes <= total / 2
+    assert not decide(monkeypatch, rows, tmp_path / "cheap", memory=total, forward=1e-9)[1].is_spilled
+    decision, cache = decide(monkeypatch, rows, tmp_path / "quick", memory=total)
+    assert cache.is_spilled
+    assert cache.size_bytes == total
+
+
+def test_a_run_beyond_memory_learns_the_same(examples, scores, tmp_path, monkeypatch):
+    settings = {"steps": 12, "batch_size": 8, "evaluations": 2, "cache_dir": tmp_path / "cache"}
+    _, off = trained(examples, scores, tmp_path / "off", cache="off", **settings)
+    monkeypatch.setattr(choose, "free_memory_bytes", lambda: 200_000)
+    monkeypatch.setattr(choose, "_disk_pays", lambda *measured: True)
+    _, run = trained(examples, scores, tmp_path / "run", **settings)
+    assert (run.metrics.settings.cache, run.metrics.cache_reason) == ("disk", "up to 0.0 GB, the rest on disk")
+    on_disk = sum(stored.size_bytes for stored in stored_caches(tmp_path / "cache"))
+    assert 0 < run.metrics.cache_bytes - 100_000 < on_disk
+    assert ((curve(run) - curve(off)).abs() / curve(off)).max() < 1e-5
+
+
+def test_the_prefix_is_timed():
+    assert attach_module._forward_seconds_per_token(adapted(), BOUNDARY) > 0
 
 
 def test_free_memory_is_what_the_machine_has():
@@ -262,10 +363,34 @@ def test_free_memory_is_what_the_machine_has():
 
 
 def test_the_disk_is_measured(tmp_path):
-    write, read = fill_module._disk_bytes_per_second(tmp_path)
+    write, read = choose.disk_bytes_per_second(tmp_path)
     assert write > 0
     assert read > 0
     assert not list(tmp_path.iterdir())
+
+
+# --- deleted only when nobody uses it
+
+
+def test_a_cache_in_use_is_not_deleted(tmp_path, rows):
+    one, other = disk(tmp_path), disk(tmp_path)
+    filled(one, adapted(), rows[:3])
+    stored = stored_caches(tmp_path)[0]
+    one.close()
+    with pytest.raises(CacheError, match="is in use by a run; expected none, delete it when that has ended"):
+        stored.delete()
+    assert not other.missing(rows[:3])
+    other.close()
+    stored.delete()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_lets_its_cache_be_deleted(examples, scores, tmp_path):
+    settings = {"steps": 2, "batch_size": 8, "cache": "disk", "cache_dir": tmp_path / "cache"}
+    trained(examples, scores, tmp_path / "run", **settings)
+    (stored,) = stored_caches(tmp_path / "cache")
+    stored.delete()
+    assert not list((tmp_path / "cache").iterdir())
 
 
 # --- memory
@@ -285,16 +410,34 @@ def test_the_prefix_leaves_memory_while_training(family, examples, tmp_path, mon
         alive.append([ref() is not None for ref in (*gone, stays)])
         return held_out_loss(*args, **kwargs)
 
-    monkeypatch.setattr(train_module, "held_out_loss", look)
+    monkeypatch.setattr(loop, "held_out_loss", look)
     scores = {"llama": probe(model, examples, batches=2)}
-    adapted_model, run = trained(examples, scores, tmp_path / "run", model, cache="memory", free_prefix=True)
-    assert alive == [[False] * len(gone) + [True]] * 5  # before, during and after
+    settings = {"steps": 8, "evaluations": 2, "cache": "memory"}
+    adapted_model, run = trained(examples, scores, tmp_path / "run", model, free_prefix=True, **settings)
+    assert alive == [[False] * len(gone) + [True]] * 3  # before, during and after
+    assert run.metrics.seconds.cache > 0
+    assert run.metrics.cache_reason == "filled before the first step"
     with pytest.raises(TrainingError, match="were freed for training; load the model again"):
         adapted_model(input_ids=torch.zeros((1, 2), dtype=torch.int64))
     monkeypatch.undo()
-    kept, again = trained(examples, scores, tmp_path / "kept", make_model(family), cache="memory")
+    kept, again = trained(examples, scores, tmp_path / "kept", make_model(family), **settings)
     assert again.metrics.held_out_loss_after == run.metrics.held_out_loss_after
     assert len(list(find_layers(kept)[1][0].parameters())) > 0
+
+
+def test_a_prefix_that_leaves_memory_may_be_kept_on_disk(examples, scores, tmp_path, monkeypatch):
+    """One run fills it, the next ones read it, whether they free their prefix or not."""
+    settings = {"steps": 8, "batch_size": 8, "evaluations": 2, "cache_dir": tmp_path / "cache"}
+    _, first = trained(examples, scores, tmp_path / "first", cache="disk", free_prefix=True, **settings)
+    assert first.metrics.settings.cache == "disk"
+    (stored,) = stored_caches(tmp_path / "cache")
+    assert 0 < first.metrics.cache_bytes < stored.size_bytes
+    monkeypatch.setattr(DiskCache, "put", lambda *_: pytest.fail("a row was computed again"))
+    for free_prefix in (True, False):
+        out = tmp_path / f"{free_prefix}"
+        _, run = trained(examples, scores, out, cache="disk", free_prefix=free_prefix, **settings)
+        assert torch.equal(curve(run), curve(first))
+    stored.delete()  # nobody holds it any more
 
 
 # --- order
@@ -308,7 +451,7 @@ def test_an_epoch_holds_every_row_once(grouped):
     assert len(batches) == 260
     epoch = batches[:126]
     assert sorted(row for batch in epoch for row in batch) == list(range(1003))
-    assert sorted(map(len, epoch)) == [3] + [8] * 125
+    assert list(map(len, epoch)) == [8] * 125 + [3]
     assert epoch != batches[126:252]
     assert batches[:100] == training_batches(lengths, 8, 100, seed=1, group_by_length=grouped)
     assert batches != training_batches(lengths, 8, 260, seed=2, group_by_length=grouped)
@@ -316,13 +459,18 @@ def test_an_epoch_holds_every_row_once(grouped):
     assert (padded < 1.1) == grouped
 
 
-def test_plans_of_uniform_lora_train_without_a_cache(examples, scores, tmp_path):
-    settings = {"steps": 2, "show_progress": False, "learning_rate": 1e-3}
-    model = make_model("llama")
-    plan = make_plan(scores["llama"], "uniform")
-    from aletheia.adapters.adapt import adapt
-    from aletheia.training.train import train
+def test_a_run_of_one_epoch_shares_its_cache_on_disk(examples, scores, tmp_path, monkeypatch):
+    """Nothing comes back within the run; a sweep over seeds computes nothing again."""
+    settings = {"steps": None, "epochs": 1, "batch_size": 8, "cache_dir": tmp_path / "cache"}
+    trained(examples, scores, tmp_path / "one", cache="disk", **settings)
+    monkeypatch.setattr(DiskCache, "put", lambda *_: pytest.fail("a row was computed again"))
+    _, run = trained(examples, scores, tmp_path / "two", seed=7, **settings)
+    assert run.metrics.settings.cache == "disk"
 
-    run = train(adapt(model, plan), examples, plan, tmp_path / "run", examples.subset(range(5)), **settings)
-    assert run.metrics.settings.cache == "off"
-    assert "layer 0 is adapted" in run.metrics.cache_reason
+
+def test_a_cache_leaves_the_disk_room(tmp_path, rows, monkeypatch):
+    cache = disk(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**9))
+    with pytest.raises(CacheError, match="1 GB is left alone"):
+        filled(cache, adapted(), rows)
+    assert not list(cache.folder.glob("*.bin"))

@@ -1,5 +1,6 @@
 """Campaigns: the file, the store, the coordinator under kills, executors, the report's bytes."""
 
+import errno
 import json
 import os
 import random
@@ -8,21 +9,38 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from browser import CHROMIUM, open_page
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from tiny import as_flags, make_model
+from transformers import Trainer
 
-from aletheia.errors import CampaignError, SandboxError
-from aletheia.lab.campaign.coordinate import check_tools, run_campaign
-from aletheia.lab.campaign.executors import LocalPool, check_workers
+from aletheia.errors import ArtifactError, CacheError, CampaignError, SandboxError, SettingsError
+from aletheia.lab.campaign import behaviour_job
+from aletheia.lab.campaign.behaviour_job import run_behaviour
+from aletheia.lab.campaign.checks import check_tools, check_workers
+from aletheia.lab.campaign.coordinate import run_campaign
+from aletheia.lab.campaign.executors import ExecutorSettings, LocalPool
 from aletheia.lab.campaign.grid import Row, jobs
+from aletheia.lab.campaign.job import main
+from aletheia.lab.campaign.process import DISK_FULL
 from aletheia.lab.campaign.spec import BASE, json_schema, parse_campaign, read_campaign
-from aletheia.lab.campaign.steps import ATTEMPTS, undisturbed
+from aletheia.lab.campaign.steps import ATTEMPTS, StepKind, prepared, undisturbed
 from aletheia.lab.campaign.store import STORE_FILE, Record, Store
 from aletheia.lab.evaluation import sandbox
 from aletheia.lab.reporting.campaign_page import to_csv, write_report
+from aletheia.planning.make import plan
+from aletheia.prefix import source
+from aletheia.prefix.cache import DiskCache
+from aletheia.probing.resident import probe
+from aletheia.runs.schema import METRICS_FILE, Metrics
+from aletheia.training.train import train
 
 LLAMA = {
     **{"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4},
@@ -190,17 +208,158 @@ def test_folders_may_move_and_data_may_not_change(tmp_path, scripts, monkeypatch
         run_campaign(campaign(), out, pool(scripts), data)
 
 
+def test_jobs_of_an_earlier_store_are_taken_in_or_refused_and_never_deleted(tmp_path, scripts):
+    records = run_campaign(campaign(), tmp_path, pool(scripts))
+    started = (tmp_path / "started.txt").read_text()
+    (tmp_path / STORE_FILE).unlink()
+    assert run_campaign(campaign(), tmp_path, pool(scripts)) == records
+    assert (tmp_path / "started.txt").read_text() == started  # no job ran again
+    (tmp_path / STORE_FILE).unlink()
+    with pytest.raises(CampaignError, match=r"m0--0 holds a campaign with rounds = 2, the file says 3"):
+        run_campaign(campaign(rounds=3), tmp_path, pool(scripts))
+    assert not (tmp_path / STORE_FILE).exists()
+    assert len(list((tmp_path / "jobs").glob("*/result.json"))) == 9
+
+
+def test_work_on_other_data_is_set_aside(tmp_path, scripts, monkeypatch):
+    (tmp_path / "train.jsonl").write_text("rows")
+    monkeypatch.setenv("FAILS", "m1--1")
+    run_campaign(campaign(models=SPEC["models"][1:2], seeds=[1]), tmp_path / "out", pool(scripts), tmp_path)
+    (tmp_path / "out" / "jobs" / "m1--1" / "half-done").write_text("hours of work")
+    (tmp_path / "train.jsonl").write_text("other rows")
+    monkeypatch.delenv("FAILS")
+    again = campaign(models=SPEC["models"][1:2], seeds=[1])
+    records = run_campaign(again, tmp_path / "out", pool(scripts), tmp_path, retry_failed=True)
+    assert {record.status for record in records} == {"done"}
+    assert (tmp_path / "out" / "jobs" / "m1--1.before-1" / "half-done").exists()
+    assert not (tmp_path / "out" / "jobs" / "m1--1" / "half-done").exists()
+
+
+def faulty(scripts, tmp_path, first_lines):
+    """A pool of stand-in jobs that begin with these lines; ``attempts`` is how often this job was started before."""
+    begin = """
+told_attempts = place / "attempts"
+attempts = int(told_attempts.read_text()) if told_attempts.exists() else 0
+told_attempts.write_text(str(attempts + 1))
+"""
+    text = (scripts / "stand_in.py").read_text()
+    script = tmp_path / "faulty.py"
+    script.write_text(text.replace("time.sleep(0.08)\n", begin + textwrap.dedent(first_lines) + "\n"))
+    return LocalPool(2, (sys.executable, str(script)))
+
+
+def small():
+    return campaign(models=SPEC["models"][:1], seeds=[0, 1])
+
+
+@pytest.mark.parametrize("kills", [1, 2])
+def test_a_job_that_a_signal_ends_runs_again(tmp_path, scripts, kills):
+    executor = faulty(
+        scripts,
+        tmp_path,
+        f"""
+        if place.name == "m0--0" and attempts < {kills}:
+            os.kill(os.getpid(), {signal.SIGKILL.value})
+        """,
+    )
+    records = run_campaign(small(), tmp_path / "out", executor)
+    assert [record.reason for record in records] == [None] * 6
+    started = (tmp_path / "out" / "started.txt").read_text().split()
+    assert (started.count("m0--0"), started.count("m0--1")) == (1 + kills, 1)
+
+
+def test_a_job_that_is_killed_each_time_fails_with_the_name_of_the_signal(tmp_path, scripts):
+    executor = faulty(
+        scripts,
+        tmp_path,
+        f"""
+        if place.name == "m0--0":
+            print("at item", attempts, flush=True)
+            os.kill(os.getpid(), {signal.SIGTERM.value})
+        """,
+    )
+    records = run_campaign(small(), tmp_path / "out", executor)
+    assert {record.reason for record in records if record.row.seed == 1} == {None}
+    assert {record.reason for record in records if record.row.seed == 0} == {
+        "killed by SIGTERM: at item 2 (the last of 3 times)"
+    }
+
+
+def test_a_job_that_fails_by_itself_does_not_run_again(tmp_path, scripts):
+    executor = faulty(scripts, tmp_path, 'sys.exit("error: a bug")')
+    records = run_campaign(small(), tmp_path / "out", executor)
+    assert {record.reason for record in records} == {"exit code 1: error: a bug"}
+    assert len((tmp_path / "out" / "started.txt").read_text().split()) == 2
+
+
+def test_a_full_disk_stops_the_campaign_and_the_row_stays_to_be_done(tmp_path, scripts):
+    executor = faulty(
+        scripts,
+        tmp_path,
+        f"""
+        if place.name == "m0--1" and attempts == 0:
+            time.sleep(1.0)
+            print("error: cannot write x: No space left on device", flush=True)
+            sys.exit({DISK_FULL})
+        """,
+    )
+    with pytest.raises(CampaignError, match=r"the disk is full \(m0--1: .*No space left.*free some space") as error:
+        run_campaign(small(), tmp_path / "out", executor)
+    assert "\n" not in str(error.value)
+    found = {record.row.seed: record.status for record in Store(tmp_path / "out" / STORE_FILE).records()}
+    assert found == {0: "done", 1: "pending"}
+    records = run_campaign(small(), tmp_path / "out", faulty(scripts, tmp_path, ""))
+    assert [record.reason for record in records] == [None] * 6
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), DISK_FULL, "No space left on device"),
+        (RuntimeError("Error: No space left on device (os error 28)"), DISK_FULL, "os error 28"),
+        (CampaignError("too few\nrows"), 2, "error: too few rows\n"),
+    ],
+)
+def test_a_job_tells_a_full_disk_from_a_fault_of_its_own(tmp_path, monkeypatch, capfd, raised, code, said):
+    told = {"campaign": small().model_dump(mode="json"), "rows": [["m0", "paper", 0]], "data_dir": ".", "folder": "."}
+    (tmp_path / "job.json").write_text(json.dumps(told))
+
+    def run_speed(*given):
+        raise raised
+
+    monkeypatch.setattr("aletheia.lab.campaign.speed_job.run_speed", run_speed)
+    monkeypatch.setattr("aletheia.lab.campaign.job._end_with_input", lambda: None)
+    assert main(tmp_path) == code
+    assert said in capfd.readouterr().out
+
+
+def test_a_full_disk_under_the_coordinator_stops_it_with_one_line(tmp_path, scripts, monkeypatch):
+    def write_text(path, text):
+        raise ArtifactError(f"cannot write {path}") from OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("aletheia.lab.campaign.coordinate.write_text", write_text)
+    with pytest.raises(CampaignError, match=r"the disk is full \(cannot write .*job\.json\)"):
+        run_campaign(small(), tmp_path, pool(scripts))
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (("local", 2, None), "--workers is 2 with 1 device, and this campaign measures times"),
-        (("ray", 1, 0), "expected --gpus 1, or --executor local"),
+        ({"workers": 2}, "`workers` is 2 with 1 device, and this campaign measures times"),
+        ({"executor": "ray", "gpus": 0.5}, "`gpus` is 0.5, .* expected 1, or `executor` local"),
     ],
 )
 def test_jobs_that_would_time_each_other_are_refused(monkeypatch, given, message):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(CampaignError, match=message):
-        check_workers(campaign(), *given)
+        check_workers(campaign(), ExecutorSettings(**given))
+
+
+def test_settings_of_the_other_executor_are_refused():
+    with pytest.raises(SettingsError, match="`gpus` is not for the local executor"):
+        ExecutorSettings(gpus=1)
+    with pytest.raises(SettingsError, match="`executor` is 'cloud'; expected one of local, ray"):
+        ExecutorSettings(executor="cloud")
 
 
 def test_another_campaign_in_the_folder_is_refused(tmp_path, scripts):
@@ -485,12 +644,97 @@ def test_a_behaviour_campaign_on_a_tiny_model(tmp_path, data_file, match):
     write_report(Store(tmp_path / STORE_FILE), tmp_path)
 
 
+def trained_rows(monkeypatch, folder, data_file, name, arm, break_cache):
+    """Losses and adapter of one row of a behaviour campaign, run here; ``break_cache`` spoils one cache."""
+    base = behaviour_campaign(arms=["uniform", arm], tasks={}, comparisons=[], steps=6)
+    place = folder / name
+    place.mkdir(exist_ok=True)
+    with monkeypatch.context() as patched:
+        break_cache(patched)
+        run_behaviour(base, Row("m", arm["name"], 0), data_file.parent, folder, place)
+    metrics = Metrics.read(place / "run" / METRICS_FILE)
+    losses = [point.loss for point in (*metrics.train_curve, *metrics.held_out_curve)]
+    return metrics.settings.cache, losses, load_file(place / "run" / "adapter_model.safetensors")
+
+
+def damaged(patched):
+    """A cache on disk whose entries turn out damaged again and again as they are read."""
+    read, count = DiskCache.get, iter(range(10**9))
+
+    def get(self, row):
+        if next(count) % 3 == 0:
+            raise CacheError("its entry was damaged")
+        return read(self, row)
+
+    patched.setattr(DiskCache, "get", get)
+
+
+def not_exact(patched):
+    """A model whose stored states turn out not to be what its layers give."""
+    patched.setattr(source, "why_not_exact", lambda *given: ("the layers draw at random", torch.float32))
+
+
+def no_cache(patched):
+    """The run is told from the start to do without a cache."""
+    patched.setattr(behaviour_job, "train", lambda *given, **more: train(*given, **more | {"cache": "off"}))
+
+
+@pytest.mark.parametrize("init", ["gradient", "random"])
+def test_a_cache_that_fails_changes_no_result(monkeypatch, tmp_path, data_file, init):
+    """Without one the run begins anew, from fresh adapters; damaged entries are computed again."""
+    arm = {"name": "last", "execution": "fast", "init": init, "learning_rate": 0.01}
+    rows = partial(trained_rows, monkeypatch, tmp_path, data_file)
+    cache, losses, adapter = rows("without", arm, no_cache)
+    assert cache == "off"
+    again = rows("refused", arm, not_exact)
+    assert again[0] == "off"
+    assert again[1] == losses
+    assert all(torch.equal(again[2][name], tensor) for name, tensor in adapter.items())
+    again = rows("damaged", arm, damaged)
+    assert again[0] == "disk"
+    assert again[1] == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_killed_row_goes_on_from_its_checkpoint(monkeypatch, tmp_path, data_file):
+    arm = {"name": "last", "execution": "fast", "init": "random", "learning_rate": 0.01}
+    rows = partial(trained_rows, monkeypatch, tmp_path, data_file)
+    _, losses, adapter = rows("whole", arm, lambda patched: None)
+    steps = []
+
+    def killed(patched):
+        step = Trainer.training_step
+
+        def stop(*given, **more):
+            if len(steps) == 4:
+                raise MemoryError
+            steps.append(1)
+            return step(*given, **more)
+
+        patched.setattr(behaviour_job, "train", lambda *given, **more: train(*given, **more, save_steps=3))
+        patched.setattr(Trainer, "training_step", stop)
+
+    with pytest.raises(MemoryError):
+        rows("killed", arm, killed)
+    assert (tmp_path / "killed" / "run" / "checkpoints" / "checkpoint-3").is_dir()
+    again = rows("killed", arm, lambda patched: None)
+    assert again[1] == losses
+    assert all(torch.equal(again[2][name], tensor) for name, tensor in adapter.items())
+
+
+def test_after_an_error_in_a_step_the_model_carries_no_adapters(examples):
+    model = make_model()
+    made = plan(probe(model, examples, batches=1), policy="last")
+    with pytest.raises(CacheError), prepared(model, StepKind.fast("fast", made)):
+        raise CacheError("its entry was damaged")
+    assert not any(isinstance(module, LoraLayer) for module in model.modules())
+
+
 def test_without_a_sandbox_the_campaign_says_where_to_do_without(monkeypatch):
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("PATH", "/nowhere")
     sandbox.check.cache_clear()
     campaign = read_campaign(Path(__file__).parent.parent / "campaigns/behaviour-instruct.yaml")
-    with pytest.raises(SandboxError, match=r"bubblewrap.*boundary: 'unsafe_exec: true' in the campaign's file$"):
+    with pytest.raises(SandboxError, match=r"bubblewrap.*boundary, with `unsafe_exec`$"):
         check_tools(campaign)
     check_tools(campaign.model_copy(update={"unsafe_exec": True}))
 
@@ -513,7 +757,7 @@ def test_the_command_line_from_dry_run_to_report(run, tmp_path, data_file):
     assert "error: model bad: transformers cannot build this config (" in err.splitlines()[-1]
     code, _, err = run(*asked[:-1], tmp_path / "nowhere")
     assert code == 2
-    assert "train.jsonl is missing; expected it there, or another --data-dir" in err
+    assert "train.jsonl is missing; expected it there, or another --data-dir" in as_flags(err)
     code, _, err = run(*asked)
     assert code == 0, err
     assert "done   m0 last 0" in err
@@ -526,7 +770,7 @@ def test_the_command_line_from_dry_run_to_report(run, tmp_path, data_file):
     assert code == 0
     code, _, err = run(*asked, "--executor", "ray", "--workers", 2)
     assert code == 2
-    assert "--workers is not for the ray executor" in err
+    assert "--workers is not for the ray executor" in as_flags(err)
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "report.md", "report.csv"}
     (tmp_path / "out" / "report.html").write_text("a page of somebody else")
     code, _, err = run("campaign", "report", "out")

@@ -8,6 +8,8 @@ import pytest
 from test_formats import overflowing
 from tiny import make_tokenizer
 
+from aletheia.prefix.cache import DiskCache
+from aletheia.prefix.cache_folders import stored_caches
 from aletheia.probing.scores import Scores
 
 COMMANDS = ("inspect", "probe", "plan", "show", "train", "eval", "report", "cache", "demo", "doctor")
@@ -51,7 +53,8 @@ def test_weights_too_large_are_streamed(run, model_folder, data_file, monkeypatc
 
 
 def test_a_plan_has_to_fit_in_memory(run, model_folder, data_file, scores_file):
-    assert run("plan", scores_file, "--out", "plan.json")[0] == 0
+    plan = ("plan", scores_file, "--out", "plan.json", "--freeze-after", 0)  # so that it can be streamed, too
+    assert run(*plan)[0] == 0
     asked = ("train", model_folder, "--data", data_file, "--out", "run", "--plan", "plan.json", *SMALL)
     for more in ((), ("--stream",)):
         code, _, err = run(*asked, *more, "--overwrite", "--max-memory", "1GB")
@@ -121,8 +124,10 @@ def test_the_whole_job_in_one_command(run, model_folder, data_file, tmp_path):
     code, _, err = run("train", model_folder, "--data", data_file, "--out", "run", *SMALL)
     assert code == 2
     assert err.strip() == "error: run holds another run; choose another --out or pass --overwrite"
-    again = ("train", model_folder, "--data", data_file, "--out", "run", *SMALL, "--overwrite", "--json")
-    assert json.loads(run(*again)[1])["train_curve"][-1]["loss"] == metrics["train_curve"][-1]["loss"]
+    again = ("train", "--config", "run/config.yaml", "--out", "run", "--overwrite", "--json")
+    code, out, err = run(*again)
+    assert code == 0, err
+    assert json.loads(out)["train_curve"][-1]["loss"] == metrics["train_curve"][-1]["loss"]
 
 
 def test_rows_that_are_cut_or_left_out_are_told(run, model_folder, tmp_path):
@@ -248,7 +253,7 @@ BAD = {
         ),
         "--frontier",
     ),
-    "policy": (("plan", "{scores}", "--out", "p.json", "--policy", "best"), "unknown policy 'best'"),
+    "policy": (("plan", "{scores}", "--out", "p.json", "--policy", "best"), "is 'best'; expected one of depth-aware"),
     "score": (("probe", "{model}", "--data", "{data}", "--out", "s.json", "--score", "x"), "expected gradient-norm"),
     "not scores": (("plan", "other.json", "--out", "p.json"), "no aletheia-scores file"),
     "full folder": (("train", "{model}", "--data", "{data}", "--out", "full"), "full holds other files"),
@@ -324,7 +329,13 @@ def test_caches_are_listed_and_deleted(run, scores_file, model_folder, data_file
     found = json.loads(out)
     assert [one["boundary"] for one in found] == [3, 2]  # the one used last comes first
     assert found[0]["size_bytes"] > json.loads((tmp_path / "run-25" / "metrics.json").read_text())["cache_bytes"] > 0
-    assert run("cache", "--cache-dir", "caches", "--delete", found[0]["key"][:8])[0] == 0
+    delete = ("cache", "--cache-dir", "caches", "--delete", found[0]["key"][:8])
+    held = DiskCache("caches", stored_caches("caches")[0].info)  # as by a run that is under way
+    code, _, err = run(*delete)
+    assert code == 2
+    assert "is in use by a run; expected none" in err
+    held.close()
+    assert run(*delete)[0] == 0
     code, out, _ = run("cache", "--cache-dir", "caches")
     assert code == 0
     assert found[1]["key"][:12] in out

@@ -556,8 +556,8 @@ def test_emptied_rows_are_an_error_that_says_how_many_tokens_are_needed(plain_ro
     with pytest.raises(DataError) as caught:
         encode(plain_rows, tokenizer, max_length=8)
     one_clear_line(
-        caught, "rows.jsonl:2: ", "the first of 2 row(s), of 3,", "--max-length 8; expected at least 9 for it",
-        "raise --max-length or pass --skip-emptied",
+        caught, "rows.jsonl:2: ", "the first of 2 row(s), of 3,", "`max_length=8`; expected at least 9 for it",
+        "raise `max_length` or give `skip_emptied=True`",
     )  # fmt: skip
     assert len(encode(plain_rows, tokenizer, max_length=9, skip_emptied=True)) == 2  # 9 are enough for row 2
 
@@ -568,22 +568,46 @@ def test_emptied_rows_are_dropped_and_counted_on_request(plain_rows):
     assert (len(examples), examples.skipped, examples.truncated) == (1, 2, 0)
     with pytest.raises(DataError) as caught:
         encode(plain_rows, tokenizer, max_length=3, skip_emptied=True)
-    message = one_clear_line(caught, "the first of 3 row(s), of 3,", "at least 5", "raise --max-length")
-    assert "--skip-emptied" not in message
+    message = one_clear_line(caught, "the first of 3 row(s), of 3,", "at least 5", "raise `max_length`")
+    assert "skip_emptied" not in message
+
+
+def test_several_files_are_one_data_set(tmp_path, chatml):
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    one.write_text('{"question": "a?", "answer": "b"}\n')
+    two.write_text('{"text": "c"}\n{"text": "d"}\n')
+    rows = load_rows([str(one), str(two)])
+    assert [row.where for row in rows.rows] == [f"{one}:1", f"{two}:1", f"{two}:2"]
+    assert rows.identity.sources == (str(one), str(two))
+    assert rows.identity.form == "question, answer | text"
+    assert rows.identity.rows == 3
+    assert len(load_data((str(one), str(two)), chatml)) == 3
+    assert load_rows([str(one)]) == load_rows(str(one))
+    prints = {rows.identity.fingerprint, load_rows([str(two), str(one)]).identity.fingerprint}
+    two.write_text('{"text": "c"}\n{"text": "e"}\n')
+    prints |= {load_rows([str(one), str(two)]).identity.fingerprint, load_rows(str(one)).identity.fingerprint}
+    assert len(prints) == 4
+    with pytest.raises(DataError) as caught:
+        load_rows([])
+    one_clear_line(caught, "at least one", "`data`")
+    two.write_text("{")
+    with pytest.raises(DataError) as caught:
+        load_rows([str(one), str(two)])
+    one_clear_line(caught, f"{two}:1: ")
 
 
 def test_a_row_with_nothing_to_predict_at_any_length(tmp_path):
     rows = load_rows(write_jsonl(tmp_path, {"text": "ab"}, {"text": "a"}))
     with pytest.raises(DataError) as caught:
         encode(rows, make_tokenizer(None, eos=False))
-    one_clear_line(caught, "rows.jsonl:2: ", "1 row(s), of 2", "none at any length; remove such rows or pass")
+    one_clear_line(caught, "rows.jsonl:2: ", "1 row(s), of 2", "none at any length; remove such rows or give")
 
 
 @pytest.mark.parametrize("max_length", [1, 0, -5])
 def test_max_length_below_two(plain_rows, max_length):
     with pytest.raises(DataError) as caught:
         encode(plain_rows, make_tokenizer(None), max_length=max_length)
-    one_clear_line(caught, f"maximum length of {max_length}", "raise --max-length")
+    one_clear_line(caught, f"maximum length of {max_length}", "raise `max_length`")
 
 
 def test_a_token_beyond_the_vocabulary_names_the_row(plain_rows):

@@ -7,7 +7,9 @@ from tiny import make_model
 import aletheia
 from aletheia.errors import PlanError
 from aletheia.planning.estimate import Job, Machine, estimate, estimate_plan
+from aletheia.planning.make import every_layer_fits
 from aletheia.planning.memory import ADAPTER_BYTES, PROCESS_BYTES, lowest_boundary, training_bytes
+from aletheia.planning.plan import FREEZE_AFTER, PlanSettings
 from aletheia.reporting.estimate import estimate_view
 
 
@@ -45,6 +47,9 @@ def test_a_plan_keeps_to_max_memory(scores):
         lowest = lowest_boundary(scores.anatomy, scores.weight_bytes, ranks, 1000, share, cap)
         made = aletheia.plan(scores, percent=100, max_memory=cap, batch_tokens=1000, labelled_share=share)
         assert made.boundary == lowest
+        assert made.settings.freeze_after == (FREEZE_AFTER if lowest == 0 else 0)
+        settings = PlanSettings(percent=100)
+        assert every_layer_fits(scores, settings, cap, 1000, share) == (lowest == 0)
     cap = needed(scores, 3)
     lowest = aletheia.plan(scores, percent=100, max_memory=cap, batch_tokens=1000).boundary
     assert (
@@ -52,12 +57,14 @@ def test_a_plan_keeps_to_max_memory(scores):
     )
     with pytest.raises(PlanError, match="the last layer alone takes"):
         aletheia.plan(scores, max_memory=PROCESS_BYTES)
-    with pytest.raises(PlanError, match=r"--policy uniform adapts layer 0; expected none below \d"):
-        aletheia.plan(scores, "uniform", max_memory=needed(scores, 5), batch_tokens=1000)
-    with pytest.raises(PlanError, match="cannot be trained in --max-memory"):
+    with pytest.raises(PlanError, match=r"`policy` uniform adapts layer 0; expected none below \d"):
+        aletheia.plan(scores, policy="uniform", max_memory=needed(scores, 5), batch_tokens=1000)
+    with pytest.raises(PlanError, match="cannot be trained in `max_memory`"):
         aletheia.plan(scores, max_memory=needed(scores, 5), batch_tokens=1000, freeze_after=0.25)
+    unweighed = scores.model_copy(update={"weight_bytes": None})
     with pytest.raises(PlanError, match="tell no weight sizes"):
-        aletheia.plan(scores.model_copy(update={"weight_bytes": None}), max_memory=10**9)
+        aletheia.plan(unweighed, max_memory=10**9)
+    assert not every_layer_fits(unweighed, PlanSettings(), 10**12, 1000, 1.0)
 
 
 def test_adapted_experts_are_held_twice(examples):
@@ -80,7 +87,7 @@ def test_the_estimate_follows_its_formulas(scores):
     weights = sum(scores.weight_bytes.layers) + scores.weight_bytes.outside
     layer = sum(module.parameters for module in scores.anatomy.in_layer(0))
     roomy, tight = Machine("roomy", 2.1 * weights, 1e9, 1e30), Machine("tight", 1.9 * weights, 1e9, 1e3)
-    plan = aletheia.plan(scores, "last", 25, rank=4)
+    plan = aletheia.plan(scores, policy="last", percent=25, rank=4)
     probe, cache, training = estimate_plan(plan, scores, job, roomy)
     assert (probe.name, cache.name) == ("probe", "cache")
     assert probe.seconds == pytest.approx(5 * 64 * 4 * 8 * layer / 1e9)
@@ -111,7 +118,7 @@ def test_of_experts_those_a_token_meets_are_counted(examples):
 def test_early_layers_are_counted(scores):
     job, machine = Job(100, 64, 0.5, 3, 4), Machine("any", 1e12, 1e9, 1e30)
     plain, early = (
-        estimate_plan(aletheia.plan(scores, "last", 25, freeze_after=share), scores, job, machine)[-1]
+        estimate_plan(aletheia.plan(scores, policy="last", percent=25, freeze_after=share), scores, job, machine)[-1]
         for share in (0.0, 0.25)
     )
     assert early.memory > plain.memory

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import make_model
+from tiny import as_flags, make_model
 
 import aletheia
 from aletheia.errors import AdapterError, DataError, EvaluationError
@@ -23,7 +23,7 @@ from aletheia.lab.evaluation.evaluate import language_model
 from aletheia.lab.evaluation.journal import JOURNAL_FILE, Journal
 from aletheia.lab.evaluation.local_data import local_splits, pages
 from aletheia.lab.evaluation.measures import differences, summarise
-from aletheia.lab.evaluation.result import single_answer
+from aletheia.lab.evaluation.record import single_answer
 from aletheia.lab.evaluation.row_loss import HeldOut
 from aletheia.lab.evaluation.upstream import load_tasks, task_version
 from aletheia.lab.evaluation.work import Benchmark, chosen
@@ -125,7 +125,7 @@ def test_mmlu_has_a_task_for_each_of_57_subjects():
 
 
 def test_without_local_files_the_hub_is_asked():
-    with pytest.raises(EvaluationError, match=r"cannot get the data of gsm8k from the hub .*--data-dir"):
+    with pytest.raises(EvaluationError, match=r"cannot get the data of gsm8k from the hub .*`data_dir`"):
         load_tasks("gsm8k", None)
 
 
@@ -330,7 +330,7 @@ def test_humaneval_is_scored_program_by_program(
     monkeypatch.setenv("PATH", str(tmp_path))  # no bubblewrap: said before anything is generated
     code, _, err = run(*arguments)
     assert code == 2
-    assert "--unsafe-exec" in err
+    assert "--unsafe-exec" in as_flags(err)
     assert not (tmp_path / "code" / JOURNAL_FILE).exists()
     seen = []
 
@@ -367,7 +367,7 @@ def test_humaneval_is_scored_program_by_program(
 def test_bad_arguments_are_one_line(run, model_folder, benchmark_data, arguments, message):
     code, _, err = run("eval", model_folder, "--data-dir", benchmark_data, "--out", "out", *arguments)
     assert code == 2
-    assert message in err.splitlines()[-1]
+    assert message in as_flags(err.splitlines()[-1])
 
 
 def test_bad_data_is_named(benchmark_data, tmp_path):
@@ -395,7 +395,7 @@ def test_only_the_same_items_are_compared(run, model_folder, benchmark_data):
     ):
         code, _, err = run("eval", "--out", "five", "--against", other)
         assert code == 2
-        assert message in err
+        assert message in as_flags(err)
     code, _, err = run(
         "eval", model_folder, "--data-dir", benchmark_data, "--out", "five", "--tasks", "mmlu", *QUICK, "--limit", 4
     )
@@ -415,7 +415,7 @@ def test_chat_needs_a_template(lm, benchmark_data, monkeypatch):
     work = Benchmark("gsm8k", tasks, lm, limit=2, chat=True)
     assert work.items[0].requests[0].args[0].startswith("<|im_start|>user\nQuestion:")
     monkeypatch.setattr(lm.tokenizer, "chat_template", None)
-    with pytest.raises(EvaluationError, match="--chat needs a chat template"):
+    with pytest.raises(EvaluationError, match="`chat` needs a chat template"):
         Benchmark("gsm8k", tasks, lm, limit=2, chat=True)
 
 

@@ -89,7 +89,7 @@ def test_the_whole_chain(family, examples, tmp_path):
     model = make(family)
     anatomy = read_anatomy(model)
     scores = aletheia.probe(model, examples, batches=2)
-    plan = aletheia.plan(scores, "last", 50, rank=4, ranks="by-role", mlp_rank=8)
+    plan = aletheia.plan(scores, policy="last", percent=50, rank=4, ranks="by-role", mlp_rank=8)
     adapted = aletheia.adapt(model, plan)
     planned = {module.name for module in anatomy.modules if module.layer >= 2 and module.role != "router"}
     assert planned
@@ -147,7 +147,7 @@ def test_routers_are_adapted_only_if_asked(family, examples):
     scores = aletheia.probe(make_model(family), examples, batches=1)
     routers = {module.name for module in scores.anatomy.modules if module.role == "router"}
     for asked in (False, True):
-        plan = aletheia.plan(scores, "uniform", routers=asked)
+        plan = aletheia.plan(scores, policy="uniform", routers=asked)
         assert {adapter.name for adapter in plan.adapters} & routers == (routers if asked else set())
     assert bool(routers) == (family == "qwen2_moe")  # Phi's returns a tuple, which LoRA cannot wrap
 
@@ -156,7 +156,9 @@ def test_only_planned_layers_have_adapted_experts(examples):
     """PEFT adapts experts in every layer when it is asked for some by layer index."""
     for family in ("mixtral", "qwen3_moe"):
         model = make_model(family)
-        adapted = aletheia.adapt(model, aletheia.plan(aletheia.probe(model, examples, batches=1), "last", 25))
+        adapted = aletheia.adapt(
+            model, aletheia.plan(aletheia.probe(model, examples, batches=1), policy="last", percent=25)
+        )
         trainable = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
         assert any("experts" in name for name in trainable)
         assert all(".layers.3." in name for name in trainable)
@@ -172,7 +174,9 @@ def test_a_changed_expert_is_another_model():
 
 def test_every_expert_starts_along_its_own_gradient(examples):
     model = make_model("mixtral")
-    adapted = aletheia.adapt(model, aletheia.plan(aletheia.probe(model, examples, batches=1), "last", 25, rank=4))
+    adapted = aletheia.adapt(
+        model, aletheia.plan(aletheia.probe(model, examples, batches=1), policy="last", percent=25, rank=4)
+    )
     align_with_gradient(adapted, [collate(examples.examples[:4], PAD)])
     for name, parameter in adapted.named_parameters():
         if "experts" in name and "lora_A" in name:

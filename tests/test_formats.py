@@ -23,6 +23,7 @@ from aletheia.probing.preflight import preflight
 from aletheia.probing.streamed import probe_streamed
 from aletheia.reporting.comparison import repeat_command
 from aletheia.runs.schema import Run
+from aletheia.training.train import Prepared
 
 
 @pytest.fixture
@@ -48,7 +49,7 @@ def test_a_quantized_base_is_probed_and_trained(family, kind, folder, examples, 
     assert scores.model.weights is None
     assert scores.anatomy == plain.anatomy
     assert scores.layers == pytest.approx(plain.layers, rel=0.3)
-    plan = aletheia.plan(plain, "last", 50, rank=4)
+    plan = aletheia.plan(plain, policy="last", percent=50, rank=4)
     adapted = aletheia.adapt(base.model, plan)
     run = aletheia.train(
         adapted, examples.subset(range(8)), plan, tmp_path / "run", examples.subset(range(8, 10)), steps=3,
@@ -71,7 +72,9 @@ def test_a_quantized_base_is_probed_and_trained(family, kind, folder, examples, 
 def test_adapters_of_a_4_bit_base_multiply_in_bfloat16(folder, examples):
     """As under Trainer's ``bf16=True``; PEFT's own forward alone would multiply them in float32."""
     base = aletheia.load(folder(make_model("llama")), "bfloat16", quantize="nf4").model
-    model = aletheia.adapt(base, aletheia.plan(aletheia.probe(base, examples, batches=2), "last", 50, rank=4))
+    model = aletheia.adapt(
+        base, aletheia.plan(aletheia.probe(base, examples, batches=2), policy="last", percent=50, rank=4)
+    )
     batch, dtypes = collate(examples.examples[:2], 0), set()
     for module in model.modules():
         if isinstance(module, LoraLayer):
@@ -103,7 +106,7 @@ def gap(model, plain, batch):
 def test_a_corrected_base_is_nearer_to_what_it_was(family, folder, examples, tmp_path):
     name = folder(make_model(family))
     plain, base = aletheia.load(name, "float32").model, aletheia.load(name, "float32", quantize="nf4").model
-    plan = aletheia.plan(aletheia.probe(plain, examples, batches=2), "uniform", rank=8)
+    plan = aletheia.plan(aletheia.probe(plain, examples, batches=2), policy="uniform", rank=8)
     batch = collate(examples.examples[:8], 0)
     adapted = aletheia.adapt(base, plan).eval()
     before = gap(adapted, plain, batch)
@@ -175,7 +178,7 @@ def test_a_correction_is_refused_where_there_is_nothing_to_correct(run, data_fil
         "train", "base.gguf", "--data", data_file, "--correct-quantization", "--quantize", "nf4", "--out", "run"
     )
     assert code == 2
-    assert "expected safetensors" in err
+    assert "is a GGUF file, which transformers cannot quantize again; expected a model folder" in err
 
 
 def test_4_bit_layers_keep_their_gradient_after_an_evaluation(folder, examples, monkeypatch):
@@ -205,7 +208,7 @@ def test_a_quantized_checkpoint_is_trained_layer_by_layer(folder, examples, tmp_
     quantized = aletheia.load(folder(make_model("gpt_neox")), "float32", quantize="nf4").model
     name = folder(quantized, "quantized")
     base = aletheia.load(name, "float32")
-    plan = aletheia.plan(aletheia.probe(base.model, examples, batches=2), "last", 50, rank=4)
+    plan = aletheia.plan(aletheia.probe(base.model, examples, batches=2), policy="last", percent=50, rank=4)
     data, held_out = examples.subset(range(8)), examples.subset(range(8, 10))
     common = {"steps": 3, "batch_size": 2, "learning_rate": 0.01, "show_progress": False}
     whole = aletheia.train(
@@ -218,7 +221,7 @@ def test_a_quantized_checkpoint_is_trained_layer_by_layer(folder, examples, tmp_
     assert any(
         type(module).__name__ == "Linear4bit" and "bnb" in type(module).__module__ for module in adapted.modules()
     )
-    run = aletheia.train(adapted, data, plan, tmp_path / "run", held_out, prefix=cache, **common)
+    run = aletheia.train(adapted, data, plan, tmp_path / "run", held_out, prepared=Prepared(cache), **common)
     assert run.metrics.held_out_loss_after == pytest.approx(whole.metrics.held_out_loss_after, rel=1e-5)
 
 

@@ -1,5 +1,6 @@
 """Habits of the house, checked: documented commands, complete names, one version, a lock that covers everything."""
 
+import ast
 import json
 import re
 import subprocess
@@ -7,11 +8,20 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import aletheia
 from aletheia.cli.main import app
 from aletheia.data.stdlib_task import write_stdlib_task
 
 ROOT = Path(__file__).parent.parent
+SOURCES = {
+    str(path.relative_to(ROOT / "src")): path.read_text() for path in sorted((ROOT / "src" / "aletheia").rglob("*.py"))
+}
+WITHOUT_TORCH = (
+    *("settings", "anatomy.settings", "data.settings", "training.settings", "job.settings", "planning.make"),
+    *("runs.schema", "cli.config", "cli.main", "reporting.page", "lab.statistics.results"),
+)
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -29,6 +39,78 @@ def test_importing_the_package_loads_no_torch():
     assert done.stdout.split() == ["False", "Plan", "False"]
 
 
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_settings_plans_and_pages_load_no_torch(module):
+    code = f"import sys, aletheia.{module}; print(sorted({{'torch', 'transformers', 'peft'}} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["[]"]
+
+
+def test_type_checkers_see_the_names_that_are_imported_on_first_use():
+    tree = ast.parse(SOURCES["aletheia/__init__.py"])
+    [block] = [node for node in tree.body if isinstance(node, ast.If)]
+    homes = {f"{node.module}.{name.name}" for node in block.body for name in node.names}
+    assert homes == {f"{home}.{name}" for name, home in aletheia._HOMES.items()}
+    assert set(aletheia.__all__) == {*aletheia._HOMES, "__version__"}
+
+
+def _functions():
+    """Every function of the package: its file, its node, and whether it is a command, whose parameters are options."""
+    for file, text in SOURCES.items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                annotations = [ast.unparse(arg.annotation or ast.Constant("")) for arg in node.args.args]
+                is_command = file.startswith("aletheia/cli/") and any("typer." in one for one in annotations)
+                yield file, node, is_command
+
+
+def _body_lines(function):
+    first = function.body[1] if ast.get_docstring(function) and len(function.body) > 1 else function.body[0]
+    return function.body[-1].end_lineno - first.lineno + 1
+
+
+def _parameters(function):
+    given = function.args
+    names = [arg.arg for arg in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    return [name for name in names if name not in ("self", "cls")]
+
+
+def test_files_and_functions_are_short_and_take_few_parameters():
+    assert [file for file, text in SOURCES.items() if len(text.splitlines()) > 400] == []
+    assert [f"{file}: {node.name}" for file, node, _ in _functions() if _body_lines(node) > 60] == []
+    public = [
+        (file, node)
+        for file, node, is_command in _functions()
+        if not is_command and (node.name == "__init__" or not node.name.startswith("_"))
+    ]
+    assert [f"{file}: {node.name}" for file, node in public if len(_parameters(node)) > 8] == []
+
+
+def test_every_setting_has_a_help_text():
+    fields = [
+        (file, node)
+        for file, text in SOURCES.items()
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "option"
+    ]
+    assert len(fields) > 50
+    for file, node in fields:
+        parts = ast.walk(node.args[1]) if len(node.args) > 1 else ()  # a text, or an f-string of several
+        text = "".join(str(part.value) for part in parts if isinstance(part, ast.Constant))
+        assert re.match(r"[A-Z].{10,}", text), f"{file}:{node.lineno}: {text!r}"
+
+
+def test_messages_of_the_library_name_no_flags_of_the_command_line():
+    flags = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
+    for file, text in SOURCES.items():
+        if file.startswith("aletheia/cli/"):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Raise):
+                told = " ".join(str(part.value) for part in ast.walk(node) if isinstance(part, ast.Constant))
+                assert not flags.search(told), f"{file}:{node.lineno}: {told}"
+
+
 def test_every_command_is_in_the_readme():
     readme = (ROOT / "README.md").read_text()
     for command in app.registered_commands:
@@ -36,13 +118,15 @@ def test_every_command_is_in_the_readme():
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, model_folder, data_file):
-    code = (ROOT / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(model_folder)).replace("steps=150", "steps=2")
+    blocks = [block.split("```")[0] for block in (ROOT / "README.md").read_text().split("```python\n")[1:3]]
+    code = "".join(blocks).replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(model_folder))
+    code = code.replace('"steps": 150', '"steps": 2').replace("steps=150", "steps=2")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.jsonl").write_text(data_file.read_text())
     exec(compile(code, "README.md", "exec"), {})
     assert (tmp_path / "report.html").exists()
-    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    for name in ("run", "run2"):
+        assert (tmp_path / name / "adapter_model.safetensors").exists()
 
 
 def test_the_changelog_is_at_this_version():

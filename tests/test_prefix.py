@@ -20,7 +20,9 @@ from aletheia.execution.lean import bfloat16_autocast, lean_adapters, lean_causa
 from aletheia.execution.recompute import recomputation
 from aletheia.prefix.boundary import frozen_prefix
 from aletheia.prefix.cache import MemoryCache, collate_with_prefix
-from aletheia.prefix.fill import fill, open_cache, why_not_exact
+from aletheia.prefix.exact import why_not_exact
+from aletheia.prefix.fill import fill
+from aletheia.prefix.source import PrefixSource
 from aletheia.prefix.stored import stored_prefix
 from aletheia.probing.logits import labelled_logits
 from aletheia.training.fast_steps import fast_steps
@@ -59,7 +61,7 @@ def difference(found, expected):
 def stored(model, rows, boundary=BOUNDARY):
     """A batch with the prefix from a cache that was filled row by row, in other batches than it is used in."""
     cache = MemoryCache()
-    fill(model, boundary, rows, cache, batch_size=3, pad_token_id=0, show_progress=False)
+    fill(model, boundary, rows, cache, batch_size=3, show_progress=False)
     return collate_with_prefix(rows, 0, cache)
 
 
@@ -204,9 +206,7 @@ def test_a_router_loss_is_kept_and_forbids_the_cache(rows):
     assert difference(plain, without) > 1e-4
     with fast_steps(model):
         assert difference(gradients(model, batch), plain) < 1e-6
-    cache, decision = open_cache(model, BOUNDARY, rows, 10**9, 4, 0)
-    assert cache is None
-    assert "router loss" in decision.reason
+    assert "router loss" in refused(model, batch)
 
 
 def test_stored_layers_keep_what_models_choose_by():
@@ -214,6 +214,15 @@ def test_stored_layers_keep_what_models_choose_by():
     stand_in = PassThrough(layer, 0)
     assert stand_in.self_attn.attention_type == layer.self_attn.attention_type
     assert sum(parameter.numel() for parameter in stand_in.parameters()) == 0
+
+
+def refused(model, batch):
+    """Why no prefix is stored for a model, as its first batch shows."""
+    reasons = []
+    source = PrefixSource(model, BOUNDARY, lambda dtype: MemoryCache(), on_obstacle=reasons.append)
+    assert source(batch) is None
+    assert source.cache is None
+    return reasons[0]
 
 
 def obstacle(model, rows):
@@ -266,8 +275,7 @@ def test_layers_that_read_more_than_the_hidden_states_are_seen(rows):
     layers[0].register_forward_hook(lambda module, args, output: seen.update(below=output))
     layers[3].register_forward_pre_hook(lambda module, args: (args[0] + seen.pop("below"), *args[1:]))
     assert "does not start at layer 2 (RuntimeError" in obstacle(model, rows)  # of another shape
-    cache, decision = open_cache(model, BOUNDARY, rows, 10**9, 4, 0)
-    assert (cache, decision.kind) == (None, "off")
+    assert "does not start at layer 2" in refused(model, collate(rows, 0))
 
 
 # --- nothing below the boundary
@@ -397,7 +405,7 @@ def test_selective_recomputation_repeats_no_matrix_product(kind, repeated, rows,
 def test_a_family_without_checkpointing_is_refused(rows):
     model = adapted()
     model.get_base_model().supports_gradient_checkpointing = False
-    refusal = pytest.raises(TrainingError, match="has no gradient checkpointing; use --gradient-checkpointing off")
+    refusal = pytest.raises(TrainingError, match="has no gradient checkpointing; set `gradient_checkpointing` off")
     with refusal, recomputation(model, "full"):
         pass
 

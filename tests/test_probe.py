@@ -199,7 +199,7 @@ def test_batches_without_labels_or_rows_are_refused(examples):
         probe(model, [batch_of(9, prompt=9)])
     with pytest.raises(ProbeError, match="no batch"):
         probe(model, [])
-    with pytest.raises(ProbeError, match="--batches is 0"):
+    with pytest.raises(ProbeError, match="`batches` is 0"):
         probe(model, examples, batches=0)
 
 

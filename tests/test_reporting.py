@@ -33,7 +33,7 @@ from aletheia.reporting.format import (
 )
 from aletheia.reporting.page import report
 from aletheia.reporting.terminal import bar, comparison_table, render
-from aletheia.runs.schema import HeldOutPoint, Metrics, PhaseSeconds, Run, TrainPoint, TrainSettings
+from aletheia.runs.schema import HeldOutPoint, Metrics, PhaseSeconds, Run, TrainPoint, UsedSettings
 
 EVIL = "<script>alert('x')</script>\"><img src=http://evil.example/x onerror=alert(1)>"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -153,7 +153,7 @@ def make_run(path="runs/plan", layers=(3, 4, 5), train=71.2, probe=12.9, after=0
             for step in (0, steps // 2, steps)
         ),
     }
-    return Run(Path(path), Metrics(settings=TrainSettings(**settings), **(fields | changes)), plan)
+    return Run(Path(path), Metrics(settings=UsedSettings(**settings), **(fields | changes)), plan)
 
 
 def uniform(**changes):

@@ -232,7 +232,7 @@ def test_without_bubblewrap_it_refuses(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     sandbox.check.cache_clear()
     for action in (lambda: sandbox.run("print(1)"), sandbox.check, lambda: score([mbpp_program("1", "", [])])):
-        with pytest.raises(SandboxError, match=r"install the package 'bubblewrap'.*--unsafe-exec") as raised:
+        with pytest.raises(SandboxError, match=r"install the package 'bubblewrap'.*`unsafe_exec`") as raised:
             action()
         assert "\n" not in str(raised.value)
     assert sandbox.run("print(1)", unsafe=True).text == "1\n"
@@ -244,7 +244,7 @@ def test_a_bubblewrap_that_cannot_work_is_named(tmp_path, monkeypatch):
     broken.chmod(0o755)
     monkeypatch.setattr(jail, "find_bubblewrap", lambda: str(broken))
     sandbox.check.cache_clear()
-    with pytest.raises(SandboxError, match=r"uid map: Permission denied.*bubblewrap 0\.7.*--unsafe-exec"):
+    with pytest.raises(SandboxError, match=r"uid map: Permission denied.*bubblewrap 0\.7.*`unsafe_exec`"):
         sandbox.check()
 
 

@@ -101,7 +101,7 @@ def test_fast_steps_equal_plain_ones(base, boundary):
     the batch is padded further; they may differ from it by as much, and be no farther from float64.
     """
     data = aletheia.load_data(str(GSM8K / "train.jsonl"), base.tokenizer).subset(range(6))
-    plan = aletheia.plan(aletheia.probe(base.model, data, batches=1), "last", 100 - boundary / 30 * 100)
+    plan = aletheia.plan(aletheia.probe(base.model, data, batches=1), policy="last", percent=100 - boundary / 30 * 100)
     assert plan.boundary == boundary
     rows, pad = data.examples[:2], data.pad_token_id
     batch = collate(rows, pad)
@@ -112,7 +112,7 @@ def test_fast_steps_equal_plain_ones(base, boundary):
     if boundary:
         for kind, filled_with in (("cache", rows), ("cache filled one by one", data.examples)):
             cache = MemoryCache()
-            fill(model, boundary, filled_with, cache, 2 if kind == "cache" else 1, pad, show_progress=False)
+            fill(model, boundary, filled_with, cache, 2 if kind == "cache" else 1, show_progress=False)
             batches[kind] = collate_with_prefix(rows, pad, cache)
     with exact_loss(model):
         plain = loss_and_gradient(model, batch)
@@ -151,14 +151,14 @@ def test_fast_steps_equal_plain_ones(base, boundary):
 def test_twenty_fast_steps_equal_twenty_plain_ones(base, boundary):
     """SmolLM2, float32: the losses of 20 steps of AdamW to 1e-5, from prefixes stored in other batches."""
     data = aletheia.load_data(str(GSM8K / "train.jsonl"), base.tokenizer).subset(range(40))
-    plan = aletheia.plan(aletheia.probe(base.model, data, batches=1), "last", 100 - boundary / 30 * 100)
+    plan = aletheia.plan(aletheia.probe(base.model, data, batches=1), policy="last", percent=100 - boundary / 30 * 100)
     cache = MemoryCache()
     curves = {}
     for kind in ("plain", "fast"):
         model = with_adapters(base.model, plan)
         make = partial(collate, pad_token_id=data.pad_token_id)
         if boundary and kind == "fast":
-            fill(model, boundary, data.examples, cache, 3, data.pad_token_id, show_progress=False)
+            fill(model, boundary, data.examples, cache, 3, show_progress=False)
             make = partial(collate_with_prefix, pad_token_id=data.pad_token_id, cache=cache)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         losses = []

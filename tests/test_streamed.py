@@ -26,6 +26,7 @@ from aletheia.prefix import fill_streamed as tuning_streamed
 from aletheia.prefix.fill_streamed import fill_streamed, streamed_cache
 from aletheia.probing import streamed
 from aletheia.probing.streamed import peak_bytes, probe_streamed
+from aletheia.training.train import Prepared
 
 PAD = 0
 AutoConfig.register("strange", StrangeConfig)
@@ -338,8 +339,8 @@ def test_training_layer_by_layer_is_training(family, saved, examples, tmp_path):
     folder = saved(family)
     data, held_out = examples.subset(range(8)), examples.subset(range(8, 10))
     whole = aletheia.load(str(folder), "float32")
-    plan = aletheia.plan(aletheia.probe(whole.model, examples, batches=2), "last", 50, rank=4)
-    common = {"steps": 3, "batch_size": 2, "learning_rate": 0.01, "show_progress": False}
+    plan = aletheia.plan(aletheia.probe(whole.model, examples, batches=2), policy="last", percent=50, rank=4)
+    common = {"steps": 3, "batch_size": 2, "learning_rate": 0.01, "evaluations": 1, "show_progress": False}
     expected = aletheia.train(
         aletheia.adapt(whole.model, plan), data, plan, tmp_path / "whole", held_out, cache="off", **common
     )
@@ -349,7 +350,8 @@ def test_training_layer_by_layer_is_training(family, saved, examples, tmp_path):
     assert fill_streamed(checkpoint, plan.boundary, rows, cache, 2, PAD, show_progress=False) == 10
     assert fill_streamed(checkpoint, plan.boundary, rows, cache, 2, PAD, show_progress=False) == 0
     adapted = aletheia.adapt(checkpoint.suffix(plan.boundary), plan, identity=plan.model)
-    run = aletheia.train(adapted, data, plan, tmp_path / "run", held_out, prefix=cache, **common)
+    run = aletheia.train(adapted, data, plan, tmp_path / "run", held_out, prepared=Prepared(cache), **common)
+    assert run.metrics.settings.cache == "disk"
     assert run.metrics.held_out_loss_before == pytest.approx(expected.metrics.held_out_loss_before, rel=1e-6)
     assert run.metrics.held_out_loss_after == pytest.approx(expected.metrics.held_out_loss_after, rel=1e-5)
     again = aletheia.load(str(folder), "float32").model

@@ -6,23 +6,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, peft_model
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tiny import FAMILIES, make_model
 
 from aletheia.adapters.adapt import adapt, adapted_modules, check_adapters
 from aletheia.anatomy.read import find_layers
-from aletheia.errors import AdapterError, ArtifactError, PlanError, TrainingError
+from aletheia.errors import AdapterError, ArtifactError, PlanError, SettingsError, TrainingError
 from aletheia.planning.make import plan as make_plan
 from aletheia.planning.plan import Plan
 from aletheia.prefix.boundary import lowest_trainable_layer
 from aletheia.probing.resident import probe
 from aletheia.reporting.comparison import differences
+from aletheia.runs.folder import RunFolder
 from aletheia.runs.schema import Run
+from aletheia.training import loop
 from aletheia.training import train as train_module
 from aletheia.training.held_out import held_out_loss
+from aletheia.training.recorder import due_steps
+from aletheia.training.settings import NOT_TAKEN, TrainSettings
 from aletheia.training.train import default_learning_rate, train
-from aletheia.training.watch import due_steps
 
 POLICIES = ("depth-aware", "top-percent", "last", "first", "random", "bottom", "uniform")
 RANK_MODES = ("uniform", "by-role", "by-score")
@@ -36,7 +40,7 @@ def scores(examples):
 def trained(examples, scores, out, model=None, **settings):
     """Train a tiny Llama as planned by ``last``."""
     model = model or make_model("llama")
-    plan = make_plan(scores["llama"], "last")
+    plan = make_plan(scores["llama"], policy="last")
     adapted = adapt(model, plan)
     settings = {"steps": 12, "learning_rate": 1e-2, "show_progress": False} | settings
     data, held_out = examples.subset(range(40)), examples.subset(range(40, 60))
@@ -50,10 +54,10 @@ def trained(examples, scores, out, model=None, **settings):
 @pytest.mark.parametrize("ranks", RANK_MODES)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_adapted_set_is_the_plan(scores, family, policy, ranks):
-    plan = make_plan(scores[family], policy, ranks=ranks, percent=50, rank=8)
+    plan = make_plan(scores[family], policy=policy, ranks=ranks, percent=50, rank=8)
     adapted = adapt(make_model(family), plan)
     assert adapted_modules(adapted) == {adapter.name: (adapter.rank, adapter.alpha) for adapter in plan.adapters}
-    assert lowest_trainable_layer(adapted) == plan.boundary
+    assert lowest_trainable_layer(adapted) == min(*plan.layers, *plan.early_layers, plan.boundary)
     trainable = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
     assert len(trainable) == 2 * len(plan.adapters)
     assert all("lora_" in name for name in trainable)
@@ -63,7 +67,7 @@ def test_layer_1_is_not_layer_11(examples):
     """PEFT matches suffixes and patterns; names in full must not touch their longer neighbours."""
     model = make_model("llama", layers=12)
     found = probe(model, examples, batches=1)
-    plan = make_plan(found, "first", percent=17, ranks="by-score")
+    plan = make_plan(found, policy="first", percent=17, ranks="by-score")
     assert plan.layers == (0, 1)
     adapt(model, plan)
     assert {int(name.split(".")[2]) for name in adapted_modules(model)} == {0, 1}
@@ -86,7 +90,7 @@ def test_a_plan_for_another_model_is_refused(scores):
     ],
 )
 def test_an_edited_plan_that_does_not_fit_is_refused_before_anything_changes(scores, change, expected):
-    plan = make_plan(scores["llama"], "last")
+    plan = make_plan(scores["llama"], policy="last")
     edited = plan.model_copy(update={"adapters": (plan.adapters[0].model_copy(update=change), *plan.adapters[1:])})
     model = make_model("llama")
     with pytest.raises(PlanError, match=expected):
@@ -95,7 +99,7 @@ def test_an_edited_plan_that_does_not_fit_is_refused_before_anything_changes(sco
 
 
 def test_a_difference_from_the_plan_is_an_error(scores):
-    plan = make_plan(scores["llama"], "last")
+    plan = make_plan(scores["llama"], policy="last")
     adapted = adapt(make_model("llama"), plan)
     fewer = plan.model_copy(update={"adapters": plan.adapters[1:]})
     with pytest.raises(AdapterError, match=rf"1 module\(s\) differ.*{plan.adapters[0].name}.*planned.*nothing"):
@@ -111,7 +115,7 @@ def test_a_difference_from_the_plan_is_an_error(scores):
 
 
 def test_adapters_start_the_same_for_a_seed_and_leave_the_global_state_alone(scores):
-    plan = make_plan(scores["llama"], "last")
+    plan = make_plan(scores["llama"], policy="last")
     torch.manual_seed(5)
     state = torch.get_rng_state()
     first, again, other = (adapt(make_model("llama"), plan, seed=seed) for seed in (1, 1, 2))
@@ -131,7 +135,13 @@ def test_training_learns_and_leaves_a_complete_folder(examples, scores, tmp_path
     assert metrics.model == run.plan.model
     assert metrics.held_out_loss_after < metrics.held_out_loss_before - 0.2
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md", "plan.json", "metrics.json"}
+    assert names - {".lock"} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "README.md",
+        "plan.json",
+        "metrics.json",
+    }
     assert Run.read(tmp_path / "run") == run
     assert metrics.steps == 12
     assert [point.step for point in metrics.train_curve] == list(range(1, 13))
@@ -176,7 +186,7 @@ def test_the_held_out_loss_is_the_mean_over_completion_tokens(examples):
 
 
 def test_evaluation_leaves_every_module_in_its_mode(examples, scores):
-    model = adapt(make_model("llama").eval(), make_plan(scores["llama"], "last"))
+    model = adapt(make_model("llama").eval(), make_plan(scores["llama"], policy="last"))
     before = {name: module.training for name, module in model.named_modules()}
     assert set(before.values()) == {True, False}  # the wrapper is new, what it wraps is not
     held_out_loss(model, examples.subset(range(4)))
@@ -187,12 +197,12 @@ def test_nothing_below_the_boundary(examples, scores, tmp_path, monkeypatch):
     """No graph, no backward pass, no gradient and no optimizer state below the lowest adapted layer."""
     trainers, graphs, backward = [], {}, set()
 
-    class Spy(train_module._Trainer):
+    class Spy(train_module.RowTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             trainers.append(self)
 
-    monkeypatch.setattr(train_module, "_Trainer", Spy)
+    monkeypatch.setattr(train_module, "RowTrainer", Spy)
     model = make_model("llama")
 
     def watch(index):
@@ -240,16 +250,17 @@ def test_a_seed_repeats_a_run(examples, scores, tmp_path):
 def test_another_run_is_never_overwritten_unasked(examples, scores, tmp_path):
     trained(examples, scores, tmp_path / "run", steps=1)
     before = (tmp_path / "run" / "metrics.json").read_bytes()
-    with pytest.raises(ArtifactError, match="holds another run; choose another --out or pass --overwrite"):
+    with pytest.raises(ArtifactError, match="holds another run; choose another `out` or pass `overwrite`"):
         trained(examples, scores, tmp_path / "run", steps=1)
     assert (tmp_path / "run" / "metrics.json").read_bytes() == before
-    trained(examples, scores, tmp_path / "run", steps=2, overwrite=True)
+    with RunFolder.claim(tmp_path / "run", overwrite=True) as claimed:
+        trained(examples, scores, claimed, steps=2)
     assert Run.read(tmp_path / "run").metrics.steps == 2
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("precious")
     for overwrite in (False, True):
         with pytest.raises(ArtifactError, match="holds other files"):
-            trained(examples, scores, tmp_path / "full", overwrite=overwrite)
+            RunFolder.claim(tmp_path / "full", overwrite)
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
     with pytest.raises(ArtifactError, match="is a file; expected a folder"):
         trained(examples, scores, tmp_path / "full" / "thesis.txt")
@@ -262,32 +273,30 @@ def test_a_place_that_cannot_be_written_is_refused_before_training(examples, sco
 
 def test_a_run_that_cannot_be_saved_leaves_the_one_it_would_replace(examples, scores, tmp_path, monkeypatch):
     trained(examples, scores, tmp_path / "run", steps=1)
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != ".lock"}
+    write = peft_model.safe_save_file
 
-    def full(*given, **options):
-        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+    def full(state, file, **options):
+        if "checkpoints" not in str(file):
+            raise SafetensorError("Error while serializing: I/O error: No space left on device")
+        write(state, file, **options)
 
-    monkeypatch.setattr("peft.peft_model.safe_save_file", full)
-    with pytest.raises(ArtifactError, match="Error while serializing"):
-        trained(examples, scores, tmp_path / "run", steps=2, overwrite=True)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    monkeypatch.setattr(peft_model, "safe_save_file", full)
+    claimed = RunFolder.claim(tmp_path / "run", overwrite=True)
+    with claimed, pytest.raises(ArtifactError, match="Error while serializing"):
+        trained(examples, scores, claimed, steps=2)
+    assert before.items() <= {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}.items()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     monkeypatch.setattr("aletheia.runs.folder.free_bytes", lambda folder: 100)
     with pytest.raises(ArtifactError, match="the adapter needs"):
         trained(examples, scores, tmp_path / "other", steps=1)
-
-
-@pytest.mark.parametrize("launcher", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
-def test_a_distributed_launch_is_refused(examples, scores, tmp_path, monkeypatch, launcher):
-    monkeypatch.setenv(launcher, "2")
-    with pytest.raises(TrainingError, match="trains on one device"):
-        trained(examples, scores, tmp_path / "run")
+    assert not (tmp_path / "other").exists()
 
 
 def test_arms_see_the_same_batches_and_can_be_compared(examples, scores, tmp_path):
     runs = []
     for policy in ("uniform", "last"):
-        plan = make_plan(scores["llama"], policy)
+        plan = make_plan(scores["llama"], policy=policy)
         model = adapt(make_model("llama"), plan)
         data, held_out = examples.subset(range(40)), examples.subset(range(40, 60))
         out = tmp_path / policy
@@ -300,7 +309,7 @@ def test_arms_see_the_same_batches_and_can_be_compared(examples, scores, tmp_pat
 def test_a_plan_that_looked_at_scores_owes_its_probe(examples, scores, tmp_path):
     _, run = trained(examples, scores, tmp_path / "last", steps=1)
     assert run.metrics.seconds.probe == 0.0
-    plan = make_plan(scores["llama"], "top-percent")
+    plan = make_plan(scores["llama"], policy="top-percent")
     data, held_out = examples.subset(range(40)), examples.subset(range(40, 60))
     model = adapt(make_model("llama"), plan)
     run = train(model, data, plan, tmp_path / "top", held_out, steps=1, show_progress=False)
@@ -316,17 +325,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(examples, sco
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({"steps": 0}, "--steps is 0"),
-        ({"batch_size": 0}, "--batch-size is 0"),
-        ({"epochs": 0.0}, "--epochs is 0"),
-        ({"learning_rate": -1.0}, "--learning-rate is -1"),
-        ({"evaluations": 0}, "--evaluations is 0"),
-        ({"learning_rate": math.nan}, "--learning-rate is nan"),
+        ({"steps": 0}, "`steps` is 0; expected at least 1"),
+        ({"batch_size": 0}, "`batch_size` is 0; expected at least 1"),
+        ({"steps": None, "epochs": 0.0}, "`epochs` is 0; expected more than 0"),
+        ({"epochs": 1}, "`steps` and `epochs` are both given; expected one of them"),
+        ({"learning_rate": -1.0}, "`learning_rate` is -1; expected more than 0"),
+        ({"evaluations": 0}, "`evaluations` is 0; expected at least 1"),
+        ({"learning_rate": math.nan}, "`learning_rate` is nan; expected"),
+        ({"keep": "worst"}, "`keep` is 'worst'; expected one of last, best"),
+        ({"stepz": 3}, "unknown setting `stepz`"),
     ],
 )
 def test_training_settings_out_of_range_are_refused(examples, scores, tmp_path, settings, expected):
-    with pytest.raises(TrainingError, match=expected):
+    with pytest.raises(SettingsError, match=expected):
         trained(examples, scores, tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_default_learning_rate_falls_with_width_and_length(examples, scores, tmp_path):
@@ -362,3 +375,110 @@ def test_bfloat16_bases_train_with_float32_adapters(examples, scores, tmp_path):
 def test_the_plan_beside_the_run_is_the_plan(examples, scores, tmp_path):
     _, run = trained(examples, scores, tmp_path / "run", steps=1)
     assert Plan.read(tmp_path / "run" / "plan.json") == run.plan
+
+
+# --- the settings of Trainer, and which point of the run is kept
+
+
+def curve(run):
+    return [point.loss for point in run.metrics.train_curve]
+
+
+def test_fields_of_trainer_are_taken(examples, scores, tmp_path, monkeypatch):
+    trainers = []
+
+    class Seen(train_module.RowTrainer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            trainers.append(self)
+
+    monkeypatch.setattr(train_module, "RowTrainer", Seen)
+    curves = {}
+    for name, settings in {
+        "default": {}, "schedule": {"lr_scheduler_type": "constant_with_warmup"}, "beta": {"adam_beta2": 0.5},
+    }.items():  # fmt: skip
+        _, run = trained(examples, scores, tmp_path / name, steps=4, evaluations=1, **settings)
+        curves[name] = curve(run)
+    assert trainers[1].args.lr_scheduler_type == "constant_with_warmup"
+    assert trainers[2].optimizer.param_groups[0]["betas"][1] == 0.5
+    assert len({tuple(losses) for losses in curves.values()}) == 3
+    assert len({losses[0] for losses in curves.values()}) == 1
+    with pytest.raises(SettingsError, match=r"Trainer does not take these settings: .*chaotic"):
+        trained(examples, scores, tmp_path / "run", lr_scheduler_type="chaotic")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", sorted(NOT_TAKEN))
+def test_fields_of_trainer_that_contradict_us_are_refused_with_the_reason(name):
+    with pytest.raises(SettingsError) as raised:
+        TrainSettings(**{name: 1})
+    assert str(raised.value) == f"`{name}` is given; expected it to be left out: {NOT_TAKEN[name]}"
+
+
+def test_accumulated_batches_are_one_larger_batch(examples, scores, tmp_path):
+    common = {"steps": 8, "evaluations": 1, "init": "random"}
+    _, whole = trained(examples, scores, tmp_path / "whole", batch_size=8, **common)
+    _, parts = trained(examples, scores, tmp_path / "parts", batch_size=2, gradient_accumulation_steps=4, **common)
+    assert curve(parts) == pytest.approx(curve(whole), rel=1e-5)
+    assert parts.metrics.held_out_loss_after == pytest.approx(whole.metrics.held_out_loss_after, rel=1e-5)
+    assert parts.metrics.tokens == whole.metrics.tokens
+    assert parts.metrics.settings.gradient_accumulation_steps == 4
+
+
+@pytest.fixture
+def held_out_losses(monkeypatch):
+    """Held-out losses that fall and rise again, and the weights each time one is taken."""
+    seen = []
+
+    def listed(model, *given):
+        seen.append({name: value.detach().clone() for name, value in model.named_parameters() if "lora_" in name})
+        return [5.0, 4.0, 3.0, 3.5, 3.6, 3.7, 2.0][len(seen) - 1]
+
+    monkeypatch.setattr(loop, "held_out_loss", listed)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "kept", "after"),
+    [
+        ({"keep": "last"}, 12, 12, 2.0),
+        ({"keep": "best", "steps": 10, "evaluations": 5}, 10, 4, 3.0),
+        ({"keep": "best", "early_stopping_patience": 2}, 8, 4, 3.0),
+        ({"keep": "last", "early_stopping_patience": 2}, 8, 8, 3.6),
+    ],
+    ids=["last", "best", "best, stopped", "last, stopped"],
+)
+def test_the_point_that_is_kept(examples, scores, tmp_path, held_out_losses, settings, steps, kept, after):
+    _, run = trained(examples, scores, tmp_path / "run", **{"evaluations": 6, "batch_size": 2} | settings)
+    metrics = run.metrics
+    assert (metrics.steps, metrics.kept_step, metrics.held_out_loss_after) == (steps, kept, after)
+    assert [point.step for point in metrics.held_out_curve] == list(range(0, steps + 1, 2))
+    assert [point.step for point in metrics.train_curve] == list(range(1, steps + 1))
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    for name, value in held_out_losses[kept // 2].items():
+        assert torch.equal(saved[name.replace(".default", "")], value), name
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_checkpoints_that_were_asked_for_stay(examples, scores, tmp_path):
+    trained(examples, scores, tmp_path / "run", steps=6, evaluations=1, save_steps=2, save_total_limit=1)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-6"]
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(examples, scores, tmp_path):
+    model = make_model("llama")
+    plan = make_plan(scores["llama"], policy="last")
+    adapted_model = adapt(model, plan)
+    calls = []
+
+    def spoil(gradient):
+        calls.append(gradient)
+        return gradient * float("inf") if len(calls) == 6 else gradient
+
+    next(value for value in adapted_model.parameters() if value.requires_grad).register_hook(spoil)
+    data, held_out = examples.subset(range(20)), examples.subset(range(20, 25))
+    with pytest.raises(TrainingError, match=r"the gradient norm is (inf|nan) at step \d; it was not saved"):
+        train(adapted_model, data, plan, tmp_path / "run", held_out, steps=9, save_steps=1, show_progress=False)
+    assert not (tmp_path / "run" / "checkpoints" / "checkpoint-6").exists()
+    kept = sorted((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))[-1]
+    assert all(value.isfinite().all() for value in load_file(kept / "adapter_model.safetensors").values())

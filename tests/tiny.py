@@ -1,5 +1,7 @@
 """Tiny random models of several families and a byte-level tokenizer: structure without downloads."""
 
+import re
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
@@ -157,3 +159,8 @@ def make_tokenizer(chat_template: str | None = CHATML, bos: bool = False, eos: b
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>" if eos else None)
     fast.chat_template = chat_template
     return fast
+
+
+def as_flags(message: str) -> str:
+    """A message of the library in the words of the command line."""
+    return re.sub(r"`(\w+)`", lambda found: "--" + found[1].replace("_", "-"), message)

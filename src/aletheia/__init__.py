@@ -23,17 +23,25 @@ __version__ = "0.1.0"
 _HOMES = {
     "Anatomy": "aletheia.anatomy.schema",
     "Checkpoint": "aletheia.anatomy.checkpoint",
-    "Evaluated": "aletheia.lab.evaluation.result",
+    "Evaluated": "aletheia.lab.evaluation.record",
     "Examples": "aletheia.data.examples",
     "Loaded": "aletheia.anatomy.load",
     "Plan": "aletheia.planning.plan",
     "Run": "aletheia.runs.schema",
     "Scores": "aletheia.probing.scores",
+    "AttachSettings": "aletheia.training.attach",
+    "DataSettings": "aletheia.data.settings",
+    "LoadSettings": "aletheia.anatomy.settings",
+    "PlanSettings": "aletheia.planning.plan",
+    "RunFolder": "aletheia.runs.folder",
+    "TrainSettings": "aletheia.training.settings",
     "adapt": "aletheia.adapters.adapt",
+    "attach": "aletheia.training.attach",
     "calibrate": "aletheia.training.calibrate",
     "compare": "aletheia.lab.evaluation.against",
     "eval_settings": "aletheia.lab.evaluation.evaluate",
     "evaluate": "aletheia.lab.evaluation.evaluate",
+    "fine_tune": "aletheia.job.fine_tune",
     "fast_steps": "aletheia.training.fast_steps",
     "frozen_prefix": "aletheia.prefix.boundary",
     "held_out_loss": "aletheia.training.held_out",
@@ -57,23 +65,29 @@ if TYPE_CHECKING:
     from aletheia.anatomy.checkpoint import Checkpoint
     from aletheia.anatomy.load import Loaded, inspect, load
     from aletheia.anatomy.schema import Anatomy
+    from aletheia.anatomy.settings import LoadSettings
     from aletheia.data.encode import load_data
     from aletheia.data.examples import Examples, split_held_out
+    from aletheia.data.settings import DataSettings
+    from aletheia.job.fine_tune import fine_tune
     from aletheia.lab.evaluation.against import compare
     from aletheia.lab.evaluation.evaluate import eval_settings, evaluate
-    from aletheia.lab.evaluation.result import Evaluated
+    from aletheia.lab.evaluation.record import Evaluated
     from aletheia.planning.make import plan, plan_frontier
-    from aletheia.planning.plan import Plan
+    from aletheia.planning.plan import Plan, PlanSettings
     from aletheia.prefix.boundary import frozen_prefix
     from aletheia.probing.resident import probe
     from aletheia.probing.scores import Scores
     from aletheia.probing.streamed import probe_streamed
     from aletheia.reporting.page import report
+    from aletheia.runs.folder import RunFolder
     from aletheia.runs.saved import load_adapter
     from aletheia.runs.schema import Run
+    from aletheia.training.attach import AttachSettings, attach
     from aletheia.training.calibrate import calibrate
     from aletheia.training.fast_steps import fast_steps
     from aletheia.training.held_out import held_out_loss
+    from aletheia.training.settings import TrainSettings
     from aletheia.training.train import train
 
 

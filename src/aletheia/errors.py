@@ -13,10 +13,11 @@
     ├── StatisticsError values that no figure can be made from (none, a NaN, unequal numbers of them)
     ├── SandboxError    model-written programs that cannot be contained on this machine
     ├── CampaignError   a campaign file that cannot be read, or a campaign that cannot go on
-    └── ArtifactError   a file of ours that cannot be read, or an output that would overwrite something
+    ├── ArtifactError   a file of ours that cannot be read, or an output that would overwrite something
+    └── Interrupted     a signal ended the run; has the exit code
 
 Each message says what was found, what was expected and the remedy, in one line. The command line prints it
-after ``error:`` and exits with 2.
+after ``error:`` and exits with 2, after an interruption with its own code.
 """
 
 
@@ -74,3 +75,12 @@ class CampaignError(AletheiaError):
 
 class ArtifactError(AletheiaError):
     """One of our files cannot be read, or an output would overwrite something."""
+
+
+class Interrupted(AletheiaError):  # noqa: N818 - nothing went wrong
+    """SIGTERM or Ctrl-C ended the run before it was done; ``exit_code`` is 128 and the signal's number."""
+
+    def __init__(self, message: str, signum: int) -> None:
+        """``signum`` is the number of the signal that came."""
+        super().__init__(message)
+        self.exit_code = 128 + signum

@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from aletheia.errors import ArtifactError
+from aletheia.errors import ArtifactError, SettingsError
 
 TRACKED_PACKAGES = ("aletheia-tune", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 
@@ -46,19 +46,36 @@ def write_text(path: Path, text: str) -> None:
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as handle:
                 handle.write(text)
+                handle.flush()
+                os.fsync(handle.fileno())  # or a power cut after the rename leaves an empty file
             os.chmod(temporary, 0o666 & ~_umask())
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
             raise
     except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror}; choose another place with --out") from error
+        raise ArtifactError(f"cannot write {path}: {error.strerror}; choose another `out`") from error
 
 
 def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's bytes, or a folder's list of names, are on the disk.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    if path.is_dir() and os.name != "posix":
+        return  # folders cannot be opened there
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def check_writable(folder: Path) -> None:
@@ -75,7 +92,7 @@ def check_writable(folder: Path) -> None:
         if is_new:
             folder.rmdir()
     except OSError as error:
-        raise ArtifactError(f"cannot write to {folder}: {error.strerror}; choose another place with --out") from error
+        raise ArtifactError(f"cannot write to {folder}: {error.strerror}; choose another `out`") from error
 
 
 def free_bytes(folder: Path) -> int:
@@ -109,7 +126,7 @@ class Artifact(BaseModel):
         """
         path = Path(path)
         if path.exists() and artifact_format(path) != self.FORMAT:
-            raise ArtifactError(f"{path} exists and is no {self.FORMAT} file; choose another --out or remove it first")
+            raise ArtifactError(f"{path} exists and is no {self.FORMAT} file; choose another `out` or remove it first")
         write_text(path, self.to_json())
         return path
 
@@ -133,6 +150,8 @@ class Artifact(BaseModel):
         body = {key: value for key, value in found.items() if key not in ("format", "version")}
         try:
             return cls.model_validate(body)
+        except SettingsError as error:
+            raise ArtifactError(f"{path} is no valid {cls.FORMAT} file: {error}") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"

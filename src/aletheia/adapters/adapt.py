@@ -7,17 +7,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from peft.utils.transformers_weight_conversion import (
-    convert_peft_config_for_transformers,
-    get_model_conversion_mapping,
-)
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
 
+from aletheia.anatomy.access import base_of
 from aletheia.anatomy.fingerprint import identify
 from aletheia.anatomy.read import is_matrix, read_anatomy
 from aletheia.anatomy.schema import Anatomy, ModelIdentity, Module
 from aletheia.errors import AdapterError, PlanError
-from aletheia.planning.plan import Adapter, Plan
+from aletheia.planning.plan import Adapter, Plan, check_dropout
 
 
 def adapt(model: nn.Module, plan: Plan, seed: int = 0, identity: ModelIdentity | None = None) -> PeftModel:
@@ -30,21 +29,41 @@ def adapt(model: nn.Module, plan: Plan, seed: int = 0, identity: ModelIdentity |
         identity: what model it is, where ``model`` holds its upper layers only.
 
     Raises:
-        PlanError: the plan belongs to another model, or was edited into one that does not fit.
+        PlanError: the plan belongs to another model, was edited into one that does not fit, or asks for dropout where
+            PEFT has none.
         AdapterError: the model is adapted already, or the adapted set differs from the plan.
     """
     if isinstance(model, PeftModel) or any(isinstance(module, LoraLayer) for module in model.modules()):
         raise AdapterError("the model carries LoRA adapters already; expected a base model (merge or unload it first)")
-    anatomy = read_anatomy(model)
-    plan.check_model(identity or identify(model, anatomy))
-    check_names(plan, anatomy)
+    config = config_of(plan, model, identity)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        own = {adapter.name: (adapter.rank, adapter.alpha) for adapter in plan.adapters}
-        config = lora_config(plan.adapters, model, plan.settings.rank, plan.settings.alpha, own)
         adapted = get_peft_model(model, config)
     check_adapters(adapted, plan)
     return adapted
+
+
+def config_of(plan: Plan, model: nn.Module, identity: ModelIdentity | None = None) -> LoraConfig:
+    """The PEFT configuration of a plan, checked against the model, which is left as it is.
+
+    Args:
+        plan: which modules, with which rank and alpha.
+        model: the base model that the plan was made for.
+        identity: what model it is, where ``model`` holds its upper layers only.
+
+    Raises:
+        PlanError: the plan belongs to another model, was edited into one that does not fit, or asks for dropout where
+            PEFT has none.
+    """
+    anatomy = read_anatomy(model)
+    plan.check_model(identity or identify(model, anatomy))
+    check_names(plan, anatomy)
+    settings = plan.settings
+    own = {adapter.name: (adapter.rank, adapter.alpha) for adapter in plan.adapters}
+    config = lora_config(plan.adapters, model, settings.rank, settings.common_alpha, own)
+    check_dropout(settings.dropout, config.target_parameters or ())
+    config.lora_dropout, config.use_rslora = settings.dropout, settings.rslora
+    return config
 
 
 def check_names(plan: Plan, anatomy: Anatomy) -> None:
@@ -97,7 +116,7 @@ def lora_config(
         target_modules=[name for name in modules if name not in as_parameter],
         target_parameters=[*stacks, *as_parameter.values()] or None,
         r=rank,
-        lora_alpha=_integral(alpha),
+        lora_alpha=_integral(alpha),  # type: ignore[arg-type]  # PEFT takes any number
         rank_pattern={name: own_rank for name, (own_rank, _) in patterns.items() if own_rank != rank},
         alpha_pattern={name: _integral(own_alpha) for name, (_, own_alpha) in patterns.items() if own_alpha != alpha},
     )
@@ -112,11 +131,11 @@ def _rewritten(names: list[str], model: nn.Module) -> list[str]:
     """
     trial = LoraConfig(task_type="CAUSAL_LM", target_modules=list(names))
     try:
-        convert_peft_config_for_transformers(trial, model, get_model_conversion_mapping(model))
+        convert_peft_config_for_transformers(trial, model, get_model_conversion_mapping(base_of(model)))
     except ValueError:  # it finds a part of a stack without the other
         leaves = {"gate_proj", "up_proj", "down_proj"}
         return [name for name in names if name.rpartition(".")[2] in leaves]
-    return [name for name in names if name not in trial.target_modules]
+    return [name for name in names if name not in (trial.target_modules or ())]
 
 
 def _integral(alpha: float) -> int | float:

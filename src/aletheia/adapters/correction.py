@@ -4,6 +4,7 @@ Shapes: N tokens, I inputs, O outputs, R rank.
 """
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import TracebackType
 
@@ -15,8 +16,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from aletheia.adapters.adapt import adapted_modules, lora_config
+from aletheia.anatomy.access import base_of
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import on_device_of
+from aletheia.errors import AdapterError
 from aletheia.planning.plan import Plan
 
 OVERSAMPLED = 8  # directions beyond the rank in the randomized decomposition
@@ -38,6 +41,7 @@ class Correction:
         self._changes: dict[LoraLayer, torch.Tensor] = {}  # E of the layer at hand
         self._factors: dict[LoraLayer, tuple[torch.Tensor, torch.Tensor]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._is_off = False
 
     def __enter__(self) -> "Correction":
         """Nothing changes until :meth:`measure`."""
@@ -49,6 +53,15 @@ class Correction:
         """Take the corrections off the weights."""
         for handle in self._handles:
             handle.remove()
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Let the model compute as it did before it was corrected."""
+        self._is_off = True
+        try:
+            yield
+        finally:
+            self._is_off = False
 
     def __len__(self) -> int:
         """How many weights are corrected."""
@@ -66,7 +79,15 @@ class Correction:
             model: the adapted model.
             layers: index and weights of the adapted decoder layers as they were before, in their order.
             batch: what the inputs are taken from, as ``model`` takes them.
+
+        Raises:
+            AdapterError: the adapters have rsLoRA's scale, which does not stay when their rank is doubled.
         """
+        if model.active_peft_config.use_rslora:
+            raise AdapterError(
+                "`correct_quantization` and `rslora` are both on; expected one of them: the correction doubles the "
+                "rank, and with it changes rsLoRA's scale"
+            )
         originals = iter(layers)
         rows = on_device_of(model, batch)
         kept_N = rows["attention_mask"].flatten().bool()
@@ -102,7 +123,8 @@ class Correction:
         original = next(layer for read, layer in originals if read == index)
         for name, module in adapters.items():
             before = original.get_submodule(name)
-            weight_OI = before.weight.T if isinstance(before, Conv1D) else before.weight
+            weight = before.get_parameter("weight")
+            weight_OI = weight.T if isinstance(before, Conv1D) else weight
             base = module.get_base_layer()
             self._changes[module] = weight_OI.float() - dequantize_module_weight(base).float()
             # the pass has not reached it yet: its first call is seen, and corrected, too
@@ -124,7 +146,7 @@ class Correction:
             rank = module.r[module.active_adapters[0]]
             a_RI, b_OR = _factors(self._changes.pop(module), x_NI.float(), rank)
             self._factors[module] = a_RI.to(x.dtype), b_OR.to(x.dtype)
-        if module not in self._factors:
+        if module not in self._factors or self._is_off:
             return output
         a_RI, b_OR = self._factors[module]
         return output + ((x @ a_RI.to(x.dtype).T) @ b_OR.to(x.dtype).T).to(output.dtype)
@@ -140,14 +162,14 @@ class Correction:
         for module, (a_RI, b_OR) in self._factors.items():
             name = module.active_adapters[0]
             lora_a, lora_b = module.lora_A[name], module.lora_B[name]
-            own_a_RI, own_b_OR = lora_a.weight, lora_b.weight
+            own_a_RI, own_b_OR = lora_a.get_parameter("weight"), lora_b.get_parameter("weight")
             lora_a.weight = nn.Parameter(torch.cat([own_a_RI, a_RI.to(own_a_RI)]))
             lora_b.weight = nn.Parameter(torch.cat([own_b_OR, b_OR.to(own_b_OR) / module.scaling[name]], dim=1))
             module.r[name] *= 2
             module.lora_alpha[name] *= 2  # the scale is their ratio
             lora_a.out_features = lora_b.in_features = module.r[name]
-        rank, alpha = 2 * plan.settings.rank, 2 * plan.settings.alpha
-        config = lora_config(plan.adapters, model.get_base_model(), rank, alpha, adapted_modules(model))
+        rank, alpha = 2 * plan.settings.rank, 2 * plan.settings.common_alpha
+        config = lora_config(plan.adapters, base_of(model), rank, alpha, adapted_modules(model))
         for field in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
             setattr(model.active_peft_config, field, getattr(config, field))
 

@@ -36,8 +36,12 @@ def align_with_gradient(model: nn.Module, batches: Iterable[dict[str, torch.Tens
         How many adapters were turned, those of an expert counted for itself. Those whose gradient is zero or not
         finite (an expert that saw no token) stay.
     """
-    factors = [
-        (module.lora_A[name].weight, module.lora_B[name].weight, getattr(module, "num_experts", 1))
+    factors: list[tuple[nn.Parameter, nn.Parameter, int]] = [
+        (
+            module.lora_A[name].get_parameter("weight"),
+            module.lora_B[name].get_parameter("weight"),
+            getattr(module, "num_experts", 1),
+        )
         for module in model.modules()
         if isinstance(module, LoraLayer)
         for name in module.active_adapters

@@ -11,9 +11,8 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -21,40 +20,24 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
     convert_and_load_state_dict_in_model,
-    rename_source_key,
 )
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils import logging
 
 from aletheia.anatomy.fingerprint import configuration, identity, sample_embedding, sample_layer
-from aletheia.anatomy.layerwise import NoEmbedding, PassThrough, layer_call, replace_module
-from aletheia.anatomy.load import Attention, explained, keep_gradients, load_config, pick, pick_device
-from aletheia.anatomy.read import find_layers, layer_index, read_anatomy
+from aletheia.anatomy.layerwise import Call, NoEmbedding, PassThrough, layer_call, replace_module
+from aletheia.anatomy.load import explained, keep_gradients, load_config, pick, pick_device
+from aletheia.anatomy.parts import Part, by, names_of_parts, stored_parts
+from aletheia.anatomy.read import find_layers, read_anatomy
 from aletheia.anatomy.schema import Anatomy, ModelIdentity
-from aletheia.anatomy.shards import STREAMED_QUANTIZERS, Buffers, Cast, item_bytes, opened, sampled_sha256, shard_files
+from aletheia.anatomy.settings import Attention
+from aletheia.anatomy.shards import STREAMED_QUANTIZERS, Buffers, Cast, opened, sampled_sha256
 from aletheia.errors import ModelError
 from aletheia.files import package_versions
 
 _Module = TypeVar("_Module", bound=nn.Module)
-Part = int | Literal["embedding", "head", "around"]
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """One tensor of the checkpoint: its file, its key there, and its bytes there and in memory once loaded.
-
-    ``dtype`` is that of the weight it becomes; None if it is more than cast on the way.
-    """
-
-    path: str
-    key: str
-    stored_bytes: int
-    size_bytes: int
-    dtype: torch.dtype | None
 
 
 class Checkpoint:
@@ -92,8 +75,8 @@ class Checkpoint:
         self.anatomy: Anatomy = read_anatomy(self._whole)
         self.layer_path, layers = find_layers(self._whole)
         self._pristine = list(layers)
-        self._names = self._group_names()
-        self._stored = self._group_stored()
+        self._names = names_of_parts(self._whole, self.layer_path, len(layers))
+        self._stored = stored_parts(self._whole, name, self.dtype, self._quantizer, self._names)
         self.model = _copied(self._whole)
         self._embedding = self.model.get_input_embeddings()
         self.layers: nn.ModuleList = self.model.get_submodule(self.layer_path)
@@ -155,7 +138,7 @@ class Checkpoint:
                 if method not in STREAMED_QUANTIZERS:
                     raise ModelError(
                         f"{self.name} is quantized with {method}; expected plain or bitsandbytes weights to stream "
-                        "from; --no-stream loads it as a whole"
+                        "from; `stream=False` loads it as a whole"
                     )
             with init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
@@ -168,82 +151,6 @@ class Checkpoint:
         for owner in model.modules():
             owner._buffers.update({name: buffer.to(self.device) for name, buffer in owner.named_buffers(recurse=False)})
         return model.eval().requires_grad_(False), quantizer
-
-    def _group_names(self) -> dict[Part, set[str]]:
-        """The state-dict keys of each part; those of tied weights count once, under the name that is stored."""
-        owners: dict[Part, nn.Module | None] = {
-            "embedding": self._whole.get_input_embeddings(),
-            "head": self._whole.get_output_embeddings(),
-        }
-        special = {
-            id(value): part
-            for part in ("head", "embedding")  # a tied head's weight is the embedding's
-            if (owner := owners[part]) is not None
-            for value in owner.parameters()
-        }
-        tied = set(getattr(self._whole, "all_tied_weights_keys", None) or ())
-        names: dict[Part, set[str]] = {part: set() for part in (*range(self.layer_count), *owners, "around")}
-        for name, value in self._whole.state_dict(keep_vars=True).items():
-            if name.startswith(f"{self.layer_path}."):
-                names[layer_index(name, self.layer_path)].add(name)
-            elif name not in tied:
-                names[special.get(id(value), "around")].add(name)
-        return names
-
-    def _group_stored(self) -> dict[Part, list[_Stored]]:
-        """Which tensors of which files make up each part; complete and of the right shape, or refused."""
-        expected = self._whole.state_dict()
-        transforms = get_model_conversion_mapping(self._whole, None, self._quantizer)
-        renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
-        converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
-        found: dict[str, list[_Stored]] = {}
-        prefix = self._whole.base_model_prefix
-        exceptions = self._whole._get_dtype_plan(self.dtype)  # weights kept in float32
-        for path in shard_files(self.name):
-            with opened(path) as shard:
-                for key in shard.keys():  # noqa: SIM118 - no dictionary
-                    view = shard.get_slice(key)
-                    shape = view.get_shape()
-                    target, pattern = rename_source_key(key, renamings, converters, prefix, expected)
-                    if target not in expected and key in expected:
-                        target, pattern = key, None
-                    wanted = expected.get(target)
-                    is_plain = pattern is None and self._quantizer is None
-                    if wanted is not None and is_plain and wanted.shape != torch.Size(shape):
-                        raise ModelError(
-                            f"{key} in {path} is {_by(shape)}; expected {_by(wanted.shape)} by the config; "
-                            "fetch or convert the checkpoint again"
-                        )
-                    stored, loaded = item_bytes(view.get_dtype(), self.dtype)
-                    count = torch.Size(shape).numel()
-                    dtype = wanted.dtype if wanted is not None and is_plain and not exceptions else None
-                    found.setdefault(target, []).append(_Stored(path, key, stored * count, loaded * count, dtype))
-        absent = sorted(set().union(*self._names.values()) - found.keys() - self._may_be_absent())
-        if absent:
-            raise ModelError(
-                f"{self.name} has {len(absent)} missing keys, first {absent[0]}; expected a weight for every parameter "
-                "of its config; fetch or convert the checkpoint again, or try --no-stream"
-            )
-        self._check_tied(found)
-        return {
-            part: [stored for name in sorted(names & found.keys()) for stored in found[name]]
-            for part, names in self._names.items()
-        }
-
-    def _check_tied(self, found: dict[str, list[_Stored]]) -> None:
-        """transformers does not tie weights that a checkpoint holds twice with different values."""
-        for target, source in (getattr(self._whole, "all_tied_weights_keys", None) or {}).items():
-            if target in found and source in found:
-                with opened(found[target][0].path) as one, opened(found[source][0].path) as other:
-                    if not torch.equal(one.get_tensor(found[target][0].key), other.get_tensor(found[source][0].key)):
-                        raise ModelError(
-                            f"{self.name} says that {target} is {source}, and holds other values for it; expected "
-                            "tie_word_embeddings to be false in its config"
-                        )
-
-    def _may_be_absent(self) -> set[str]:
-        """Buffers that an older checkpoint may lack: they were computed."""
-        return {name for name, _ in self._whole.named_buffers()}
 
     def layer(self, index: int, buffers: Buffers | None = None) -> nn.Module:
         """Layer ``index`` with its weights, frozen and in eval mode, to be thrown away after use.
@@ -278,13 +185,14 @@ class Checkpoint:
                 buffers.give_back(layer)
                 del layer
 
-    def call(self, index: int, batch: dict[str, torch.Tensor]) -> tuple[tuple, dict[str, Any]]:
+    def call(self, index: int, batch: dict[str, torch.Tensor]) -> Call:
         """The arguments with which the model calls layer ``index``; the hidden states among them stand for others.
 
         Raises:
             ModelError: the layer is never called, or gets something else that a layer or the embedding computes.
         """
-        found = layer_call(self.model, self.layers[index], batch)
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        found = layer_call(self.model, self.layers[index], inputs)
         if found is None:
             raise ModelError(f"{type(self.model).__name__} does not call layer {index}; it cannot be streamed")
         self._check_alone(index, *found)
@@ -306,24 +214,25 @@ class Checkpoint:
         finally:
             self._blank.value = 0.0
 
-    def _check_alone(self, index: int, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _check_alone(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         others = [*args[1:], *(value for name, value in kwargs.items() if args or name != "hidden_states")]
         flat = [item for value in others for item in (value if isinstance(value, tuple | list) else (value,))]
         for value in flat:
             if isinstance(value, torch.Tensor) and value.is_floating_point() and torch.isnan(value).any():
                 raise ModelError(
                     f"layer {index} of {type(self.model).__name__} reads more than the hidden states before it; such a "
-                    "model cannot be streamed, load it as a whole with --no-stream"
+                    "model cannot be streamed, load it as a whole with `stream=False`"
                 )
 
-    def run(self, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    def run(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """The hidden states [B, T, D] that a layer returns; the stand-ins learn the form of its output."""
-        output = layer(*args, **kwargs)
+        output: torch.Tensor | tuple[Any, ...] = layer(*args, **kwargs)
         if not isinstance(output, tuple):
             self.set_outputs(None)
             return output
         self.set_outputs([isinstance(item, torch.Tensor) and item.is_floating_point() for item in output[1:]])
-        return output[0]
+        hidden_BTD: torch.Tensor = output[0]
+        return hidden_BTD
 
     @property
     def outputs(self) -> list[bool] | None:
@@ -429,7 +338,7 @@ class Checkpoint:
         if found.mismatched_keys:
             key, shape, wanted = sorted(found.mismatched_keys)[0]
             raise ModelError(
-                f"{key} in {self.name} is {_by(shape)}; expected {_by(wanted)} by the config; "
+                f"{key} in {self.name} is {by(shape)}; expected {by(wanted)} by the config; "
                 "fetch or convert the checkpoint again"
             )
         for name in sorted(self._names[part]):
@@ -457,7 +366,3 @@ def _restored(model: nn.Module) -> Iterator[None]:
         for values, saved in before:
             values.clear()
             values.update(saved)
-
-
-def _by(shape: Sequence[int]) -> str:
-    return " x ".join(map(str, shape))

@@ -62,9 +62,9 @@ def identity(name: str, anatomy: Anatomy, embedding: bytes, samples: Sequence[La
     structure.update(embedding)
     for sample in samples:
         structure.update(sample.vectors)
-    matrices = [sample.matrices for sample in samples]
+    matrices = [sample.matrices for sample in samples if sample.matrices is not None]
     weights = None
-    if None not in matrices:
+    if len(matrices) == len(samples):
         weights = hashlib.sha256(b"".join([*matrices, *(sample.stacks for sample in samples)])).hexdigest()
     return ModelIdentity(name=name, fingerprint=structure.hexdigest(), weights=weights)
 

@@ -3,18 +3,22 @@
 Shapes: B rows of the batch, T tokens of its longest row, D model width.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and named arguments of a layer
 
-def hidden_states(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+
+def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """The hidden states [B, T, D] among the arguments of a decoder layer: the first, or the one so named."""
-    return args[0] if args else kwargs["hidden_states"]
+    hidden_BTD: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return hidden_BTD
 
 
-def with_hidden_states(args: tuple, kwargs: dict[str, Any], hidden_BTD: torch.Tensor) -> tuple[tuple, dict[str, Any]]:
+def with_hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any], hidden_BTD: torch.Tensor) -> Call:
     """The arguments of a decoder layer with other hidden states."""
     return ((hidden_BTD, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_BTD})
 
@@ -23,22 +27,20 @@ class _Reached(BaseException):
     """The layer was called; the model's forward ends here."""
 
 
-def layer_call(
-    model: nn.Module, layer: nn.Module, batch: dict[str, torch.Tensor]
-) -> tuple[tuple, dict[str, Any]] | None:
-    """The arguments with which ``model`` calls its ``layer``, None if it never does; nothing from there up runs.
+def layer_call(forward: Callable[..., object], layer: nn.Module, batch: Mapping[str, Any]) -> Call | None:
+    """The arguments with which a model's ``forward`` calls ``layer``, None if it never does; nothing above runs.
 
-    ``batch`` holds ``input_ids`` and ``attention_mask``, both [B, T].
+    ``batch`` holds what the forward pass takes, such as ``input_ids`` and ``attention_mask``, both [B, T].
     """
-    caught: list[tuple[tuple, dict[str, Any]]] = []
+    caught: list[Call] = []
 
-    def catch(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def catch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         caught.append((args, kwargs))
         raise _Reached
 
-    handle = layer.register_forward_pre_hook(catch, with_kwargs=True)
+    handle = layer.register_forward_pre_hook(catch, with_kwargs=True, prepend=True)
     try:
-        model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+        forward(**batch, use_cache=False)
     except _Reached:
         return caught[0]
     finally:

@@ -22,10 +22,10 @@ from transformers import (
 
 from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import Anatomy
+from aletheia.anatomy.settings import Attention
 from aletheia.errors import ModelError
 
 Quantize = Literal["nf4", "int8"]
-Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -78,7 +78,7 @@ def pick(dtype: str, device: torch.device) -> torch.dtype:
 
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16, AMX, or Arm's bf16)."""
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
+    capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
 
 
@@ -115,7 +115,8 @@ def load_config(name: str) -> PretrainedConfig:
         ModelError: MODEL cannot be found or its config cannot be read.
     """
     with explained(name):
-        return AutoConfig.from_pretrained(**_place(name))
+        config: PretrainedConfig = AutoConfig.from_pretrained(**_place(name))
+        return config
 
 
 def inspect(name: str) -> Anatomy:
@@ -211,7 +212,7 @@ def _quantization(name: str, kind: str, dtype: torch.dtype) -> BitsAndBytesConfi
     if name.endswith(".gguf"):
         raise ModelError(f"{name} is a GGUF file, which transformers cannot quantize again; expected a model folder")
     if find_spec("bitsandbytes") is None:
-        raise ModelError("--quantize needs bitsandbytes; install it with: pip install 'aletheia-tune[quant]'")
+        raise ModelError("`quantize` needs bitsandbytes; install it with: pip install 'aletheia-tune[quant]'")
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
+from aletheia.anatomy.access import text_config
 from aletheia.anatomy.schema import Anatomy, Module, Role
 from aletheia.errors import ModelError
 
@@ -96,7 +97,7 @@ def _returns_product(linear: nn.Linear) -> bool:
 
 def adds_router_loss(model: nn.Module) -> bool:
     """Whether the loss of a mixture counts how its routers choose, in layers below any boundary, too."""
-    return bool(getattr(model.config.get_text_config(), "output_router_logits", False))
+    return bool(getattr(text_config(model), "output_router_logits", False))
 
 
 def read_anatomy(model: nn.Module) -> Anatomy:

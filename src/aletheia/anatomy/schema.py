@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+BETWEEN_SOURCES = " + "  # in the name of a data set of several files
 Role = Literal["attention", "mlp", "expert", "shared_expert", "router"]
 
 
@@ -104,10 +105,18 @@ class ModelIdentity(BaseModel):
 
 
 class DataIdentity(BaseModel):
-    """Which data set an artefact was made from. ``form`` is the row form, such as ``question, answer``."""
+    """Which data set an artefact was made from. ``form`` is the row form, such as ``question, answer``.
+
+    Of several files read as one data set, ``name`` holds all, see :attr:`sources`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
     fingerprint: str
     form: str
     rows: int
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The files or hub data sets that were read one after the other."""
+        return tuple(self.name.split(BETWEEN_SOURCES))

@@ -1,6 +1,6 @@
 """How a model is loaded. No torch."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import ByteSize, model_validator
 
@@ -8,16 +8,19 @@ from aletheia.settings import Settings, option
 
 GROUP = "Model"
 
+Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
+
 
 class LoadSettings(Settings):
     """Which model, and in which form."""
 
+    SECTION: ClassVar[str] = "model"
     model: str = option(..., "Hub id, local folder or .gguf file.", GROUP)
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
         "auto", "Number format; auto takes what the device is fast in.", GROUP
     )
     quantize: Literal["nf4", "int8"] | None = option(None, "Quantize the base while loading, for QLoRA.", GROUP)
-    attention: str | None = option(None, "eager, sdpa or flash_attention_2; transformers chooses by default.", GROUP)
+    attention: Attention | None = option(None, "How attention is computed; transformers chooses by default.", GROUP)
     stream: bool | None = option(
         None, "Read the weights layer by layer (by default where they take over half the memory).", GROUP
     )

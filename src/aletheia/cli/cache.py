@@ -9,7 +9,7 @@ import typer
 from aletheia.cli.options import JsonOption, print_json, print_rich, say
 
 if TYPE_CHECKING:
-    from aletheia.prefix.cache import StoredCache
+    from aletheia.prefix.cache_folders import StoredCache
 
 EXAMPLE = "aletheia cache --delete-unused 30"
 DAY_SECONDS = 24 * 3600
@@ -30,7 +30,7 @@ def cache(
 ) -> None:
     """List the prefix caches on disk; delete one, or those that no run has used for long."""
     from aletheia.errors import CacheError
-    from aletheia.prefix.cache import default_cache_dir, stored_caches
+    from aletheia.prefix.cache_folders import default_cache_dir, stored_caches
     from aletheia.reporting.format import human_bytes
 
     root = cache_dir or default_cache_dir()

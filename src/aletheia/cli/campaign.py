@@ -3,20 +3,24 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from aletheia.cli.help import Command, Group
 from aletheia.cli.options import JsonOption, print_json, print_rich, say
-from aletheia.errors import CampaignError
 
 if TYPE_CHECKING:
     from aletheia.lab.campaign.coordinate import Watcher
-    from aletheia.lab.campaign.executors import Executor
     from aletheia.lab.campaign.grid import Job
     from aletheia.lab.campaign.store import Store
 
-app = typer.Typer(help="Experiments over models, arms and seeds: run, resumed, reported.", no_args_is_help=True)
+app = typer.Typer(
+    help="Experiments over models, arms and seeds: run, resumed, reported.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    cls=Group,
+)
 EXAMPLES = {
     "run": "aletheia campaign run campaigns/speed.yaml --out speed",
     "status": "aletheia campaign status speed",
@@ -26,7 +30,7 @@ EXAMPLES = {
 OutArgument = Annotated[Path, typer.Argument(help="Folder of the campaign.", metavar="OUT")]
 
 
-@app.command("run", epilog=f"Example:\n\n{EXAMPLES['run']}")
+@app.command("run", epilog=f"Example:\n\n\b\n{EXAMPLES['run']}", cls=Command)
 def run(
     spec: Annotated[Path, typer.Argument(help="Campaign file (YAML).", metavar="SPEC")],
     out: Annotated[Path, typer.Option("--out", help="Folder for the store, jobs and results.")],
@@ -52,33 +56,31 @@ def run(
 
     Exit code 1 if rows failed; the others are kept.
     """
-    from aletheia.lab.campaign.coordinate import check_data, check_tools, run_campaign
-    from aletheia.lab.campaign.executors import LocalPool, RayCluster, check_workers
+    from aletheia.lab.campaign.checks import check_campaign, check_tools
+    from aletheia.lab.campaign.coordinate import run_campaign
+    from aletheia.lab.campaign.executors import ExecutorSettings, make_executor
     from aletheia.lab.campaign.spec import read_campaign
 
     campaign = read_campaign(spec)
     data = data_dir or Path(campaign.data_dir)
-    check_data(campaign, data)
-    if executor not in ("local", "ray"):
-        raise CampaignError(f"--executor is {executor!r}; expected local or ray")
-    others = {"--workers": workers} if executor == "ray" else {"--address": address, "--gpus": gpus, "--cpus": cpus}
-    if given := [name for name, value in others.items() if value is not None]:
-        raise CampaignError(
-            f"{given[0]} is not for the {executor} executor; leave it out, or choose another --executor"
-        )
-    check_workers(campaign, executor, workers or 1, gpus)
+    asked: dict[str, Any] = {
+        "executor": executor,
+        "workers": workers,
+        "address": address,
+        "gpus": gpus,
+        "cpus": cpus,
+    }
+    settings = ExecutorSettings(**asked)
+    check_campaign(campaign, data, settings)
     if dry_run:
         from aletheia.lab.campaign.forecast import forecast
         from aletheia.lab.reporting.campaign_terminal import forecast_table
 
         print_rich(*forecast_table(forecast(campaign, out, workers or 1)))
         return
-    chosen: Executor
-    if executor == "local":
+    if executor == "local":  # on Ray, other machines run the benchmarks
         check_tools(campaign)
-        chosen = LocalPool(workers or 1)
-    else:
-        chosen = RayCluster(address, 1 if cpus is None else cpus, gpus or 0)
+    chosen = make_executor(settings)
     with _live_table() as show:
         records = run_campaign(campaign, out, chosen, data, retry_failed, show)
     failed = [record for record in records if record.status == "failed"]
@@ -89,7 +91,7 @@ def run(
         raise typer.Exit(1)
 
 
-@app.command("status", epilog=f"Example:\n\n{EXAMPLES['status']}")
+@app.command("status", epilog=f"Example:\n\n\b\n{EXAMPLES['status']}", cls=Command)
 def status(out: OutArgument, as_json: JsonOption = False) -> None:
     """Rows by model and arm: done, failed with the reason, still to come."""
     from aletheia.lab.campaign.store import STORE_FILE, Store
@@ -107,7 +109,7 @@ def status(out: OutArgument, as_json: JsonOption = False) -> None:
         print_rich(*status_table(records, []))
 
 
-@app.command("report", epilog=f"Example:\n\n{EXAMPLES['report']}")
+@app.command("report", epilog=f"Example:\n\n\b\n{EXAMPLES['report']}", cls=Command)
 def report(
     out: OutArgument,
     to: Annotated[
@@ -122,7 +124,7 @@ def report(
         say(f"wrote {path}")
 
 
-@app.command("schema", epilog=f"Example:\n\n{EXAMPLES['schema']}")
+@app.command("schema", epilog=f"Example:\n\n\b\n{EXAMPLES['schema']}", cls=Command)
 def schema() -> None:
     """Print the JSON schema of campaign files."""
     from aletheia.lab.campaign.spec import json_schema

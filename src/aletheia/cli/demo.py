@@ -1,5 +1,6 @@
 """``aletheia demo``: the main job on a small real model and a real task, against uniform LoRA."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from textwrap import indent
 from typing import TYPE_CHECKING, Annotated
@@ -42,49 +43,41 @@ def demo(
     from aletheia.data.rows import load_rows
     from aletheia.data.stdlib_task import write_stdlib_task
     from aletheia.planning.make import plan as make_plan
-    from aletheia.planning.plan import FREEZE_AFTER
     from aletheia.probing.resident import probe
     from aletheia.reporting.page import report
     from aletheia.reporting.terminal import comparison_table, render
-    from aletheia.runs.folder import claim_output
+    from aletheia.runs.folder import RunFolder
     from aletheia.runs.schema import REPORT_FILE, SCORES_FILE
-    from aletheia.training.train import check_settings, train
+    from aletheia.training.settings import TrainSettings
+    from aletheia.training.train import Prepared, train
 
-    check_settings(steps)
-    arms = {"uniform": out / "uniform", "plan": out / "plan"}
-    for folder in arms.values():
-        claim_output(folder, overwrite)
-    checkpoint = demo_checkpoint()
-    train_file, held_out_file = write_stdlib_task(out, steps * BATCH_SIZE, HELD_OUT_ROWS, seed)
-
-    seconds: dict[str, float] = {}
-    say("load   SmolLM2-135M-Instruct (GGUF, about half a minute)")
-    with timed(seconds, "load"):
-        base = load(str(checkpoint))
-    examples = load_data(str(train_file), base.tokenizer)
-    held_out_rows = load_rows(str(held_out_file))
-    held_out = encode(held_out_rows, base.tokenizer)
-    prompt = held_out_rows.rows[0].messages[0]["content"]
-    before = answer(base, prompt)
-    say("probe  5 batches of 1")
-    scores = probe(base.model, examples, seed=seed)
-    scores.write(out / SCORES_FILE)
-
-    runs, after = [], ""
-    for name, plan in (
-        ("uniform", make_plan(scores, "uniform")),
-        ("plan", make_plan(scores, freeze_after=FREEZE_AFTER)),
-    ):
-        say(f"train  {name}: {len(plan.layers)} of {plan.layer_count} layers, {steps} steps of {BATCH_SIZE}")
-        model = adapt(base.model, plan, seed)
-        runs.append(
-            train(
-                model, examples, plan, arms[name], held_out, steps=steps, batch_size=BATCH_SIZE, seed=seed,
-                overwrite=overwrite, earlier_seconds=seconds,
-            )
-        )  # fmt: skip
-        after = answer(base, prompt)
-        model.unload()
+    with ExitStack() as stack:
+        folders = {
+            arm: stack.enter_context(RunFolder.claim(out / arm, overwrite, "never")) for arm in ("uniform", "plan")
+        }
+        train_file, held_out_file = write_stdlib_task(out, steps * BATCH_SIZE, HELD_OUT_ROWS, seed)
+        seconds: dict[str, float] = {}
+        say("load   SmolLM2-135M-Instruct (GGUF, about half a minute)")
+        with timed(seconds, "load"):
+            base = load(str(demo_checkpoint()))
+        data = load_data(str(train_file), base.tokenizer)
+        held_out_rows = load_rows(str(held_out_file))
+        held_out = encode(held_out_rows, base.tokenizer)
+        first = held_out_rows.rows[0].messages
+        assert first is not None  # rows of a prompt and a completion are messages
+        prompt = first[0]["content"]
+        before = answer(base, prompt)
+        say("probe  5 batches of 1")
+        scores = probe(base.model, data, seed=seed)
+        scores.write(out / SCORES_FILE)
+        runs, after = [], ""
+        for arm, plan in (("uniform", make_plan(scores, policy="uniform")), ("plan", make_plan(scores))):
+            say(f"train  {arm}: {len(plan.layers)} of {plan.layer_count} layers, {steps} steps of {BATCH_SIZE}")
+            model = adapt(base.model, plan, seed)
+            settings = TrainSettings(steps=steps, batch_size=BATCH_SIZE, seed=seed)
+            runs.append(train(model, data, plan, folders[arm], held_out, settings, Prepared(seconds=seconds)))
+            after = answer(base, prompt)
+            model.unload()
     page = report(runs, out / REPORT_FILE)
     sample = {"prompt": prompt, "before": before, "after": after}
     if as_json:
@@ -107,5 +100,5 @@ def answer(base: "Loaded", prompt: str, max_new_tokens: int = 40) -> str:
     inputs = base.tokenizer(text, return_tensors="pt", add_special_tokens=False).to(base.model.device)
     base.model.eval()
     with torch.no_grad():
-        output_BT = base.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        output_BT = base.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
     return str(base.tokenizer.decode(output_BT[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

@@ -7,25 +7,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from aletheia.cli.options import (
-    AttentionOption,
-    DtypeOption,
-    JsonOption,
-    MaxLengthOption,
-    QuantizeOption,
-    SkipEmptiedOption,
-    print_json,
-    print_rich,
-    quiet_libraries,
-    say,
-)
+from aletheia.anatomy.settings import LoadSettings
+from aletheia.cli.options import JsonOption, print_json, print_rich, quiet_libraries, say
+from aletheia.cli.settings_options import Given, from_settings
+from aletheia.data.settings import DataSettings
 
 if TYPE_CHECKING:
-    from aletheia.lab.evaluation.result import EvalSettings, Evaluated
+    from aletheia.lab.evaluation.record import EvalSettings, Evaluated
 
 EXAMPLE = "aletheia eval Qwen/Qwen2.5-0.5B-Instruct --adapter run --tasks mmlu,gsm8k --limit 200 --out run-eval"
 
 
+@from_settings(
+    LoadSettings,
+    DataSettings,
+    leave_out={"model", "stream", "max_memory", "data", "eval_data", "eval_fraction", "eval_rows"},
+)
 def eval(
     model: Annotated[
         str | None,
@@ -70,21 +67,18 @@ def eval(
         int | None,
         typer.Option("--context-length", help="Longest prompt, and the window of wikitext (the model's by default)."),
     ] = None,
-    max_length: MaxLengthOption = 1024,
-    skip_emptied: SkipEmptiedOption = False,
-    dtype: DtypeOption = "auto",
-    quantize: QuantizeOption = None,
-    attention: AttentionOption = None,
     unsafe_exec: Annotated[
         bool, typer.Option("--unsafe-exec", help="Where there is no sandbox, run humaneval's programs without one.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another evaluation in --out.")] = False,
     as_json: JsonOption = False,
+    *,
+    given: Given,
 ) -> None:
     """Evaluate a model, with an adapter or without, on lm-eval's tasks and held-out rows; interrupted, it goes on."""
     quiet_libraries()
     from aletheia.lab.evaluation.against import compare
-    from aletheia.lab.evaluation.result import Evaluated
+    from aletheia.lab.evaluation.record import Evaluated
     from aletheia.lab.reporting.evaluation_table import comparison_table, evaluation_table
 
     others = [Evaluated.read(path) for path in against or ()]
@@ -93,11 +87,15 @@ def eval(
     else:
         from aletheia.lab.evaluation.evaluate import eval_settings
 
+        loading = LoadSettings(model=model, **given["model"])
+        rows = DataSettings(
+            data=(eval_data or "none",), **given["data"]
+        )  # how held-out rows are cut, where there are any
         settings = eval_settings(
             data_dir, adapter, model=model, tasks=[name.strip() for name in tasks.split(",") if name.strip()],
             limit=limit, eval_data=eval_data, num_fewshot=num_fewshot, chat=chat, max_new_tokens=max_new_tokens,
-            context_length=context_length, max_length=max_length, skip_emptied=skip_emptied,
-            batch_size=batch_size, dtype=dtype, quantize=quantize, attention=attention,
+            context_length=context_length, max_length=rows.max_length, skip_emptied=rows.skip_emptied,
+            batch_size=batch_size, dtype=loading.dtype, quantize=loading.quantize, attention=loading.attention,
         )  # fmt: skip
         done = _evaluate(settings, out, data_dir, unsafe_exec, overwrite)
     compared = [compare(done, other) for other in others]
@@ -114,7 +112,7 @@ def _evaluate(
     """Load and evaluate, unless the folder holds the result already."""
     from aletheia.anatomy.fingerprint import identify
     from aletheia.anatomy.load import load
-    from aletheia.lab.evaluation.evaluate import claim, evaluate
+    from aletheia.lab.evaluation.evaluate import Origin, claim, evaluate
     from aletheia.runs.saved import load_adapter
 
     if (finished := claim(out, settings, overwrite)) is not None:
@@ -126,8 +124,7 @@ def _evaluate(
     identity = identify(base.model)
     if settings.adapter is not None:
         base = replace(base, model=load_adapter(base.model, settings.adapter))  # type: ignore[arg-type]
-    done = evaluate(
-        base, settings, out, data_dir, identity, unsafe_exec, overwrite, load_seconds=time.perf_counter() - started
-    )
+    origin = Origin(identity, time.perf_counter() - started)
+    done = evaluate(base, settings, out, data_dir, origin, unsafe_exec, overwrite)
     say(f"wrote {out} (eval.json, items.parquet)")
     return done

@@ -5,27 +5,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from aletheia.anatomy.settings import LoadSettings
 from aletheia.cli.options import (
-    AttentionOption,
-    DataOption,
-    DtypeOption,
     JsonOption,
-    MaxLengthOption,
-    MaxMemoryOption,
     ModelArgument,
-    QuantizeOption,
     SeedOption,
-    SkipEmptiedOption,
-    StreamOption,
-    encode_for,
-    is_streamed,
-    load_for,
-    parse_memory,
     print_json,
     print_rich,
     quiet_libraries,
     say,
 )
+from aletheia.cli.settings_options import Given, from_settings
+from aletheia.data.settings import DataSettings
 
 if TYPE_CHECKING:
     from aletheia.anatomy.load import Loaded
@@ -35,9 +26,9 @@ if TYPE_CHECKING:
 EXAMPLE = "aletheia probe Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --out scores.json"
 
 
+@from_settings(LoadSettings, DataSettings, leave_out={"model", "eval_data", "eval_fraction", "eval_rows"})
 def probe(
     model: ModelArgument,
-    data: DataOption,
     out: Annotated[Path, typer.Option("--out", help="Scores file to write.")],
     batches: Annotated[int, typer.Option("--batches", help="Probe batches.", min=1)] = 5,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per probe batch.", min=1)] = 1,
@@ -49,15 +40,10 @@ def probe(
     calibrated: Annotated[
         bool, typer.Option("--calibrate/--no-calibrate", help="Measure step times, so that plans predict seconds.")
     ] = True,
-    max_length: MaxLengthOption = 1024,
-    skip_emptied: SkipEmptiedOption = False,
-    dtype: DtypeOption = "auto",
-    quantize: QuantizeOption = None,
-    attention: AttentionOption = None,
-    stream: StreamOption = None,
-    max_memory: MaxMemoryOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
+    *,
+    given: Given,
 ) -> None:
     """Score layers and modules by the gradient norm they receive on a few batches; nothing is trained."""
     quiet_libraries()
@@ -65,6 +51,7 @@ def probe(
     from aletheia.data.rows import load_rows
     from aletheia.errors import ProbeError
     from aletheia.files import check_writable
+    from aletheia.job.source import encode_for, is_streamed, load_for
     from aletheia.probing.resident import probe as run_probe
     from aletheia.probing.streamed import probe_streamed
     from aletheia.probing.tally import SCORE
@@ -72,18 +59,19 @@ def probe(
 
     if score != SCORE:
         raise ProbeError(f"unknown --score {score!r}; expected {SCORE}")
-    cap = parse_memory(max_memory)
+    loading = LoadSettings(model=model, **given["model"])
+    data = DataSettings(**given["data"])
     check_writable(out.parent)
-    rows = load_rows(data)
-    if is_streamed(model, dtype, stream, cap, quantize):
-        checkpoint = Checkpoint(model, dtype, attention=attention)  # type: ignore[arg-type]
-        examples = encode_for(checkpoint, rows, max_length, skip_emptied)
+    rows = load_rows(data.data)
+    if is_streamed(loading, say):
+        checkpoint = Checkpoint(model, loading.dtype, attention=loading.attention)
+        examples = encode_for(checkpoint, rows, data, say)
         say(f"probe  {batches} batches of {batch_size}, layer by layer; plans will count operations, not seconds")
         work = out.with_name(f"{out.name}.partial")
-        scores = probe_streamed(checkpoint, examples, batches, batch_size, seed, work, cap)
+        scores = probe_streamed(checkpoint, examples, batches, batch_size, seed, work, loading.max_memory)
     else:
         say(f"load   {model}")
-        base, examples = load_for(model, dtype, quantize, attention, rows, max_length, skip_emptied)
+        base, examples = load_for(loading, rows, data, say)
         say(f"probe  {batches} batches of {batch_size}")
         scores = run_probe(base.model, examples, batches, batch_size, seed)
         if calibrated:

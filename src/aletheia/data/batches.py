@@ -50,7 +50,7 @@ def sample_batches(examples: Examples, batches: int, batch_size: int, seed: int)
     """
     _check(examples, batch_size)
     if batches < 1:
-        raise DataError(f"found {batches} batches asked for, expected at least 1; raise --batches")
+        raise DataError(f"found {batches} batches asked for, expected at least 1; raise `batches`")
     count = min(len(examples), batches * batch_size)
     drawn = random.Random(seed).sample(range(len(examples)), count)
     return [_batch(examples, drawn[start : start + batch_size]) for start in range(0, count, batch_size)]
@@ -79,6 +79,6 @@ def _batch(examples: Examples, indices: Sequence[int]) -> dict[str, torch.Tensor
 
 def _check(examples: Examples, batch_size: int) -> None:
     if batch_size < 1:
-        raise DataError(f"found the batch size {batch_size}, expected at least 1; raise --batch-size")
+        raise DataError(f"found the batch size {batch_size}, expected at least 1; raise `batch_size`")
     if len(examples) == 0:
         raise DataError(f"{examples.identity.name}: found no examples, expected at least one; add rows")

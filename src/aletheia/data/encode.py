@@ -36,18 +36,18 @@ class _Script:
 
 
 def load_data(
-    source: str,
+    data: str | Sequence[str],
     tokenizer: Any,
     max_length: int = 1024,
     skip_emptied: bool = False,
     vocab_size: int | None = None,
 ) -> Examples:
-    """Read a file or hub data set and tokenise it: ``load_rows``, then ``encode``.
+    """Read files or hub data sets and tokenise them: ``load_rows``, then ``encode``.
 
     Raises:
         DataError: as these two.
     """
-    return encode(load_rows(source), tokenizer, max_length, skip_emptied, vocab_size)
+    return encode(load_rows(data), tokenizer, max_length, skip_emptied, vocab_size)
 
 
 def encode(
@@ -67,7 +67,7 @@ def encode(
             id beyond ``vocab_size``.
     """
     if max_length < 2:
-        raise DataError(f"found a maximum length of {max_length}, expected at least 2; raise --max-length")
+        raise DataError(f"found a maximum length of {max_length}, expected at least 2; raise `max_length`")
     scripts = [_script(row, tokenizer) for row in rows.rows]
     if quiet := sum(script.quiet for script in scripts):
         _log.warning(
@@ -103,13 +103,13 @@ def _check_ids(example: Example, vocab_size: int | None) -> None:
 
 def _emptied(emptied: list[tuple[str, int | None]], rows: int, max_length: int, skip_emptied: bool) -> DataError:
     where, needed = emptied[0]
-    found = f"the first of {len(emptied)} row(s), of {rows}, without a token to learn at --max-length {max_length}"
+    found = f"the first of {len(emptied)} row(s), of {rows}, without a token to learn at `max_length={max_length}`"
     if needed is None:
         expected, remedy = "it has none at any length", "remove such rows"
     else:
-        expected, remedy = f"expected at least {needed} for it", "raise --max-length"
+        expected, remedy = f"expected at least {needed} for it", "raise `max_length`"
     if not skip_emptied:
-        remedy += " or pass --skip-emptied"
+        remedy += " or give `skip_emptied=True`"
     return DataError(f"{where}: found {found}; {expected}; {remedy}")
 
 

@@ -4,12 +4,14 @@ A source is a local file or a hub data set; the columns of its first row decide 
 the order of ``FORMS``. Every later row must have it too.
 """
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from aletheia.anatomy.schema import DataIdentity
+from aletheia.anatomy.schema import BETWEEN_SOURCES, DataIdentity
 from aletheia.data.hub import read_hub
 from aletheia.data.sources import READERS, Table, kind, read_table, shown, shown_columns
 from aletheia.errors import DataError
@@ -50,12 +52,34 @@ class Rows:
     rows: tuple[Row, ...]
 
 
-def load_rows(source: str) -> Rows:
+def load_rows(data: str | Sequence[str]) -> Rows:
     """Read a local ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, or a hub set ``name[:config[:split]]``.
 
+    Several are read one after the other as one data set; each may have a form of its own.
+
     Raises:
-        DataError: the source cannot be read, its columns fit no form, or a row is unusable; names the row.
+        DataError: no source is given, one cannot be read, its columns fit no form, or a row is unusable; names the row.
     """
+    parts = [_load_one(source) for source in ((data,) if isinstance(data, str) else data)]
+    if not parts:
+        raise DataError("found no data, expected at least one file or hub data set; give it as `data`")
+    if len(parts) == 1:
+        return parts[0]
+    return Rows(_joined([part.identity for part in parts]), tuple(row for part in parts for row in part.rows))
+
+
+def _joined(parts: Sequence[DataIdentity]) -> DataIdentity:
+    """Several sources as one: names and forms in order, a fingerprint of all fingerprints."""
+    digest = hashlib.sha256("\n".join(part.fingerprint for part in parts).encode()).hexdigest()
+    return DataIdentity(
+        name=BETWEEN_SOURCES.join(part.name for part in parts),
+        fingerprint=digest,
+        form=" | ".join(dict.fromkeys(part.form for part in parts)),
+        rows=sum(part.rows for part in parts),
+    )
+
+
+def _load_one(source: str) -> Rows:
     path = Path(source)
     if _exists(path):
         table, fingerprint = read_table(path), file_sha256(path)

@@ -1,6 +1,6 @@
 """Which rows a run learns from, and which are held out. No torch."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import field_validator, model_validator
 
@@ -12,6 +12,7 @@ GROUP = "Data"
 class DataSettings(Settings):
     """Rows to learn from and rows to test on."""
 
+    SECTION: ClassVar[str] = "data"
     data: tuple[str, ...] = option(
         ...,
         "Rows to learn from: .jsonl, .json, .csv or .parquet, or a hub data set name[:config[:split]]. "

@@ -1,17 +1,61 @@
-"""Which way a step is computed on the device at hand."""
+"""Which way a step is computed on the device at hand: decided here and nowhere else, by name."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Literal
 
+import torch
 from torch import nn
 
 from aletheia.execution.cpu.attention import lean_attention
 from aletheia.execution.cpu.norms import lean_norms
-from aletheia.execution.lean import lean_adapters
+from aletheia.execution.lean import adapters_in_bfloat16, lean_adapters, lean_loss
+from aletheia.execution.recompute import Recompute, recomputation
+from aletheia.probing.logits import labelled_logits, labelled_states
+
+# of the outputs: the loss alone, sums over positions of a head fused with it, or the logits of every position
+Reads = Literal["loss", "sums", "logits"]
+Way = Callable[[nn.Module], AbstractContextManager[object]]
+
+
+def layer_ways(model: nn.Module) -> dict[str, Way]:
+    """What makes layers cheaper and leaves their results alone up to rounding, in steps as in a stored prefix."""
+    parameter = next(model.parameters())
+    ways: dict[str, Way] = {"low-rank products in place": lean_adapters}
+    if parameter.device.type == "cpu" and parameter.dtype == torch.bfloat16:
+        ways["attention by matrix products"] = lean_attention
+    if parameter.device.type == "cpu":
+        ways["norms in fewer passes"] = lean_norms
+    return ways
+
+
+def step_ways(model: nn.Module, reads: Reads = "loss", recompute: Recompute = "off") -> dict[str, Way]:
+    """What makes a whole step cheaper, by name; ``reads`` is what its loop looks at of the outputs."""
+    ways: dict[str, Way] = {"adapters in the dtype of the base": adapters_in_bfloat16}
+    if reads == "loss":
+        ways["logits at labelled positions"] = labelled_logits
+    elif reads == "sums" and next(model.parameters()).device.type == "cpu":  # elsewhere the loop does so itself
+        ways["hidden states at labelled positions"] = labelled_states
+    ways |= layer_ways(model)
+    if reads == "loss":
+        ways["loss in the buffer of its logits"] = lean_loss
+    if recompute != "off":
+        ways[f"{recompute} recomputation"] = partial(recomputation, kind=recompute)
+    return ways
+
+
+@contextmanager
+def entered(model: nn.Module, ways: dict[str, Way]) -> Iterator[None]:
+    """Compute ``model`` in these ways for a while."""
+    with ExitStack() as stack:
+        for way in ways.values():
+            stack.enter_context(way(model))
+        yield
 
 
 @contextmanager
 def lean_layers(model: nn.Module) -> Iterator[None]:
-    """Adapters, attention and norms in their cheaper forms, in steps as in the prefix that is computed for them."""
-    with lean_adapters(model), lean_attention(model), lean_norms(model):
+    """Adapters, attention and norms in their cheaper forms."""
+    with entered(model, layer_ways(model)):
         yield

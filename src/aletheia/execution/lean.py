@@ -6,6 +6,7 @@ Shapes: N tokens, I inputs, O outputs, R rank, V vocabulary.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
@@ -14,7 +15,10 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import library, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from aletheia.anatomy.access import base_of
 from aletheia.errors import TrainingError
+
+Forward = Callable[..., torch.Tensor]
 
 
 @library.custom_op("aletheia::lora_linear", mutates_args=())
@@ -39,17 +43,24 @@ def lora_linear(
 
 
 @lora_linear.register_fake
-def _(x_NI, weight_OI, bias_O, a_RI, b_OR, scale):
+def _(
+    x_NI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    a_RI: torch.Tensor,
+    b_OR: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
     return x_NI.new_empty(len(x_NI), len(weight_OI)), x_NI.new_empty(len(x_NI), len(a_RI))
 
 
-def _keep(ctx, inputs, output):
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     x_NI, weight_OI, _, a_RI, b_OR, ctx.scale = inputs
     ctx.save_for_backward(x_NI, weight_OI, a_RI, b_OR, output[1])
     ctx.set_materialize_grads(False)
 
 
-def _lora_linear_backward(ctx, grad_NO, _):
+def _lora_linear_backward(ctx: Any, grad_NO: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
     x_NI, weight_OI, a_RI, b_OR, reduced_NR = ctx.saved_tensors
     grad_reduced_NR = (grad_NO @ b_OR.to(x_NI.dtype)).mul_(ctx.scale)
     grad_x_NI = None
@@ -93,7 +104,7 @@ def adapters_in_bfloat16(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def replaced_forwards(modules: Sequence[nn.Module], forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+def replaced_forwards(modules: Sequence[nn.Module], forward: Forward) -> Iterator[None]:
     """Put ``forward(module, its own forward, ...)`` in the place of each module's forward."""
     own = [(module, module.__dict__.get("forward")) for module in modules]  # a hook of accelerate's, perhaps
     for module in modules:
@@ -144,7 +155,7 @@ def _is_bare(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and not watched and "forward" not in linear.__dict__
 
 
-def _forward(module: LoraLinear, plain, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+def _forward(module: LoraLinear, plain: Forward, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     usual = not (module.disable_adapters or module.merged or args or kwargs) and x.numel() > 0
     if not usual or not _is_plain(module):
         return plain(x, *args, **kwargs)
@@ -152,6 +163,7 @@ def _forward(module: LoraLinear, plain, x: torch.Tensor, *args, **kwargs) -> tor
     casts = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype
     if x.dtype != base.weight.dtype or casts:
         return plain(x)
+    y_NO: torch.Tensor
     y_NO, _ = lora_linear(
         x.reshape(-1, x.shape[-1]),
         base.weight,
@@ -163,7 +175,7 @@ def _forward(module: LoraLinear, plain, x: torch.Tensor, *args, **kwargs) -> tor
     return y_NO.view(*x.shape[:-1], -1)
 
 
-def _in_bfloat16(_: nn.Module, plain, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+def _in_bfloat16(_: nn.Module, plain: Forward, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     with torch.autocast(x.device.type, torch.bfloat16) if x.dtype == torch.bfloat16 else nullcontext():
         return plain(x, *args, **kwargs)
 
@@ -176,7 +188,7 @@ class _LeanCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy that turns the logits into their own gradient, so both share one buffer [N, V]."""
 
     @staticmethod
-    def forward(ctx, logits_NV, target_N, ignore_index):
+    def forward(ctx: Any, logits_NV: torch.Tensor, target_N: torch.Tensor, ignore_index: int) -> torch.Tensor:
         wants_grad = ctx.needs_input_grad[0]
         in_place = wants_grad and logits_NV.dtype == torch.float32
         summed = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
@@ -200,7 +212,8 @@ class _LeanCrossEntropy(torch.autograd.Function):
         return summed
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        grad_NV: torch.Tensor | None
         grad_NV, ctx.grad_NV = ctx.grad_NV, None
         if grad_NV is None:
             raise TrainingError(
@@ -211,8 +224,14 @@ class _LeanCrossEntropy(torch.autograd.Function):
 
 
 def lean_causal_loss(
-    logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **kwargs
-):
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    vocab_size: int,
+    num_items_in_batch: torch.Tensor | None = None,
+    ignore_index: int = -100,
+    shift_labels: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
     """transformers' ``ForCausalLMLoss`` in one buffer: position t predicts label t + 1.
 
     float16 logits take the plain way: small probabilities would be lost in a buffer that is scaled only afterwards.
@@ -222,7 +241,7 @@ def lean_causal_loss(
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target_N = shift_labels.reshape(-1).to(logits.device)
-    summed = _LeanCrossEntropy.apply(logits.view(-1, vocab_size), target_N, ignore_index)
+    summed: torch.Tensor = _LeanCrossEntropy.apply(logits.view(-1, vocab_size), target_N, ignore_index)
     items = (target_N != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return summed / (items.to(summed.device) if torch.is_tensor(items) else items)
 
@@ -234,7 +253,7 @@ def lean_loss(model: nn.Module) -> Iterator[bool]:
     Yields whether it applies: models with a loss of their own keep it. The sums are the same up to the order of
     rounding.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     plain = getattr(base, "loss_function", None)
     applies = plain is ForCausalLMLoss and not hasattr(base, "_loss_function")
     if applies:

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
-from transformers import PreTrainedModel
 
 import aletheia.execution.lean  # noqa: F401  (registers an operator that is kept)
+from aletheia.anatomy.access import base_of
 from aletheia.errors import TrainingError
 from aletheia.execution.cpu.attention import repeated_weights
 
@@ -53,9 +53,9 @@ def recomputation(model: torch.nn.Module, kind: Recompute) -> Iterator[None]:
     if kind == "off":
         yield
         return
-    base: PreTrainedModel = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if not base.supports_gradient_checkpointing:
-        raise TrainingError(f"{type(base).__name__} has no gradient checkpointing; use --gradient-checkpointing off")
+        raise TrainingError(f"{type(base).__name__} has no gradient checkpointing; set `gradient_checkpointing` off")
     settings: dict[str, Any] = {"use_reentrant": False}
     if kind == "selective":
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)

@@ -74,10 +74,14 @@ def measured_costs(anatomy: Anatomy, ranks: dict[str, int], baseline_rank: int, 
     """Seconds of each part of a step, from a calibration; arguments as in :func:`layer_costs`."""
     adapter, baseline = [], timings.baseline
     for layer, timing in enumerate(timings.layers):
-        sizes = [module for module in anatomy.in_layer(layer) if module.name in ranks]
-        parameters = sum(module.lora_parameters(ranks[module.name]) for module in sizes)
-        adapter.append(timing.adapter_fixed + timing.adapter_per_parameter * parameters)
-        more = sum(m.lora_parameters(baseline_rank) - m.lora_parameters(timings.baseline_rank) for m in sizes)
+        modules = anatomy.in_layer(layer)
+        adapted = [module for module in modules if module.name in ranks]
+        timed = [module for module in modules if module.role != "router"]
+        parameters = sum(module.lora_parameters(ranks[module.name]) for module in adapted)
+        # what an adapter costs at any rank was measured on all modules at once
+        share = min(1.0, sum(m.lora_parameters(1) for m in adapted) / max(1, sum(m.lora_parameters(1) for m in timed)))
+        adapter.append(timing.adapter_fixed * share + timing.adapter_per_parameter * parameters)
+        more = sum(m.lora_parameters(baseline_rank) - m.lora_parameters(timings.baseline_rank) for m in timed)
         baseline += timing.adapter_per_parameter * more * timings.random_padding
     return LayerCosts(
         forward=tuple(timing.forward for timing in timings.layers),

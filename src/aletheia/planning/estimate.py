@@ -143,9 +143,8 @@ def estimate_plan(plan: Plan, scores: Scores, job: Job, machine: Machine) -> lis
         PlanError: the scores tell no weight sizes.
     """
     ranks = {adapter.name: adapter.rank for adapter in plan.adapters}
-    early = plan.settings.freeze_after if plan.early_layers else 0.0
     item = 4 if plan.probe.dtype == "float32" else 2
-    return estimate(scores.anatomy, known_weights(scores), plan.layers, ranks, job, machine, item, early)
+    return estimate(scores.anatomy, known_weights(scores), plan.layers, ranks, job, machine, item, plan.freeze_after)
 
 
 def _parameters(anatomy: Anatomy, layers: Sequence[int]) -> float:

@@ -37,10 +37,12 @@ def captured_importance(scores: Sequence[float], layers: Sequence[int]) -> float
     return sum(scores[layer] for layer in layers) / total if total > 0 else 1.0
 
 
-def frontier(scores: Sequence[float], costs: LayerCosts, epochs: float = 1.0, lowest: int = 0) -> list[FrontierPoint]:
+def frontier(
+    scores: Sequence[float], costs: LayerCosts, epochs: float = 1.0, allowed: Sequence[int] | None = None
+) -> list[FrontierPoint]:
     """All choices that are not dominated, fastest first, for a run of ``epochs`` passes over the data.
 
-    Only layers from ``lowest`` up are chosen.
+    Only ``allowed`` layers are chosen, by default any.
 
     For a boundary ``k`` the best set of ``n`` layers is ``k`` and the ``n - 1`` highest scores above it, since
     layers of one shape cost the same to adapt. So L boundaries x L sizes hold every optimum: O(L^2 log L).
@@ -49,8 +51,9 @@ def frontier(scores: Sequence[float], costs: LayerCosts, epochs: float = 1.0, lo
     total = sum(scores) or 1.0
     candidates: list[tuple[float, float, int, int]] = []  # time, -importance, -boundary, number of layers
     ordered: dict[int, list[int]] = {}
-    for boundary in range(lowest, len(scores)):
-        above = sorted(range(boundary + 1, len(scores)), key=lambda layer: -scores[layer])
+    layers_allowed = sorted(range(len(scores)) if allowed is None else allowed)
+    for place, boundary in enumerate(layers_allowed):
+        above = sorted(layers_allowed[place + 1 :], key=lambda layer: -scores[layer])
         ordered[boundary] = [boundary, *above]
         time = costs.mean_step((boundary,), epochs) - costs.adapter[boundary]
         importance = 0.0

@@ -1,22 +1,35 @@
 """The Plan file: exactly which modules get LoRA, at which rank and alpha, and where that came from."""
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
 from aletheia.anatomy.schema import DataIdentity, ModelIdentity, Role
 from aletheia.errors import PlanError
 from aletheia.files import Artifact
 from aletheia.probing.scores import ProbeSettings
+from aletheia.settings import Settings, option
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+    from torch import nn
 
 Policy = Literal["depth-aware", "top-percent", "last", "first", "random", "bottom", "uniform"]
 RankMode = Literal["uniform", "by-role", "by-score"]
+GROUP = "Plan"
+FINITE: dict[str, Any] = {"allow_inf_nan": False}
 FREEZE_AFTER = 0.25  # of the steps: reached a given loss soonest of what was tried, see docs/log.md
+PAPER_MLP_RANK = 64  # asymmetric ranks of the published method: attention 16, MLP 64
+PAPER_SPEEDUP = 1.30  # 23.1 % of the time saved, its mean over 14 models
 
 
 class Adapter(BaseModel):
-    """LoRA on one weight: ``y = x W + (alpha / rank) x A B``; where ``fused``, each expert has its own A and B."""
+    """LoRA on one weight: ``y = x W + s x A B``; where ``fused``, each expert has its own A and B.
+
+    The scale ``s`` is alpha / rank, or alpha / sqrt(rank) where the plan's settings say ``rslora``.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -28,22 +41,116 @@ class Adapter(BaseModel):
     parameters: int = Field(ge=1, description="trainable parameters of this adapter")
 
 
-class PlanSettings(BaseModel):
-    """What the user asked for."""
+class PlanSettings(Settings):
+    """Which layers and modules get LoRA, and how large it is. A Plan file records them with every default filled in."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    policy: Policy
-    percent: float
-    ranks: RankMode
-    rank: int
-    attention_rank: int | None
-    mlp_rank: int | None
-    alpha: float = Field(description="alpha at ``rank``; every adapter keeps the ratio alpha / rank")
-    seed: int
-    speedup: float | None = None
-    epochs: float = 1.0
-    routers: bool = False
-    freeze_after: float = Field(default=0.0, ge=0, lt=1, description="share of the steps in which all layers learn")
+    policy: Policy = option(
+        "depth-aware", "How the layers are chosen; depth-aware weighs importance against time.", GROUP
+    )
+    percent: float = option(
+        50,
+        "Share of the layers; for depth-aware, the time of adapting the last such share.",
+        GROUP,
+        gt=0,
+        le=100,
+        **FINITE,
+    )
+    rank: int = option(16, "LoRA rank; for by-score it sets the number of parameters.", GROUP, ge=1)
+    ranks: RankMode = option(
+        "uniform", "The same rank everywhere, one for attention and one for the rest, or by score.", GROUP
+    )
+    attention_rank: int | None = option(
+        None, "Rank of attention modules; implies by-role (then `rank` by default).", GROUP, ge=1
+    )
+    mlp_rank: int | None = option(
+        None, f"Rank of all other modules; implies by-role (then {PAPER_MLP_RANK} by default).", GROUP, ge=1
+    )
+    alpha: float | None = option(
+        None, "Alpha at `rank`; alpha / rank is the same everywhere (2 x rank by default).", GROUP, gt=0, **FINITE
+    )
+    rslora: bool = option(False, "Scale adapters by alpha / sqrt(rank), with one alpha for all (rsLoRA).", GROUP)
+    dropout: float = option(0.0, "Dropout on what enters the adapters.", GROUP, "lora-dropout", ge=0, lt=1, **FINITE)
+    target_modules: tuple[str, ...] = option(
+        (), "Adapt only modules of these names, such as q_proj,v_proj (all of them by default).", GROUP
+    )
+    routers: bool = option(False, "Adapt the routers of a mixture of experts, too.", GROUP, "adapt-routers")
+    freeze_after: float | None = option(
+        None,
+        "Share of the steps in which all other layers learn, too, before they freeze as they are "
+        f"({FREEZE_AFTER} by default for depth-aware where every layer fits in memory, else 0).",
+        GROUP,
+        ge=0,
+        lt=1,
+        **FINITE,
+    )
+    speedup: float | None = option(
+        None, "For depth-aware: the most importance at this predicted speed-up over plain LoRA.", GROUP, gt=0, **FINITE
+    )
+    quality_first: bool = option(
+        False, f"The most importance at the published method's mean saving, a `speedup` of {PAPER_SPEEDUP:.2f}.", GROUP
+    )
+    epochs: float | None = option(
+        None,
+        "Passes that the time is counted for; later ones read the prefix cache (those of the run, or 1).",
+        GROUP,
+        gt=0,
+        **FINITE,
+    )
+    seed: int = option(0, "Seed of the random policy.", GROUP, ge=0, le=2**32 - 1)
+
+    @field_validator("target_modules", mode="before")
+    @classmethod
+    def _split(cls, given: Any) -> Any:
+        """One text is a name, or several with commas; so is each text of a list."""
+        texts = (given,) if isinstance(given, str) else given
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+            return given
+        names = (name.strip() for text in texts for name in text.split(","))
+        return tuple(dict.fromkeys(name for name in names if name))
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PlanSettings":
+        if self.speedup is not None and self.quality_first:
+            raise ValueError("`speedup` and `quality_first` are both given; expected one of them")
+        if (self.speedup is not None or self.quality_first) and self.policy != "depth-aware":
+            name = "quality_first" if self.quality_first else "speedup"
+            raise ValueError(f"`{name}` is given and `policy` is {self.policy}; expected depth-aware with it")
+        own_ranks = self.attention_rank is not None or self.mlp_rank is not None
+        if own_ranks and self.ranks == "by-score":
+            name = "mlp_rank" if self.attention_rank is None else "attention_rank"
+            raise ValueError(f"`{name}` is given and `ranks` is by-score; expected by-role with it")
+        return self
+
+    def resolved(self, every_layer_fits: bool = True) -> "PlanSettings":
+        """The same with every default filled in, as a Plan file records them.
+
+        Args:
+            every_layer_fits: whether all layers can be trained at once in the memory there is.
+        """
+        by_role = self.ranks == "by-role" or self.attention_rank is not None or self.mlp_rank is not None
+        share = self.freeze_after
+        if share is None:
+            share = FREEZE_AFTER if self.policy == "depth-aware" and every_layer_fits else 0.0
+        filled: dict[str, Any] = {
+            "ranks": "by-role" if by_role else self.ranks,
+            "attention_rank": (self.attention_rank or self.rank) if by_role else None,
+            "mlp_rank": (self.mlp_rank or PAPER_MLP_RANK) if by_role else None,
+            "alpha": self.common_alpha,
+            "freeze_after": share,
+            "speedup": PAPER_SPEEDUP if self.quality_first else self.speedup,
+            "quality_first": False,
+            "epochs": 1.0 if self.epochs is None else self.epochs,
+        }
+        return PlanSettings(**self.model_dump() | filled)
+
+    @property
+    def common_alpha(self) -> float:
+        """Alpha at ``rank``: the one given, or 2 x rank."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    def alpha_of(self, rank: int) -> float:
+        """Alpha of an adapter of ``rank``: with rsLoRA the common one, else in the common ratio alpha / rank."""
+        return self.common_alpha if self.rslora else self.common_alpha * rank / self.rank
 
 
 class Prediction(BaseModel):
@@ -100,9 +207,14 @@ class Plan(Artifact):
         """Index of the lowest layer that learns to the end: nothing below it needs a gradient then."""
         return self.layers[0]
 
+    @property
+    def freeze_after(self) -> float:
+        """Share of a run's steps in which the early layers learn; 0 where there are none."""
+        return (self.settings.freeze_after or 0.0) if self.early_layers else 0.0
+
     def early_steps(self, steps: int) -> int:
         """How many of a run's steps the early layers learn in; never all."""
-        return min(round(self.settings.freeze_after * steps), steps - 1) if self.early_layers else 0
+        return min(round(self.freeze_after * steps), steps - 1) if self.early_layers else 0
 
     @property
     def uses_scores(self) -> bool:
@@ -140,6 +252,23 @@ class Plan(Artifact):
                 "make a plan for this model with 'aletheia probe' and 'aletheia plan'"
             )
 
+    def lora_config(self, model: "nn.Module") -> "LoraConfig":
+        """The PEFT configuration of this plan, for ``SFTTrainer(peft_config=...)`` or ``get_peft_model``.
+
+        It names every module and every stack of experts in full; :func:`aletheia.adapt` uses the same. A loop of
+        another library trains the early layers to the end.
+
+        Args:
+            model: the base model that the plan was made for; it is left as it is.
+
+        Raises:
+            PlanError: the plan belongs to another model, was edited into one that does not fit, or asks for dropout
+                where PEFT has none.
+        """
+        # looked up at the call: a plan is read and drawn without torch, and what knows PEFT lies above plans
+        config: LoraConfig = import_module("aletheia.adapters.adapt").config_of(self, model)
+        return config
+
 
 def layer_ranges(layers: Iterable[int]) -> str:
     """Layer indices for people, neighbours joined: ``0-2, 8, 15-29``."""
@@ -150,3 +279,23 @@ def layer_ranges(layers: Iterable[int]) -> str:
         else:
             spans.append([layer, layer])
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in spans)
+
+
+def check_dropout(dropout: float, parameters: Iterable[str]) -> None:
+    """PEFT has no dropout where it adapts a weight as a parameter: in stacks of experts.
+
+    Raises:
+        PlanError: there are such ``parameters``, given by full name, and dropout is asked for.
+    """
+    names = sorted(parameters)
+    if dropout and names:
+        leaves = ", ".join(sorted({leaf(name) for name in names}))
+        raise PlanError(
+            f"`dropout` is {dropout:g}, but PEFT has none for weights it adapts as parameters, such as experts "
+            f"({len(names)} of the plan, first {names[0]}); expected 0, or `target_modules` without {leaves}"
+        )
+
+
+def leaf(name: str) -> str:
+    """The last part of a module's full name, such as q_proj: what ``target_modules`` goes by."""
+    return name.removesuffix(".weight").rpartition(".")[2]

@@ -2,81 +2,79 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from aletheia.errors import PlanError
 from aletheia.planning.cost import LayerCosts
-from aletheia.planning.frontier import best_within, frontier
-from aletheia.planning.plan import Policy
+from aletheia.planning.frontier import FrontierPoint, best_within, frontier
+from aletheia.planning.plan import PlanSettings
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a policy chooses from.
+
+    ``layers`` are those that have something to adapt, sorted; none below ``lowest`` may be adapted. Time is that of a
+    run of ``epochs`` passes, which has to be ``speedup`` times as fast as the baseline where that is given.
+    """
+
+    scores: Sequence[float]
+    costs: LayerCosts
+    layers: Sequence[int]
+    lowest: int = 0
+    epochs: float = 1.0
+    speedup: float | None = None
+
+    @property
+    def frontier(self) -> list[FrontierPoint]:
+        """All choices that no other beats in both time and importance, fastest first."""
+        allowed = [layer for layer in self.layers if layer >= self.lowest]
+        return frontier(self.scores, self.costs, self.epochs, allowed)
 
 
 def layer_share(layer_count: int, percent: float) -> int:
-    """How many layers ``percent`` of them are: rounded down, at least 1 [arXiv:2604.15351].
-
-    Raises:
-        PlanError: ``percent`` is outside (0, 100].
-    """
-    if not 0 < percent <= 100:
-        raise PlanError(f"--percent is {percent:g}; expected more than 0 and at most 100")
+    """How many layers ``percent`` of them are: rounded down, at least 1 [arXiv:2604.15351]."""
     return max(int(layer_count * percent / 100), 1)
 
 
-def select_layers(
-    policy: Policy,
-    scores: Sequence[float],
-    percent: float,
-    seed: int,
-    costs: LayerCosts,
-    epochs: float = 1.0,
-    speedup: float | None = None,
-    lowest: int = 0,
-) -> tuple[int, ...]:
-    """The sorted layers that ``policy`` adapts.
+def select_layers(settings: PlanSettings, candidates: Candidates) -> tuple[int, ...]:
+    """The sorted layers that ``settings.policy`` adapts.
 
-    ``top-percent`` is the published method. ``depth-aware`` spends the predicted time of a run of ``epochs`` passes,
-    that of adapting the last ``percent`` of the layers or the baseline's divided by ``speedup``, on the set that
-    captures the most importance. ``last``, ``first``, ``random`` and ``bottom`` (lowest scores) take as many layers as
-    ``top-percent``: they are its controls. No layer below ``lowest`` may be adapted; ``depth-aware`` works around
-    that.
+    ``top-percent`` is the published method. ``depth-aware`` spends the predicted time of a run, that of adapting the
+    last ``percent`` of the layers or the baseline's divided by the speed-up, on the set that captures the most
+    importance. ``last``, ``first``, ``random`` and ``bottom`` (lowest scores) take as many layers as ``top-percent``:
+    they are its controls. ``depth-aware`` works around layers that may not be adapted.
 
     Raises:
-        PlanError: ``percent`` is outside (0, 100], or another policy wants a lower layer.
+        PlanError: another policy wants a layer below the lowest that may be adapted.
     """
-    chosen = _chosen(policy, scores, percent, seed, costs, epochs, speedup, lowest)
-    if chosen[0] < lowest:
+    chosen = _chosen(settings, candidates)
+    if chosen[0] < candidates.lowest:
         raise PlanError(
-            f"--policy {policy} adapts layer {chosen[0]}; expected none below {lowest}, from where on training fits "
-            "in --max-memory; take depth-aware, fewer layers or more memory"
+            f"`policy` {settings.policy} adapts layer {chosen[0]}; expected none below {candidates.lowest}, from where "
+            "on training fits in `max_memory`; take depth-aware, fewer layers or more memory"
         )
     return chosen
 
 
-def _chosen(
-    policy: Policy,
-    scores: Sequence[float],
-    percent: float,
-    seed: int,
-    costs: LayerCosts,
-    epochs: float,
-    speedup: float | None,
-    lowest: int,
-) -> tuple[int, ...]:
-    count = layer_share(len(scores), percent)
-    layers = range(len(scores))
-    match policy:
+def _chosen(settings: PlanSettings, candidates: Candidates) -> tuple[int, ...]:
+    scores, layers = candidates.scores, tuple(candidates.layers)
+    count = layer_share(len(layers), settings.percent)
+    match settings.policy:
         case "uniform":
-            return tuple(layers)
+            return layers
         case "top-percent":
             return tuple(sorted(sorted(layers, key=lambda layer: -scores[layer])[:count]))
         case "bottom":
             return tuple(sorted(sorted(layers, key=lambda layer: scores[layer])[:count]))
         case "first":
-            return tuple(layers[:count])
+            return layers[:count]
         case "last":
-            return tuple(layers[-count:])
+            return layers[-count:]
         case "random":
-            return tuple(sorted(random.Random(seed).sample(layers, count)))
+            return tuple(sorted(random.Random(settings.seed).sample(layers, count)))
         case "depth-aware":
-            points = frontier(scores, costs, epochs, lowest)
-            budget = 1 / speedup if speedup else costs.mean_step(layers[-count:], epochs) / costs.baseline
-            point = best_within(points, budget)
+            costs, points = candidates.costs, candidates.frontier
+            budget = costs.mean_step(layers[-count:], candidates.epochs) / costs.baseline
+            point = best_within(points, 1 / candidates.speedup if candidates.speedup else budget)
             return (point or points[0]).layers  # rounding aside, a speed-up that cannot be had was refused before

@@ -34,7 +34,7 @@ def ranks_by_score(modules: Sequence[Module], scores: Mapping[str, float | None]
     if spent > budget_params:
         raise PlanError(
             f"rank {RANK_STEP} on every selected module needs {spent:,} parameters, the budget is "
-            f"{budget_params:,}; '--ranks by-score' needs a --rank of at least {RANK_STEP}"
+            f"{budget_params:,}; expected a `rank` of at least {RANK_STEP} where `ranks` is by-score"
         )
     by_name = {module.name: module for module in modules}
 

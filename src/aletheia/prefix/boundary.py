@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aletheia.anatomy.layerwise import hidden_states
+from aletheia.anatomy.layerwise import Call, hidden_states
 from aletheia.anatomy.read import find_layers
 from aletheia.errors import AdapterError
 
@@ -50,12 +50,14 @@ def frozen_prefix(model: nn.Module) -> Iterator[int]:
     if boundary:
         _check_nothing_trains_below(model, layers)
     below = layers[:boundary]
-    flags = {layer: layer.gradient_checkpointing for layer in below if hasattr(layer, "gradient_checkpointing")}
+    flags: dict[nn.Module, Any] = {
+        layer: layer.gradient_checkpointing for layer in below if hasattr(layer, "gradient_checkpointing")
+    }
 
     def give_back() -> None:
         switched_on = bool(boundary) and getattr(layers[boundary], "gradient_checkpointing", False)
         for layer, before in flags.items():  # as the loop has left the others
-            layer.gradient_checkpointing = before or switched_on
+            _set_checkpointing(layer, before or switched_on)
 
     with ExitStack() as stack:
         stack.callback(give_back)
@@ -78,7 +80,7 @@ def _check_nothing_trains_below(model: nn.Module, layers: nn.ModuleList) -> None
             raise AdapterError(f"{name} is trainable and may lie below the layers; expected a frozen embedding")
 
 
-def _without_graph(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _without_graph(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Pre-hook of a layer below the boundary: nothing it gets requires grad, and it is not checkpointed.
 
     Raises:
@@ -90,11 +92,15 @@ def _without_graph(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
             "before they are entered: leave and enter again"
         )
     if getattr(layer, "gradient_checkpointing", False):
-        layer.gradient_checkpointing = False
+        _set_checkpointing(layer, False)
     return tuple(_detached(value) for value in args), {name: _detached(value) for name, value in kwargs.items()}
 
 
-def _start_graph(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _set_checkpointing(layer: Any, on: Any) -> None:
+    layer.gradient_checkpointing = on
+
+
+def _start_graph(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Pre-hook of the boundary layer; it runs outside the checkpoint, so what it sets is what the checkpoint sees."""
     args, kwargs = tuple(_detached(value) for value in args), {name: _detached(value) for name, value in kwargs.items()}
     if torch.is_grad_enabled() and _is_reentrant(layer):

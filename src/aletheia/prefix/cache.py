@@ -6,11 +6,13 @@ per key holds shards, each written by one process: ``NAME.bin`` with the raw ent
 entries and the next build goes on from them; a checksum finds entries that were damaged since.
 """
 
+import errno
 import hashlib
 import os
 import shutil
+import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +28,7 @@ from aletheia.files import Artifact, free_bytes
 from aletheia.prefix.stored import PREFIX
 
 KEPT_FREE_BYTES = 1 << 30  # of a disk that a cache may not fill to the brim
-
-
-def default_cache_dir() -> Path:
-    """``ALETHEIA_CACHE``, else ``aletheia/prefix`` in the user's cache folder."""
-    if "ALETHEIA_CACHE" in os.environ:
-        return Path(os.environ["ALETHEIA_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "aletheia" / "prefix"
+CHECKED_EVERY_BYTES = 1 << 26  # stored
 
 
 def row_key(tokens: Sequence[int]) -> str:
@@ -42,6 +38,10 @@ def row_key(tokens: Sequence[int]) -> str:
 
 class PrefixCache(Protocol):
     """Stored hidden states by row."""
+
+    @property
+    def size_bytes(self) -> int:
+        """What the entries take."""
 
     def missing(self, rows: Sequence[Example]) -> list[Example]:
         """The rows without a good entry, each distinct row once."""
@@ -58,10 +58,11 @@ class PrefixCache(Protocol):
 
 
 class MemoryCache:
-    """Entries in memory, on the CPU."""
+    """Entries in memory, on the CPU; ``size_bytes`` is what they take."""
 
     def __init__(self) -> None:
         """Empty."""
+        self.size_bytes = 0
         self._entries: dict[str, torch.Tensor] = {}
 
     def missing(self, rows: Sequence[Example]) -> list[Example]:
@@ -70,7 +71,9 @@ class MemoryCache:
 
     def put(self, row: Example, hidden_TD: torch.Tensor) -> None:
         """Store a copy."""
-        self._entries[row_key(row.input_ids)] = hidden_TD.detach().cpu().clone()
+        entry = hidden_TD.detach().cpu().clone()
+        self.size_bytes += entry.nbytes
+        self._entries[row_key(row.input_ids)] = entry
 
     def get(self, row: Example) -> torch.Tensor:
         """The entry; CacheError if there is none."""
@@ -78,6 +81,53 @@ class MemoryCache:
             return self._entries[row_key(row.input_ids)]
         except KeyError:
             raise _no_entry(row) from None
+
+
+class SpillingCache:
+    """In memory up to ``limit_bytes``, beyond that where ``overflow`` opens a place, if it does."""
+
+    def __init__(self, limit_bytes: int, overflow: Callable[[], PrefixCache | None]) -> None:
+        """Empty; ``overflow`` is not called before it is needed."""
+        self._memory = MemoryCache()
+        self._limit_bytes, self._open = limit_bytes, overflow
+        self._overflow: PrefixCache | None = None
+        self._opened = False
+
+    @property
+    def size_bytes(self) -> int:
+        """What the entries take, wherever they are."""
+        return self._memory.size_bytes + (self._overflow.size_bytes if self._overflow else 0)
+
+    @property
+    def is_spilled(self) -> bool:
+        """Whether entries lie beyond memory."""
+        return self._overflow is not None
+
+    def missing(self, rows: Sequence[Example]) -> list[Example]:
+        """The rows without a good entry, each distinct row once."""
+        left = self._memory.missing(rows)
+        return self._overflow.missing(left) if self._overflow and left else left
+
+    def put(self, row: Example, hidden_TD: torch.Tensor) -> None:
+        """Store a copy while there is room; afterwards a row is left out.
+
+        Raises:
+            CacheError: as the overflow does.
+        """
+        if self._memory.size_bytes + hidden_TD.nbytes <= self._limit_bytes:
+            self._memory.put(row, hidden_TD)
+            return
+        if not self._opened:
+            self._opened = True
+            self._overflow = self._open()
+        if self._overflow is not None:
+            self._overflow.put(row, hidden_TD)
+
+    def get(self, row: Example) -> torch.Tensor:
+        """The entry; CacheError if there is none or it was damaged."""
+        if self._overflow is not None and self._memory.missing([row]):
+            return self._overflow.get(row)
+        return self._memory.get(row)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +151,18 @@ class CacheInfo(Artifact):
 
 
 class DiskCache:
-    """Entries in a folder, memory-mapped when read; safe to share between runs, also at the same time."""
+    """Entries in a folder, memory-mapped when read; safe to share between processes and runs, also at the same time.
 
-    def __init__(self, root: str | Path, info: CacheInfo) -> None:
+    While it is open, ``aletheia cache`` does not delete the folder. ``size_bytes`` is what this process stored.
+    """
+
+    def __init__(self, root: str | Path, info: CacheInfo, name: str | None = None) -> None:
         """Open the folder for ``info.key`` under ``root``, or create it.
+
+        Args:
+            root: where caches lie.
+            info: what it holds.
+            name: of the folder; by default the first half of the key, so that runs share it.
 
         Raises:
             CacheError: the folder belongs to something else or cannot be written.
@@ -112,11 +170,14 @@ class DiskCache:
         self._dtype = getattr(torch, info.dtype)
         self._row_bytes = info.width * self._dtype.itemsize
         self._width = info.width
-        self._entries: dict[str, list[_Entry]] = {}  # several writers may have stored a row
+        self.size_bytes = 0
+        self._checked_bytes = 0
+        self._entries: dict[str, dict[str, _Entry]] = {}  # by shard: several writers may have stored a row
+        self._read_bytes: dict[str, int] = {}  # size of each index when it was read
         self._good: dict[str, _Entry] = {}  # whose checksum was seen to hold
         self._maps: dict[str, np.memmap] = {}
         self._shard = f"{os.getpid()}-{os.urandom(4).hex()}"
-        self.folder = Path(root) / info.key[:32]
+        self.folder = Path(root) / (name or info.key[:32])
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if (self.folder / "cache.json").exists():
@@ -124,9 +185,10 @@ class DiskCache:
                     raise CacheError(f"{self.folder} holds the cache of something else; delete it")
             else:
                 info.write(self.folder / "cache.json")
+            self._lock = hold(self.folder / "cache.json")
         except (OSError, ArtifactError) as error:
             raise CacheError(
-                f"cannot use the cache folder {self.folder}: {error}; choose another --cache-dir or delete it"
+                f"cannot use the cache folder {self.folder}: {error}; choose another `cache_dir` or delete it"
             ) from error
         with suppress(OSError):  # another user's folder, perhaps
             os.utime(self.folder / "cache.json")  # when it was last used
@@ -134,9 +196,22 @@ class DiskCache:
 
     def refresh(self) -> None:
         """Take up what others have written since."""
-        self._entries.clear()
         for index in sorted(self.folder.glob("*.idx")):
-            self._read_index(index)
+            size = index.stat().st_size
+            if index.stem != self._shard and size != self._read_bytes.get(index.stem):
+                self._read_index(index)
+                self._read_bytes[index.stem] = size
+
+    def close(self) -> None:
+        """Let the folder be deleted again."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def delete(self) -> None:
+        """Close it and remove the folder, which nobody else uses."""
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _read_index(self, index: Path) -> None:
         """Take the complete lines whose bytes are there; a torn last line belongs to an entry that is not complete."""
@@ -148,17 +223,21 @@ class DiskCache:
                 continue
             entry = _Entry(index.stem, *map(int, fields[1:]))
             if entry.offset + entry.tokens * self._row_bytes <= size:
-                self._entries.setdefault(fields[0], []).append(entry)
+                self._entries.setdefault(index.stem, {})[fields[0]] = entry
 
     def missing(self, rows: Sequence[Example]) -> list[Example]:
         """The rows without an entry or with a damaged one, each distinct row once; reads what it finds."""
-        return [row for key, row in _distinct(rows).items() if not self._find(key)]
+        left = {key: row for key, row in _distinct(rows).items() if not self._find(key)}
+        if left:
+            self.refresh()
+        return [row for key, row in left.items() if not self._find(key)]
 
     def _find(self, key: str) -> bool:
         """Whether a row has an entry that is whole; each is read once."""
         if key not in self._good:
-            for entry in self._entries.get(key, ()):
-                if self._bytes(entry) is not None:
+            for entries in self._entries.values():
+                entry = entries.get(key)
+                if entry is not None and self._bytes(entry) is not None:
                     self._good[key] = entry
                     break
         return key in self._good
@@ -173,6 +252,7 @@ class DiskCache:
         if len(raw) != len(row) * self._row_bytes:
             raise CacheError(f"{row.where}: {len(raw)} bytes to store, expected {len(row) * self._row_bytes}")
         key, data = row_key(row.input_ids), self.folder / f"{self._shard}.bin"
+        self._keep_room(len(raw))
         try:
             with data.open("ab") as stream:
                 offset = stream.tell()
@@ -183,9 +263,16 @@ class DiskCache:
         except OSError as error:
             raise CacheError(
                 f"cannot write to the cache {self.folder}: {error.strerror or error}; "
-                "free some space and run again, it goes on from here, or pass --cache off"
+                "free some space and run again, it goes on from here, or set `cache` off"
             ) from error
         self._good[key] = entry
+        self.size_bytes += len(raw)
+
+    def _keep_room(self, size_bytes: int) -> None:
+        """Leave the disk the room that others need, checkpoints among them; looked at every 64 MB."""
+        if self.size_bytes + size_bytes > self._checked_bytes:
+            self._checked_bytes = self.size_bytes + size_bytes + CHECKED_EVERY_BYTES
+            check_space(self.folder, size_bytes)
 
     def get(self, row: Example) -> torch.Tensor:
         """The entry, checked against its checksum; CacheError if there is none or it was damaged."""
@@ -206,42 +293,32 @@ class DiskCache:
             if not path.exists() or path.stat().st_size < end:
                 return None
             mapped = self._maps[entry.shard] = np.memmap(path, dtype=np.uint8, mode="r")
-        raw = memoryview(mapped)[entry.offset : end]
+        raw = mapped.data[entry.offset : end]
         return raw if zlib.crc32(raw) == entry.checksum else None
 
 
-@dataclass(frozen=True, slots=True)
-class StoredCache:
-    """A cache folder as it lies on disk: what it holds, its bytes, and when a run last opened it (seconds, POSIX)."""
+def hold(path: Path, alone: bool = False) -> int | None:
+    """Lock a file, shared or ``alone``, until the descriptor is closed; None where the system has no such locks.
 
-    folder: Path
-    info: CacheInfo
-    size_bytes: int
-    used: float
+    Raises:
+        OSError: another process holds it.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl  # absent on Windows
 
-    def delete(self) -> None:
-        """Remove the folder.
-
-        Raises:
-            CacheError: the system refuses.
-        """
-        try:
-            shutil.rmtree(self.folder)
-        except OSError as error:
-            raise CacheError(f"cannot delete {self.folder}: {error.strerror or error}") from error
-
-
-def stored_caches(root: str | Path) -> list[StoredCache]:
-    """The caches under ``root``, the one used last first; anything else that lies there is left out."""
-    found = []
-    for marker in Path(root).glob("*/cache.json"):
-        try:
-            info = CacheInfo.read(marker)
-            size = sum(path.stat().st_size for path in marker.parent.rglob("*"))
-            found.append(StoredCache(marker.parent, info, size, marker.stat().st_mtime))
-        except (ArtifactError, OSError):
-            continue
-    return sorted(found, key=lambda stored: -stored.used)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        return None  # a file system without locks
+    return descriptor
 
 
 def collate_with_prefix(examples: Sequence[Example], pad_token_id: int, cache: PrefixCache) -> dict[str, torch.Tensor]:
@@ -268,7 +345,7 @@ def check_space(folder: Path, needed_bytes: int) -> None:
     if needed_bytes + KEPT_FREE_BYTES > free:
         raise CacheError(
             f"the prefix cache needs {needed_bytes / 1e9:.2f} GB in {folder}, {free / 1e9:.2f} GB are free and 1 GB is "
-            "left alone; choose another --cache-dir, fewer rows, or pass --cache off"
+            "left alone; choose another `cache_dir`, fewer rows, or set `cache` off"
         )
 
 

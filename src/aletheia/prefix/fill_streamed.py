@@ -26,7 +26,8 @@ from aletheia.data.batches import collate
 from aletheia.data.examples import Example
 from aletheia.errors import CacheError
 from aletheia.execution.backend import lean_layers
-from aletheia.prefix.cache import CacheInfo, DiskCache, check_space, default_cache_dir, distinct_tokens, row_key
+from aletheia.prefix.cache import CacheInfo, DiskCache, check_space, distinct_tokens, row_key
+from aletheia.prefix.cache_folders import default_cache_dir
 
 Batch = dict[str, torch.Tensor]
 
@@ -135,7 +136,7 @@ def _fill(
                         if not torch.isfinite(hidden_BTD).all():
                             raise CacheError(
                                 f"layer {index} gives a value that is not finite for {group[0].where} or a row beside "
-                                "it; try --dtype bfloat16 or float32"
+                                "it; set `dtype` bfloat16 or float32"
                             )
                         state.write(index + 1, hidden_BTD, checkpoint.outputs)
             del layer
@@ -164,7 +165,8 @@ class _States:
     def read(self, device: torch.device) -> torch.Tensor:
         """The states [B, T, D]."""
         with safe_open(self._path, framework="pt") as file:
-            return file.get_tensor("states").to(device)
+            states_BTD: torch.Tensor = file.get_tensor("states")
+        return states_BTD.to(device)
 
     def write(self, layer: int, hidden_BTD: torch.Tensor, outputs: list[bool] | None) -> None:
         """Replace them by those that enter ``layer``."""

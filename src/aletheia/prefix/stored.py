@@ -1,16 +1,19 @@
-"""Layers that pass stored hidden states through, so that a model starts at its boundary.
+"""A forward pass that starts at a layer from hidden states given to it: the layers below pass them through.
 
 Shapes: B rows of the batch, T tokens of its longest row, D model width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from aletheia.anatomy.access import base_of, input_weight
 from aletheia.anatomy.layerwise import (
+    Call,
     NoEmbedding,
     PassThrough,
     hidden_states,
@@ -23,74 +26,131 @@ from aletheia.anatomy.read import find_layers
 from aletheia.errors import TrainingError
 
 PREFIX = "prefix_BTD"  # key of the stored hidden states in a batch
+Source = Callable[[Mapping[str, Any]], torch.Tensor | None]
 
 
 @torch.no_grad()
-def prefix_output(model: nn.Module, boundary: int, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def prefix_output(model: nn.Module, boundary: int, batch: Mapping[str, Any]) -> torch.Tensor:
     """Hidden states [B, T, D] that enter layer ``boundary``; nothing above the prefix is computed.
 
-    The model runs in the mode it is in. ``batch`` holds ``input_ids`` and ``attention_mask``, both [B, T].
+    The model runs in the mode it is in, without its own hooks, so it may be called from one of them. ``batch`` holds
+    ``input_ids`` and what else the prefix depends on, such as ``attention_mask`` or ``position_ids``, each [B, T].
+
+    Raises:
+        TrainingError: the layer is never called.
     """
     _, layers = find_layers(model)
-    call = layer_call(model, layers[boundary], batch)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    call = layer_call(model.forward, layers[boundary], inputs)
     if call is None:
         raise TrainingError(
-            f"layer {boundary} of {type(model).__name__} was never called; --cache off trains without it"
+            f"layer {boundary} of {type(model).__name__} was never called; `cache` off trains without it"
         )
     return hidden_states(*call)
 
 
-@contextmanager
-def stored_prefix(model: nn.Module, boundary: int, free: bool = False) -> Iterator[None]:
-    """Let the model start at layer ``boundary`` from the hidden states in its batch, under the key ``prefix_BTD``.
+class Shortcut:
+    """Lets forward passes of a model start at a layer: the layers below it return what they get, for that time.
 
     The layer list stays as long as it is, so masks, positions, layer types and adapter names stay right.
+    """
+
+    def __init__(self, model: nn.Module, boundary: int) -> None:
+        """For layer ``boundary``, above 0; nothing changes before :meth:`begin`."""
+        self._model, self._boundary = model, boundary
+        self._layers = find_layers(model)[1]
+        self._own: list[nn.Module] = []
+        self._passing: list[PassThrough] = []
+        self._given: list[torch.Tensor] = []
+        # first of the layer's hooks: those of others see the stored states
+        self._hook = self._layers[boundary].register_forward_pre_hook(self._put, with_kwargs=True, prepend=True)
+
+    def begin(self, hidden_BTD: torch.Tensor) -> None:
+        """Start the next forward pass from these states."""
+        if not self._passing:
+            outputs = _layer_outputs(self._model, self._layers[: self._boundary])
+            below = zip(self._layers[: self._boundary], outputs, strict=True)
+            self._passing = [PassThrough(layer, count) for layer, count in below]
+        self._given[:] = [hidden_BTD]
+        if not self._own:
+            self._own = list(self._layers[: self._boundary])
+            for index, layer in enumerate(self._passing):
+                self._layers[index] = layer.train(self._model.training)
+
+    def end(self) -> None:
+        """Put the layers back."""
+        self._given.clear()
+        for index, layer in enumerate(self._own):
+            self._layers[index] = layer
+        self._own.clear()
+
+    def drop(self) -> None:
+        """Forget the layers below for good, and the embedding unless it is tied to the head."""
+        self._own.clear()
+        _drop_embedding(base_of(self._model))
+
+    def close(self) -> None:
+        """Leave the model as it was, but for what was dropped."""
+        self.end()
+        self._hook.remove()
+
+    def _put(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
+        return with_hidden_states(args, kwargs, self._given.pop()) if self._given else None
+
+
+@contextmanager
+def stored_prefix(model: nn.Module, boundary: int, free: bool = False, source: Source | None = None) -> Iterator[None]:
+    """Let the model start at layer ``boundary`` from hidden states [B, T, D] that were computed before.
+
+    They come with the batch, under the key ``prefix_BTD``, or from ``source``. Where neither has them, all layers run.
 
     Args:
         model: the adapted model.
         boundary: the layer that gets the stored hidden states; above 0.
         free: drop the layers below the boundary, and the embedding unless it is tied to the head. Their memory is
-            given back once nothing else refers to them; the model then needs ``prefix_BTD`` for good.
+            given back once nothing else refers to them; the model then needs stored states for good.
+        source: called with the arguments of the model's forward pass; returns None where they cannot be had.
     """
-    _, layers = find_layers(model)
-    outputs = _layer_outputs(model, layers[:boundary])
-    kept = list(layers[:boundary])
-    for index in range(boundary):
-        layers[index] = PassThrough(layers[index], outputs[index]).train(model.training)
-    if free:
-        kept.clear()
-        _drop_embedding(model.get_base_model() if hasattr(model, "get_base_model") else model)
-    stored: list[torch.Tensor] = []
+    shortcut = Shortcut(model, boundary)
 
-    def take(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        if PREFIX not in kwargs:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        hidden_BTD = kwargs.pop(PREFIX, None)
+        if hidden_BTD is None and source is not None:
+            hidden_BTD = source(kwargs if not args else {"input_ids": args[0]} | kwargs)
+        if hidden_BTD is not None:
+            shortcut.begin(hidden_BTD)
+        elif free or source is None:
             raise TrainingError(f"the layers below {boundary} are stored, and the batch brings no {PREFIX!r}")
-        stored[:] = [kwargs.pop(PREFIX)]
         return args, kwargs
 
-    def put(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        return with_hidden_states(args, kwargs, stored.pop())
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not free:
+            shortcut.end()
 
     with ExitStack() as stack:
-        stack.callback(model.register_forward_pre_hook(take, with_kwargs=True).remove)
-        stack.callback(layers[boundary].register_forward_pre_hook(put, with_kwargs=True, prepend=True).remove)
+        if free:
+            shortcut.begin(torch.empty(0))
+            shortcut.drop()
+        else:
+            stack.callback(shortcut.close)
+        stack.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+        stack.callback(model.register_forward_hook(after, always_call=True).remove)
         try:
             yield
         finally:
-            for index, layer in enumerate(kept):
-                layers[index] = layer
             if free:
                 model.register_forward_pre_hook(_refuse)
 
 
-def _drop_embedding(base: nn.Module) -> None:
+def _drop_embedding(base: PreTrainedModel) -> None:
     """Free the input embedding, unless the head holds the same weights."""
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if head is not None and head.weight is not embedding.weight:
-        replace_module(base, embedding, NoEmbedding(embedding.weight))
+    weight = input_weight(base)
+    if head is not None and head.weight is not weight:
+        replace_module(base, embedding, NoEmbedding(weight))
 
 
-def _refuse(module: nn.Module, args: tuple) -> None:
+def _refuse(module: nn.Module, args: tuple[Any, ...]) -> None:
     raise TrainingError("the layers below the boundary were freed for training; load the model again to use it")
 
 
@@ -101,7 +161,7 @@ def _layer_outputs(model: nn.Module, layers: nn.ModuleList) -> list[int]:
     with ExitStack() as stack:
         for index, layer in enumerate(layers):
 
-            def see(module: nn.Module, args: tuple, output: Any, index: int = index) -> None:
+            def see(module: nn.Module, args: tuple[Any, ...], output: Any, index: int = index) -> None:
                 seen[index] = len(output) if isinstance(output, tuple) else 0
 
             stack.callback(layer.register_forward_hook(see).remove)

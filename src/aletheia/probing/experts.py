@@ -3,7 +3,7 @@
 Shapes: E experts, N tokens, K experts per token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,12 +16,14 @@ class _Look(torch.autograd.Function):
     """A frozen weight as it is; in backward its gradient is shown to ``look`` and goes no further."""
 
     @staticmethod
-    def forward(ctx, weight, anchor, look):
+    def forward(
+        ctx: Any, weight: torch.Tensor, anchor: torch.Tensor, look: Callable[[torch.Tensor], None]
+    ) -> torch.Tensor:
         ctx.look = look
         return weight.view_as(weight)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None]:
         ctx.look(grad)
         return None, None, None
 
@@ -64,12 +66,13 @@ class ExpertRecorder:
         self._norms, self._tokens = {}, {}
         return found
 
-    def _shadow(self, names: dict[str, str]):
-        def hook(owner: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _shadow(self, names: dict[str, str]) -> Callable[..., None]:
+        def hook(owner: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not torch.is_grad_enabled():
                 return
             for own_name, name in names.items():
                 weight = owner._parameters[own_name]
+                assert weight is not None
                 owner.__dict__[own_name] = _Look.apply(weight, self.anchor.to(weight.device), self._record(name))
                 routed = _routing([*args, *kwargs.values()], len(weight), self.mask_N)
                 if routed is not None:
@@ -78,14 +81,14 @@ class ExpertRecorder:
         return hook
 
     @staticmethod
-    def _uncover(names: dict[str, str]):
-        def hook(owner: nn.Module, args: tuple, output: Any) -> None:
+    def _uncover(names: dict[str, str]) -> Callable[..., None]:
+        def hook(owner: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             for own_name in names:
                 owner.__dict__.pop(own_name, None)
 
         return hook
 
-    def _record(self, name: str):
+    def _record(self, name: str) -> Callable[[torch.Tensor], None]:
         def look(grad: torch.Tensor) -> None:
             norms_E = torch.linalg.vector_norm(at_least_float32(grad).flatten(1), dim=1)
             self._norms[name] = self._norms.get(name, 0) + norms_E

@@ -4,6 +4,7 @@ Dimensions: N tokens of the batch (B x T), I input features, O output features.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -71,7 +72,8 @@ def ghost_norm(layer_input: LayerInput, grad_out: torch.Tensor) -> torch.Tensor:
         # ||X||_F^2 ||dY||_F^2 (the traces) for the digits of float32
         if squared >= CANCELLATION * layer_input.gram_NN.trace() * grad_gram_NN.trace():
             return squared.sqrt().to(grad_NO.dtype)
-    return torch.linalg.matrix_norm(grad_NO.T @ at_least_float32(layer_input.input_NI))
+    norm: torch.Tensor = torch.linalg.matrix_norm(grad_NO.T @ at_least_float32(layer_input.input_NI))
+    return norm
 
 
 class GhostRecorder:
@@ -106,7 +108,7 @@ class GhostRecorder:
         self._last_input = None
         return norms
 
-    def _forward_hook(self, name: str):
+    def _forward_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
             if not output.requires_grad:
                 return

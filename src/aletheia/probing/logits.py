@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from aletheia.anatomy.layerwise import Call
 from aletheia.data.examples import NO_LOSS
 from aletheia.errors import TrainingError
 
@@ -31,19 +32,16 @@ def labelled_logits(model: nn.Module) -> Iterator[None]:
         raise TrainingError(f"{type(model).__name__} has no output embedding; expected a causal language model")
     pending: list[torch.Tensor] = []
 
-    def move_labels(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def move_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         pending.clear()
         labels_BT = kwargs.get("labels")
         if labels_BT is None:
             return args, kwargs
-        targets_BT = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=NO_LOSS)
-        keep_N = (targets_BT.reshape(-1) != NO_LOSS).nonzero().squeeze(1)
-        last = keep_N[-1:] if len(keep_N) else keep_N.new_zeros(1)
-        pending.append(torch.cat([keep_N, last]))
-        moved = nn.functional.pad(targets_BT.reshape(-1)[keep_N], (1, 0), value=NO_LOSS)
-        return args, kwargs | {"labels": moved[None]}
+        keep_N, moved_BN = _labelled(labels_BT)
+        pending.append(keep_N)
+        return args, kwargs | {"labels": moved_BN}
 
-    def gather(module: nn.Module, args: tuple) -> tuple | None:
+    def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not pending:
             return None
         hidden_BTD = args[0]
@@ -61,3 +59,52 @@ def labelled_logits(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def labelled_states(model: nn.Module) -> Iterator[None]:
+    """Hand on hidden states of labelled positions only where ``model(..., fused_lm_head=True, labels=...)`` is called.
+
+    So calls TRL's SFTTrainer, whose head off the GPU scores every position and masks what has no label afterwards. Here
+    it gets one row [1, N + 1, D] and the labels that go with it; the sums it takes over positions stay the same. Other
+    calls are left alone.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    pending: list[torch.Tensor] = []
+
+    def move_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        pending.clear()
+        labels_BT = kwargs.get("labels")
+        if not kwargs.get("fused_lm_head") or labels_BT is None or kwargs.get("shift_labels") is not None:
+            return args, kwargs
+        keep_N, moved_BN = _labelled(labels_BT)
+        if moved_BN.shape[1] == 1:
+            return args, kwargs  # no label: as it is
+        pending.append(keep_N)
+        return args, kwargs | {"labels": moved_BN}
+
+    def gather(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if pending:
+            hidden_BTD = output.last_hidden_state
+            keep_N = pending.pop().to(hidden_BTD.device)
+            output.last_hidden_state = hidden_BTD.flatten(0, 1).index_select(0, keep_N)[None]
+        return output
+
+    handles = [
+        model.register_forward_pre_hook(move_labels, with_kwargs=True),
+        base.base_model.register_forward_hook(gather),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _labelled(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions that predict a label, flat, the last one twice [N + 1]; and their labels, shifted back [1, N + 1]."""
+    targets_BT = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=NO_LOSS)
+    keep_N = (targets_BT.reshape(-1) != NO_LOSS).nonzero().squeeze(1)
+    last = keep_N[-1:] if len(keep_N) else keep_N.new_zeros(1)
+    moved = nn.functional.pad(targets_BT.reshape(-1)[keep_N], (1, 0), value=NO_LOSS)
+    return torch.cat([keep_N, last]), moved[None]

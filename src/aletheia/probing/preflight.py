@@ -4,11 +4,15 @@ float16 ends at 65,504. Scores of GPT-NeoX's attention, computed eagerly, go bey
 activations of some families do; the loss is then not a number.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
-from aletheia.anatomy.load import Attention, Loaded, load, pick_dtype
+from aletheia.anatomy.load import Loaded, load, pick_dtype
 from aletheia.anatomy.read import find_layers
+from aletheia.anatomy.settings import Attention
 from aletheia.data.batches import collate, on_device_of
 from aletheia.data.examples import Examples
 from aletheia.errors import ProbeError
@@ -57,8 +61,8 @@ def first_broken_layer(model: nn.Module, batch: Batch) -> int | None:
     _, layers = find_layers(model)
     broken: list[int] = []
 
-    def watch(index: int):
-        def hook(module: nn.Module, args: tuple, output: torch.Tensor | tuple) -> None:
+    def watch(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor | tuple[Any, ...]) -> None:
             hidden_BTD = output[0] if isinstance(output, tuple) else output
             if not torch.isfinite(hidden_BTD).all():
                 broken.append(index)

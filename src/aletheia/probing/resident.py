@@ -3,12 +3,13 @@
 import math
 import time
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from aletheia.anatomy.fingerprint import identify
-from aletheia.anatomy.layerwise import hidden_states, with_hidden_states
+from aletheia.anatomy.layerwise import Call, hidden_states, with_hidden_states
 from aletheia.anatomy.read import (
     adaptable_modules,
     find_layers,
@@ -120,7 +121,7 @@ def _score_batch(
         parameter.requires_grad_(True)
     leaf: list[torch.Tensor] = []
 
-    def start_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def start_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """Make the first layer's input a leaf, so that gradients reach layer 0 and stop there."""
         leaf.append(hidden_states(args, kwargs).detach().requires_grad_(True))
         return with_hidden_states(args, kwargs, leaf[0])
@@ -155,5 +156,5 @@ def _check_finite(
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     raise ProbeError(
         f"{what} is not finite in probe batch {number}, computed in {dtype}; "
-        "try --dtype bfloat16 or float32, or check the checkpoint"
+        "try `dtype` bfloat16 or float32, or check the checkpoint"
     )

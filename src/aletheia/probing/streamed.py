@@ -79,7 +79,7 @@ def probe_streamed(
     if (least := peak_bytes(checkpoint, used, ahead=False)) > free:
         raise ProbeError(
             f"the streamed probe needs {least / 1e9:.1f} GB for one layer and its work, {free / 1e9:.1f} GB may be "
-            "used; expected room for that; take fewer or shorter rows per batch, or --dtype bfloat16"
+            "used; expected room for that; take fewer or shorter rows per batch, or `dtype` bfloat16"
         )
     columns = (TextColumn("probe"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"), TimeRemainingColumn())
     if adds_router_loss(checkpoint.model):
@@ -232,8 +232,8 @@ def _forward(checkpoint: Checkpoint, used: list[Batch], job: _Job, ahead: bool, 
     if not job.has("states-0"):
         with checkpoint.embedding() as model:
             states = [hidden_states(*checkpoint.call(0, batch)) for batch in used]
-            sample = sample_embedding(model.get_input_embeddings().weight)
-        job.write("states-0", _numbered(states), {"outputs": None, "embedding": sample.hex()})
+            embedding = sample_embedding(model.get_input_embeddings().weight)
+        job.write("states-0", _numbered(states), {"outputs": None, "embedding": embedding.hex()})
     start = 0
     while start < checkpoint.layer_count and job.has(f"states-{start + 1}"):
         start += 1
@@ -271,7 +271,8 @@ def _head(checkpoint: Checkpoint, used: list[Batch], job: _Job) -> list[float]:
                 losses.append(loss)
                 gradients.append(gradient_BTD)
         job.write("backward", _numbered(gradients), {"layer": checkpoint.layer_count, "losses": losses, "found": []})
-    return job.about("backward")["losses"]
+    losses_found: list[float] = job.about("backward")["losses"]
+    return losses_found
 
 
 def _loss(
@@ -360,9 +361,8 @@ def _identity(checkpoint: Checkpoint, job: _Job) -> ModelIdentity:
     samples = []
     for index in range(checkpoint.layer_count):
         fields = job.about(f"states-{index + 1}")["sample"]
-        samples.append(
-            LayerSample(**{name: None if text is None else bytes.fromhex(text) for name, text in fields.items()})
-        )
+        found: dict[str, Any] = {name: None if text is None else bytes.fromhex(text) for name, text in fields.items()}
+        samples.append(LayerSample(**found))
     embedding = bytes.fromhex(job.about("states-0")["embedding"])
     return identity(checkpoint.name, checkpoint.anatomy, embedding, samples)
 
@@ -371,7 +371,7 @@ def _not_finite(what: str, number: int, checkpoint: Checkpoint) -> ProbeError:
     dtype = str(checkpoint.dtype).removeprefix("torch.")
     return ProbeError(
         f"{what} is not finite in probe batch {number + 1}, computed in {dtype}; "
-        "try --dtype bfloat16 or float32, or check the checkpoint"
+        "try `dtype` bfloat16 or float32, or check the checkpoint"
     )
 
 

@@ -30,7 +30,7 @@ def draw(data: Examples | Iterable[Batch], batches: int, batch_size: int, seed: 
     """
     if isinstance(data, Examples):
         if batches < 1 or batch_size < 1:
-            raise ProbeError(f"--batches is {batches} and the batch size {batch_size}; expected at least 1 each")
+            raise ProbeError(f"`batches` is {batches} and `batch_size` {batch_size}; expected at least 1 each")
         used = sample_batches(data, batches, batch_size, seed)
     else:
         used = list(data)

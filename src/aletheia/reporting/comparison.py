@@ -17,7 +17,7 @@ from aletheia.reporting.format import (
     printable,
     rank_summary,
 )
-from aletheia.runs.schema import PHASES, HeldOutPoint, Metrics, Run, TrainSettings
+from aletheia.runs.schema import PHASES, HeldOutPoint, Metrics, Run, UsedSettings
 
 NO_INTERVAL = (
     "One run each: these are single wall-clock timings on a machine whose noise was not removed, so they carry "
@@ -272,7 +272,7 @@ def _setting_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
     )
 
 
-def _quantization(setting: TrainSettings) -> str | None:
+def _quantization(setting: UsedSettings) -> str | None:
     return f"{setting.quantization}, corrected" if setting.quantization_corrected else setting.quantization
 
 
@@ -285,9 +285,9 @@ def repeat_command(run: Run) -> tuple[str, ...]:
     if metrics.data is None:
         return ()
     settings, held_out = metrics.settings, metrics.held_out_data
-    options = [("--data", metrics.data.name)]
+    options = [("--data", name) for name in metrics.data.sources]
     if held_out is not None and held_out.name != metrics.data.name:
-        options.append(("--eval-data", held_out.name))
+        options += [("--eval-data", name) for name in held_out.sources]
     options += [
         ("--eval-rows", str(metrics.held_out_rows)),
         ("--plan", f"{run.name}/plan.json"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from aletheia.planning.plan import Adapter
+from aletheia.planning.plan import Adapter, PlanSettings
 
 NOTHING = "\N{EN DASH}"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -89,6 +89,13 @@ def rank_summary(adapters: Iterable[Adapter]) -> str:
     for adapter in adapters:
         by_role.setdefault(adapter.role, set()).add(adapter.rank)
     return ", ".join(f"{role.replace('_', ' ')} {_span(ranks)}" for role, ranks in by_role.items())
+
+
+def alpha_summary(settings: PlanSettings) -> str:
+    """Alpha, and how it scales an adapter, e.g. ``32 at rank 16`` or ``32, scaled as rsLoRA``; dropout if there is."""
+    alpha = f"{settings.common_alpha:g}"
+    told = f"{alpha}, scaled as rsLoRA" if settings.rslora else f"{alpha} at rank {settings.rank}"
+    return f"{told}, dropout {settings.dropout:g}" if settings.dropout else told
 
 
 def _span(ranks: set[int]) -> str:

@@ -66,7 +66,7 @@ def check_plot(path: Path) -> None:
         PlanError: an unknown suffix.
     """
     if path.suffix not in (".svg", ".png", ".pdf"):
-        raise PlanError(f"--plot is {path}; expected a file that ends with .svg, .png or .pdf")
+        raise PlanError(f"`plot` is {path}; expected a file that ends with .svg, .png or .pdf")
 
 
 def plot_frontier(points: Sequence[FrontierPoint], chosen: Plan, path: Path) -> None:
@@ -103,4 +103,4 @@ def plot_frontier(points: Sequence[FrontierPoint], chosen: Plan, path: Path) -> 
     try:
         figure.savefig(path, dpi=144)
     except OSError as error:
-        raise PlanError(f"cannot write {path}: {error.strerror or error}; choose another --plot") from error
+        raise PlanError(f"cannot write {path}: {error.strerror or error}; choose another `plot`") from error

@@ -27,6 +27,7 @@ from aletheia.reporting.comparison import (
 )
 from aletheia.reporting.format import (
     NOTHING,
+    alpha_summary,
     human_bytes,
     human_count,
     human_loss,
@@ -67,9 +68,9 @@ def refuse_foreign(out: Path) -> None:
         with open(out, "rb") as handle:
             ours = _MARK.encode() in handle.read(_MARK_WITHIN)
     except OSError as error:
-        raise ArtifactError(f"cannot write {out}: {error.strerror}; choose another place with --out") from error
+        raise ArtifactError(f"cannot write {out}: {error.strerror}; choose another place with `out`") from error
     if not ours:
-        raise ArtifactError(f"{out} exists and is no report of ours; choose another --out or remove it first")
+        raise ArtifactError(f"{out} exists and is no report of ours; choose another `out` or remove it first")
 
 
 def page_environment() -> Environment:
@@ -242,7 +243,7 @@ def _plan_settings(plan: Plan) -> dict[str, str]:
         "Policy": settings.policy,
         "Percent": f"{settings.percent:g}",
         "Ranks": f"{settings.ranks}: {rank_summary(plan.adapters)}",
-        "Alpha": f"{settings.alpha:g} at rank {settings.rank}",
+        "Alpha": alpha_summary(settings),
         "Predicted speed-up": f"{human_ratio(plan.predicted.speedup)} over uniform LoRA",
         "Seed": str(settings.seed),
     }

@@ -20,6 +20,7 @@ from aletheia.reporting.comparison import (
 )
 from aletheia.reporting.format import (
     NOTHING,
+    alpha_summary,
     human_bytes,
     human_count,
     human_loss,
@@ -171,7 +172,7 @@ def _render_plan(plan: Plan) -> RenderableType:
             *([("early", _early(plan))] if plan.early_layers else []),
             ("boundary", f"{plan.boundary}, the lowest layer that learns to the end"),
             ("ranks", f"{settings.ranks}: {rank_summary(plan.adapters)}"),
-            ("alpha", f"{settings.alpha:g} at rank {settings.rank}"),
+            ("alpha", alpha_summary(settings)),
             ("trainable", f"{human_count(plan.trainable_parameters)} parameters"),
             ("importance", f"{share} of the summed layer scores captured"),
             (
@@ -190,7 +191,7 @@ def _early(plan: Plan) -> str:
     """What only learns at first."""
     step = plan.predicted.relative_early_step_time
     speed = f", steps {human_ratio(1 / step)}" if step else ""
-    share = human_percent(plan.settings.freeze_after)
+    share = human_percent(plan.freeze_after)
     return f"{layer_ranges(plan.early_layers)} in the first {share} of the steps{speed}, then frozen"
 
 

@@ -32,7 +32,7 @@ Made with `aletheia-tune` {metrics.packages.get("aletheia-tune", "")}; the adapt
 | base model | {metrics.model} |
 | data | {data} |
 | adapted layers | {layer_ranges(plan.layers)}{_early(run)} |
-| ranks | {plan.settings.ranks}, {_rank_range(plan)} |
+| ranks | {plan.settings.ranks}, {_rank_range(plan)}{_scale(plan)} |
 | trainable parameters | {plan.trainable_parameters:,} |
 | steps x batch size | {metrics.steps} x {settings.batch_size} |
 | learning rate | {settings.learning_rate:g} |
@@ -71,6 +71,12 @@ def _from_pretrained(name: str) -> str:
     if path.suffix == ".gguf":
         return f"{json.dumps(str(path.parent))}, gguf_file={json.dumps(path.name)}"
     return json.dumps(name)
+
+
+def _scale(plan: Plan) -> str:
+    """What differs from plain LoRA."""
+    dropout = f", dropout {plan.settings.dropout:g}" if plan.settings.dropout else ""
+    return f"{', scaled as rsLoRA (alpha / sqrt(rank))' if plan.settings.rslora else ''}{dropout}"
 
 
 def _rank_range(plan: Plan) -> str:

@@ -1,61 +1,225 @@
-"""The run folder: claimed before anything is computed, written when all is done."""
+"""The run folder: claimed before anything is computed, written when all is done. Importing it loads no torch."""
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from peft import PeftModel
-from safetensors import SafetensorError
+from filelock import FileLock, Timeout
 
 from aletheia.errors import ArtifactError
-from aletheia.files import artifact_format, check_writable, free_bytes, write_text
+from aletheia.files import artifact_format, free_bytes, sync, write_text
 from aletheia.runs.card import model_card
+from aletheia.runs.manifest import MANIFEST_FILE, Manifest, checkpoint_folders
 from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, REPORT_FILE, SCORES_FILE, Metrics, Run
 
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
-def claim_output(out: str | Path, overwrite: bool = False, size_bytes: int = 0) -> Path:
-    """Check early that a run can be written to ``out``, and that there is room for ``size_bytes``.
+    from peft import PeftModel
+    from torch import Tensor
 
-    Raises:
-        ArtifactError: it cannot be written, is a file, or holds something that may not be replaced: other files, or
-            a run while ``overwrite`` is off.
+CONFIG_FILE = "config.yaml"
+CHECKPOINTS = "checkpoints"
+LOCK_FILE = ".lock"
+REPLACING_FILE = ".replacing"  # a run is under way where another one was finished
+FolderState = Literal["new", "interrupted", "finished", "foreign"]
+
+
+class RunFolder:
+    """A folder for a run, held by one process at a time. Make it with :meth:`claim`; a context manager.
+
+    ``resumes`` says that an interrupted run is there to go on from. In a launch of several processes the first one
+    claims, the others do without.
     """
-    out = Path(out)
+
+    def __init__(self, path: Path, lock: FileLock | None, is_new: bool, resumes: bool) -> None:
+        """For :meth:`claim`; ``is_new``: the folder was made for this."""
+        self.path, self.resumes = path, resumes
+        self._lock, self._is_new = lock, is_new
+
+    @classmethod
+    def claim(
+        cls,
+        out: str | Path,
+        overwrite: bool = False,
+        resume: Literal["auto", "never"] = "auto",
+    ) -> "RunFolder":
+        """Take ``out`` for a run: nobody else can until it is closed or this process ends, however it ends.
+
+        Args:
+            out: the folder; it is made if need be.
+            overwrite: allow it to hold a finished run, which is replaced when the new one is saved.
+            resume: what to do with an interrupted run: ``auto`` goes on, ``never`` removes its checkpoints.
+
+        Raises:
+            ArtifactError: it cannot be written, is a file, is in use, or holds something that may not be
+                replaced: other files, or a finished run while ``overwrite`` is off.
+        """
+        out = Path(out)
+        _check(out, overwrite)
+        is_new = not out.exists()
+        claimed = cls(out, _lock(out), is_new, resumes=False)
+        try:
+            state = _check(out, overwrite)  # again: another run may have ended since
+            shutil.rmtree(_beside(out), ignore_errors=True)
+            claimed.resumes = state == "interrupted" and resume == "auto"
+            if not claimed.resumes:
+                _begin_anew(out, state)
+        except BaseException:
+            claimed.close()
+            raise
+        return claimed
+
+    @classmethod
+    def of_another_process(cls, path: Path, resumes: bool) -> "RunFolder":
+        """The folder that the first process of this launch holds."""
+        return cls(path, None, False, resumes)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints go."""
+        return self.path / CHECKPOINTS
+
+    def check_room(self, size_bytes: int) -> None:
+        """Refuse to begin what could not be saved.
+
+        Raises:
+            ArtifactError: less than ``size_bytes`` are free.
+        """
+        free = free_bytes(self.path)
+        if free < size_bytes:
+            raise ArtifactError(
+                f"{self.path}: the adapter needs {size_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+                "make room or choose another `out`"
+            )
+
+    def remove_checkpoints(self) -> None:
+        """Remove what was only there to go on from."""
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let others have the folder; one that was made for this run and is empty goes."""
+        if self._lock is None or not self._lock.is_locked:
+            return
+        with suppress(OSError):
+            self.checkpoints.rmdir()  # Trainer makes it before there is anything to save
+        if self._is_new and _names(self.path) == set():
+            with suppress(OSError):
+                (self.path / LOCK_FILE).unlink()
+                self.path.rmdir()
+        self._lock.release()
+
+    def __enter__(self) -> "RunFolder":
+        """As claimed."""
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Close."""
+        self.close()
+
+
+def folder_state(out: Path) -> FolderState:
+    """What a folder holds: nothing, an interrupted run of ours, a finished one, or something else.
+
+    An interrupted run is known by the lock beside its settings or checkpoints, or by a checkpoint's manifest.
+    """
+    names = _names(out)
+    if not names:
+        return "new"
+    if artifact_format(out / METRICS_FILE) == Metrics.FORMAT:
+        return "interrupted" if REPLACING_FILE in names else "finished"
+    was_claimed = (out / LOCK_FILE).is_file() and names & {CONFIG_FILE, CHECKPOINTS, REPLACING_FILE}
+    manifests = (path / MANIFEST_FILE for path in checkpoint_folders(out / CHECKPOINTS))
+    if was_claimed or any(artifact_format(path) == Manifest.FORMAT for path in manifests):
+        return "interrupted"
+    return "foreign"
+
+
+def _check(out: Path, overwrite: bool) -> FolderState:
+    """The folder's state, if a run may go there."""
     if out.exists() and not out.is_dir():
-        raise ArtifactError(f"{out} is a file; expected a folder for the run, choose another --out")
-    if out.is_dir() and any(out.iterdir()):
-        if artifact_format(out / METRICS_FILE) != Metrics.FORMAT:
-            raise ArtifactError(f"{out} holds other files; expected a new or empty folder, choose another --out")
-        if not overwrite:
-            raise ArtifactError(f"{out} holds another run; choose another --out or pass --overwrite")
-    check_writable(out)
-    free = free_bytes(out)
-    if free < size_bytes:
-        raise ArtifactError(
-            f"{out}: the adapter needs {size_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
-            "make room or choose another --out"
-        )
-    return out
+        raise ArtifactError(f"{out} is a file; expected a folder for the run, choose another `out`")
+    try:
+        state = folder_state(out)
+    except OSError as error:
+        raise ArtifactError(f"cannot read {out}: {error.strerror}; choose another `out`") from error
+    if state == "foreign":
+        raise ArtifactError(f"{out} holds other files; expected a new or empty folder, choose another `out`")
+    if not overwrite and (out / METRICS_FILE).exists():
+        raise ArtifactError(f"{out} holds another run; choose another `out` or pass `overwrite`")
+    return state
 
 
-def save(model: PeftModel, run: Run) -> None:
+def _names(out: Path) -> set[str]:
+    """What is in the folder besides the lock."""
+    return {path.name for path in out.iterdir()} - {LOCK_FILE} if out.is_dir() else set()
+
+
+def _lock(out: Path) -> FileLock:
+    """The folder's lock, or an error that names who holds it."""
+    place = out / LOCK_FILE
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place, timeout=0)
+        lock.acquire()
+        place.write_text(f"{os.getpid()}\n")
+    except Timeout as error:
+        with suppress(OSError, ValueError):
+            holder = f" (process {int(place.read_text())})"
+            raise ArtifactError(_in_use(out, holder)) from error
+        raise ArtifactError(_in_use(out, "")) from error
+    except (OSError, NotImplementedError) as error:
+        told = getattr(error, "strerror", None) or error
+        raise ArtifactError(f"cannot write to {out}: {told}; choose another `out`") from error
+    return lock
+
+
+def _in_use(out: Path, holder: str) -> str:
+    return f"{out} is in use by another run{holder}; expected to have it alone, wait for that or choose another `out`"
+
+
+def _begin_anew(out: Path, state: FolderState) -> None:
+    """Remove the checkpoints of a run that is not gone on from; a finished run stays until the next one is saved."""
+    try:
+        if (out / METRICS_FILE).exists():
+            write_text(out / REPLACING_FILE, "")
+        if state != "new" and (out / CHECKPOINTS).exists():
+            shutil.rmtree(out / CHECKPOINTS)
+    except OSError as error:
+        raise ArtifactError(f"cannot remove {out / CHECKPOINTS}: {error.strerror}; choose another `out`") from error
+
+
+def _beside(out: Path) -> Path:
+    """Where what is moved into a run folder is written first."""
+    return out.with_name(f".{out.name}.partial")
+
+
+def save(model: "PeftModel", run: Run, state: "Mapping[str, Tensor] | None" = None) -> None:
     """Write the run folder; ``metrics.json`` goes first and comes last, so a folder that has one is complete.
 
-    The adapter is written beside it and moved in, so that a run which is replaced stays if that fails.
+    The adapter is written beside it and moved in, so that a run which is replaced stays if that fails. Checkpoints,
+    settings and the lock stay as they are. ``state`` holds the weights where those of ``model`` are sharded.
 
     Raises:
         ArtifactError: the folder cannot be written.
     """
-    temporary = run.path.with_name(f".{run.path.name}.partial")
+    from safetensors import SafetensorError
+
+    temporary = _beside(run.path)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(str(temporary), save_embedding_layers=False)
+        model.save_pretrained(str(temporary), save_embedding_layers=False, state_dict=state)
         write_text(temporary / "README.md", model_card(run))
+        for file in temporary.iterdir():
+            sync(file)
         run.path.mkdir(parents=True, exist_ok=True)
         for name in (METRICS_FILE, PLAN_FILE, SCORES_FILE, REPORT_FILE):
             (run.path / name).unlink(missing_ok=True)
         for file in temporary.iterdir():
             os.replace(file, run.path / file.name)
+        sync(run.path)
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
             f"cannot write the run to {run.path}: {getattr(error, 'strerror', None) or error}"
@@ -63,4 +227,6 @@ def save(model: PeftModel, run: Run) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     run.plan.write(run.path / PLAN_FILE)
+    (run.path / REPLACING_FILE).unlink(missing_ok=True)
     run.metrics.write(run.path / METRICS_FILE)
+    sync(run.path)

@@ -20,8 +20,9 @@ REPORT_FILE = "report.html"
 class PhaseSeconds(BaseModel):
     """Wall-clock seconds by phase.
 
-    ``cache`` is deciding on the prefix cache and filling it, ``init`` the passes that correct a 4-bit base and turn
-    the adapters towards the gradient, ``train`` the optimizer steps alone, ``eval`` the held-out evaluation.
+    ``cache`` is filling the prefix cache before the first step, where that is done, ``init`` the passes that correct
+    a 4-bit base and turn the adapters towards the gradient, ``train`` the optimizer steps alone, ``eval`` the held-out
+    evaluation.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,11 +61,13 @@ class HeldOutPoint(BaseModel):
     train_seconds: float
 
 
-class TrainSettings(BaseModel):
-    """The settings that decide a run besides its plan."""
+class UsedSettings(BaseModel):
+    """What a run was trained with besides its plan, defaults resolved."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     batch_size: int
+    gradient_accumulation_steps: int = 1
+    processes: int = 1
     learning_rate: float
     max_length: int
     dtype: str
@@ -77,6 +80,7 @@ class TrainSettings(BaseModel):
     quantization: str | None = None  # of the base's matrices
     quantization_corrected: bool = False  # by a frozen part of the adapters, which doubles their rank
     attention: str | None = None
+    keep: Literal["last", "best"] = "last"
 
 
 class Metrics(Artifact):
@@ -90,10 +94,11 @@ class Metrics(Artifact):
     held_out_rows: int
     held_out_tokens: int
     packages: dict[str, str]
-    settings: TrainSettings
+    settings: UsedSettings
     rows_truncated: int = 0
     rows_skipped: int = 0
     steps: int
+    kept_step: int | None = None
     tokens: int
     labelled_tokens: int
     boundary: int
@@ -103,6 +108,7 @@ class Metrics(Artifact):
     peak_memory_bytes: int
     cache_bytes: int = 0
     cache_reason: str = ""
+    steps_computed_by: tuple[str, ...] = ()
     held_out_loss_before: FiniteFloat
     held_out_loss_after: FiniteFloat
     train_curve: tuple[TrainPoint, ...]

@@ -5,15 +5,16 @@ from contextlib import ExitStack, contextmanager
 
 from peft import PeftModel
 
-from aletheia.execution.backend import lean_layers
-from aletheia.execution.lean import lean_loss
+from aletheia.execution.backend import entered, step_ways
+from aletheia.execution.recompute import Recompute
 from aletheia.prefix.boundary import frozen_prefix
 from aletheia.prefix.stored import stored_prefix
-from aletheia.probing.logits import labelled_logits
 
 
 @contextmanager
-def fast_steps(model: PeftModel, stored_from: int | None = None, free: bool = False) -> Iterator[None]:
+def fast_steps(
+    model: PeftModel, stored_from: int | None = None, free: bool = False, recompute: Recompute = "off"
+) -> Iterator[None]:
     """Everything that makes a step cheaper and leaves loss and gradients alone, for a training loop of one's own, too.
 
     Equal up to the order of sums in float32; float32 adapters beside a bfloat16 base are multiplied in bfloat16, as
@@ -24,13 +25,13 @@ def fast_steps(model: PeftModel, stored_from: int | None = None, free: bool = Fa
     Args:
         model: the adapted model.
         stored_from: the boundary, if every batch will bring its stored prefix.
-        free: see :func:`aletheia.prefix.boundary.stored_prefix`.
+        free: see :func:`aletheia.prefix.stored.stored_prefix`.
+        recompute: what of a step is computed again in backward, see
+            :func:`aletheia.execution.recompute.recomputation`.
     """
     with ExitStack() as stack:
         if stored_from is not None:  # first, so that nothing else holds the layers that it frees
             stack.enter_context(stored_prefix(model, stored_from, free))
         stack.enter_context(frozen_prefix(model))
-        stack.enter_context(labelled_logits(model))
-        stack.enter_context(lean_layers(model))
-        stack.enter_context(lean_loss(model))
+        stack.enter_context(entered(model, step_ways(model, recompute=recompute)))
         yield

@@ -1,32 +1,43 @@
 """The held-out loss: mean over completion tokens, not over batches."""
 
+from functools import partial
+
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from aletheia.anatomy.modes import in_mode
-from aletheia.data.batches import Collator, labelled_tokens, length_sorted_batches, on_device_of
+from aletheia.data.batches import collate, labelled_tokens, length_sorted_batches, on_device_of
 from aletheia.data.examples import Examples
 from aletheia.errors import DataError
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, examples: Examples, batch_size: int = 8, collator: Collator | None = None) -> float:
+def held_out_loss(model: nn.Module, examples: Examples, batch_size: int = 8) -> float:
     """Mean cross-entropy over the labelled tokens of ``examples``, in nats per token.
 
-    The model is evaluated in eval mode; its modules are put back into the modes they were in. ``collator`` makes a
-    batch of rows, by default :func:`aletheia.data.batches.collate`.
+    The model is evaluated in eval mode; its modules are put back into the modes they were in. Where several processes
+    train it, all must call this: each takes every so many of the batches, and all get the same result.
 
     Raises:
         DataError: the examples hold no labelled token.
     """
-    summed = torch.zeros((), dtype=torch.float64)
-    tokens = 0
+    sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    batches = list(length_sorted_batches(examples, batch_size, partial(collate, pad_token_id=examples.pad_token_id)))
     with in_mode(model, training=False):
-        for batch in length_sorted_batches(examples, batch_size, collator):
+        for start in range(0, len(batches), world):  # sharded layers must run equally often everywhere
+            own = start + rank < len(batches)
+            batch = batches[start + rank] if own else batches[0]
             labelled = int(labelled_tokens(batch["labels"]))
             loss = model(**on_device_of(model, batch), use_cache=False).loss
-            summed += loss.cpu().double() * labelled
-            tokens += labelled
+            if own:
+                sums += torch.tensor([loss.item() * labelled, labelled], dtype=torch.float64)
+    if several:
+        sums = sums.to("cpu" if dist.get_backend() == "gloo" else next(model.parameters()).device)
+        dist.all_reduce(sums)
+    nats, tokens = (float(number) for number in sums)
     if tokens == 0:
         raise DataError("the held-out rows hold no labelled token; expected at least one completion")
-    return summed.item() / tokens
+    return nats / tokens

@@ -4,7 +4,7 @@ Importing this loads no torch; a field that is not ours is looked up in transfor
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, model_validator
 
@@ -15,6 +15,9 @@ TRAINING, CACHE, SAVING, LOGGING = "Training", "Frozen prefix", "Checkpoints", "
 CacheKind = Literal["auto", "memory", "disk", "off"]
 Init = Literal["gradient", "random"]
 Recompute = Literal["off", "selective", "full"]
+
+# settings that change no result: a run may go on with others
+WITHOUT_INFLUENCE = ("cache", "cache_dir", "save_steps", "save_total_limit", "report_to", "push_to_hub", "hub_model_id")
 
 # fields of TrainingArguments that are not the user's here, and why
 NOT_TAKEN = {
@@ -45,6 +48,12 @@ NOT_TAKEN = {
     "torch_compile": "hooks of the frozen prefix break the graph",
     "torch_compile_backend": "hooks of the frozen prefix break the graph",
     "torch_compile_mode": "hooks of the frozen prefix break the graph",
+    "dataloader_drop_last": "every row of an epoch is trained on",
+    "accelerator_config": "batches are dealt out in the order that a resumed run needs",
+    "logging_steps": "every step is logged: the curve and the check for values that are not finite need it",
+    "logging_strategy": "every step is logged: the curve and the check for values that are not finite need it",
+    "logging_first_step": "every step is logged",
+    "eval_on_start": "the held-out loss is taken before the first step",
     "use_liger_kernel": "its loss and ours exclude each other",
     "deepspeed": "DeepSpeed is not supported; take FSDP",
     "logging_nan_inf_filter": "a loss that is not finite ends the run",
@@ -57,6 +66,9 @@ NOT_TAKEN = {
     "per_device_eval_batch_size": "held-out rows go in batches of `batch_size`",
     "optim_target_modules": "the plan says what is adapted",
     "disable_tqdm": "progress is drawn here",
+    "hub_token": "it would stand in the run folder; log in with 'hf auth login'",
+    "hub_strategy": "the finished run is uploaded, not its checkpoints",
+    "hub_always_push": "the finished run is uploaded, not its checkpoints",
     "data_seed": "`seed` decides the order of rows",
 }
 
@@ -68,6 +80,7 @@ class TrainSettings(Settings):
     contradict what is done here; ``NOT_TAKEN`` lists those that do, and why.
     """
 
+    SECTION: ClassVar[str] = "training"
     model_config = ConfigDict(extra="allow")
 
     steps: int | None = option(None, "Optimizer steps.", TRAINING, ge=1)
@@ -134,6 +147,10 @@ class TrainSettings(Settings):
     def _consistent(self) -> "TrainSettings":
         if self.steps is not None and self.epochs is not None:
             raise ValueError("`steps` and `epochs` are both given; expected one of them")
+        if self.free_prefix and self.cache == "off":
+            raise ValueError("`free_prefix` is given with `cache` off; expected a cache to train from")
+        if (self.model_extra or {}).get("eval_strategy") == "no":
+            raise ValueError("`eval_strategy` is 'no'; expected steps or epoch: a run ends with a held-out loss")
         for name in self.model_extra or {}:
             if name in NOT_TAKEN:
                 raise ValueError(f"`{name}` is given; expected it to be left out: {NOT_TAKEN[name]}")

@@ -1,339 +1,383 @@
-"""The training loop: transformers' Trainer on an adapted model, measured."""
+"""Our own training: adapters start, a Trainer with everything attached runs, a run folder is left."""
 
+import hashlib
+import json
 import math
-import os
-import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from torch import nn
-from transformers import Trainer, TrainingArguments
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from rich.console import Console
+from torch.distributed.tensor import DTensor
 
 from aletheia.adapters.adapt import check_adapters
 from aletheia.adapters.correction import Correction
-from aletheia.adapters.initial import ROWS, Init, align_with_gradient
+from aletheia.adapters.initial import ROWS, align_with_gradient
+from aletheia.anatomy.access import base_of, text_config
 from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.load import quantization_of
+from aletheia.data.batches import collate
 from aletheia.data.examples import Example, Examples
 from aletheia.data.order import training_batches
-from aletheia.errors import TrainingError
+from aletheia.errors import SettingsError, TrainingError
+from aletheia.execution.backend import entered, layer_ways
 from aletheia.execution.peak_memory import peak_memory_bytes, reset_peak_memory
-from aletheia.execution.recompute import Recompute
 from aletheia.files import package_versions
 from aletheia.planning.plan import Plan, layer_ranges
-from aletheia.prefix.cache import PrefixCache
-from aletheia.prefix.fill import CacheKind
-from aletheia.prefix.stored import PREFIX
-from aletheia.runs.folder import claim_output, save
-from aletheia.runs.schema import Metrics, PhaseSeconds, Run, TrainSettings
-from aletheia.training.held_out import held_out_loss
-from aletheia.training.stage import Stage
-from aletheia.training.watch import Watch
+from aletheia.prefix.cache import DiskCache, PrefixCache, collate_with_prefix
+from aletheia.prefix.choose import CacheDecision, CachePlace, open_cache
+from aletheia.prefix.exact import why_not_exact
+from aletheia.prefix.fill import fill
+from aletheia.runs.folder import RunFolder, save
+from aletheia.runs.manifest import TrainingCheckpoint, newest_checkpoint
+from aletheia.runs.schema import Metrics, PhaseSeconds, Run, UsedSettings
+from aletheia.training.attach import Attachment, AttachSettings, prefix_computed_as
+from aletheia.training.checkpoints import trustworthy_checkpoints
+from aletheia.training.fast_steps import fast_steps
+from aletheia.training.interrupts import SaveInTime, interrupts
+from aletheia.training.learning_rate import default_learning_rate
+from aletheia.training.loop import RowTrainer, evaluates_by_itself, steps_per_epoch, training_arguments
+from aletheia.training.recorder import Recorder
+from aletheia.training.settings import WITHOUT_INFLUENCE, TrainSettings
 
-WARMUP_SHARE = 0.05
-SHORT_RUN_STEPS = 200
-GRADIENT_START_RATE = 0.5  # of the rate for a random start
 CORRECTION_TOKENS = 4096  # at most, beyond the first row
-EVALUATIONS = 4  # held-out losses during training, after the one before it
-LAUNCHERS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # how many processes there are
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a job has ready for its training.
+
+    Attributes:
+        prefix: a cache that holds every row already, for a model of which only the upper layers are there
+            (:meth:`aletheia.Checkpoint.suffix`).
+        unquantized: the checkpoint that a 4-bit base was made from, for ``correct_quantization``.
+        seconds: time already spent, by phase (``load``, ``probe``, ``plan``, ``cache``).
+        about: what tells this run from others, by name, beyond what :func:`train` knows: a run that was interrupted
+            goes on only if all of it is the same.
+        checkpoint: the one to go on from; by default the newest whole one where the folder holds an interrupted run.
+    """
+
+    prefix: PrefixCache | None = None
+    unquantized: Checkpoint | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    about: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: TrainingCheckpoint | None = None
 
 
 def train(
     model: PeftModel,
     data: Examples,
     plan: Plan,
-    out: str | Path,
+    out: str | Path | RunFolder,
     held_out: Examples,
-    steps: int | None = None,
-    epochs: float = 1.0,
-    batch_size: int = 4,
-    learning_rate: float | None = None,
-    init: Init = "gradient",
-    evaluations: int = EVALUATIONS,
-    seed: int = 0,
-    cache: CacheKind = "auto",
-    cache_dir: str | Path | None = None,
-    free_prefix: bool = False,
-    prefix: PrefixCache | None = None,
-    unquantized: Checkpoint | None = None,
-    gradient_checkpointing: Recompute = "off",
-    group_by_length: bool = True,
-    overwrite: bool = False,
-    earlier_seconds: Mapping[str, float] | None = None,
+    settings: TrainSettings | None = None,
+    prepared: Prepared | None = None,
     show_progress: bool = True,
+    **options: Any,
 ) -> Run:
     """Train the adapters of ``model`` and leave a run folder: a standard PEFT adapter, the plan and the metrics.
 
-    AdamW, linear decay after 5 % warm-up, gradient clipping at 1.0, no weight decay. Only adapters are trained; the
-    graph starts at the boundary, logits are computed where labels are, and what enters the boundary layer is computed
-    once per row where that pays. All of it is exact up to rounding. Where the plan has early layers they learn first,
-    then freeze as they are, and the boundary rises. Sets the global random seeds, as Trainer does.
+    transformers' Trainer with the plan attached (:func:`aletheia.attach`). Only adapters are trained; where the plan
+    has early layers they learn first, then freeze as they are, and the boundary rises. The held-out loss is taken
+    before training and ``evaluations`` times from then on. A run that was stopped goes on from its last checkpoint,
+    and on a CPU ends with the same bytes. Sets the global random seeds, as Trainer does.
 
     Args:
         model: the adapted model, from :func:`aletheia.adapt`.
-        data: rows to train on; their order depends on ``seed`` alone.
+        data: rows to train on; their order depends on the seed alone.
         plan: the plan the model was adapted with.
-        out: the run folder.
-        held_out: rows for the held-out loss, taken before training and ``evaluations`` times from then on.
-        steps: optimizer steps; overrides ``epochs``.
-        epochs: passes over ``data``.
-        batch_size: sequences per step.
-        learning_rate: peak learning rate; by default :func:`default_learning_rate`.
-        init: where the A matrices start: ``gradient`` turns them along the loss gradient of the first rows
-            (:func:`aletheia.adapters.initial.align_with_gradient`), ``random`` leaves them as they are.
-        evaluations: how often the held-out loss is taken from the first step on, evenly, the last time after the last.
-        seed: of the order of rows.
-        cache: where the prefix cache goes: ``memory``, ``disk``, ``off``, or ``auto``, which measures and decides.
-        cache_dir: for a cache on disk; by default ``ALETHEIA_CACHE`` or the user's cache folder.
-        free_prefix: with a cache, drop the layers below the boundary from memory for good: the model in hand is
-            of no use afterwards, the run folder is complete.
-        prefix: a cache that holds every row already, for a model of which only the upper layers are there
-            (:meth:`aletheia.Checkpoint.suffix`); ``cache`` and ``cache_dir`` are not looked at then.
-        unquantized: the checkpoint that a 4-bit base was made from: each adapter then gets a frozen part of its own
-            rank that takes back most of what quantization did (:class:`aletheia.adapters.correction.Correction`).
-        gradient_checkpointing: what of the suffix is computed again in backward instead of kept: ``off``,
-            ``selective`` (all but the matrix products) or ``full``.
-        group_by_length: make batches of rows of like length.
-        overwrite: allow ``out`` to hold another run, which is replaced.
-        earlier_seconds: time already spent, by phase (``load``, ``probe``, ``plan``, ``cache``), for the record; by
-            default the probe's time as the plan tells it.
-        show_progress: draw progress bars on stderr.
+        out: the run folder, or one that was claimed already.
+        held_out: rows for the held-out loss.
+        settings: how to train; or give its fields by name.
+        prepared: what was computed before.
+        show_progress: draw progress bars and lines on stderr.
+        options: fields of :class:`aletheia.TrainSettings`, where ``settings`` is not given.
 
     Raises:
         AdapterError: the model is not adapted as planned.
         ArtifactError: ``out`` is taken or cannot be written.
-        CacheError: the cache asked for is not possible or does not fit.
-        TrainingError: a setting is out of range, or a loss is not finite.
+        CacheError: the cache asked for is not possible.
+        Interrupted: a signal ended the run; a checkpoint was saved.
+        SettingsError: a setting is out of range.
+        TrainingError: a loss is not finite, or a checkpoint belongs to another run or cannot be written.
     """
-    check_settings(steps, epochs, batch_size, learning_rate, cache, gradient_checkpointing, init, evaluations)
+    if settings is not None and options:
+        raise SettingsError(f"`settings` and `{next(iter(options))}` are both given; expected one of them")
+    settings = settings or TrainSettings(**options)
+    training_arguments(settings, "")  # refuses what Trainer does not take, before anything else
     if not len(data):
         raise TrainingError(f"{data.identity.name}: found no rows to train on, expected at least one")
-    steps = steps or math.ceil(epochs * math.ceil(len(data) / batch_size))
-    if learning_rate is None:
-        learning_rate = default_learning_rate(model.config.get_text_config().hidden_size, steps, init)
-    if model.device.type == "cuda" and model.device.index:
-        raise TrainingError(
-            f"the model is on {model.device}, and Trainer takes the first GPU it sees; expected it on cuda:0, "
-            f"started with CUDA_VISIBLE_DEVICES={model.device.index}"
-        )
-    out = claim_output(out, overwrite, 4 * plan.trainable_parameters * (1 if unquantized is None else 2))
     check_adapters(model, plan)
-    batches = training_batches([len(example) for example in data.examples], batch_size, steps, seed, group_by_length)
-    schedule = [[data[row] for row in batch] for batch in batches]
-    early = plan.early_steps(steps)
-    if early and prefix is not None:
-        raise TrainingError(
-            f"the plan adapts layers {layer_ranges(plan.early_layers)} at first, which are not in memory; "
-            "expected a plan made with --freeze-after 0"
+    bytes_needed = 4 * plan.trainable_parameters * (2 if settings.correct_quantization else 1)
+    with ExitStack() as stack:
+        folder = out if isinstance(out, RunFolder) else stack.enter_context(RunFolder.claim(out))
+        folder.check_room(bytes_needed)
+        job = _Job(model, data, plan, held_out, settings, prepared or Prepared(), folder, show_progress)
+        return job.run()
+
+
+class _Job:
+    """One call of :func:`train`."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        data: Examples,
+        plan: Plan,
+        held_out: Examples,
+        settings: TrainSettings,
+        prepared: Prepared,
+        folder: RunFolder,
+        show_progress: bool,
+    ) -> None:
+        """Nothing is computed yet."""
+        self.model, self.data, self.plan, self.held_out = model, data, plan, held_out
+        self.settings, self.prepared, self.folder, self.show = settings, prepared, folder, show_progress
+        self.recorder = Recorder(0 if evaluates_by_itself(settings) else settings.evaluations, show_progress)
+        self.seconds = dict(_owed(plan) | dict(prepared.seconds))
+        self.correction = Correction()
+        self.stack = ExitStack()  # closed when the run is over
+
+    def run(self) -> Run:
+        """From adapters at their start to a folder that is written."""
+        trainer, attachment = self._trainer()
+        trustworthy_checkpoints(trainer, self._about(trainer), self.recorder.state, alone=True)
+        found = self.prepared.checkpoint
+        if found is None and self.folder.resumes:
+            found = newest_checkpoint(self.folder.checkpoints)
+        reset_peak_memory(self.model.device)
+        with self.stack, self.correction, interrupts() as interrupted:
+            trainer.add_callback(interrupted)
+            trainer.add_callback(SaveInTime())
+            if found is not None:
+                self.recorder.restore(found.manifest.extra)
+                interrupted.saved_step = found.step
+                self._say(f"resume from step {found.step} of {trainer.args.max_steps}")
+            started = time.perf_counter()
+            self._start(trainer.args.max_steps, found is None)
+            self.seconds["init"] = time.perf_counter() - started
+            trainer.args.eval_on_start = found is None
+            try:
+                trainer.train(resume_from_checkpoint=None if found is None else str(found.path))
+            finally:
+                self.recorder.close()
+            if interrupted.signal is not None and trainer.state.global_step < trainer.state.max_steps:
+                raise interrupted.error()
+        check_adapters(self.model, self.plan)
+        self.correction.fold(self.model, self.plan)
+        return self._finish(trainer, attachment)
+
+    def _trainer(self) -> tuple[RowTrainer, Attachment]:
+        settings, model, plan = self.settings, self.model, self.plan
+        per_epoch = steps_per_epoch(len(self.data), settings, _processes())
+        steps = settings.steps or math.ceil((settings.epochs or 1.0) * per_epoch)
+        rate = settings.learning_rate
+        if rate is None:
+            rate = default_learning_rate(text_config(model).hidden_size, steps, settings.init)
+        if plan.early_steps(steps) and self.prepared.prefix is not None:
+            raise TrainingError(
+                f"the plan adapts layers {layer_ranges(plan.early_layers)} at first, which are not in memory; "
+                "expected a plan made with `freeze_after` 0"
+            )
+        if model.device.type == "cuda" and model.device.index and _processes() == 1:
+            raise TrainingError(
+                f"the model is on {model.device}, and Trainer takes the first GPU it sees; expected it on cuda:0, "
+                f"started with CUDA_VISIBLE_DEVICES={model.device.index}"
+            )
+        arguments = training_arguments(
+            settings,
+            str(self.folder.checkpoints),
+            max_steps=steps,
+            learning_rate=rate,
+            fp16=model.dtype == torch.float16,
+            use_cpu=model.device.type == "cpu",
+            dataloader_pin_memory=model.device.type == "cuda",
         )
-    stage = Stage(model, plan, held_out, batch_size, free_prefix, gradient_checkpointing)
-    where = Path(cache_dir) if cache_dir else None
+        trainer = RowTrainer(model, self.data, self.held_out, settings, arguments, self.recorder)
+        prefix, free = self.prepared.prefix, self.prepared.prefix is not None
+        decision = None
+        if prefix is None and settings.free_prefix and not plan.early_steps(steps):
+            prefix, decision = self._filled(steps, trainer)
+            free = prefix is not None
+        attached = AttachSettings(cache=settings.cache, cache_dir=settings.cache_dir)
+        attachment = Attachment(
+            trainer, plan, attached, self._say, settings.gradient_checkpointing, prefix, free, decision
+        )
+        attachment.install()
+        trainer.before_training = self.correction.off
+        return trainer, attachment
 
-    def store() -> None:
-        """Freeze what only learns early, and go on from a cache where that pays."""
-        stage.rise(schedule[early:], cache, where, prefix, evaluations, show_progress)
-
-    watch = Watch(lambda: held_out_loss(model, held_out, batch_size, stage.collate), evaluations, show_progress)
-    with stage, Correction() as correction:
-        if not early:
-            store()
-        reset_peak_memory(model.device)
-        watch.measure(step=0)
+    def _filled(self, steps: int, trainer: RowTrainer) -> tuple[PrefixCache | None, CacheDecision]:
+        """A full cache for a prefix that leaves memory, there or on disk; None where that cannot be, and why."""
+        rows = [row for batch in self._batches(steps) for row in batch] + [*self.held_out.examples]
         started = time.perf_counter()
-        if unquantized is not None:
-            model.eval()
-            layers = unquantized.read_layers(sorted({adapter.layer for adapter in plan.adapters}))
-            correction.measure(model, layers, stage.collate(_first_rows(schedule)))
-        model.train()
-        if init == "gradient":
-            align_with_gradient(model, (stage.collate(batch) for batch in schedule[: math.ceil(ROWS / batch_size)]))
-        init_seconds = time.perf_counter() - started
-        arguments = _arguments(learning_rate, steps, seed, model)
-        if early:
-            watch.turn = (early, store)
-        _fit(model, schedule, stage, arguments, watch)
-        peak = peak_memory_bytes(model.device)
-    check_adapters(model, plan)
-    correction.fold(model, plan)
-    decision = stage.decision
-    settings = TrainSettings(
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        max_length=data.max_length,
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=model.device.type,
-        seed=seed,
-        group_by_length=group_by_length,
-        gradient_checkpointing=gradient_checkpointing,
-        cache=decision.kind,
-        init=init,
-        quantization=quantization_of(model.get_base_model()),
-        quantization_corrected=bool(correction),
-        attention=getattr(model.config, "_attn_implementation", None),
-    )
-    spent = _earlier(plan) | dict(earlier_seconds or {})
-    metrics = Metrics(
-        model=plan.model,
-        data=data.identity,
-        held_out_data=held_out.identity,
-        held_out_rows=len(held_out),
-        held_out_tokens=held_out.labelled_tokens,
-        packages=package_versions(),
-        settings=settings,
-        rows_truncated=data.truncated,
-        rows_skipped=data.skipped,
-        steps=len(watch.train_curve),
-        tokens=sum(len(row) for batch in schedule for row in batch),
-        labelled_tokens=sum(row.labelled_tokens for batch in schedule for row in batch),
-        boundary=plan.boundary,
-        early_steps=early,
-        trainable_parameters=plan.trainable_parameters,
-        seconds=PhaseSeconds(
-            **{"cache": stage.cache_seconds} | spent,
-            init=init_seconds,
-            train=watch.train_seconds,
-            eval=watch.eval_seconds,
-        ),
-        peak_memory_bytes=peak,
-        cache_bytes=decision.size_bytes,
-        cache_reason=decision.reason,
-        held_out_loss_before=watch.held_out_curve[0].loss,
-        held_out_loss_after=watch.held_out_curve[-1].loss,
-        train_curve=tuple(watch.train_curve),
-        held_out_curve=tuple(watch.held_out_curve),
-    )
-    run = Run(out, metrics, plan)
-    save(model, run)
-    return run
+        with entered(self.model, layer_ways(self.model)):
+            obstacle, dtype = why_not_exact(self.model, self.plan.boundary, rows, self.data.pad_token_id)
+            if obstacle is not None:
+                return None, CacheDecision("off", obstacle)
+            kind: Literal["memory", "disk"] = "disk" if self.settings.cache == "disk" else "memory"
+            place = CachePlace(kind, self.settings.cache_dir, computed_as=prefix_computed_as(trainer))
+            cache, _ = open_cache(self.model, self.plan.boundary, dtype, place, lambda: 0.0)
+            assert cache is not None
+            if isinstance(cache, DiskCache):
+                self.stack.callback(cache.close)
+            fill(self.model, self.plan.boundary, rows, cache, self.settings.batch_size, self.show)
+        self.seconds["cache"] = time.perf_counter() - started
+        return cache, CacheDecision(kind, "filled before the first step", cache.size_bytes)
+
+    def _batches(self, steps: int) -> list[list[Example]]:
+        """The rows of the steps to come, ``batch_size`` at a time."""
+        settings = self.settings
+        lengths = [len(row) for row in self.data.examples]
+        per_step = settings.batch_size * settings.gradient_accumulation_steps * _processes()
+        batches = training_batches(lengths, per_step, steps, settings.seed, settings.group_by_length)
+        return [[self.data[row] for row in batch] for batch in batches]
+
+    def _start(self, steps: int, anew: bool) -> None:
+        """Where adapters start, and what takes back quantization; a run that goes on has its adapters."""
+        settings, pad = self.settings, self.data.pad_token_id
+        count = math.ceil(ROWS / settings.batch_size)
+        first = self._batches(min(count, steps))
+        if self.prepared.unquantized is not None:
+            self.model.eval()
+            layers = self.prepared.unquantized.read_layers(sorted({adapter.layer for adapter in self.plan.adapters}))
+            self.correction.measure(self.model, layers, collate(_first_rows(first), pad))
+        self.model.train()
+        if settings.init == "gradient" and anew:
+            rows = list(chain.from_iterable(first))[: count * settings.batch_size]
+            cut = [rows[at : at + settings.batch_size] for at in range(0, len(rows), settings.batch_size)]
+            # with every adapter learning, as the run begins; what is below may not be in memory
+            prefix, stored_from = self.prepared.prefix, self.plan.boundary if self.prepared.prefix is not None else None
+            with fast_steps(self.model, stored_from, recompute=settings.gradient_checkpointing):
+                make = partial(collate_with_prefix, cache=prefix) if prefix is not None else collate
+                align_with_gradient(self.model, (make(group, pad) for group in cut))
+
+    def _about(self, trainer: RowTrainer) -> dict[str, Any]:
+        """What must be the same for an interrupted run to go on."""
+        settings = self.settings.model_dump(mode="json")
+        for free in WITHOUT_INFLUENCE:
+            settings.pop(free)
+        return {
+            **settings,
+            **self.prepared.about,
+            "model_fingerprint": self.plan.model.fingerprint,
+            "data_fingerprint": self.data.identity.fingerprint,
+            "rows_fingerprint": _rows_sha256(self.data),
+            "held_out_fingerprint": _rows_sha256(self.held_out),
+            "plan_fingerprint": hashlib.sha256(self.plan.to_json().encode()).hexdigest(),
+            "steps_in_all": trainer.args.max_steps,
+            "peak_learning_rate": trainer.args.learning_rate,
+            "computed_in": f"{str(self.model.dtype).removeprefix('torch.')} {trainer.accelerator.mixed_precision}",
+            "processes": _processes(),
+        }
+
+    def _finish(self, trainer: RowTrainer, attachment: Attachment) -> Run:
+        """Write the folder; the checkpoints that were kept in time only are no longer needed."""
+        metrics = self._metrics(trainer, attachment)
+        run = Run(self.folder.path, metrics, self.plan)
+        state = _whole_adapter(self.model)
+        if trainer.is_world_process_zero():
+            save(self.model, run, state)
+            if self.settings.save_steps is None:
+                self.folder.remove_checkpoints()
+        if _processes() > 1:
+            torch.distributed.barrier()
+        return run
+
+    def _metrics(self, trainer: RowTrainer, attachment: Attachment) -> Metrics:
+        model, data, settings, recorder = self.model, self.data, self.settings, self.recorder
+        steps = trainer.state.global_step
+        used = UsedSettings(
+            batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.gradient_accumulation_steps,
+            processes=_processes(),
+            learning_rate=trainer.args.learning_rate,
+            max_length=data.max_length,
+            dtype=str(model.dtype).removeprefix("torch."),
+            device=model.device.type,
+            seed=settings.seed,
+            group_by_length=settings.group_by_length,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            cache=attachment.decision.kind,
+            init=settings.init,
+            quantization=quantization_of(base_of(model)),
+            quantization_corrected=bool(self.correction),
+            attention=getattr(model.config, "_attn_implementation", None),
+            keep=settings.keep,
+        )
+        seen = self._batches(steps)
+        kept = steps
+        if settings.keep == "best" and trainer.state.best_global_step:
+            kept = trainer.state.best_global_step
+        curve = recorder.held_out_curve
+        return Metrics(
+            model=self.plan.model,
+            data=data.identity,
+            held_out_data=self.held_out.identity,
+            held_out_rows=len(self.held_out),
+            held_out_tokens=self.held_out.labelled_tokens,
+            packages=package_versions(),
+            settings=used,
+            rows_truncated=data.truncated,
+            rows_skipped=data.skipped,
+            steps=steps,
+            kept_step=kept,
+            tokens=sum(len(row) for batch in seen for row in batch),
+            labelled_tokens=sum(row.labelled_tokens for batch in seen for row in batch),
+            boundary=self.plan.boundary,
+            early_steps=min(self.plan.early_steps(trainer.args.max_steps), steps),
+            trainable_parameters=self.plan.trainable_parameters,
+            seconds=PhaseSeconds(**self.seconds, train=recorder.train_seconds, eval=recorder.eval_seconds),
+            peak_memory_bytes=peak_memory_bytes(model.device),
+            cache_bytes=attachment.decision.size_bytes,
+            cache_reason=attachment.decision.reason,
+            steps_computed_by=attachment.ways,
+            held_out_loss_before=curve[0].loss,
+            held_out_loss_after=next((point.loss for point in curve if point.step == kept), curve[-1].loss),
+            train_curve=tuple(recorder.train_curve),
+            held_out_curve=tuple(curve),
+        )
+
+    def _say(self, line: str) -> None:
+        if self.show:
+            Console(stderr=True).print(line, highlight=False, soft_wrap=True)
 
 
-def _first_rows(schedule: list[list[Example]]) -> list[Example]:
-    """As many rows as the gradient start takes, or fewer that are long: a batch that fits where training does."""
-    first: list[Example] = []
-    for row in chain.from_iterable(schedule):
-        if first and (len(first) == ROWS or sum(map(len, first)) + len(row) > CORRECTION_TOKENS):
-            break
-        first.append(row)
-    return first
-
-
-class _Trainer(Trainer):
-    """Trainer that steps through ``schedule`` by number: batches made ahead of time may lack a prefix stored since."""
-
-    def __init__(self, schedule: list[list[Example]], stage: Stage, **given: Any) -> None:
-        """``stage`` tells how a batch is made at the time of its step."""
-        super().__init__(train_dataset=schedule, data_collator=self._collate, **given)
-        self._schedule, self._stage = schedule, stage
-
-    def _collate(self, batches: list[list[Example]]) -> dict[str, torch.Tensor]:
-        return self._stage.collate(batches[0])
-
-    def training_step(self, model: nn.Module, inputs: dict[str, torch.Tensor], *given: Any) -> torch.Tensor:
-        """One step; a batch without the stored prefix is made anew."""
-        if self._stage.cache is not None and PREFIX not in inputs:
-            inputs = self._stage.collate(self._schedule[self.state.global_step])
-        return super().training_step(model, inputs, *given)
-
-
-def _fit(
-    model: PeftModel, schedule: list[list[Example]], stage: Stage, arguments: TrainingArguments, watch: Watch
-) -> None:
-    """Run Trainer over the batches as scheduled: to it, each is one item of a data set in order."""
-    with tempfile.TemporaryDirectory() as arguments.output_dir:
-        trainer = _Trainer(schedule, stage, model=model, args=arguments, callbacks=[watch])
-        for noisy in (PrinterCallback, ProgressCallback):
-            trainer.remove_callback(noisy)
-        try:
-            trainer.train()
-        finally:
-            watch.close()
-
-
-def _earlier(plan: Plan) -> dict[str, float]:
+def _owed(plan: Plan) -> dict[str, float]:
     """What was spent before this call: a plan that looked at scores owes its probe, whenever that was."""
     return {"load": 0.0, "probe": plan.probe.seconds if plan.uses_scores else 0.0, "plan": 0.0}
 
 
-def _arguments(learning_rate: float, steps: int, seed: int, model: PeftModel) -> TrainingArguments:
-    """Trainer settings; it saves nothing by itself, and shows a loss that is not finite instead of hiding it."""
-    arguments = TrainingArguments(
-        output_dir=tempfile.gettempdir(),  # nothing is written there
-        max_steps=steps,
-        per_device_train_batch_size=1,  # one scheduled batch
-        train_sampling_strategy="sequential",
-        learning_rate=learning_rate,
-        lr_scheduler_type="linear",
-        warmup_steps=WARMUP_SHARE,
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        seed=seed,
-        fp16=model.dtype == torch.float16,
-        use_cpu=model.device.type == "cpu",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to="none",
-        remove_unused_columns=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=model.device.type == "cuda",
-    )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # or Trainer splits every batch over all GPUs it sees
-    return arguments
+def _processes() -> int:
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if several else 1
 
 
-def default_learning_rate(hidden_size: int, steps: int, init: Init = "random") -> float:
-    """Peak learning rate for LoRA at alpha = 2 x rank: ``5e-5 x m x (2000 / hidden)^0.781``, m from 15 down to 10.
-
-    The fit of Schulman et al., "LoRA Without Regret" (Thinking Machines, 2025), over Llama models: 10 times the best
-    rate of full fine-tuning, 15 times in short runs, falling with width, nearly independent of rank. Here m is 15 up
-    to 200 steps and ``10 + 1000 / steps`` beyond. 2.0e-3 for a width of 576 and 150 steps, 2.9e-4 for 4,096 and long
-    runs. Their fit for Qwen is flatter; the two agree within 2x between widths of 800 and 5,000.
-
-    Half of that where A starts along the gradient: its outputs are then about twice as large as those of random rows,
-    so B moves the weights as far at half the rate. Measured on SmolLM2 (docs/log.md, 2026-11-26): as good over 150
-    steps, 3 % less loss after three epochs.
-    """
-    multiplier = 10 + 5 * min(1.0, SHORT_RUN_STEPS / steps)
-    return 5e-5 * multiplier * (2000 / hidden_size) ** 0.781 * (GRADIENT_START_RATE if init == "gradient" else 1.0)
+def _rows_sha256(rows: Examples) -> str:
+    told = json.dumps([[row.input_ids, row.labels] for row in rows.examples])
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
-def check_settings(
-    steps: int | None = None,
-    epochs: float | None = None,
-    batch_size: int = 1,
-    learning_rate: float | None = None,
-    cache: str = "auto",
-    gradient_checkpointing: str = "off",
-    init: str = "gradient",
-    evaluations: int = EVALUATIONS,
-) -> None:
-    """Refuse settings that are out of range, and a distributed launch, where every process would write one folder.
+def _whole_adapter(model: PeftModel) -> dict[str, torch.Tensor] | None:
+    """The adapter's weights, gathered where they are sharded: all processes must call this; None: they are whole."""
+    own = {name: value for name, value in model.named_parameters() if "lora_" in name}
+    if not any(isinstance(value, DTensor) for value in own.values()):
+        return None
+    return {name: value.full_tensor().cpu() if isinstance(value, DTensor) else value for name, value in own.items()}
 
-    Raises:
-        TrainingError: names the setting, what was found and what is expected.
-    """
-    if several := [name for name in LAUNCHERS if int(os.environ.get(name, "1")) > 1]:
-        raise TrainingError(
-            f"found a distributed launch ({several[0]} above 1); expected one process, "
-            "this release trains on one device"
-        )
-    for flag, choice, known in (
-        ("--cache", cache, get_args(CacheKind)),
-        ("--gradient-checkpointing", gradient_checkpointing, get_args(Recompute)),
-        ("--init", init, get_args(Init)),
-    ):
-        if choice not in known:
-            raise TrainingError(f"{flag} is {choice!r}; expected one of {', '.join(known)}")
-    limits = (("--steps", steps, 1), ("--batch-size", batch_size, 1), ("--evaluations", evaluations, 1))
-    for flag, value, least in limits:
-        if value is not None and value < least:
-            raise TrainingError(f"{flag} is {value}; expected at least {least}")
-    for flag, amount in (("--epochs", epochs), ("--learning-rate", learning_rate)):
-        if amount is not None and not 0 < amount < float("inf"):
-            raise TrainingError(f"{flag} is {amount:g}; expected a positive number")
+
+def _first_rows(batches: list[list[Example]]) -> list[Example]:
+    """As many rows as the gradient start takes, or fewer that are long: a batch that fits where training does."""
+    first: list[Example] = []
+    for row in chain.from_iterable(batches):
+        if first and (len(first) == ROWS or sum(map(len, first)) + len(row) > CORRECTION_TOKENS):
+            break
+        first.append(row)
+    return first

@@ -6,6 +6,7 @@ of a head; N = BK key heads of all samples.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import library, nn
@@ -45,21 +46,28 @@ def attention(
 
 
 @attention.register_fake
-def _(query_BHTD, key_BKSD, value_BKSE, seen_BTS, scale, keep):
+def _(
+    query_BHTD: torch.Tensor,
+    key_BKSD: torch.Tensor,
+    value_BKSE: torch.Tensor,
+    seen_BTS: torch.Tensor,
+    scale: float,
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     samples, heads, keys, _ = key_BKSD.shape
     queries = query_BHTD.shape[1] // heads * query_BHTD.shape[2]
     kept = query_BHTD.new_empty(samples * heads, queries, keys if keep else 0)
     return query_BHTD.new_empty(*query_BHTD.shape[:3], value_BKSE.shape[3]), kept
 
 
-def _keep(ctx, inputs, output):
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     *tensors, ctx.scale, _ = inputs
     ctx.save_for_backward(*tensors, output[1])
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _attention_backward(ctx, grad_BHTE, _):
+def _attention_backward(ctx: Any, grad_BHTE: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
     *inputs, seen_BTS, kept = ctx.saved_tensors
     query, key, value = _by_key_head(*inputs)
     grad = grad_BHTE.reshape(*query.shape[:2], -1)
@@ -78,10 +86,10 @@ def _attention_backward(ctx, grad_BHTE, _):
 attention.register_autograd(_attention_backward, setup_context=_keep)
 
 
-def _by_key_head(query_BHTD, key_BKSD, value_BKSE):
+def _by_key_head(query_BHTD: torch.Tensor, key_BKSD: torch.Tensor, value_BKSE: torch.Tensor) -> list[torch.Tensor]:
     """The same as [N, GT, D], [N, S, D] and [N, S, E]."""
     number = key_BKSD.shape[0] * key_BKSD.shape[1]
-    return tuple(tensor.reshape(number, -1, tensor.shape[-1]) for tensor in (query_BHTD, key_BKSD, value_BKSE))
+    return [tensor.reshape(number, -1, tensor.shape[-1]) for tensor in (query_BHTD, key_BKSD, value_BKSE)]
 
 
 def _parts(query: torch.Tensor, key_BKSD: torch.Tensor, seen_BTS: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -143,7 +151,17 @@ def lean_attention(model: nn.Module) -> Iterator[None]:
                 del ALL_ATTENTION_FUNCTIONS["sdpa"]  # what is registered for every model shows again
 
 
-def _forward(module, query, key, value, attention_mask, dropout=0.0, scaling=None, is_causal=None, **kwargs):
+def _forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     usual = not dropout and all(kwargs.get(name) is None for name in OTHER_WAYS)
     usual = usual and any(module in own for own in _covered)

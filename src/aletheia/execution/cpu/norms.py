@@ -5,11 +5,12 @@ Shapes: N tokens (or heads), D values that are normalized together.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
-from aletheia.execution.lean import replaced_forwards
+from aletheia.execution.lean import Forward, replaced_forwards
 
 
 class _LeanRMSNorm(torch.autograd.Function):
@@ -19,7 +20,7 @@ class _LeanRMSNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_ND, weight_D, eps):
+    def forward(ctx: Any, x_ND: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
         wide_ND = x_ND.float()
         inverse_N1 = wide_ND.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()  # the sum that models take
         normed_ND = (wide_ND * inverse_N1 if wide_ND is x_ND else wide_ND.mul_(inverse_N1)).to(x_ND.dtype)
@@ -27,7 +28,7 @@ class _LeanRMSNorm(torch.autograd.Function):
         return weight_D * normed_ND
 
     @staticmethod
-    def backward(ctx, grad_ND):
+    def backward(ctx: Any, grad_ND: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         normed_ND, inverse_N1, weight_D = ctx.saved_tensors
         grad_ND = grad_ND * weight_D
         wide_ND, normed_ND = grad_ND.float(), normed_ND.float()
@@ -47,12 +48,13 @@ def lean_norms(model: nn.Module) -> Iterator[int]:
         yield len(covered)
 
 
-def _forward(module: nn.Module, plain, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+def _forward(module: nn.Module, plain: Forward, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     weight = module.weight
     usual = x.device.type == "cpu" and x.dtype == weight.dtype and not (args or kwargs or weight.requires_grad)
     if not usual or torch.is_autocast_enabled("cpu"):
         return plain(x, *args, **kwargs)
-    return _LeanRMSNorm.apply(x, weight, _eps(module))
+    normed: torch.Tensor = _LeanRMSNorm.apply(x, weight, _eps(module))
+    return normed
 
 
 def _eps(module: nn.Module) -> float | None:

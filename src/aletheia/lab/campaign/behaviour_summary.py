@@ -15,7 +15,7 @@ from aletheia.errors import CampaignError
 from aletheia.lab.campaign.spec import BASE, BehaviourCampaign
 from aletheia.lab.campaign.speed_summary import Chosen, chosen_layers, results_by_arm
 from aletheia.lab.campaign.store import Record
-from aletheia.lab.evaluation.result import single_answer
+from aletheia.lab.evaluation.record import single_answer
 from aletheia.lab.statistics.margins import NonInferiority, Verdict, non_inferiority_of_items
 from aletheia.lab.statistics.means import crossed_mean, linearised
 from aletheia.lab.statistics.rates import proportion

@@ -1,23 +1,25 @@
 """The coordinator: gives jobs to an executor, and keeps what comes back. Torch-free."""
 
+import itertools
 import json
-import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from aletheia.errors import ArtifactError, CampaignError, SandboxError
+from aletheia.errors import ArtifactError, CampaignError
 from aletheia.files import file_sha256, read_json, write_text
+from aletheia.lab.campaign.checks import JOBS, check_data_unchanged, check_earlier_jobs, data_files, told_before
 from aletheia.lab.campaign.executors import Executor
+from aletheia.lab.campaign.full_disk import full_disk, is_full_disk, stop_on_full_disk
 from aletheia.lab.campaign.grid import Job, Row, jobs
-from aletheia.lab.campaign.process import JOB_FILE, LOG_FILE, RESULT_FILE
-from aletheia.lab.campaign.spec import BehaviourCampaign, SpeedCampaign
-from aletheia.lab.campaign.store import Record, Store
-from aletheia.lab.evaluation.local_data import FILES
+from aletheia.lab.campaign.process import JOB_FILE, LOG_FILE, RESULT_FILE, Ending
+from aletheia.lab.campaign.spec import BehaviourCampaign, SpeedCampaign, parse_campaign
+from aletheia.lab.campaign.store import STORE_FILE, Record, Store
 
-JOBS = "jobs"
+MORE_TRIES = 2  # of a job that a signal ended
 Watcher = Callable[[Store, Sequence[Job]], None]
 
 
@@ -28,11 +30,14 @@ def run_campaign(
     data_dir: Path | None = None,
     retry_failed: bool = False,
     watch: Watcher = lambda store, running: None,
+    more_tries: int = MORE_TRIES,
 ) -> list[Record]:
     """Run every row that is not recorded yet, and return all rows.
 
     A row is recorded in the store once its job is through; whatever interrupts the campaign, the next call goes on
     with the rows that are not, and takes in results that were written but not recorded. Failed rows keep their reason.
+    A job that a signal ends runs again, after those that wait. A full disk stops the campaign, and its row stays to
+    be done.
 
     Args:
         campaign: what to run; the same as before, if the folder holds one.
@@ -41,35 +46,71 @@ def run_campaign(
         data_dir: instead of the campaign's ``data_dir``.
         retry_failed: run rows that failed once more.
         watch: called whenever something changed, with the store and the jobs that run or wait.
+        more_tries: how often a job runs again that a signal ended.
 
     Raises:
-        CampaignError: the folder holds another campaign, or another coordinator is at work.
+        CampaignError: the folder holds another campaign or its jobs, another coordinator is at work, or the disk is
+            full.
     """
     folder = folder.resolve()
     data = data_dir or Path(campaign.data_dir)
-    with closing(executor), Store.writing(folder, campaign) as store, closing(executor):  # before the lock goes, too
-        hashes = {name: file_sha256(data / name) for name in data_files(campaign) if (data / name).is_file()}
-        _check_data_unchanged(store, folder, hashes)
-        if retry_failed:
-            _forget_failures(store, folder)
-        waiting: dict[Future[str | None], Job] = {}
-        for job in _pending(store):
-            place = folder / JOBS / job.name
-            _prepare(place, campaign, job, data, hashes, folder)
-            if (place / RESULT_FILE).exists():
-                store.record(_outcome(job, place, None))
-            else:
-                waiting[executor.submit(place)] = job
-        watch(store, list(waiting.values()))
-        while waiting:
-            done, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
-            for future in done:
-                job = waiting.pop(future)
-                error = future.exception()
-                why = f"{type(error).__name__}: {error}" if error else future.result()
-                store.record(_outcome(job, folder / JOBS / job.name, why))
+    with closing(executor), stop_on_full_disk(folder):
+        if not (folder / STORE_FILE).exists():
+            check_earlier_jobs(campaign, folder)
+        with Store.writing(folder, campaign) as store, closing(executor):  # before the lock goes, too
+            hashes = {name: file_sha256(data / name) for name in data_files(campaign) if (data / name).is_file()}
+            check_data_unchanged(store, folder, hashes)
+            if retry_failed:
+                _forget_failures(store, folder)
+            waiting: dict[Future[Ending], Job] = {}
+            for job in _pending(store):
+                place = folder / JOBS / job.name
+                _prepare(place, campaign, job, data, hashes)
+                if (place / RESULT_FILE).exists():
+                    store.record(_outcome(job, place, None))
+                else:
+                    waiting[executor.submit(place)] = job
             watch(store, list(waiting.values()))
-        return store.records()
+            _finish(waiting, store, folder, executor, watch, more_tries)
+            return store.records()
+
+
+def _finish(
+    waiting: dict["Future[Ending]", Job],
+    store: Store,
+    folder: Path,
+    executor: Executor,
+    watch: Watcher,
+    more_tries: int,
+) -> None:
+    """Record jobs as they end; those that a signal ended are submitted again."""
+    killed: Counter[Job] = Counter()
+    while waiting:
+        done, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
+        no_room = None
+        for future in done:
+            job = waiting.pop(future)
+            place = folder / JOBS / job.name
+            ending = _ending(future)
+            killed[job] += ending.how == "killed"
+            if ending.how == "disk full":
+                no_room = f"{job.name}: {ending.reason}"
+            elif ending.how == "killed" and killed[job] <= more_tries:
+                waiting[executor.submit(place)] = job
+            else:
+                times = f" (the last of {killed[job]} times)" if killed[job] > 1 and ending.how == "killed" else ""
+                store.record(_outcome(job, place, ending.reason + times if ending.how != "through" else None))
+        watch(store, list(waiting.values()))
+        if no_room:
+            raise full_disk(folder, no_room)
+
+
+def _ending(future: "Future[Ending]") -> Ending:
+    """How a job ended, also where it could not be started or its worker was lost."""
+    error = future.exception()
+    if error is None:
+        return future.result()
+    return Ending("disk full" if is_full_disk(error) else "failed", f"{type(error).__name__}: {error}")
 
 
 def _forget_failures(store: Store, folder: Path) -> None:
@@ -84,32 +125,6 @@ def _forget_failures(store: Store, folder: Path) -> None:
             store.forget(job.rows)
 
 
-def _check_data_unchanged(store: Store, folder: Path, hashes: Mapping[str, str]) -> None:
-    """Refuse to mix rows of different data.
-
-    Raises:
-        CampaignError: names a file that is not what it was for a row that is recorded.
-    """
-    recorded = {record.row for record in store.records() if record.status == "done"}
-    for job in jobs(store.campaign):
-        if recorded.intersection(job.rows):
-            earlier = _told(folder / JOBS / job.name).get("data", {})
-            if changed := [name for name in earlier if name in hashes and earlier[name] != hashes[name]]:
-                raise CampaignError(
-                    f"{changed[0]} is not what it was when {job.name} ran; expected the same data for every row, "
-                    "so bring it back or choose another --out"
-                )
-
-
-def _told(place: Path) -> dict[str, Any]:
-    """What a job was told to do at an earlier attempt; nothing if there was none."""
-    try:
-        found = read_json(place / JOB_FILE)
-    except ArtifactError:
-        return {}
-    return dict(found) if isinstance(found, Mapping) else {}
-
-
 def _pending(store: Store) -> list[Job]:
     """Jobs with a row that is neither done nor failed."""
     open_rows = {record.row for record in store.records() if record.status == "pending"}
@@ -117,36 +132,36 @@ def _pending(store: Store) -> list[Job]:
 
 
 def _prepare(
-    place: Path,
-    campaign: SpeedCampaign | BehaviourCampaign,
-    job: Job,
-    data_dir: Path,
-    hashes: Mapping[str, str],
-    folder: Path,
+    place: Path, campaign: SpeedCampaign | BehaviourCampaign, job: Job, data_dir: Path, hashes: Mapping[str, str]
 ) -> None:
-    """Write what the job is to do. What an earlier attempt at the same left stays, and is gone on with."""
+    """Write what the job is to do. What an earlier attempt at the same left stays, and is gone on with.
+
+    What an attempt with other data left is set aside under another name: hours of work may lie there.
+    """
     told = {
         "data": hashes,
         "campaign": campaign.model_dump(mode="json"),
         "rows": [[row.model, row.arm, row.seed] for row in job.rows],
         "data_dir": str(data_dir.resolve()),
-        "folder": str(folder),
+        "folder": str(place.parent.parent),
     }
     text = json.dumps(told, indent=1) + "\n"
-    earlier, same = _told(place), json.loads(text)
-    if place.exists() and any(earlier.get(part) != same[part] for part in ("data", "campaign", "rows")):
-        shutil.rmtree(place)  # of another campaign, or other data; folders may have moved
+    if place.exists() and any(place.iterdir()) and not _is_same(told_before(place), json.loads(text)):
+        aside = next(name for count in itertools.count(1) if not (name := Path(f"{place}.before-{count}")).exists())
+        place.rename(aside)
     place.mkdir(parents=True, exist_ok=True)
     (place / LOG_FILE).unlink(missing_ok=True)
     write_text(place / JOB_FILE, text)
 
 
-def data_files(campaign: SpeedCampaign | BehaviourCampaign) -> list[str]:
-    """Files of rows and benchmarks, under ``data_dir``."""
-    if isinstance(campaign, SpeedCampaign):
-        return [campaign.data]
-    benchmarks = [name for task in campaign.tasks for name in FILES[task].values()]
-    return list(dict.fromkeys(name for name in (campaign.data, campaign.held_out, *benchmarks) if name))
+def _is_same(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a job was to do the same; folders may have moved, and a later release may know more keys."""
+    if any(earlier.get(part) != now[part] for part in ("data", "rows")):
+        return False
+    try:
+        return parse_campaign(earlier["campaign"], JOB_FILE) == parse_campaign(now["campaign"], JOB_FILE)
+    except (KeyError, CampaignError):
+        return False
 
 
 def _outcome(job: Job, place: Path, why: str | None) -> list[Record]:
@@ -166,35 +181,3 @@ def _record(row: Row, found: Any, why: str | None) -> Record:
         return Record(row, "done", None, dict(found["result"]))
     reason = found.get("reason") if isinstance(found, Mapping) else None
     return Record(row, "failed", str(reason or why or "the job left no result for this arm"), None)
-
-
-def check_data(campaign: SpeedCampaign | BehaviourCampaign, data_dir: Path) -> None:
-    """Refuse a campaign whose files are not there, before the first row runs.
-
-    Raises:
-        CampaignError: names the file.
-    """
-    for name in data_files(campaign):
-        if not (data_dir / name).is_file():
-            raise CampaignError(f"{data_dir / name} is missing; expected it there, or another --data-dir")
-
-
-def check_tools(campaign: SpeedCampaign | BehaviourCampaign) -> None:
-    """Refuse benchmarks that cannot run on this machine, before the first row runs.
-
-    Raises:
-        EvaluationError: lm-eval is not installed.
-        SandboxError: HumanEval is asked for, and there is no sandbox.
-    """
-    if not isinstance(campaign, BehaviourCampaign) or not campaign.tasks:
-        return
-    from aletheia.lab.evaluation import sandbox
-    from aletheia.lab.evaluation.upstream import check_installed
-
-    check_installed()
-    if "humaneval" in campaign.tasks and not campaign.unsafe_exec:
-        try:
-            sandbox.check()
-        except SandboxError as error:
-            instead = "'unsafe_exec: true' in the campaign's file"  # of the option of 'aletheia eval'
-            raise SandboxError(str(error).replace("--unsafe-exec", instead)) from None

@@ -4,19 +4,52 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
+
+from pydantic import model_validator
 
 from aletheia.errors import CampaignError
-from aletheia.lab.campaign.process import COMMAND, run_process, stop_processes
-from aletheia.lab.campaign.spec import BehaviourCampaign, SpeedCampaign
+from aletheia.lab.campaign.process import COMMAND, Ending, run_process, stop_processes
+from aletheia.settings import Settings, option
 
 RETRIES = 3  # of a job whose Ray worker died
 
 
-class Executor(Protocol):
-    """Takes the folder of a job; the future holds why the job failed, or None."""
+class ExecutorSettings(Settings):
+    """Where the jobs of a campaign run."""
 
-    def submit(self, folder: Path) -> "Future[str | None]":
+    executor: Literal["local", "ray"] = option("local", "On this machine, or on a Ray cluster.")
+    workers: int | None = option(None, "Jobs at a time on this machine, each with a GPU of its own (1).", ge=1)
+    address: str | None = option(None, "Ray cluster to join (by default one is started here).")
+    gpus: float | None = option(None, "GPUs per job on a Ray cluster (0: it sees none).", ge=0)
+    cpus: float | None = option(None, "CPUs per job on a Ray cluster (1).", ge=0)
+
+    @model_validator(mode="after")
+    def _of_this_executor(self) -> "ExecutorSettings":
+        others = ("workers",) if self.executor == "ray" else ("address", "gpus", "cpus")
+        for name in others:
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}` is not for the {self.executor} executor; leave it out, or choose another `executor`"
+                )
+        return self
+
+
+def make_executor(settings: ExecutorSettings) -> "Executor":
+    """The executor of these settings.
+
+    Raises:
+        CampaignError: Ray is not installed, or the cluster cannot be reached.
+    """
+    if settings.executor == "local":
+        return LocalPool(settings.workers or 1)
+    return RayCluster(settings.address, 1 if settings.cpus is None else settings.cpus, settings.gpus or 0)
+
+
+class Executor(Protocol):
+    """Takes the folder of a job; the future holds how the job ended."""
+
+    def submit(self, folder: Path) -> "Future[Ending]":
         """Start a job, or queue it."""
 
     def close(self) -> None:
@@ -33,19 +66,19 @@ class LocalPool:
     def __init__(self, workers: int = 1, command: Sequence[str] = COMMAND) -> None:
         """Raises CampaignError: no worker."""
         if workers < 1:
-            raise CampaignError(f"--workers is {workers}; expected at least 1")
+            raise CampaignError(f"`workers` is {workers}; expected at least 1")
         self._pool = ThreadPoolExecutor(workers)
         self._command = command
         self._free = list(range(workers))
-        self._devices = _devices() if workers > 1 else []
+        self._devices = devices() if workers > 1 else []
         share = max(1, (os.cpu_count() or 1) // workers)
         self._environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(share))} if workers > 1 else {}
 
-    def submit(self, folder: Path) -> "Future[str | None]":
+    def submit(self, folder: Path) -> "Future[Ending]":
         """Queue a job."""
         return self._pool.submit(self._run, folder)
 
-    def _run(self, folder: Path) -> str | None:
+    def _run(self, folder: Path) -> Ending:
         worker = self._free.pop()  # lists change whole under the interpreter's lock
         try:
             environment = dict(self._environment)
@@ -62,32 +95,12 @@ class LocalPool:
         self._pool.shutdown()
 
 
-def _devices() -> list[str]:
+def devices() -> list[str]:
+    """The NVIDIA GPUs of this machine, or those of them in ``CUDA_VISIBLE_DEVICES``."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
         return [name for name in chosen.split(",") if name]
     return sorted(path.name.removeprefix("nvidia") for path in Path("/dev").glob("nvidia[0-9]*"))
-
-
-def check_workers(campaign: SpeedCampaign | BehaviourCampaign, executor: str, workers: int, gpus: float | None) -> None:
-    """Refuse jobs that would be timed while another one uses the same device.
-
-    Raises:
-        CampaignError: a speed campaign with more workers than devices, or on Ray with less than a GPU for a job.
-    """
-    if not isinstance(campaign, SpeedCampaign):
-        return
-    devices = max(1, len(_devices()))
-    if executor == "ray" and (gpus or 0) < 1:
-        raise CampaignError(
-            "a speed campaign on Ray needs a device of its own for every job, or jobs would time each other; expected "
-            "--gpus 1, or --executor local"
-        )
-    if executor == "local" and workers > devices:
-        raise CampaignError(
-            f"--workers is {workers} with {devices} device{'s' * (devices > 1)}, and this campaign measures times; "
-            "expected a device of its own for every worker"
-        )
 
 
 class RayCluster:
@@ -105,7 +118,7 @@ class RayCluster:
             import ray
         except ImportError as error:
             raise CampaignError(
-                "--executor ray needs Ray, which is not installed; pip install 'aletheia-tune[ray]'"
+                "`executor` is ray, and Ray is not installed; pip install 'aletheia-tune[ray]'"
             ) from error
         self._ray = ray
         try:
@@ -115,9 +128,9 @@ class RayCluster:
         self._command = tuple(command)
         self._remote = ray.remote(_run_remotely).options(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)
 
-    def submit(self, folder: Path) -> "Future[str | None]":
+    def submit(self, folder: Path) -> "Future[Ending]":
         """Queue a job with the cluster."""
-        future: Future[str | None] = self._remote.remote(str(folder.resolve()), self._command).future()
+        future: Future[Ending] = self._remote.remote(str(folder.resolve()), self._command).future()
         return future
 
     def close(self) -> None:
@@ -125,5 +138,5 @@ class RayCluster:
         self._ray.shutdown()
 
 
-def _run_remotely(folder: str, command: Sequence[str]) -> str | None:
+def _run_remotely(folder: str, command: Sequence[str]) -> Ending:
     return run_process(Path(folder), command)

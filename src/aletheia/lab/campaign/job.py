@@ -5,6 +5,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from filelock import FileLock, Timeout
 
 from aletheia.errors import AletheiaError
 from aletheia.files import write_text
+from aletheia.lab.campaign.full_disk import is_full_disk
 from aletheia.lab.campaign.grid import Row
-from aletheia.lab.campaign.process import JOB_FILE, RESULT_FILE
+from aletheia.lab.campaign.process import DISK_FULL, JOB_FILE, RESULT_FILE
 from aletheia.lab.campaign.spec import SpeedCampaign, parse_campaign
 
 ABANDONED = 75
@@ -21,24 +23,34 @@ LOCK_SECONDS = 60  # for a copy to end whose Ray worker died
 
 
 def main(place: Path) -> int:
-    """Run the job in ``place``; exit code 0, or 2 with a line that says why not."""
+    """Run the job in ``place``; exit code 0, 2 with a line that says why not, or ``DISK_FULL``."""
     threading.Thread(target=_end_with_input, daemon=True).start()
-    lock = FileLock(place / "job.lock")
     try:
-        lock.acquire(timeout=LOCK_SECONDS)
+        with FileLock(place / "job.lock", timeout=LOCK_SECONDS):
+            told = json.loads((place / JOB_FILE).read_text(encoding="utf-8"))
+            campaign = parse_campaign(told["campaign"], str(place / JOB_FILE))
+            rows = [Row(*row) for row in told["rows"]]
+            found = _run(campaign, rows, Path(told["data_dir"]), Path(told["folder"]), place)
+            write_text(place / RESULT_FILE, json.dumps(found, indent=1, allow_nan=False) + "\n")
     except Timeout:
-        print("error: another process runs this job; wait until it ends", flush=True)
+        _say("error: another process runs this job; wait until it ends")
         return 2
-    told = json.loads((place / JOB_FILE).read_text(encoding="utf-8"))
-    campaign = parse_campaign(told["campaign"], str(place / JOB_FILE))
-    rows = [Row(*row) for row in told["rows"]]
-    try:
-        found = _run(campaign, rows, Path(told["data_dir"]), Path(told["folder"]), place)
-    except AletheiaError as error:
-        print(f"error: {' '.join(str(error).split())}", flush=True)
-        return 2
-    write_text(place / RESULT_FILE, json.dumps(found, indent=1, allow_nan=False) + "\n")
+    except Exception as error:
+        full = is_full_disk(error)
+        if not full and not isinstance(error, AletheiaError):
+            raise
+        _say(f"error: {error}")
+        return DISK_FULL if full else 2
     return 0
+
+
+def _say(message: str) -> None:
+    """A line at the end of the log, past any buffer, if the disk takes it."""
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    with suppress(OSError):
+        os.write(1, f"{' '.join(message.split())}\n".encode())
 
 
 def _run(campaign: Any, rows: list[Row], data_dir: Path, folder: Path, place: Path) -> dict[str, Any]:
@@ -49,11 +61,11 @@ def _run(campaign: Any, rows: list[Row], data_dir: Path, folder: Path, place: Pa
     from aletheia.lab.campaign.about import about
 
     if isinstance(campaign, SpeedCampaign):
-        from aletheia.lab.campaign.speed import run_speed
+        from aletheia.lab.campaign.speed_job import run_speed
 
         found = run_speed(campaign, rows, data_dir, folder)
     else:
-        from aletheia.lab.campaign.behaviour import run_behaviour
+        from aletheia.lab.campaign.behaviour_job import run_behaviour
 
         found = run_behaviour(campaign, rows[0], data_dir, folder, place)
     shared = {
@@ -72,4 +84,7 @@ def _end_with_input() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    code = main(Path(sys.argv[1]))
+    if code == DISK_FULL:
+        os._exit(code)  # what lies in buffers has no place, and the exit code would say that instead
+    sys.exit(code)

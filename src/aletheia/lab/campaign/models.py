@@ -80,7 +80,8 @@ def build(entry: ModelEntry, tokenizer: PreTrainedTokenizerBase, device: str = "
         config = AutoConfig.for_model(**special | (entry.config or {}))
         with torch.random.fork_rng(), torch.device(device):
             torch.manual_seed(0)
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            return model
     except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
         raise CampaignError(f"model {entry.name}: transformers cannot build this config ({error})") from error
 

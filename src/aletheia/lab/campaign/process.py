@@ -5,25 +5,35 @@ The folder of a job holds ``job.json`` (what to do), ``log.txt`` (what it said) 
 """
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 JOB_FILE, RESULT_FILE, LOG_FILE = "job.json", "result.json", "log.txt"
 COMMAND = (sys.executable, "-m", "aletheia.lab.campaign.job")
 REASON_CHARACTERS = 500
+DISK_FULL = 74  # exit code of a job that had no room; it is no failure of its rows
 
 
-def run_process(
-    folder: Path, command: Sequence[str] = COMMAND, environment: dict[str, str] | None = None
-) -> str | None:
-    """Run the job in ``folder`` to its end; why it failed, or None.
+@dataclass(frozen=True)
+class Ending:
+    """How the process of a job ended, and in one line why, unless it is through."""
+
+    how: Literal["through", "failed", "killed", "disk full"]
+    reason: str = ""
+
+
+def run_process(folder: Path, command: Sequence[str] = COMMAND, environment: dict[str, str] | None = None) -> Ending:
+    """Run the job in ``folder`` to its end.
 
     A job is through when its ``result.json`` is there, however the process ended.
     """
     with open(folder / LOG_FILE, "ab") as log:
+        start = log.tell()  # of what this attempt says
         process = subprocess.Popen(
             [*command, str(folder)],
             stdin=subprocess.PIPE,
@@ -39,9 +49,19 @@ def run_process(
             process.stdin.close()  # type: ignore[union-attr]
             _RUNNING.processes.remove(process)
     if (folder / RESULT_FILE).exists():
-        return None
-    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-    return f"{how}: {_last_line(folder / LOG_FILE)}"
+        return Ending("through")
+    line = _last_line(folder / LOG_FILE, start)
+    if code < 0:
+        return Ending("killed", f"killed by {_signal_name(-code)}: {line}")
+    return Ending("disk full" if code == DISK_FULL else "failed", f"exit code {code}: {line}")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        name = signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+    return f"{name}, as the system does when memory runs out" if name == "SIGKILL" else name
 
 
 @dataclass
@@ -65,6 +85,7 @@ def stop_processes() -> None:
             process.kill()
 
 
-def _last_line(path: Path) -> str:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+def _last_line(path: Path, start: int) -> str:
+    text = path.read_bytes()[start:].decode("utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines()]
     return next((line for line in reversed(lines) if line), "it said nothing")[:REASON_CHARACTERS]

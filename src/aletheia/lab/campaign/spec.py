@@ -12,7 +12,7 @@ from aletheia.planning.plan import FREEZE_AFTER, Policy, RankMode
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)]
 BASE = "base"  # the arm that is not trained
-TASKS = ("mmlu", "gsm8k", "humaneval", "wikitext")
+BenchmarkName = Literal["mmlu", "gsm8k", "humaneval", "wikitext"]
 
 
 class _Strict(BaseModel):
@@ -85,7 +85,10 @@ class _Campaign(_Strict):
     models: tuple[ModelEntry, ...] = Field(min_length=1)
     arms: tuple[Annotated[Arm, BeforeValidator(_filled_in)], ...] = Field(min_length=1)
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
-    data_dir: str = Field(default=".", description="folder that the data paths start from; --data-dir overrides it")
+    data_dir: str = Field(
+        default=".",
+        description="folder of the data; the command line may name another",
+    )
     data: str = Field(description="rows to train on")
     rows: int = Field(default=640, ge=1, description="rows used, the first that fit into max_length")
     max_length: int = Field(default=256, ge=2, description="tokens; longer rows are left out")
@@ -151,7 +154,7 @@ class BehaviourCampaign(_Campaign):
     match: Literal["steps", "compute"] = Field(
         default="steps", description="compute: an arm takes as many steps as cost what the baseline's cost, in FLOPs"
     )
-    tasks: dict[Literal["mmlu", "gsm8k", "humaneval", "wikitext"], TaskSettings] = {}
+    tasks: dict[BenchmarkName, TaskSettings] = {}
     eval_batch_size: int = Field(default=8, ge=1)
     unsafe_exec: bool = Field(default=False, description="run generated code without bubblewrap")
 

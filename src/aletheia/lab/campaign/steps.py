@@ -4,7 +4,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -68,14 +68,15 @@ class StepKind:
 @contextmanager
 def prepared(model: nn.Module, kind: StepKind) -> Iterator[PeftModel]:
     """The base model adapted and set up for a kind of step, and given back without adapters."""
-    adapted = adapt(model, kind.plan)
-    adapted.train()
-    if kind.risen:
-        _, layers = find_layers(adapted)
-        for index in kind.plan.early_layers:
-            layers[index].requires_grad_(False)
     with ExitStack() as stack:
-        contexts = [
+        adapted = adapt(model, kind.plan)
+        stack.callback(adapted.unload)  # after an error, too, or the next kind would begin with these adapters
+        adapted.train()
+        if kind.risen:
+            _, layers = find_layers(adapted)
+            for index in kind.plan.early_layers:
+                layers[index].requires_grad_(False)
+        contexts: list[tuple[bool, Callable[[PeftModel], AbstractContextManager[object]]]] = [
             (kind.truncated, frozen_prefix),
             (kind.labelled, labelled_logits),
             (kind.lean, adapters_in_bfloat16),
@@ -90,7 +91,6 @@ def prepared(model: nn.Module, kind: StepKind) -> Iterator[PeftModel]:
             if wanted:
                 stack.enter_context(context(adapted))
         yield adapted
-    adapted.unload()
 
 
 def gradient_start_seconds(model: nn.Module, plan: Plan, data: Examples, batch_size: int) -> float:
@@ -109,7 +109,7 @@ def building_seconds(model: nn.Module, plan: Plan, data: Examples, batch_size: i
     """Seconds of filling a cache in memory with every row, early layers frozen with their adapters."""
     with prepared(model, StepKind.prefix("fill", plan, bool(plan.early_layers))) as adapted:
         started = time.perf_counter()
-        fill(adapted, plan.boundary, data.examples, MemoryCache(), batch_size, data.pad_token_id, show_progress=False)
+        fill(adapted, plan.boundary, data.examples, MemoryCache(), batch_size, show_progress=False)
         return time.perf_counter() - started
 
 
@@ -170,7 +170,7 @@ def _filled(
         if kind.cached and boundary not in caches:
             with prepared(model, StepKind.prefix("fill", kind.plan, kind.risen)) as adapted:
                 caches[boundary] = MemoryCache()
-                fill(adapted, boundary, wanted, caches[boundary], batch_size, data.pad_token_id, show_progress=False)
+                fill(adapted, boundary, wanted, caches[boundary], batch_size, show_progress=False)
     return caches
 
 

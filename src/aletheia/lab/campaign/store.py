@@ -56,7 +56,7 @@ class Store:
             self._connection.execute("PRAGMA synchronous=FULL")
             found = self._connection.execute("SELECT version, spec FROM campaign").fetchone()
         except sqlite3.DatabaseError as error:
-            raise CampaignError(f"{path} is no store of ours ({error}); choose another --out") from error
+            raise CampaignError(f"{path} is no store of ours ({error}); choose another `out`") from error
         if found is None or found[0] != VERSION:
             raise CampaignError(f"{path} has store version {found and found[0]!r}; this release reads {VERSION}")
         self.campaign = parse_campaign(json.loads(found[1]), str(path))
@@ -166,7 +166,7 @@ def check_same(
         if before.get(key) != now.get(key):
             raise CampaignError(
                 f"{folder} holds a campaign with {key} = {before.get(key)!r}, the file says {now.get(key)!r}; "
-                "choose another --out"
+                "choose another `out`"
             )
 
 

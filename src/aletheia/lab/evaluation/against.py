@@ -2,7 +2,7 @@
 
 from aletheia.errors import EvaluationError
 from aletheia.lab.evaluation.measures import differences
-from aletheia.lab.evaluation.result import Comparison, Evaluated
+from aletheia.lab.evaluation.record import Comparison, Evaluated
 
 
 def compare(this: Evaluated, other: Evaluated) -> Comparison:
@@ -16,7 +16,7 @@ def compare(this: Evaluated, other: Evaluated) -> Comparison:
     """
     names = [task.name for task in this.evaluation.tasks if task.name in other.rows]
     if not names:
-        raise EvaluationError(f"{this.path} and {other.path} have no task in common; evaluate the same --tasks")
+        raise EvaluationError(f"{this.path} and {other.path} have no task in common; evaluate the same `tasks`")
     if not this.evaluation.model.is_same_model(other.evaluation.model):
         raise EvaluationError(
             f"{this.path} evaluates {this.evaluation.model}, {other.path} {other.evaluation.model}; "
@@ -47,10 +47,10 @@ def _check_items(name: str, this: Evaluated, other: Evaluated) -> None:
     if one.keys() != two.keys():
         raise EvaluationError(
             f"{name}: {this.path} has {len(one)} items, {other.path} {len(two)}, {len(one.keys() & two.keys())} of "
-            "them in common; expected the same items, use the same --limit"
+            "them in common; expected the same items, use the same `limit`"
         )
     if changed := [place for place in one if one[place] != two[place]]:
         raise EvaluationError(
             f"{name}: {len(changed)} of {len(one)} items differ between {this.path} and {other.path} in their data or "
-            "prompt; use the same data, --num-fewshot, --chat and --max-new-tokens"
+            "prompt; use the same data, `num_fewshot`, `chat` and `max_new_tokens`"
         )

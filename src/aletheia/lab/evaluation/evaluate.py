@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
+from aletheia.anatomy.access import text_config
 from aletheia.anatomy.fingerprint import identify
 from aletheia.anatomy.load import Loaded
 from aletheia.anatomy.schema import ModelIdentity
@@ -24,7 +26,7 @@ from aletheia.lab.evaluation import humaneval, sandbox
 from aletheia.lab.evaluation.journal import JOURNAL_FILE, Journal, OtherEvaluationError
 from aletheia.lab.evaluation.local_data import FILES, data_hashes
 from aletheia.lab.evaluation.measures import MEASURES, summarise
-from aletheia.lab.evaluation.result import (
+from aletheia.lab.evaluation.record import (
     EVAL_FILE,
     ITEMS_FILE,
     PACKAGES,
@@ -46,6 +48,14 @@ if TYPE_CHECKING:
 TASKS = tuple(MEASURES)
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from: its identity before an adapter was put on it, and the seconds that loading took."""
+
+    identity: ModelIdentity
+    load_seconds: float = 0.0
+
+
 def eval_settings(data_dir: Path | None, adapter: Path | None, **settings: Any) -> EvalSettings:
     """Settings with the hashes of all local files that decide the result: data and adapter.
 
@@ -56,16 +66,16 @@ def eval_settings(data_dir: Path | None, adapter: Path | None, **settings: Any) 
     """
     names = tuple(settings.pop("tasks"))
     if unknown := [name for name in names if name not in TASKS]:
-        raise EvaluationError(f"unknown task {unknown[0]!r} in --tasks; expected some of {','.join(TASKS)}")
+        raise EvaluationError(f"unknown task {unknown[0]!r} in `tasks`; expected some of {','.join(TASKS)}")
     if not names or len(set(names)) < len(names):
         raise EvaluationError(
-            f"--tasks names {'a task twice' if names else 'no task'}; expected some of {','.join(TASKS)}"
+            f"`tasks` names {'a task twice' if names else 'no task'}; expected some of {','.join(TASKS)}"
         )
     if ("heldout" in names) != (settings.get("eval_data") is not None):
-        raise EvaluationError("the task heldout and --eval-data belong together; give both or neither")
+        raise EvaluationError("the task heldout and `eval_data` belong together; give both or neither")
     for name, least in (("limit", 1), ("num_fewshot", 0), ("max_new_tokens", 1), ("batch_size", 1)):
         if (value := settings.get(name)) is not None and value < least:
-            raise EvaluationError(f"--{name.replace('_', '-')} is {value}; expected at least {least}")
+            raise EvaluationError(f"`{name}` is {value}; expected at least {least}")
     if any(name in FILES for name in names):
         check_installed()
     hashes = {} if data_dir is None else {k: v for name in names for k, v in data_hashes(name, data_dir).items()}
@@ -85,16 +95,16 @@ def claim(out: Path, settings: EvalSettings, overwrite: bool = False) -> Evaluat
         ArtifactError: it is a file, holds something else, or cannot be written.
     """
     if out.exists() and not out.is_dir():
-        raise ArtifactError(f"{out} is a file; expected a folder for the evaluation, choose another --out")
+        raise ArtifactError(f"{out} is a file; expected a folder for the evaluation, choose another `out`")
     ours = is_finished(out) or (out / JOURNAL_FILE).is_file()
     if out.is_dir() and any(out.iterdir()) and not ours:
-        raise ArtifactError(f"{out} holds other files; expected a new or empty folder, choose another --out")
+        raise ArtifactError(f"{out} holds other files; expected a new or empty folder, choose another `out`")
     if is_finished(out) and not overwrite:
         finished = Evaluated.read(out)
         difference = settings.first_difference(finished.evaluation.settings)
         if difference:
             raise OtherEvaluationError(
-                f"{out} holds another evaluation ({difference}); choose another --out or pass --overwrite"
+                f"{out} holds another evaluation ({difference}); choose another `out` or pass `overwrite`"
             )
         return finished
     check_writable(out)
@@ -106,10 +116,9 @@ def evaluate(
     settings: EvalSettings,
     out: str | Path,
     data_dir: Path | None = None,
-    identity: ModelIdentity | None = None,
+    origin: Origin | None = None,
     unsafe_exec: bool = False,
     overwrite: bool = False,
-    load_seconds: float = 0.0,
     show_progress: bool = True,
 ) -> Evaluated:
     """Evaluate a model, going on where a call with the same settings was interrupted.
@@ -119,10 +128,9 @@ def evaluate(
         settings: from :func:`eval_settings`.
         out: the folder to write.
         data_dir: local benchmark files; without it they come from the hub.
-        identity: what base model it is, taken before an adapter was put on it.
+        origin: what base model it is, taken before an adapter was put on it.
         unsafe_exec: where no sandbox can be had, run HumanEval's programs without one.
         overwrite: replace another evaluation in ``out``.
-        load_seconds: what loading took, for the record.
         show_progress: a bar per task on stderr.
 
     Raises:
@@ -133,7 +141,8 @@ def evaluate(
     out = Path(out)
     if (finished := claim(out, settings, overwrite)) is not None:
         return finished
-    identity = identity or identify(base.model)
+    origin = origin or Origin(identify(base.model))
+    identity = origin.identity
     started = time.perf_counter()
     works = _prepare(base, settings, data_dir, unsafe_exec)
     dtype, device = str(base.model.dtype).removeprefix("torch."), str(base.model.device)
@@ -165,7 +174,7 @@ def evaluate(
         device=device,
         packages=packages,
         tasks=tuple(results),
-        seconds=EvalSeconds(load=load_seconds, eval=time.perf_counter() - started),
+        seconds=EvalSeconds(load=origin.load_seconds, eval=time.perf_counter() - started),
     )
     evaluation.write(out / EVAL_FILE)
     journal.remove()
@@ -198,7 +207,7 @@ def _prepare(base: Loaded, settings: EvalSettings, data_dir: Path | None, unsafe
     for name in settings.tasks:
         if name == "heldout":
             assert settings.eval_data is not None
-            positions = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+            positions = getattr(text_config(base.model), "max_position_embeddings", None)
             length = min(settings.max_length, positions or settings.max_length)
             rows = load_data(settings.eval_data, base.tokenizer, length, settings.skip_emptied, base.vocab_size)
             works.append(HeldOut(base.model, rows, settings.batch_size, settings.limit))
@@ -279,4 +288,4 @@ def _write_items(path: Path, rows: Sequence[Row]) -> None:
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), pyarrow.schema(columns)), temporary)
         os.replace(temporary, path)
     except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+        raise ArtifactError(f"cannot write {path}: {error.strerror}; choose another `out`") from error

@@ -38,7 +38,8 @@ def find_bubblewrap() -> str:
     if found is None or sys.platform != "linux":
         raise SandboxError(
             f"found no bubblewrap (bwrap) on this {platform.system()} machine, expected it to contain code that a "
-            "model wrote; install the package 'bubblewrap' (Linux), or run the code without a boundary: --unsafe-exec"
+            "model wrote; install the package 'bubblewrap' (Linux), or run the code without a boundary, with "
+            "`unsafe_exec`"
         )
     return found
 

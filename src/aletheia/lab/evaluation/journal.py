@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from aletheia.errors import ArtifactError, EvaluationError
-from aletheia.lab.evaluation.result import differing
+from aletheia.lab.evaluation.record import differing
 
 JOURNAL_FILE = "answers.partial.jsonl"
 
@@ -40,7 +40,7 @@ class Journal:
             else:
                 self._append([header])
         except OSError as error:
-            raise ArtifactError(f"cannot write {self.path}: {error.strerror}; choose another --out") from error
+            raise ArtifactError(f"cannot write {self.path}: {error.strerror}; choose another `out`") from error
 
     def add(self, task: str, positions: Sequence[int], answers: Sequence[Any]) -> None:
         """Write the answers of one batch; when this returns they are on the disk."""
@@ -73,5 +73,5 @@ class Journal:
             if difference := differing(header.get(part, {}), found.get(part, {}), ignored={"adapter"}):
                 raise OtherEvaluationError(
                     f"{self.path.parent} holds another evaluation that was interrupted ({part}: {difference}); "
-                    "repeat its arguments to go on with it, choose another --out or pass --overwrite"
+                    "repeat its arguments to go on with it, choose another `out` or pass `overwrite`"
                 )

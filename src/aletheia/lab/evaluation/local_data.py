@@ -78,7 +78,7 @@ def pages(text: str) -> list[str]:
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise DataError(f"{path}: found no such file; put it there, or leave --data-dir away to take it from the hub")
+        raise DataError(f"{path}: found no such file; put it there, or leave `data_dir` away to take it from the hub")
     return path
 
 

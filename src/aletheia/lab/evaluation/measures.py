@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from aletheia.errors import EvaluationError
-from aletheia.lab.evaluation.result import Difference, Metric
+from aletheia.lab.evaluation.record import Difference, Metric
 from aletheia.lab.statistics.means import linearised, mean
 from aletheia.lab.statistics.rates import proportion
 from aletheia.lab.statistics.results import Estimate
@@ -143,6 +143,6 @@ def _value(task: str, measure: Measure, rows: Sequence[Row]) -> float:
         value = SCALES[measure.scale][0](float(values.sum() / _column(rows, measure.per).sum()))
     if not math.isfinite(value):
         raise EvaluationError(
-            f"{task}: {measure.name} is {value}; expected a finite number, try --dtype float32 or --attention sdpa"
+            f"{task}: {measure.name} is {value}; expected a finite number, try `dtype` float32 or `attention` sdpa"
         )
     return value

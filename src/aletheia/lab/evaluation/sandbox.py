@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Literal
 
 from aletheia.errors import SandboxError
-from aletheia.lab.evaluation import jail
-from aletheia.lab.evaluation import processes as watch
+from aletheia.lab.evaluation import jail, supervise
 from aletheia.lab.evaluation.syscalls import filter_bytes
 
 LimitName = Literal["wall time", "cpu time", "output"]
@@ -101,7 +100,7 @@ def check() -> None:
     if not result.passed or result.output != b"contained\n":
         raise SandboxError(
             f"the sandbox does not hold on this machine: {_last_line(result.text)}; run the evaluation on another "
-            "machine, or without a boundary: --unsafe-exec"
+            "machine, or without a boundary, with `unsafe_exec`"
         )
 
 
@@ -157,7 +156,7 @@ def _in_memory(content: bytes) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _run_contained(source: bytes, stdin: bytes, limits: Limits, file_name: str) -> watch.Ended:
+def _run_contained(source: bytes, stdin: bytes, limits: Limits, file_name: str) -> supervise.Ended:
     path = f"/program/{file_name}"
     status_read, status_write = os.pipe()
     with (
@@ -181,18 +180,18 @@ def _run_contained(source: bytes, stdin: bytes, limits: Limits, file_name: str) 
             env={},  # the sandbox shows bubblewrap's own environment as /proc/1/environ
         )
         status_end.close()
-        first = watch.Namespace(process, status)
-        ended = watch.until_end(process, stdin, limits.wall_seconds, limits.output_bytes, first.kill)
+        first = supervise.Namespace(process, status)
+        ended = supervise.until_end(process, stdin, limits.wall_seconds, limits.output_bytes, first.kill)
         if ended.killed_by is None and not first.started_program():
             raise SandboxError(
                 f"bubblewrap could not start a program here ({_last_line(ended.output.decode(errors='replace'))}); "
                 "expected bubblewrap 0.7 or newer and user namespaces that the kernel and a container around this "
-                "process allow; allow them, or run the code without a boundary: --unsafe-exec"
+                "process allow; allow them, or run the code without a boundary, with `unsafe_exec`"
             )
     return ended
 
 
-def _run_unsafe(source: bytes, stdin: bytes, limits: Limits, file_name: str) -> watch.Ended:
+def _run_unsafe(source: bytes, stdin: bytes, limits: Limits, file_name: str) -> supervise.Ended:
     with tempfile.TemporaryDirectory(prefix="aletheia-unsafe-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / file_name
         path.write_bytes(source)
@@ -206,6 +205,6 @@ def _run_unsafe(source: bytes, stdin: bytes, limits: Limits, file_name: str) -> 
             env=jail.ENVIRONMENT | {"TMPDIR": folder},
             start_new_session=True,
         )
-        return watch.until_end(
-            process, stdin, limits.wall_seconds, limits.output_bytes, lambda: watch.kill_session(process)
+        return supervise.until_end(
+            process, stdin, limits.wall_seconds, limits.output_bytes, lambda: supervise.kill_session(process)
         )

@@ -122,7 +122,7 @@ def filter_bytes(machine: str | None = None) -> bytes:
     if machine not in _MACHINES:
         raise SandboxError(
             f"no sandbox for {machine} machines: found no list of its system calls, expected one of "
-            f"{', '.join(_MACHINES)}; use such a machine, or run without a boundary: --unsafe-exec"
+            f"{', '.join(_MACHINES)}; use such a machine, or run without a boundary, with `unsafe_exec`"
         )
     audit_arch, column = _MACHINES[machine]
     parts = [

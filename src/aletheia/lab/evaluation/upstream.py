@@ -127,7 +127,7 @@ def _build(name: str, config: dict[str, Any], splits: Splits | None) -> "Configu
         if splits is not None:
             raise
         raise EvaluationError(
-            f"cannot get the data of {name} from the hub ({one_line(error)}); pass local files with --data-dir"
+            f"cannot get the data of {name} from the hub ({one_line(error)}); pass local files with `data_dir`"
         ) from error
 
 
@@ -139,6 +139,6 @@ def _set_fewshot(name: str, task: "ConfigurableTask", num_fewshot: int | None) -
     examples = len(task.fewshot_docs()) if wanted else 0
     if examples < wanted:
         raise EvaluationError(
-            f"{name} has {examples} examples for its prompts; expected {wanted}, lower --num-fewshot or add rows"
+            f"{name} has {examples} examples for its prompts; expected {wanted}, lower `num_fewshot` or add rows"
         )
     task.set_fewshot_seed(FEWSHOT_SEED)

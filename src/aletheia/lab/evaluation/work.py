@@ -89,7 +89,7 @@ class Benchmark:
     ) -> None:
         """Build the requests; ``score`` runs HumanEval's programs."""
         if chat and not getattr(lm.tokenizer, "chat_template", None):
-            raise EvaluationError("--chat needs a chat template, which this tokenizer has not; leave --chat away")
+            raise EvaluationError("`chat` needs a chat template, which this tokenizer has not; leave `chat` away")
         self.name, self.version = name, task_version(name, tasks)
         self._tasks, self._lm, self._score = tasks, lm, score
         places = [(subject, index) for subject, task in tasks.items() for index in range(len(task.eval_docs))]

@@ -15,8 +15,8 @@ from aletheia.errors import CampaignError
 from aletheia.files import write_text
 from aletheia.lab.campaign.spec import SpeedCampaign
 from aletheia.lab.campaign.store import Record, Store
-from aletheia.lab.reporting.behaviour import behaviour_page
-from aletheia.lab.reporting.speed import speed_page
+from aletheia.lab.reporting.behaviour_page import behaviour_page
+from aletheia.lab.reporting.speed_page import speed_page
 from aletheia.reporting.blocks import Block, Figure, Page, Pre, Table
 from aletheia.reporting.format import printable
 from aletheia.reporting.page import page_environment, refuse_foreign

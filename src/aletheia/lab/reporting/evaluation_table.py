@@ -3,7 +3,7 @@
 from rich import box
 from rich.table import Table
 
-from aletheia.lab.evaluation.result import Comparison, Evaluation, single_answer
+from aletheia.lab.evaluation.record import Comparison, Evaluation, single_answer
 from aletheia.reporting.format import NOTHING, human_seconds, printable
 
 PLACES = 4

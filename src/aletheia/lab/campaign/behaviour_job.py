@@ -3,25 +3,28 @@
 What a killed job has finished stays in its folder and is gone on with: the run, and every evaluation item by item.
 """
 
-import shutil
 from collections.abc import Mapping
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from torch import nn
 
 from aletheia.adapters.adapt import adapt
 from aletheia.adapters.initial import ROWS
 from aletheia.anatomy.fingerprint import identify
 from aletheia.anatomy.load import Loaded, load
-from aletheia.anatomy.schema import ModelIdentity
-from aletheia.errors import CacheError
+from aletheia.data.examples import Examples
+from aletheia.errors import ArtifactError, CacheError
+from aletheia.files import package_versions
 from aletheia.lab.campaign.grid import Row, model_named
 from aletheia.lab.campaign.models import model_source
-from aletheia.lab.campaign.rows import held_out_rows, training_rows
-from aletheia.lab.campaign.spec import BASE, Arm, BehaviourCampaign, TaskSettings
-from aletheia.lab.campaign.speed import arm_plan
-from aletheia.lab.evaluation.evaluate import eval_settings, evaluate
+from aletheia.lab.campaign.shared_rows import held_out_rows, training_rows
+from aletheia.lab.campaign.spec import BASE, Arm, BehaviourCampaign, BenchmarkName
+from aletheia.lab.campaign.speed_job import arm_plan
+from aletheia.lab.evaluation.evaluate import Origin, eval_settings, evaluate
 from aletheia.lab.evaluation.journal import OtherEvaluationError
 from aletheia.lab.evaluation.measures import MEASURES
 from aletheia.lab.evaluation.row_loss import row_losses
@@ -29,73 +32,103 @@ from aletheia.lab.evaluation.work import sha256_of
 from aletheia.planning.plan import Plan
 from aletheia.probing.resident import probe
 from aletheia.probing.scores import Scores
+from aletheia.runs.folder import RunFolder
 from aletheia.runs.saved import load_adapter
-from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, Metrics, Run
+from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, SCORES_FILE, Metrics, Run
+from aletheia.training.settings import CacheKind
 from aletheia.training.train import train
 
 RUN = "run"
 CACHES = "caches"
 
 
+@dataclass(frozen=True)
+class _RowJob:
+    """One row to compute: ``source`` is where its model is loaded from, ``place`` the folder of the job."""
+
+    campaign: BehaviourCampaign
+    row: Row
+    source: str
+    data_dir: Path
+    folder: Path
+    place: Path
+
+    def load(self) -> Loaded:
+        """The base model as it was before any training."""
+        return load(self.source, self.campaign.dtype)
+
+
 def run_behaviour(
     campaign: BehaviourCampaign, row: Row, data_dir: Path, folder: Path, place: Path
 ) -> dict[str, Mapping[str, Any]]:
     """The ``result`` of one row: how it was trained, and its items, benchmark by benchmark."""
-    source = model_source(model_named(campaign, row.model), folder)
-    base = load(source, campaign.dtype)
-    identity = identify(base.model)
+    job = _RowJob(campaign, row, model_source(model_named(campaign, row.model), folder), data_dir, folder, place)
+    adapter = None if row.arm == BASE else place / RUN
+    if adapter is not None and not (adapter / METRICS_FILE).exists():  # written last
+        _train(job, adapter)
+    base = job.load()
+    origin = Origin(identify(base.model))
     result: dict[str, Any] = {}
-    adapter = None
-    if row.arm != BASE:
-        adapter = place / RUN
-        if not (adapter / METRICS_FILE).exists():  # written last
-            shutil.rmtree(adapter, ignore_errors=True)
-            arm = next(arm for arm in campaign.arms if arm.name == row.arm)
-            _train(campaign, arm, row.seed, base, data_dir, folder, adapter)
-            base = load(source, campaign.dtype)  # as it was, for the adapter as it was saved
+    if adapter is not None:
         result |= _trained(Run(adapter, Metrics.read(adapter / METRICS_FILE), Plan.read(adapter / PLAN_FILE)))
         base = replace(base, model=load_adapter(base.model, adapter))  # type: ignore[arg-type]
     items = {"heldout": _held_out(campaign, base, data_dir)}
     versions = {}
     for name, settings in campaign.tasks.items():
         if row.arm == BASE or settings.seeds is None or row.seed in settings.seeds:
-            items[name], versions[name] = _task(
-                campaign, name, settings, source, base, identity, adapter, data_dir, place
-            )
+            items[name], versions[name] = _task(job, name, base, origin, adapter)
     result |= {"items": items, "versions": versions}
     return {row.arm: {"result": result}}
 
 
-def _train(
-    campaign: BehaviourCampaign, arm: Arm, seed: int, base: Loaded, data_dir: Path, folder: Path, out: Path
-) -> None:
-    data = training_rows(campaign, data_dir, base.tokenizer)
-    held_out = held_out_rows(campaign, data_dir, base.tokenizer)
-    scores = probe(base.model, data, seed=seed)
+def _train(job: _RowJob, out: Path) -> None:
+    """One run of the row's arm."""
+    campaign, seed, base = job.campaign, job.row.seed, job.load()
+    arm = next(arm for arm in campaign.arms if arm.name == job.row.arm)
+    data = training_rows(campaign, job.data_dir, base.tokenizer)
+    held_out = held_out_rows(campaign, job.data_dir, base.tokenizer)
+    scores, kept = _scores(job, base, data)
     made = arm_plan(arm, scores, seed, campaign.epochs)
-    run = partial(
-        train,
-        adapt(base.model, made, seed),
-        data,
-        made,
-        out,
-        held_out,
-        steps=_steps(campaign, arm, made, scores, seed),
-        batch_size=campaign.batch_size,
-        learning_rate=arm.learning_rate,
-        init=arm.init,
-        evaluations=campaign.evaluations,
-        seed=seed,
-        cache_dir=folder / CACHES,
-        show_progress=False,
-    )
-    if made.boundary == 0 or made.early_layers:
-        run()
+    steps = _steps(campaign, arm, made, scores, seed)
+
+    def attempt(model: nn.Module, cache: CacheKind, resume: Literal["auto", "never"]) -> None:
+        """From fresh adapters, or from the last checkpoint of a job that was killed."""
+        with RunFolder.claim(out, overwrite=True, resume=resume) as claimed:
+            train(
+                adapt(model, made, seed),
+                data,
+                made,
+                claimed,
+                held_out,
+                steps=steps,
+                batch_size=campaign.batch_size,
+                learning_rate=arm.learning_rate,
+                init=arm.init,
+                evaluations=campaign.evaluations,
+                seed=seed,
+                cache=cache,
+                cache_dir=job.folder / CACHES,
+                show_progress=False,
+            )
+
+    shared = made.boundary > 0 and not made.early_layers  # arms and seeds with one boundary share a cache on disk
+    with suppress(CacheError):  # not exact, or no place for it
+        attempt(base.model, "disk" if shared else "auto", "auto" if kept else "never")
         return
-    try:
-        run(cache="disk")  # arms and seeds with one boundary share it
-    except CacheError:  # it would not be exact, or does not fit: said before the first step
-        run(cache="off")
+    del base
+    attempt(job.load().model, "off", "never")
+
+
+def _scores(job: _RowJob, base: Loaded, data: Examples) -> tuple[Scores, bool]:
+    """The row's scores, and whether they were kept from before: checkpoints belong to the plan made from them."""
+    file = job.place / SCORES_FILE
+    with suppress(ArtifactError):
+        found = Scores.read(file)
+        if found.packages == package_versions():
+            return found, True
+    scores = probe(base.model, data, seed=job.row.seed)
+    scores.write(file)
+    return scores, False
 
 
 def _steps(campaign: BehaviourCampaign, arm: Arm, made: Plan, scores: Scores, seed: int) -> int:
@@ -114,7 +147,7 @@ def _per_step(arm: Arm, made: Plan) -> float:
     if arm.execution == "plain":
         return predicted.relative_step_time
     later = predicted.relative_cached_step_time or predicted.relative_step_time
-    share = made.settings.freeze_after if made.early_layers else 0.0
+    share = made.freeze_after
     return share * (predicted.relative_early_step_time or later) + (1 - share) * later
 
 
@@ -168,30 +201,22 @@ def _held_out(campaign: BehaviourCampaign, base: Loaded, data_dir: Path) -> dict
 
 
 def _task(
-    campaign: BehaviourCampaign,
-    name: str,
-    settings: TaskSettings,
-    source: str,
-    base: Loaded,
-    identity: ModelIdentity,
-    adapter: Path | None,
-    data_dir: Path,
-    place: Path,
+    job: _RowJob, name: BenchmarkName, base: Loaded, origin: Origin, adapter: Path | None
 ) -> tuple[dict[str, Any], str]:
     """The main measure of a benchmark item by item, and upstream's version of the benchmark."""
+    campaign, settings = job.campaign, job.campaign.tasks[name]
     asked = eval_settings(
-        data_dir,
+        job.data_dir,
         adapter,
-        model=source,
+        model=job.source,
         tasks=(name,),
         limit=settings.limit,
         max_new_tokens=settings.max_new_tokens,
         batch_size=campaign.eval_batch_size,
         dtype=campaign.dtype,
     )
-    run = partial(
-        evaluate, base, asked, place / f"eval-{name}", data_dir, identity, campaign.unsafe_exec, show_progress=False
-    )
+    out = job.place / f"eval-{name}"
+    run = partial(evaluate, base, asked, out, job.data_dir, origin, campaign.unsafe_exec, show_progress=False)
     try:
         done = run()
     except OtherEvaluationError:  # begun with other packages

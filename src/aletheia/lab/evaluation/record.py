@@ -155,8 +155,8 @@ class Evaluated:
         Raises:
             ArtifactError: ``items.parquet`` cannot be read.
         """
-        import pyarrow  # type: ignore[import-untyped]
-        import pyarrow.parquet  # type: ignore[import-untyped]
+        import pyarrow
+        import pyarrow.parquet
 
         try:
             rows = pyarrow.parquet.read_table(self.path / ITEMS_FILE).to_pylist()

@@ -10,12 +10,12 @@ from aletheia.anatomy.load import load
 from aletheia.errors import AletheiaError
 from aletheia.lab.campaign.grid import Row, model_named
 from aletheia.lab.campaign.models import model_source
-from aletheia.lab.campaign.rows import training_rows
+from aletheia.lab.campaign.shared_rows import training_rows
 from aletheia.lab.campaign.spec import Arm, SpeedCampaign
 from aletheia.lab.campaign.steps import StepKind, gradient_start_seconds, interleaved_steps
 from aletheia.planning.make import plan
 from aletheia.planning.plan import Plan
-from aletheia.prefix.fill import why_not_exact
+from aletheia.prefix.exact import why_not_exact
 from aletheia.probing.resident import probe
 from aletheia.probing.scores import Scores
 
@@ -57,10 +57,10 @@ def arm_plan(arm: Arm, scores: Scores, seed: int, epochs: float) -> Plan:
     drawn = hashlib.sha256(f"{scores.model.fingerprint} {seed}".encode()).digest()
     return plan(
         scores,
-        arm.policy,
-        arm.percent,
-        arm.rank,
-        arm.ranks,
+        policy=arm.policy,
+        percent=arm.percent,
+        rank=arm.rank,
+        ranks=arm.ranks,
         seed=int.from_bytes(drawn[:4], "big"),
         epochs=epochs,
         freeze_after=arm.freeze_after,
@@ -85,7 +85,7 @@ def _predicted(arm: Arm, made: Plan) -> float:
     """Speed-up by counted operations over the steps of a run, early and later ones in their shares."""
     if arm.execution == "plain":
         return made.predicted.speedup
-    share = made.settings.freeze_after if made.early_layers else 0.0
+    share = made.freeze_after
     early = made.predicted.relative_early_step_time or 0.0
     return 1.0 / (share * early + (1 - share) / made.predicted.cached_speedup)
 

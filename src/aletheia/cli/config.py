@@ -1,0 +1,200 @@
+"""The file of ``--config``: sections of settings in YAML, and the command line over them. Loads no torch.
+
+model: Qwen/Qwen2.5-0.5B-Instruct      # short for {name: ...}
+data: train.jsonl                      # or {data: [...], max_length: ..., ...}
+plan: {percent: 50}                    # or {file: plan.json}
+training: {epochs: 2}                  # and any other field of transformers' TrainingArguments
+"""
+
+import re
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from aletheia.anatomy.settings import LoadSettings
+from aletheia.cli.settings_options import Given, section_of
+from aletheia.data.settings import DataSettings
+from aletheia.errors import SettingsError
+from aletheia.planning.plan import PlanSettings
+from aletheia.settings import Settings
+from aletheia.training.settings import NOT_TAKEN, TrainSettings
+
+S = TypeVar("S", bound=Settings)
+
+_CLASSES: tuple[Any, ...] = (LoadSettings, DataSettings, PlanSettings, TrainSettings)
+SECTIONS: dict[str, Any] = {section_of(one): one for one in _CLASSES}
+LARGEST_BYTES = 1_000_000
+PLAN_FILE = "file"
+SHORT = {"model": "model", "data": "data"}  # the field that a section stands for where it is no mapping
+# a flag for one of a pair puts aside what the file says of the other
+PAIRS = {"steps": "epochs", "epochs": "steps", "eval_data": "eval_fraction", "eval_fraction": "eval_data"}
+
+
+def read_config(path: Path) -> Given:
+    """The sections of a file, see :func:`parse_config`.
+
+    Raises:
+        SettingsError: it cannot be read, is larger than 1 MB, or is not as expected.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise SettingsError(f"cannot read {path} ({error.strerror}); expected a YAML file for `config`") from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{path} is not UTF-8; expected a YAML file for `config`") from error
+    if len(content) > LARGEST_BYTES:
+        raise SettingsError(f"{path} is larger than 1 MB; expected a file of settings")
+    return parse_config(text, str(path))
+
+
+def parse_config(text: str, name: str) -> Given:
+    """The sections ``model``, ``data``, ``plan`` and ``training`` of a YAML text, each with its settings by name.
+
+    Numbers, true, false and null are read as in YAML 1.2 and JSON, so that ``off`` is a text. Values are checked
+    later, by :func:`build`.
+
+    Raises:
+        SettingsError: no YAML, an alias, merge key or double key, or a section or setting that is unknown.
+    """
+    try:
+        found = yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise SettingsError(f"{name}{line}: {error.problem}; expected plain YAML") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise SettingsError(f"{name}: {' '.join(str(error).split())}; expected plain YAML") from None
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise SettingsError(f"{name} holds {_kind(found)}; expected sections: {', '.join(SECTIONS)}")
+    return {section: _section(section, value, name) for section, value in found.items()}
+
+
+def merge(file_sections: Mapping[str, Mapping[str, Any]], given: Mapping[str, Mapping[str, Any]]) -> Given:
+    """What the file says, and over it what stands on the command line.
+
+    A flag also puts aside what excludes it in the file: of ``steps`` and ``epochs``, of ``eval_data`` and
+    ``eval_fraction``, and of a plan's file and how a plan is made.
+    """
+    merged: Given = {}
+    for section in dict.fromkeys((*file_sections, *given)):
+        flags, values = given.get(section, {}), dict(file_sections.get(section, {}))
+        for name in flags:
+            values.pop(PAIRS.get(name, ""), None)
+        elsewhere = {name for other, flags in given.items() if other != section for name in flags}
+        if section == "plan" and flags.keys() - elsewhere and (PLAN_FILE in flags) != (PLAN_FILE in values):
+            values = {}
+        merged[section] = values | dict(flags)
+    return merged
+
+
+def build(
+    settings: type[S], file_sections: Mapping[str, Mapping[str, Any]], given: Mapping[str, Mapping[str, Any]]
+) -> S:
+    """The settings that file and command line give together; a plan's ``file`` is not one of them.
+
+    Raises:
+        SettingsError: a value is refused; one that the file gave is named with its section, ``training.steps``.
+    """
+    section = section_of(settings)
+    values = merge(file_sections, given).get(section, {})
+    if section == "plan":
+        values.pop(PLAN_FILE, None)
+    try:
+        return settings(**values)
+    except SettingsError as error:
+        from_file = values.keys() - given.get(section, {}).keys()
+
+        def named(match: re.Match[str]) -> str:
+            return f"`{section}.{_written(section, match[1])}`" if match[1] in from_file else match[0]
+
+        raise SettingsError(re.sub(r"`(\w+)`", named, str(error))) from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without aliases, merge keys and double keys, its plain words read as in YAML 1.2."""
+
+    yaml_implicit_resolvers = {}  # noqa: RUF012  # of PyYAML's making
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            self._refuse("found an alias (*), expected the value itself", self.peek_event())  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                self._refuse("found a key that is no name", key)
+            if key.value == "<<":
+                self._refuse("found a merge key (<<), expected the settings themselves", key)
+            if key.value in keys:
+                self._refuse(f"found {key.value} twice", key)
+            keys.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def _refuse(self, problem: str, at: Any) -> None:
+        raise yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
+
+
+for _tag, _pattern, _first in (
+    ("null", r"(~|null|)$", ["~", "n", ""]),
+    ("bool", r"(true|false)$", list("tf")),
+    ("int", r"[-+]?[0-9]+$", list("-+0123456789")),
+    ("float", r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[-+]?[0-9]+)?$", list("-+.0123456789")),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern, re.IGNORECASE), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
+
+
+def _section(section: Any, value: Any, name: str) -> dict[str, Any]:
+    if section not in SECTIONS:
+        raise SettingsError(f"{name}: unknown section {section}; expected {_near(section, list(SECTIONS))}")
+    if value is None:
+        return {}
+    if section in SHORT and isinstance(value, str | list):
+        return {SHORT[section]: value}
+    if not isinstance(value, dict):
+        raise SettingsError(f"{name}: `{section}` is {_kind(value)}; expected settings, each as name: value")
+    found = {str(key): one for key, one in value.items()}
+    known = [_written(section, field) for field in SECTIONS[section].model_fields]
+    known += [PLAN_FILE] if section == "plan" else []
+    if foreign := [key for key in found if key not in known]:
+        others = _training_arguments() if section == "training" else frozenset[str]()
+        for key in foreign:
+            if key not in others:
+                near = _near(key, known, others)
+                raise SettingsError(f"{name}: unknown setting `{section}.{key}`; expected {near}")
+    if section == "plan" and PLAN_FILE in found and len(found) > 1:
+        other = next(key for key in found if key != PLAN_FILE)
+        raise SettingsError(f"{name}: `plan.file` and `plan.{other}` are both given; expected the plan file alone")
+    return {"model" if (section, key) == ("model", "name") else key: one for key, one in found.items()}
+
+
+def _written(section: str, field: str) -> str:
+    """How a field is written in its section: the model's name is ``model.name``."""
+    return "name" if (section, field) == ("model", "model") else field
+
+
+def _training_arguments() -> frozenset[str]:
+    """Fields of transformers' TrainingArguments, looked up only where a setting is none of ours."""
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    return frozenset(one.name for one in fields(TrainingArguments)) | NOT_TAKEN.keys()
+
+
+def _near(found: Any, ours: list[str], others: frozenset[str] = frozenset()) -> str:
+    near = get_close_matches(str(found), ours, 1) or get_close_matches(str(found), others, 1)
+    return f"perhaps {near[0]}" if near else f"one of {', '.join(ours)}"
+
+
+def _kind(value: Any) -> str:
+    return "a list" if isinstance(value, list) else "a mapping" if isinstance(value, dict) else repr(value)

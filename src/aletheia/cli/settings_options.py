@@ -1,0 +1,161 @@
+"""Options of a command, declared from the fields of settings objects: name, help, values and default exist once."""
+
+import inspect
+from collections.abc import Callable, Collection
+from functools import wraps
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic import ByteSize
+from pydantic.fields import FieldInfo
+
+from aletheia.cli.wording import FLAGS, flag_of, flags_of, translate
+from aletheia.settings import Settings
+
+Given = dict[str, dict[str, Any]]  # section -> name -> value, of what stands on the command line
+_SHOWN: dict[Any, str] = {ByteSize: "SIZE", Path: "PATH", int: "INT", float: "NUMBER", str: "TEXT"}
+
+
+def section_of(settings: type[Settings]) -> str:
+    """The section of a settings class in ``--config``: its SECTION, else its name without ``Settings``."""
+    return str(getattr(settings, "SECTION", "") or settings.__name__.removesuffix("Settings").lower())
+
+
+def from_settings(
+    *classes: type[Settings], leave_out: Collection[str] = ()
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command one option for each field of these settings, and the function one argument ``given``.
+
+    ``given`` holds a dictionary for each class, by :func:`section_of`, with only what stands on the command line; the
+    settings class checks it. A field that two classes have is one option and goes to both. Fields without
+    :func:`aletheia.settings.option` are not offered, nor are those to ``leave_out``.
+
+    Raises:
+        ValueError: a field is named like a parameter of the function, or ``leave_out`` names no field.
+    """
+    owners: dict[str, list[type[Settings]]] = {}
+    for one in classes:
+        for name, field in one.model_fields.items():
+            if name not in leave_out and "group" in _extra(field):
+                owners.setdefault(name, []).append(one)
+    flags = flags_of(*classes)
+    if unknown := set(leave_out) - flags.keys():
+        raise ValueError(f"{', '.join(sorted(unknown))} to leave out; expected fields of the settings")
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        own = [one for one in inspect.signature(function).parameters.values() if one.name != "given"]
+        if twice := [one.name for one in own if one.name in owners]:
+            raise ValueError(f"{twice[0]} is a parameter and a field; expected it in leave_out, or another name")
+        words = FLAGS | flags | {one.name: one.name.upper() for one in own if _is_argument(one)}
+        options = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(some[0], name, words)
+            )
+            for name, some in owners.items()
+        ]
+
+        @wraps(function)
+        def command(**values: Any) -> Any:
+            given: Given = {section_of(one): {} for one in classes}
+            for name, some in owners.items():
+                value = values.pop(name)
+                if value is None or value == []:
+                    continue
+                for one in some:
+                    given[section_of(one)][name] = _typed(value, one.model_fields[name].annotation)
+            return function(**values, given=given)
+
+        parameters = [*own, *options]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {one.name: one.annotation for one in parameters}
+        return command
+
+    return decorate
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
+def _is_argument(parameter: inspect.Parameter) -> bool:
+    return any(isinstance(one, typer.models.ArgumentInfo) for one in get_args(parameter.annotation))
+
+
+def _option(settings: type[Settings], name: str, words: dict[str, str]) -> Any:
+    """The annotation that makes typer offer a field; nothing given is None."""
+    field, flag = settings.model_fields[name], flag_of(settings, name)
+    kinds = _kinds(field.annotation)
+    is_switch = bool in kinds
+    return Annotated[
+        bool | None if is_switch else list[str] | None if _is_list(field.annotation) else str | None,
+        typer.Option(
+            f"{flag}/--no-{flag[2:]}" if is_switch else flag,
+            help=_help(field, words),
+            metavar=None if is_switch else _metavar(kinds),
+            show_default=False,
+            rich_help_panel=_extra(field)["group"] or None,
+        ),
+    ]
+
+
+def _help(field: FieldInfo, words: dict[str, str]) -> str:
+    text = translate(field.description or "", words)
+    if field.is_required():
+        return f"{text} (required)"
+    default = field.get_default(call_default_factory=True, validated_data={})
+    if default is None or default in ((), ""):
+        return text
+    if isinstance(default, bool):
+        shown = "yes" if default else "no"
+    elif isinstance(default, float):
+        shown = f"{default:g}"
+    else:
+        shown = ", ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+    return f"{text} (default: {shown})"
+
+
+def _members(annotation: Any) -> list[Any]:
+    """The alternatives of a type, None and annotations taken off."""
+    if get_origin(annotation) is Annotated:
+        return _members(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [one for part in get_args(annotation) for one in _members(part)]
+    return [] if annotation is NoneType else [annotation]
+
+
+def _is_list(annotation: Any) -> bool:
+    return any(get_origin(one) in (tuple, list) for one in _members(annotation))
+
+
+def _kinds(annotation: Any) -> list[Any]:
+    """The types that one value may have: those of a list's items, those of the others themselves."""
+    return [
+        kind
+        for one in _members(annotation)
+        for kind in (_members(get_args(one)[0]) if get_origin(one) in (tuple, list) else [one])
+    ]
+
+
+def _metavar(kinds: list[Any]) -> str:
+    choices = [str(value) for kind in kinds if get_origin(kind) is Literal for value in get_args(kind)]
+    names = ["{" + ",".join(choices) + "}"] if choices else []
+    names += [_SHOWN.get(kind, "VALUE") for kind in kinds if get_origin(kind) is not Literal]
+    return "|".join(dict.fromkeys(names))
+
+
+def _typed(value: Any, annotation: Any) -> Any:
+    """What was typed, as a number where the field takes numbers; what cannot be one stays for the class to refuse."""
+    if isinstance(value, list):
+        return tuple(_typed(one, annotation) for one in value)
+    kinds = _kinds(annotation)
+    if not isinstance(value, str) or str in kinds:
+        return value
+    for kind in (int, float):
+        if int in kinds or float in kinds:
+            try:
+                return kind(value)
+            except ValueError:
+                continue
+    return value

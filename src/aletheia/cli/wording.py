@@ -1,0 +1,64 @@
+"""From the names of Python in a message to the options of the command line."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from aletheia.anatomy.settings import LoadSettings
+from aletheia.data.settings import DataSettings
+from aletheia.settings import Settings
+from aletheia.training.settings import TrainSettings
+
+_SET = re.compile(r"`([A-Za-z_]\w*)(?:=([^`]+))?`")
+_QUOTED = re.compile(r"`([^`\n]+)`")
+
+
+def flag_of(settings: type[Settings], name: str) -> str:
+    """The option of a settings field: the flag it asks for, else its name with dashes."""
+    extra = settings.model_fields[name].json_schema_extra
+    asked = str(extra.get("flag") or "") if isinstance(extra, dict) else ""
+    return "--" + (asked.lstrip("-") or name.replace("_", "-"))
+
+
+def flags_of(*classes: type[Settings]) -> dict[str, str]:
+    """Field name to option, for all fields of settings classes."""
+    return {name: flag_of(one, name) for one in classes for name in one.model_fields}
+
+
+FLAGS = flags_of(LoadSettings, DataSettings, TrainSettings)
+
+
+def learn(command: Any) -> None:
+    """Add the parameters of a command of typer's, or of all in a group: options by flag, arguments by metavar."""
+    found = list(_parameters(command))
+    for kind in ("argument", "option"):  # an option of any command goes before an argument of another
+        for one in found:
+            if one.param_type_name == kind:
+                shown = max(one.opts, key=len) if kind == "option" else one.metavar or one.name.upper()
+                FLAGS[one.name] = shown
+
+
+def _parameters(command: Any) -> Iterator[Any]:
+    yield from command.params
+    for inner in getattr(command, "commands", {}).values():
+        yield from _parameters(inner)
+
+
+def translate(message: str, flags: dict[str, str] | None = None) -> str:
+    """A message with options for known names in backticks, and the other words without the backticks.
+
+    ```steps` is 0`` becomes ``--steps is 0``, ```cache=off``` becomes ``--cache off``, ```stream=False``` becomes
+    ``--no-stream``.
+    """
+    known = FLAGS if flags is None else flags
+
+    def option(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        if name not in known:
+            return match[0][1:-1]
+        flag = known[name]
+        if value is None or value == "True":
+            return flag
+        return flag.replace("--", "--no-", 1) if value == "False" else f"{flag} {value}"
+
+    return _QUOTED.sub(r"\1", _SET.sub(option, message))

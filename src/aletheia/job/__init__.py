@@ -1,0 +1,1 @@
+"""The whole job: load, probe, plan, adapt, train, report."""

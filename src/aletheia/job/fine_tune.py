@@ -1,0 +1,351 @@
+"""The whole job, top to bottom: load, probe, plan, adapt, train, report. What ``aletheia train`` does, this does."""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import HfApi
+
+from aletheia.adapters.adapt import adapt
+from aletheia.anatomy.checkpoint import Checkpoint
+from aletheia.anatomy.fingerprint import identify
+from aletheia.anatomy.load import free_memory_bytes, own_memory_bytes
+from aletheia.anatomy.read import read_anatomy
+from aletheia.anatomy.schema import ModelIdentity
+from aletheia.anatomy.settings import LoadSettings
+from aletheia.data.examples import Example, Examples, split_held_out
+from aletheia.data.order import training_batches
+from aletheia.data.rows import Rows, load_rows
+from aletheia.data.settings import DataSettings
+from aletheia.errors import TrainingError
+from aletheia.files import write_text
+from aletheia.job.settings import JobSettings
+from aletheia.job.source import Say, Source, encode_for, is_streamed, load_for, say_nothing, to_stderr
+from aletheia.planning.make import every_layer_fits
+from aletheia.planning.make import plan as make_plan
+from aletheia.planning.memory import training_bytes
+from aletheia.planning.plan import Plan, PlanSettings, layer_ranges
+from aletheia.prefix.cache import PrefixCache
+from aletheia.prefix.fill_streamed import fill_streamed, streamed_cache
+from aletheia.probing import resident
+from aletheia.probing import streamed as by_layer
+from aletheia.probing.scores import Scores
+from aletheia.reporting.page import report
+from aletheia.runs.folder import CONFIG_FILE, RunFolder
+from aletheia.runs.manifest import TrainingCheckpoint, check_same_run, newest_checkpoint, verified
+from aletheia.runs.schema import PLAN_FILE, REPORT_FILE, SCORES_FILE, Run
+from aletheia.training.interrupts import interrupts
+from aletheia.training.loop import training_arguments
+from aletheia.training.processes import Launch
+from aletheia.training.settings import TrainSettings
+from aletheia.training.train import Prepared, train
+
+
+def fine_tune(
+    model: str | Mapping[str, Any] | LoadSettings,
+    data: str | Mapping[str, Any] | DataSettings,
+    out: str | Path,
+    plan: str | Path | Mapping[str, Any] | PlanSettings | None = None,
+    training: Mapping[str, Any] | TrainSettings | None = None,
+    overwrite: bool = False,
+    resume: Literal["auto", "never"] | str | Path = "auto",
+    say: Say | None = None,
+) -> Run:
+    """Fine-tune the layers that matter: probe, plan, adapt, train and report, or follow a plan.
+
+    The same as ``aletheia train``, with the same defaults. A run that was interrupted goes on from its last whole
+    checkpoint when it is called again with the same settings. Under ``torchrun`` or ``accelerate launch`` all processes
+    call this; the first one writes.
+
+    Args:
+        model: hub id, folder or file, or :class:`aletheia.LoadSettings`.
+        data: rows to learn from, or :class:`aletheia.DataSettings`.
+        out: the run folder.
+        plan: a plan's file, or :class:`aletheia.PlanSettings`.
+        training: :class:`aletheia.TrainSettings`; settings may be given as mappings, too.
+        overwrite: replace a finished run in ``out``.
+        resume: ``auto`` goes on with an interrupted run in ``out``, ``never`` begins anew, a path goes on from that
+            checkpoint.
+        say: gets a line for each thing that is done; by default they go to stderr.
+
+    Raises:
+        AletheiaError: what is wrong, in one line; settings and the folder are checked before anything is loaded.
+    """
+    settings = JobSettings.of(model, data, plan, training)
+    training_arguments(settings.training, "")  # Trainer's own checks
+    told = say or to_stderr
+    with ExitStack() as stack:
+        stack.enter_context(interrupts())
+        launch = stack.enter_context(Launch.join())
+        folder = stack.enter_context(launch.claim(out, overwrite, "never" if resume == "never" else "auto"))
+        job = Job(settings, folder, launch, told if launch.is_first else say_nothing)
+        return job.run(None if resume in ("auto", "never") else Path(resume))
+
+
+@dataclass
+class Job:
+    """One call of :func:`fine_tune`, step by step."""
+
+    settings: JobSettings
+    folder: RunFolder
+    launch: Launch
+    say: Say
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, resume: Path | None = None) -> Run:
+        """Load, probe, plan, adapt, train, report."""
+        settings, folder = self.settings, self.folder
+        given = Plan.read(settings.plan.file) if settings.plan.file else None
+        found = self._checkpoint(resume)
+        rows = load_rows(settings.data.data)
+        eval_rows = load_rows(settings.data.eval_data) if settings.data.eval_data else None
+        self.say(f"load   {settings.model.model}")
+        with self._timed("load"):
+            base, data = self._load(rows)
+        data, held_out = self._split(base, data, eval_rows)
+        scores, plan = self._plan(base, data, given, found)
+        self.say(_about_plan(plan, settings.training.cache))
+        if self.launch.is_first:
+            self._keep(plan, scores)
+        prefix = self._prefix(base, plan, data, held_out)
+        seed = settings.training.seed
+        if isinstance(base, Checkpoint):
+            adapted = adapt(base.suffix(plan.boundary), plan, seed, plan.model)
+        else:
+            adapted = adapt(base.model, plan, seed)
+        unquantized = None
+        if settings.training.correct_quantization:
+            unquantized = Checkpoint(settings.model.model, settings.model.dtype)
+        prepared = Prepared(prefix, unquantized, self.seconds, self._identity(base), found)
+        run = train(adapted, data, plan, folder, held_out, settings.training, prepared)
+        if self.launch.is_first:
+            write_text(folder.path / CONFIG_FILE, settings.to_yaml())
+            if scores is not None:
+                scores.write(folder.path / SCORES_FILE)
+            report([run], folder.path / REPORT_FILE)
+            self._push(run)
+        return run
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - started
+
+    # --- an interrupted run
+
+    def _checkpoint(self, resume: Path | None) -> TrainingCheckpoint | None:
+        """The checkpoint to go on from, of a job with the same settings; damaged ones are named and passed over."""
+        if resume is not None:
+            found: TrainingCheckpoint | None = verified(resume)
+        elif self.folder.resumes:
+            faults: list[str] = []
+            found = newest_checkpoint(self.folder.checkpoints, faults)
+            for fault in faults:
+                self.say(f"note: {fault}")
+        else:
+            return None
+        if found is None:
+            self.say("note: the run that was interrupted here left no whole checkpoint; it begins anew")
+            return None
+        kept = {name: value for name, value in found.manifest.about.items() if name in self.settings.about()}
+        check_same_run(kept, self.settings.about(), self.folder.path)
+        return found
+
+    def _identity(self, base: Source) -> dict[str, Any]:
+        backend = getattr(base.tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(base.tokenizer.get_vocab().items()))
+        told = f"{vocabulary}\n{getattr(base.tokenizer, 'chat_template', None)}"
+        return self.settings.about() | {"tokenizer": hashlib.sha256(told.encode()).hexdigest()}
+
+    def _keep(self, plan: Plan, scores: Scores | None) -> None:
+        """What a run that goes on needs beside its checkpoints."""
+        folder = self.folder.checkpoints
+        folder.mkdir(parents=True, exist_ok=True)
+        plan.write(folder / PLAN_FILE)
+        write_text(folder / CONFIG_FILE, self.settings.to_yaml())
+        if scores is not None:
+            scores.write(folder / SCORES_FILE)
+
+    # --- load
+
+    def _load(self, rows: Rows) -> tuple[Source, Examples]:
+        how = self.settings.model
+        if is_streamed(how, self.say):
+            self.settings.check_streamed()
+            checkpoint = Checkpoint(how.model, how.dtype, attention=how.attention)
+            return checkpoint, encode_for(checkpoint, rows, self.settings.data, self.say)
+        return load_for(how, rows, self.settings.data, self.say)
+
+    def _split(self, base: Source, data: Examples, eval_rows: Rows | None) -> tuple[Examples, Examples]:
+        asked = self.settings.data
+        if eval_rows is None:
+            fraction = 0.05 if asked.eval_fraction is None else asked.eval_fraction
+            return split_held_out(data, fraction, self.settings.training.seed, asked.eval_rows)
+        held_out = encode_for(base, eval_rows, asked, self.say)
+        return data, held_out.subset(range(min(asked.eval_rows, len(held_out))))
+
+    # --- plan
+
+    def _plan(
+        self, base: Source, data: Examples, given: Plan | None, found: TrainingCheckpoint | None
+    ) -> tuple[Scores | None, Plan]:
+        """The plan to follow, and the scores it was made from where it was made here."""
+        if found is not None:
+            kept = found.path.parent
+            scores = Scores.read(kept / SCORES_FILE) if (kept / SCORES_FILE).exists() else None
+            plan = Plan.read(kept / PLAN_FILE)
+            plan.check_model(self._model_identity(base))
+            return scores, plan
+        if given is not None:
+            self._check_plan(given, base, data)
+            return None, given
+        return self.launch.computed_by_first(partial(self._probe_and_plan, base, data))
+
+    def _probe_and_plan(self, base: Source, data: Examples) -> tuple[Scores, Plan]:
+        with self._timed("probe"):
+            scores = self._probe(base, data)
+        with self._timed("plan"):
+            plan = self._make_plan(scores, base, data)
+        return scores, plan
+
+    def _model_identity(self, base: Source) -> ModelIdentity:
+        if isinstance(base, Checkpoint):
+            return base.identity(ahead=self.settings.model.max_memory is None)
+        return identify(base.model)
+
+    def _probe(self, base: Source, data: Examples) -> Scores:
+        self.say("probe  5 batches of 1")
+        seed = self.settings.training.seed
+        if isinstance(base, Checkpoint):
+            work = self.folder.path.with_name(f"{self.folder.path.name}.partial")
+            return by_layer.probe_streamed(base, data, seed=seed, work=work, max_memory=self.settings.model.max_memory)
+        return resident.probe(base.model, data, seed=seed)
+
+    def _make_plan(self, scores: Scores, base: Source, data: Examples) -> Plan:
+        """What fits in memory, with lower layers that learn at first where those do, too."""
+        settings, streamed = self.settings, isinstance(base, Checkpoint)
+        asked: dict[str, Any] = {"epochs": self._passes(data), "seed": settings.training.seed}
+        asked |= {name: getattr(settings.plan, name) for name in settings.plan.model_fields_set if name != "file"}
+        choice = PlanSettings(**asked)
+        tokens, share = _largest_batch(data, settings.training.batch_size)
+        device = base.device if isinstance(base, Checkpoint) else base.model.device
+        room: int | None = settings.model.max_memory
+        unbounded = room is None and not streamed  # the plan is not to be bounded by what happens to be free
+        if room is None:
+            room = free_memory_bytes(device) + own_memory_bytes(device)
+        if choice.freeze_after is None:
+            fits = not streamed and (not unbounded or every_layer_fits(scores, choice, room, tokens, share))
+            choice = choice if fits else choice.model_copy(update={"freeze_after": 0.0})
+        made = make_plan(
+            scores, choice, max_memory=None if unbounded else room, batch_tokens=tokens, labelled_share=share
+        )
+        by_default = settings.plan.freeze_after is None and made.settings.policy == "depth-aware"
+        if by_default and not made.settings.freeze_after:
+            self.say("note: lower layers do not learn at first, as they would by default: they may not fit in memory")
+        return made
+
+    def _passes(self, data: Examples) -> float:
+        """Passes over the data that the time is counted for; without a cache, later ones cost as much as the first."""
+        training = self.settings.training
+        if training.cache == "off":
+            return 1.0
+        per_step = training.batch_size * training.gradient_accumulation_steps * self.launch.processes
+        return training.steps * per_step / len(data) if training.steps else training.epochs or 1.0
+
+    def _check_plan(self, plan: Plan, base: Source, data: Examples) -> None:
+        """Whether a plan that was given belongs to the model and fits in memory; other data are only noted."""
+        plan.check_model(self._model_identity(base))
+        if plan.data and plan.data.fingerprint != data.identity.fingerprint:
+            self.say(f"note: the plan was made from {plan.data.name}, this run trains on {data.identity.name}")
+        if isinstance(base, Checkpoint):
+            _check_plan_streamed(plan)
+            anatomy, weights = base.anatomy, by_layer.weight_bytes(base)
+        else:
+            anatomy, weights = read_anatomy(base.model), resident.weight_bytes(base.model)
+        room = self.settings.model.max_memory
+        ranks = {adapter.name: adapter.rank for adapter in plan.adapters}
+        tokens, share = _largest_batch(data, self.settings.training.batch_size)
+        needed = training_bytes(anatomy, weights, (*plan.layers, *plan.early_layers), ranks, tokens, share)
+        if room is not None and needed > room:
+            raise TrainingError(
+                f"`max_memory` is {room / 1e9:.1f} GB; the plan takes up to {needed / 1e9:.1f} GB with batches of "
+                f"{tokens:,} tokens; expected a plan made with that `max_memory`, smaller batches or shorter rows"
+            )
+
+    # --- train
+
+    def _prefix(self, base: Source, plan: Plan, data: Examples, held_out: Examples) -> PrefixCache | None:
+        """For a streamed model: what enters the boundary layer, of every row that the run will see."""
+        if not isinstance(base, Checkpoint):
+            return None
+        training = self.settings.training
+        rows = list(data.examples)
+        if training.steps is not None:
+            lengths = [len(row) for row in rows]
+            per_step = training.batch_size * training.gradient_accumulation_steps * self.launch.processes
+            batches = training_batches(lengths, per_step, training.steps, training.seed, training.group_by_length)
+            rows = [data[row] for batch in batches for row in batch]
+        used: list[Example] = [*rows, *held_out.examples]
+        with self._timed("cache"):
+            cache = streamed_cache(base, plan.boundary, training.cache_dir)
+            cap = self.settings.model.max_memory
+            fill_streamed(base, plan.boundary, used, cache, training.batch_size, data.pad_token_id, cap)
+        return cache
+
+    def _push(self, run: Run) -> None:
+        """Upload the finished folder, if asked to; the run is on disk whatever the hub says."""
+        training = self.settings.training
+        if not training.push_to_hub:
+            return
+        extra = training.model_extra or {}
+        repository = training.hub_model_id or run.path.resolve().name
+        try:
+            api = HfApi()
+            made = api.create_repo(repository, exist_ok=True, private=extra.get("hub_private_repo", True))
+            api.upload_folder(
+                repo_id=made.repo_id,
+                folder_path=str(run.path),
+                revision=extra.get("hub_revision"),
+                ignore_patterns=[".lock", "checkpoints/*"],
+            )
+        except Exception as error:  # network, rights, names: the hub's client has many
+            reason = " ".join(str(error).split())[:300]
+            raise TrainingError(
+                f"{run.path} is complete, but uploading it to {repository} failed: {reason}; "
+                "log in with 'hf auth login' and upload the folder with 'hf upload'"
+            ) from error
+        self.say(f"pushed {made.repo_id}")
+
+
+def _about_plan(plan: Plan, cache: str) -> str:
+    return (
+        f"plan   {plan.settings.policy}: {len(plan.layers)} of {plan.layer_count} layers from {plan.boundary} up, "
+        + (f"the others in the first {plan.settings.freeze_after:.0%} of the steps, " if plan.early_layers else "")
+        + f"{plan.trainable_parameters:,} trainable parameters, predicted step speed-up {plan.predicted.speedup:.2f}x"
+        + ("" if cache == "off" else f", {plan.predicted.cached_speedup:.2f}x from a filled cache")
+    )
+
+
+def _largest_batch(data: Examples, batch_size: int) -> tuple[int, float]:
+    """Tokens of a batch of the longest rows, and the largest share of a row that is labelled."""
+    tokens = batch_size * max(map(len, data.examples))
+    return tokens, max(row.labelled_tokens / len(row) for row in data.examples)
+
+
+def _check_plan_streamed(plan: Plan) -> None:
+    if plan.early_layers:
+        raise TrainingError(
+            f"the plan adapts layers {layer_ranges(plan.early_layers)} at first, which are not in memory where the "
+            "model is streamed; expected one made with `freeze_after` 0"
+        )
+    if plan.boundary == 0:
+        raise TrainingError(
+            "the plan adapts layer 0; expected one that leaves a frozen prefix where the model is streamed"
+        )

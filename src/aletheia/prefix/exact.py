@@ -1,0 +1,86 @@
+"""Whether stored hidden states give what the layers themselves would: tried on the model at hand."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from aletheia.anatomy.access import base_of, input_weight, text_config
+from aletheia.anatomy.modes import in_mode
+from aletheia.anatomy.read import adds_router_loss
+from aletheia.data.batches import collate, on_device_of
+from aletheia.data.examples import Example
+from aletheia.prefix.spans import Span
+from aletheia.prefix.stored import Shortcut, prefix_output
+
+SAME = 1e-3  # relative; two runs of one shape are equal to the last digits
+
+
+@torch.no_grad()
+def why_not_exact(
+    model: nn.Module, boundary: int, rows: Sequence[Example], pad_token_id: int
+) -> tuple[str | None, torch.dtype]:
+    """Why a cache would not be exact, if so, and the dtype of what it would hold: tried on the two shortest rows.
+
+    Twice in training mode, the prefix must give the same (no dropout, no noise), and the same when evaluating, which
+    reads what training stored (8-bit layers compute otherwise then); started from its output, with an embedding of
+    zeros, the model must give the logits it gives from the start (nothing above reads anything else). The model's own
+    hooks are not called, so this may be called from one.
+    """
+    embedding = base_of(model).get_input_embeddings()
+    dtype = input_weight(model).dtype
+    if boundary == 0:
+        return "layer 0 is adapted, so there is no frozen prefix", dtype
+    if adds_router_loss(model):
+        return "the model adds a router loss, which looks at the layers below the boundary too", dtype
+    if positions_vary(model, max(map(len, rows))):
+        return "rotary positions depend on the longest row of a batch (long or dynamic RoPE scaling)", dtype
+    batch = on_device_of(model, collate(sorted(rows, key=len)[:2], pad_token_id))
+    del batch["labels"]
+    try:
+        with in_mode(model, training=True), torch.random.fork_rng():
+            first_BTD, second_BTD = (prefix_output(model, boundary, batch) for _ in range(2))
+        if _differ(first_BTD, second_BTD):
+            return "the layers below the boundary draw at random (dropout), so every epoch differs", dtype
+        with in_mode(model, training=False), ExitStack() as stack:
+            hidden_BTD = prefix_output(model, boundary, batch)
+            if _differ(first_BTD, hidden_BTD, SAME / 10):
+                return "the layers below the boundary compute otherwise in training than in evaluation", dtype
+            plain = model.forward(**batch, use_cache=False).logits
+            blank = embedding.register_forward_hook(lambda *called: torch.zeros_like(called[2]))
+            stack.callback(blank.remove)
+            shortcut = Shortcut(model, boundary)
+            stack.callback(shortcut.close)
+            shortcut.begin(hidden_BTD)
+            stored = model.forward(**batch, use_cache=False).logits
+    except Exception as error:  # whatever a family of tomorrow does with its layers
+        told = str(error).splitlines()[0] if str(error) else ""
+        return f"{type(model).__name__} does not start at layer {boundary} ({type(error).__name__}: {told})", dtype
+    if hidden_BTD.dim() != 3 or _differ(plain, stored):
+        return "the layers above the boundary read more than its hidden states", dtype
+    return None, hidden_BTD.dtype
+
+
+@torch.no_grad()
+def packs_differ(model: nn.Module, boundary: int, batch: Mapping[str, Any], spans: Sequence[Span]) -> bool:
+    """Whether rows packed into one sequence get other states than alone: not every attention tells them apart."""
+    samples = [span.sample for span in spans]
+    inner = next((span for at, span in enumerate(spans) if at and samples[at - 1] == span.sample), spans[-1])
+    packed_BTD = prefix_output(model, boundary, batch)
+    alone_BTD = prefix_output(model, boundary, on_device_of(model, collate([inner.row], 0)))
+    return _differ(alone_BTD[0], packed_BTD[inner.sample, inner.start : inner.start + len(inner.row)])
+
+
+def positions_vary(model: nn.Module, longest: int) -> bool:
+    """Whether a row's rotary frequencies are chosen by the rows beside it."""
+    config = text_config(model)
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    original = scaling.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", 0)
+    varies = scaling.get("rope_type", scaling.get("type")) in ("dynamic", "longrope")
+    return varies and longest > (original or config.max_position_embeddings)
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor, tolerance: float = SAME) -> bool:
+    return bool((one.float() - other.float()).norm() > tolerance * one.float().norm())

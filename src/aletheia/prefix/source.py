@@ -1,0 +1,194 @@
+"""What enters the boundary layer, for each batch as it comes: read where it was stored, computed and stored elsewhere.
+
+Shapes: B samples of the batch, T tokens of each or of a row, D model width.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from aletheia.data.batches import collate, on_device_of
+from aletheia.data.examples import Example
+from aletheia.errors import CacheError
+from aletheia.prefix.cache import PrefixCache, row_key
+from aletheia.prefix.exact import packs_differ, positions_vary, why_not_exact
+from aletheia.prefix.spans import Span, find_spans, is_packed
+from aletheia.prefix.stored import prefix_output
+
+
+def row_states(
+    model: nn.Module, boundary: int, rows: Sequence[Example], at_once: int | None = None
+) -> list[torch.Tensor]:
+    """What enters layer ``boundary`` for each row, [T, D] without padding.
+
+    On a processor each row goes by itself: its states are then the same bytes whatever rows it comes with, so a run
+    that is resumed computes what the one before had stored. Elsewhere they go in padded batches of ``at_once`` tokens
+    at most, or all in one.
+    """
+    found: list[torch.Tensor | None] = [None] * len(rows)
+    for group in _groups(model, rows, at_once):
+        batch = on_device_of(model, collate([rows[at] for at in group], 0))
+        hidden_BTD = prefix_output(model, boundary, batch)
+        for at, hidden_TD in zip(group, hidden_BTD, strict=True):
+            found[at] = hidden_TD[: len(rows[at])]
+    return [hidden_TD for hidden_TD in found if hidden_TD is not None]
+
+
+def _groups(model: nn.Module, rows: Sequence[Example], at_once: int | None) -> list[list[int]]:
+    """Which rows go through the prefix together: on a processor each alone, elsewhere those of like length."""
+    if next(model.parameters()).device.type == "cpu":
+        return [[at] for at in range(len(rows))]
+    groups: list[list[int]] = []
+    for at in sorted(range(len(rows)), key=lambda at: -len(rows[at])):
+        longest = len(rows[groups[-1][0]]) if groups else 0
+        if groups and (at_once is None or longest * (len(groups[-1]) + 1) <= at_once):
+            groups[-1].append(at)
+        else:
+            groups.append([at])
+    return groups
+
+
+Use = Literal["keep", "read", "none"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that train one model: ``largest`` of some numbers over all of them, and whether layers are sharded.
+
+    Sharded layers are gathered by all processes at once, so all must run them equally often.
+    """
+
+    largest: Callable[[Sequence[int]], Sequence[int]] = lambda numbers: numbers
+    sharded: bool = False
+
+
+class PrefixSource:
+    """Called with the arguments of a forward pass, gives the hidden states [B, T, D] that enter the boundary layer.
+
+    A row is looked up by its tokens, so any data loader will do. What is missing is computed without a graph and
+    kept, if ``use`` says that rows come back. The first batch shows whether stored states are exact at all; where
+    they are not, or rows cannot be told apart, the model's own layers do the work.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        boundary: int,
+        open_cache: Callable[[torch.dtype], PrefixCache | None],
+        use: Callable[[], Use] = lambda: "keep",
+        on_obstacle: Callable[[str], None] = lambda reason: None,
+        group: Group | None = None,
+        trusted: bool = False,
+        state: Callable[[], object] = lambda: None,
+    ) -> None:
+        """For layer ``boundary`` of ``model``.
+
+        Args:
+            model: the model whose forward pass this is called in.
+            boundary: the lowest layer that learns.
+            open_cache: called once with the dtype of the states, when they are known to be exact.
+            use: what to do with the rows that pass now: ``keep`` them for later, only ``read`` what was kept, or
+                ``none``, where no row comes back.
+            on_obstacle: told once if stored states would not be exact, and once if they can no longer be written.
+            group: the processes that train.
+            trusted: the cache was filled from a model that is not all here, so there is nothing to try.
+            state: what besides its weights decides what the prefix computes, such as adapters that are switched off:
+                while it is not as it was at first, all layers run.
+        """
+        self.cache: PrefixCache | None = None
+        self.seconds = 0.0  # spent on computing, storing and reading
+        self._model, self._boundary, self._open = model, boundary, open_cache
+        self._use, self._on_obstacle, self._group = use, on_obstacle, group or Group()
+        self._state, self._at_first = state, state()
+        self._checked = self._packs_checked = trusted
+        self._given_up = False
+        if trusted:
+            self.cache = open_cache(next(model.parameters()).dtype)
+        self._writes = True
+
+    def __call__(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
+        """The states of a batch; None where all layers must run."""
+        if self._given_up or self._use() == "none":
+            return None
+        started = time.perf_counter()
+        spans = find_spans(batch) or []
+        unusable = not spans or self._state() != self._at_first
+        unusable = unusable or positions_vary(self._model, max(len(span.row) for span in spans))
+        unusable, packed = map(bool, self._agreed([int(unusable), int(is_packed(spans))]))
+        found = None
+        if not unusable and self._is_exact(batch, spans, packed):
+            found = self._states(batch["input_ids"], spans)
+        self.seconds += time.perf_counter() - started
+        return found
+
+    def _agreed(self, numbers: Sequence[int]) -> Sequence[int]:
+        """The largest over all processes, until the cache is open; then each decides for itself, unless sharded."""
+        return self._group.largest(numbers) if self._group.sharded or not self._checked else numbers
+
+    def _is_exact(self, batch: Mapping[str, Any], spans: list[Span], packed: bool) -> bool:
+        """Whether stored states may be used: tried on the first batch, and on the first one of packed rows."""
+        if self._checked and (self._packs_checked or not packed):
+            return self.cache is not None
+        obstacle, dtype = None, None
+        if not self._checked:
+            obstacle, dtype = why_not_exact(self._model, self._boundary, [span.row for span in spans], 0)
+        if obstacle is None and packed and packs_differ(self._model, self._boundary, batch, spans):
+            obstacle = "rows that are packed together see each other"
+        self._packs_checked = self._packs_checked or packed
+        if any(self._agreed([int(obstacle is not None)])):
+            self._given_up, self.cache = True, None
+            self._on_obstacle(obstacle or "another process found that stored states would not be exact")
+        elif not self._checked and dtype is not None:
+            self.cache = self._open(dtype)
+            self._given_up = any(self._agreed([int(self.cache is None)]))
+            self.cache = None if self._given_up else self.cache
+        self._checked = True
+        return self.cache is not None
+
+    def _states(self, ids_BT: torch.Tensor, spans: list[Span]) -> torch.Tensor | None:
+        cache = self.cache
+        assert cache is not None
+        missing = cache.missing([span.row for span in spans])
+        at_once = ids_BT.numel()
+        passes = len(_groups(self._model, missing, at_once))
+        # agreed on before any pass: each of them waits for the other processes
+        idle = self._group.largest([passes])[0] - passes if self._group.sharded else 0
+        computed = row_states(self._model, self._boundary, missing, at_once)
+        for _ in range(idle):
+            row_states(self._model, self._boundary, [spans[0].row])
+        by_key = {row_key(row.input_ids): hidden_TD for row, hidden_TD in zip(missing, computed, strict=True)}
+        if by_key and self._writes and self._use() == "keep":
+            self._store(cache, missing, computed)
+        hidden_BTD: torch.Tensor | None = None
+        for span in spans:
+            hidden_TD = by_key.get(row_key(span.row.input_ids))
+            if hidden_TD is None:
+                hidden_TD = self._read(cache, span.row)
+            if hidden_BTD is None:
+                hidden_BTD = torch.zeros(*ids_BT.shape, hidden_TD.shape[1], dtype=hidden_TD.dtype, device=ids_BT.device)
+            hidden_BTD[span.sample, span.start : span.start + len(span.row)] = hidden_TD
+        return hidden_BTD
+
+    def _read(self, cache: PrefixCache, row: Example) -> torch.Tensor:
+        """A stored entry; one that was damaged a moment ago is computed again, where that takes this process alone."""
+        try:
+            return cache.get(row)
+        except CacheError:
+            if self._group.sharded:
+                raise
+            return row_states(self._model, self._boundary, [row])[0]
+
+    def _store(self, cache: PrefixCache, rows: Sequence[Example], states: Sequence[torch.Tensor]) -> None:
+        """Keep what is finite; a cache that cannot be written any more is only read from then on."""
+        for row, hidden_TD in zip(rows, states, strict=True):
+            if torch.isfinite(hidden_TD).all():
+                try:
+                    cache.put(row, hidden_TD)
+                except CacheError as error:
+                    self._writes = False
+                    self._on_obstacle(f"nothing more is stored: {error}")
+                    return

@@ -1,0 +1,82 @@
+"""Which rows a batch holds, and where: padded on the right, or several packed into one sequence.
+
+Shapes: B samples of the batch, T tokens of each.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from aletheia.data.examples import NO_LOSS, Example
+
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+# arguments of a forward pass that hidden states do not depend on, or that repeat what INPUTS say
+OF_PACKS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # what positions say, too
+WITHOUT_INFLUENCE = OF_PACKS | {
+    *("labels", "shift_labels", "num_items_in_batch", "use_cache", "return_dict", "logits_to_keep", "fused_lm_head"),
+    "length",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A row of tokens and where it lies: in ``sample``, from token ``start`` on."""
+
+    sample: int
+    start: int
+    row: Example
+
+
+def find_spans(batch: Mapping[str, Any]) -> list[Span] | None:
+    """The rows of a batch as a model is called with it, each with positions from 0 on; None if it is not made of such.
+
+    A row is what the attention mask shows of a sample, or what lies between two zeros in its positions where rows are
+    packed. Padding on the left, masks of more than two dimensions, embeddings instead of tokens, a key-value cache and
+    arguments that nobody here knows are left to the layers themselves.
+    """
+    ids_BT = batch.get("input_ids")
+    if not isinstance(ids_BT, torch.Tensor) or ids_BT.dim() != 2:
+        return None
+    given = {name for name, value in batch.items() if value is not None and value is not False}
+    if given - WITHOUT_INFLUENCE - set(INPUTS) or (given & OF_PACKS and "position_ids" not in given):
+        return None
+    mask_BT, positions_BT = batch.get("attention_mask"), batch.get("position_ids")
+    for found in (mask_BT, positions_BT):
+        if found is not None and not (isinstance(found, torch.Tensor) and found.dim() == 2):
+            return None
+    tokens = ids_BT.tolist()
+    masks = [None] * len(tokens) if mask_BT is None else mask_BT.expand_as(ids_BT).tolist()
+    positions = [None] * len(tokens) if positions_BT is None else positions_BT.expand_as(ids_BT).tolist()
+    spans: list[Span] = []
+    for sample, (ids_T, mask_T, positions_T) in enumerate(zip(tokens, masks, positions, strict=True)):
+        length = len(ids_T) if mask_T is None else sum(map(bool, mask_T))
+        if mask_T is not None and not all(mask_T[:length]):
+            return None
+        starts = [0] if positions_T is None else _starts(positions_T[:length])
+        if starts is None:
+            return None
+        for start, stop in zip(starts, [*starts[1:], length], strict=True):
+            if stop > start:
+                row = Example(ids_T[start:stop], [NO_LOSS] * (stop - start), "a row of the batch")
+                spans.append(Span(sample, start, row))
+    return spans
+
+
+def is_packed(spans: list[Span]) -> bool:
+    """Whether a sample holds several rows."""
+    return len({span.sample for span in spans}) < len(spans)
+
+
+def _starts(positions_T: list[int]) -> list[int] | None:
+    """Where positions begin at 0 again; None if they do anything but count up from there."""
+    starts = [at for at, position in enumerate(positions_T) if position == 0]
+    if not starts or starts[0] != 0:
+        return None if positions_T else [0]
+    expected = [
+        at - start
+        for start, stop in zip(starts, [*starts[1:], len(positions_T)], strict=True)
+        for at in range(start, stop)
+    ]
+    return starts if positions_T == expected else None

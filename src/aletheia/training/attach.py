@@ -1,0 +1,375 @@
+"""What this project does to a run, attached to a Trainer that somebody made: phases, prefix cache and fast steps."""
+
+import functools
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from aletheia.adapters.adapt import check_adapters
+from aletheia.data.examples import NO_LOSS, Example
+from aletheia.errors import CacheError, TrainingError
+from aletheia.execution.backend import Reads, entered, layer_ways, step_ways
+from aletheia.planning.plan import Plan
+from aletheia.prefix.boundary import frozen_prefix
+from aletheia.prefix.cache import DiskCache, PrefixCache, SpillingCache
+from aletheia.prefix.choose import CacheDecision, CachePlace, open_cache, prefix_key
+from aletheia.prefix.source import PrefixSource, Use, row_states
+from aletheia.prefix.stored import stored_prefix
+from aletheia.settings import Settings, option
+from aletheia.training.checkpoints import TrustworthyCheckpoints, trustworthy_checkpoints
+from aletheia.training.freezing import adapters_below, freeze_below, layers_below
+from aletheia.training.phases import Phase, is_last_epoch, phase_at, phases, rows_come_back
+from aletheia.training.settings import CacheKind, Recompute
+from aletheia.training.sharded import group_of, is_sharded, load_frozen
+
+logger = logging.getLogger(__name__)
+
+
+UNFIT = {
+    "torch_compile": "compiled code does not see hooks that change from phase to phase",
+    "use_liger_kernel": "its loss and ours exclude each other",
+}
+
+
+class AttachSettings(Settings):
+    """What is attached beside the phases of the plan."""
+
+    cache: CacheKind = option("auto", "Where what enters the lowest layer that learns is kept.")
+    cache_dir: Path | None = option(None, "For a cache on disk ($ALETHEIA_CACHE, or your cache folder).")
+    fast_steps: bool = option(True, "Cheaper ways to compute a step that leave its result alone up to rounding.")
+    whole_checkpoints: bool = option(
+        True, "Checkpoints with a manifest, written beside and renamed; resume from these."
+    )
+
+
+def attach(
+    trainer: Trainer,
+    plan: Plan,
+    settings: AttachSettings | None = None,
+    notify: Callable[[str], None] = logger.info,
+) -> "Attachment":
+    """Let ``trainer.train()`` follow ``plan``: its phases, a frozen prefix that is computed once, and fast steps.
+
+    Its checkpoints become whole or absent: each has a manifest, and ``resume_from_checkpoint=True`` takes the newest
+    one that agrees with it.
+
+    For transformers' ``Trainer`` and what derives from it, TRL's ``SFTTrainer`` among them, whose model carries the
+    adapters of the plan (:func:`aletheia.adapt`, or ``peft_config=plan.lora_config(model)``). Losses and gradients stay
+    as they are up to rounding. Nothing is changed before training begins, and the model is as it was when training
+    ends, after an error, too. Everything else is the trainer's: evaluation, checkpoints, loggers, several processes.
+
+    Args:
+        trainer: not yet training.
+        plan: what its model is adapted with.
+        settings: of cache and steps; by default :class:`AttachSettings`.
+        notify: gets a line where something was decided that a user may want to know.
+
+    Returns:
+        What was attached, and what it did.
+
+    Raises:
+        AdapterError: the trainer's model is not adapted as planned.
+        TrainingError: the trainer cannot be attached to.
+    """
+    if getattr(trainer, "is_deepspeed_enabled", False):
+        raise TrainingError("the trainer runs under DeepSpeed; expected one process, DDP or FSDP2")
+    if trainer.args.n_gpu > 1:
+        raise TrainingError(
+            f"Trainer would split batches over {trainer.args.n_gpu} GPUs in one process (DataParallel); expected one "
+            "process per GPU by torchrun or accelerate launch, or one GPU by CUDA_VISIBLE_DEVICES=0"
+        )
+    for field, reason in UNFIT.items():
+        if getattr(trainer.args, field, False):
+            raise TrainingError(f"the trainer has {field}: {reason}; expected it off")
+    if is_sharded(trainer) and not trainer.accelerator.is_fsdp2:
+        raise TrainingError("the trainer runs under FSDP 1; expected FSDP2, by version 2 in fsdp_config")
+    if not isinstance(trainer.model, PeftModel):
+        raise TrainingError(
+            f"the trainer's model is a {type(trainer.model).__name__} without adapters; expected one adapted as "
+            "planned, by aletheia.adapt(model, plan) or peft_config=plan.lora_config(model)"
+        )
+    if any(isinstance(callback, Attachment) for callback in trainer.callback_handler.callbacks):
+        raise TrainingError("a plan is attached to this trainer already; expected one")
+    check_adapters(trainer.model, plan)
+    settings = settings or AttachSettings()
+    if settings.whole_checkpoints:
+        digest = hashlib.sha256(plan.to_json().encode()).hexdigest()
+        trustworthy_checkpoints(trainer, {"plan_fingerprint": digest})
+    attachment = Attachment(trainer, plan, settings, notify)
+    attachment.install()
+    return attachment
+
+
+class Attachment(TrainerCallback):
+    """Phases, prefix and fast steps of one trainer. It has no state of its own: all follows from ``global_step``."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        plan: Plan,
+        settings: AttachSettings,
+        notify: Callable[[str], None],
+        recompute: Recompute = "off",
+        prefix: PrefixCache | None = None,
+        free: bool = False,
+        decision: CacheDecision | None = None,
+    ) -> None:
+        """See :func:`attach`; the rest is for our own training.
+
+        Args:
+            trainer: the trainer.
+            plan: its plan.
+            settings: of cache and steps.
+            notify: gets lines for people.
+            recompute: what of a step is computed again in backward.
+            prefix: a cache that holds every row already.
+            free: with ``prefix``, drop the layers below the boundary from memory for good.
+            decision: what is recorded of ``prefix``.
+        """
+        self.decision = decision or CacheDecision("off", "training has not begun")
+        self._decided = decision
+        self.ways: tuple[str, ...] = ()
+        self.cache_seconds = 0.0
+        self._trainer, self._plan, self._settings = trainer, plan, settings
+        self._notify = notify if trainer.is_world_process_zero() else _say_nothing
+        self._recompute, self._prefix, self._free = recompute, prefix, free
+        self._phases: list[Phase] = []
+        self._phase: Phase | None = None
+        self._steps_per_epoch: int | None = None
+        self._source: PrefixSource | None = None
+        self._use_for_other_runs: Use = "none"  # of rows that do not come back in this one
+        self._stack = ExitStack()
+
+    def install(self) -> None:
+        """Add this to the trainer's callbacks, and see to it that an error leaves the model as it was."""
+        trainer = self._trainer
+        trainer.add_callback(self)
+        ddp = trainer.accelerator.ddp_handler
+        if ddp is not None and self._plan.early_layers:
+            ddp.find_unused_parameters = True  # it waits for the gradients of layers that freeze otherwise
+        train = trainer.train
+
+        @functools.wraps(train)
+        def leaving(resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+            resume = resume_from_checkpoint
+            if is_sharded(trainer) and resume:
+                checkpoints = getattr(train, "__self__", None)
+                if isinstance(checkpoints, TrustworthyCheckpoints):
+                    resume = checkpoints.resume_path(resume)
+                load_frozen(trainer, resume)
+            try:
+                return train(resume, *args, **kwargs)
+            finally:
+                self.leave()
+
+        trainer.train = leaving  # type: ignore[method-assign]  # callbacks are not told of an error
+
+    # --- events of the trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Begin the phase of the step that comes next; a run that goes on may be in its last one already."""
+        self.leave()
+        self._phases = phases(self._plan, state.max_steps)
+        self._steps_per_epoch = _steps_per_epoch(kwargs.get("train_dataloader"), args)
+        self._begin(phase_at(self._phases, state.global_step))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Begin the next phase when its time has come."""
+        phase = phase_at(self._phases, state.global_step)
+        if phase is not self._phase and state.global_step < state.max_steps:
+            self._begin(phase)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave the model as it was."""
+        self.leave()
+
+    # --- phases
+
+    @property
+    def _model(self) -> nn.Module:
+        model = self._trainer.model
+        assert model is not None
+        return model
+
+    def leave(self) -> None:
+        """Take off everything; may be called twice. A cache on disk that only this run could use is deleted."""
+        self._note_size()
+        self._stack.close()
+        self._phase = None
+
+    def _begin(self, phase: Phase) -> None:
+        self._note_size()
+        self._stack.close()
+        self._phase = phase
+        model = self._model
+        self._stack.callback(freeze_below(model, phase.boundary))
+        self._source = self._make_source(model, phase)
+        # the stored prefix comes first, so that its look-up sees a batch before other hooks do
+        if self._prefix is not None or self._source is not None:
+            context = stored_prefix(model, phase.boundary, self._free and self._prefix is not None, self._source)
+            self._stack.enter_context(context)
+        self._stack.enter_context(frozen_prefix(model))
+        ways = step_ways(model, reads(self._trainer), self._recompute) if self._settings.fast_steps else {}
+        self._stack.enter_context(entered(model, ways))
+        self.ways = tuple(ways)
+
+    def _make_source(self, model: nn.Module, phase: Phase) -> PrefixSource | None:
+        """What looks up a batch in this phase; None where nothing lies below or nothing is kept."""
+        if self._prefix is not None:
+            cache = self._prefix
+            self.decision = self._decided or CacheDecision("disk", "filled layer by layer")
+            return PrefixSource(model, phase.boundary, lambda dtype: cache, lambda: "read", trusted=True)
+        if phase.boundary == 0:
+            reason = "layer 0 is adapted, so there is no frozen prefix"
+            self.decision = CacheDecision("off", reason)
+            if self._plan.boundary == 0 and self._settings.cache in ("memory", "disk"):
+                self._obstacle(reason)
+            return None
+        if self._settings.cache == "off":
+            self.decision = CacheDecision("off", "as asked")
+            return None
+        self.decision = CacheDecision("off", "no row came back")
+        group = group_of(self._trainer)
+        # gathers what is sharded, and leaves it sharded: not from within a forward pass
+        computed_as = prefix_computed_as(self._trainer, self._settings.fast_steps)
+        key = prefix_key(model, phase.boundary, computed_as) if is_sharded(self._trainer) else None
+        return PrefixSource(
+            model,
+            phase.boundary,
+            functools.partial(self._open, phase, key),
+            self._use,
+            self._obstacle,
+            group,
+            state=functools.partial(adapters_below, model, phase.boundary),
+        )
+
+    def _open(self, phase: Phase, key: str | None, dtype: torch.dtype) -> PrefixCache | None:
+        """The cache of a phase, once the first batch has shown that it is exact."""
+        trainer, model = self._trainer, self._model
+        args = trainer.args
+        has_own_prefix = any(
+            isinstance(module, LoraLayer) for layer in layers_below(model, phase.boundary) for module in layer.modules()
+        )
+        place = CachePlace(
+            kind=self._settings.cache,
+            folder=self._settings.cache_dir,
+            private=_private_name(args.output_dir) if has_own_prefix else None,
+            computed_as=prefix_computed_as(trainer, self._settings.fast_steps),
+            shared_by=args.world_size,
+            key=key,
+        )
+        seconds = functools.partial(_forward_seconds_per_token, model, phase.boundary)
+        try:
+            # one folder may be shared by all, or lie on a disk of each machine: its first process makes it
+            with args.main_process_first(local=False), args.main_process_first(local=True):
+                cache, self.decision = open_cache(model, phase.boundary, dtype, place, seconds)
+        except CacheError as error:
+            self._obstacle(str(error))
+            return None
+        if isinstance(cache, DiskCache):
+            if place.private is None:
+                self._use_for_other_runs = "keep" if self._settings.cache == "disk" else "read"
+            self._stack.callback(cache.close)
+            if place.private is not None:
+                self._stack.callback(self._delete, cache)
+        self._notify(f"cache  {self.decision.kind}: {self.decision.reason}")
+        return cache
+
+    def _delete(self, cache: DiskCache) -> None:
+        if self._trainer.is_local_process_zero():
+            cache.delete()
+
+    def _obstacle(self, reason: str) -> None:
+        """Stored states cannot be had: the run goes on without, unless they were asked for and nothing is lost yet."""
+        self.decision = CacheDecision("off", reason)
+        asked = self._settings.cache in ("memory", "disk")
+        if asked and self._trainer.state.global_step == 0 and not reason.startswith("nothing more"):
+            raise CacheError(f"`cache` {self._settings.cache} is not possible: {reason}; set `cache` off")
+        self._notify(f"cache  off: {reason}")
+
+    def _use(self) -> Use:
+        """Whether the rows that pass now come back: held-out rows do, those of the last epoch do not."""
+        state, phase = self._trainer.state, self._phase
+        if phase is None:
+            return "none"
+        if not self._model.training:
+            return "keep" if state.global_step < state.max_steps else "read"
+        if not rows_come_back(phase.first_step, state.max_steps, self._steps_per_epoch):
+            return self._use_for_other_runs
+        assert self._steps_per_epoch is not None
+        return "read" if is_last_epoch(state.global_step, state.max_steps, self._steps_per_epoch) else "keep"
+
+    def _note_size(self) -> None:
+        """Record what the cache of the phase that ends holds."""
+        source = self._source
+        if source is not None and source.cache is not None:
+            spilled = isinstance(source.cache, SpillingCache) and source.cache.is_spilled
+            kind = "disk" if spilled else self.decision.kind
+            self.decision = CacheDecision(kind, self.decision.reason, source.cache.size_bytes)
+        if source is not None:
+            self.cache_seconds += source.seconds
+        self._source = None
+
+
+def prefix_computed_as(trainer: Trainer, fast_steps: bool = True) -> str:
+    """What the states of a prefix depend on beyond model and dtype: runs that differ in it share no cache."""
+    assert trainer.model is not None
+    return f"{trainer.accelerator.mixed_precision} {sorted(layer_ways(trainer.model)) if fast_steps else ''}"
+
+
+def reads(trainer: Trainer) -> Reads:
+    """What the trainer looks at of a model's outputs: where that may be every logit, all are computed."""
+    own = type(trainer)
+    if (
+        trainer.compute_loss_func is not None
+        or trainer.label_smoother is not None
+        or trainer.compute_metrics is not None
+        or trainer.preprocess_logits_for_metrics is not None
+    ):
+        return "logits"
+    if own.compute_loss is Trainer.compute_loss and own.prediction_step is Trainer.prediction_step:
+        return "loss"
+    own_loss = own.compute_loss.__module__, own.compute_loss.__qualname__
+    return "sums" if own_loss == ("trl.trainer.sft_trainer", "SFTTrainer.compute_loss") else "logits"
+
+
+def _say_nothing(line: str) -> None:
+    """For processes other than the first."""
+
+
+def _steps_per_epoch(loader: object, args: TrainingArguments) -> int | None:
+    """Optimizer steps of one pass over the data; None where the data has no length."""
+    try:
+        batches = len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+    return max(1, math.ceil(batches / args.gradient_accumulation_steps))
+
+
+def _private_name(output_dir: str | None) -> str:
+    """A folder name for the cache that only the run in ``output_dir`` can use."""
+    return "run-" + hashlib.sha256(str(Path(output_dir or ".").resolve()).encode()).hexdigest()[:28]
+
+
+def _forward_seconds_per_token(model: nn.Module, boundary: int) -> float:
+    """Seconds of the prefix for a token, over a row of 128."""
+    row = Example([0] * 128, [NO_LOSS] * 128, "a trial")
+    row_states(model, boundary, [row])  # warms up
+    started = time.perf_counter()
+    row_states(model, boundary, [row])[0].cpu()
+    return (time.perf_counter() - started) / 128

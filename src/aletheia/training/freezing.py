@@ -1,0 +1,49 @@
+"""Adapters of lower layers that stop learning, frozen as they are."""
+
+from collections.abc import Callable, Sequence
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from aletheia.anatomy.read import find_layers
+
+
+def layers_below(model: nn.Module, boundary: int) -> Sequence[nn.Module]:
+    """The layers below ``boundary``."""
+    return list(find_layers(model)[1][:boundary])
+
+
+def freeze_below(model: nn.Module, boundary: int) -> Callable[[], None]:
+    """Freeze the adapters below ``boundary`` as they are, dropout included; returns what undoes that."""
+    frozen = [parameter for layer in layers_below(model, boundary) for parameter in layer.parameters()]
+    frozen = [parameter for parameter in frozen if parameter.requires_grad]
+    dropouts = [
+        (module.lora_dropout, name, dropout)
+        for layer in layers_below(model, boundary)
+        for module in layer.modules()
+        if isinstance(module, LoraLayer)
+        for name, dropout in module.lora_dropout.items()
+    ]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    for owner, name, _ in dropouts:
+        owner[name] = nn.Identity()
+
+    def undo() -> None:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        for owner, name, dropout in dropouts:
+            owner[name] = dropout
+
+    return undo
+
+
+def adapters_below(model: nn.Module, boundary: int) -> list[object]:
+    """Which adapters count below ``boundary`` now: a reference pass may switch them off, or others on."""
+    return [
+        (tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters))
+        for layer in layers_below(model, boundary)
+        for module in layer.modules()
+        if isinstance(module, LoraLayer)
+    ]

@@ -1,0 +1,164 @@
+"""transformers' Trainer over tokenised rows: our order of rows, and the held-out loss as its evaluation."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch.utils.data import Sampler
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from aletheia.data.batches import collate
+from aletheia.data.examples import Examples
+from aletheia.data.order import epoch_order
+from aletheia.errors import SettingsError
+from aletheia.training.held_out import held_out_loss
+from aletheia.training.recorder import Recorder
+from aletheia.training.settings import TrainSettings
+
+NEVER = 10**9  # steps
+
+
+def steps_per_epoch(rows: int, settings: TrainSettings, processes: int = 1) -> int:
+    """Optimizer steps of one pass over ``rows``, as Trainer counts them."""
+    batches = math.ceil(math.ceil(rows / settings.batch_size) / processes)
+    return math.ceil(batches / settings.gradient_accumulation_steps)
+
+
+def training_arguments(settings: TrainSettings, output_dir: str, **given: Any) -> TrainingArguments:
+    """Trainer's arguments for our settings; ``given`` are those that are known once the model is.
+
+    Raises:
+        SettingsError: a field that Trainer does not have, or a value that it does not take.
+    """
+    extra = dict(settings.model_extra or {})
+    if unknown := sorted(set(extra) - {field.name for field in fields(TrainingArguments)}):
+        raise SettingsError(
+            f"unknown setting `{unknown[0]}`; expected one of ours or a field of transformers' TrainingArguments"
+        )
+    by_steps = settings.save_steps is not None
+    by_trainer = by_steps or settings.keep == "best"  # it then saves after the last step, too
+    ours: dict[str, Any] = {
+        "output_dir": output_dir,
+        "use_cpu": not torch.accelerator.is_available(),  # or several processes on processors do not find each other
+        "per_device_train_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "warmup_steps": settings.warmup_steps,
+        "optim": settings.optim,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "seed": settings.seed,
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # shows a loss that is not finite instead of hiding it
+        "eval_strategy": "steps",
+        "eval_steps": NEVER,
+        "save_strategy": "steps" if by_trainer else "no",
+        "save_steps": settings.save_steps if by_steps else NEVER,
+        "save_total_limit": settings.save_total_limit,
+        "report_to": list(settings.report_to) or "none",
+        "push_to_hub": False,  # the finished run is, not its checkpoints
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+    }
+    try:
+        arguments = TrainingArguments(**ours | extra | given)
+    except (ValueError, TypeError, ImportError) as error:
+        raise SettingsError(f"Trainer does not take these settings: {' '.join(str(error).split())}") from error
+    _check_loggers(settings.report_to)
+    if settings.keep == "best" or settings.early_stopping_patience is not None:
+        arguments.metric_for_best_model, arguments.greater_is_better = "loss", False
+        arguments.load_best_model_at_end = settings.keep == "best"
+        arguments.restore_callback_states_from_checkpoint = settings.early_stopping_patience is not None
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # or Trainer splits every batch over all GPUs it sees
+    return arguments
+
+
+def _check_loggers(names: Sequence[str]) -> None:
+    """Whether every logger is known and installed."""
+    try:
+        for callback in get_reporting_integration_callbacks(list(names)):
+            callback()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise SettingsError(f"`report_to` is {', '.join(names)}: {' '.join(str(error).split())}") from error
+
+
+def evaluates_by_itself(settings: TrainSettings) -> bool:
+    """Whether the user said when to evaluate in Trainer's own words."""
+    return bool({"eval_strategy", "eval_steps"} & set(settings.model_extra or {}))
+
+
+class EpochOrder(Sampler[int]):
+    """Row indices of the epoch that the run is in."""
+
+    def __init__(self, data: Examples, settings: TrainSettings, trainer: Trainer) -> None:
+        """The epoch follows from the steps done, so that a run that goes on needs nothing else."""
+        self._lengths = [len(row) for row in data.examples]
+        self._settings, self._trainer = settings, trainer
+        processes = trainer.args.world_size
+        self._per_epoch = steps_per_epoch(len(data), settings, processes)
+        self._batch_size = settings.batch_size * settings.gradient_accumulation_steps * processes
+
+    def __len__(self) -> int:
+        """All rows."""
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        """In the order of this epoch."""
+        epoch = self._trainer.state.global_step // self._per_epoch
+        settings = self._settings
+        return iter(epoch_order(self._lengths, self._batch_size, settings.seed, epoch, settings.group_by_length))
+
+
+class RowTrainer(Trainer):
+    """Trainer over :class:`aletheia.Examples`; ``evaluate`` gives the held-out loss per token."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        data: Examples,
+        held_out: Examples,
+        settings: TrainSettings,
+        arguments: TrainingArguments,
+        recorder: Recorder,
+    ) -> None:
+        """Callbacks other than ``recorder`` are added afterwards."""
+        self._rows, self._held_out = data, held_out
+        self._settings, self._recorder = settings, recorder
+        self.before_training: Callable[[], AbstractContextManager[None]] = nullcontext  # for the loss at the start
+        callbacks: list[TrainerCallback] = [recorder]
+        if settings.early_stopping_patience is not None:
+            callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
+        collator = partial(collate, pad_token_id=data.pad_token_id)
+        super().__init__(model, arguments, collator, train_dataset=data, eval_dataset=held_out, callbacks=callbacks)
+        for noisy in (PrinterCallback, ProgressCallback):
+            self.remove_callback(noisy)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return EpochOrder(self._rows, self._settings, self)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The held-out loss, recorded, logged and told to callbacks; ``keep`` best saves a new lowest one."""
+        started = time.perf_counter()
+        assert self.model is not None
+        with nullcontext() if self.state.global_step else self.before_training():
+            loss = held_out_loss(self.model, self._held_out, self._settings.batch_size)
+        if self.args.device.type != "cpu":
+            torch.accelerator.synchronize()
+        self._recorder.evaluated(self.state.global_step, loss, time.perf_counter() - started)
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        best = self.state.best_metric
+        if self.args.load_best_model_at_end and self.state.global_step and (best is None or loss < best):
+            self.control.should_save = True
+        return metrics

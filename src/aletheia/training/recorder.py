@@ -1,0 +1,148 @@
+"""What a run leaves behind beside its adapter: losses and times of every step, held-out losses, a progress bar."""
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from aletheia.errors import TrainingError
+from aletheia.runs.schema import HeldOutPoint, TrainPoint
+
+
+class Recorder(TrainerCallback):
+    """Record the loss and time of every logged step and every held-out loss; draw a bar.
+
+    The clock stands still during evaluation, logging and saving, so ``train_seconds`` is optimizer steps alone. A run
+    that goes on takes up the curves of the one before (:meth:`restore`).
+    """
+
+    def __init__(self, evaluations: int, show_progress: bool) -> None:
+        """``evaluations`` is how often the held-out loss is due, the last time after the last step; 0: never here."""
+        self.train_curve: list[TrainPoint] = []
+        self.held_out_curve: list[HeldOutPoint] = []
+        self.train_seconds = 0.0
+        self.eval_seconds = 0.0
+        self._evaluations, self._show = evaluations, show_progress
+        self._resumed_at = 0.0
+        self._evaluating_since: float | None = None
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps for :meth:`restore`."""
+        return {
+            "train_curve": [point.model_dump() for point in self.train_curve],
+            "held_out_curve": [point.model_dump() for point in self.held_out_curve],
+            "train_seconds": self.train_seconds,
+            "eval_seconds": self.eval_seconds,
+        }
+
+    def restore(self, kept: Mapping[str, Any]) -> None:
+        """Go on from what a checkpoint kept."""
+        self.train_curve = [TrainPoint(**point) for point in kept["train_curve"]]
+        self.held_out_curve = [HeldOutPoint(**point) for point in kept["held_out_curve"]]
+        self.train_seconds, self.eval_seconds = kept["train_seconds"], kept["eval_seconds"]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the bar and the clock; the held-out loss before the first step comes now."""
+        if self._show and state.is_world_process_zero:
+            self._progress = Progress(
+                TextColumn("train"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[loss]}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
+            self._task = self._progress.add_task("train", total=state.max_steps, completed=state.global_step, loss="")
+            self._progress.start()
+        self._resumed_at = time.perf_counter()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock."""
+        self._resumed_at = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stop the clock; ask for the held-out loss when an interval is over."""
+        if args.device.type != "cpu":
+            torch.accelerator.synchronize()  # or the clock would stop before the device does
+        self.train_seconds += time.perf_counter() - self._resumed_at
+        due = due_steps(state.max_steps, self._evaluations) if self._evaluations else {state.max_steps}
+        if state.global_step in due:
+            control.should_evaluate = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Record a step.
+
+        Raises:
+            TrainingError: its loss is not finite.
+        """
+        if not logs or "loss" not in logs:
+            return
+        step, loss = state.global_step, float(logs["loss"])
+        gradient = 0.0 if args.fp16 else float(logs.get("grad_norm", 0.0))  # the scaler of float16 skips such steps
+        for name, value in (("loss", loss), ("gradient norm", gradient)):
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the {name} is {value} at step {step}; it was not saved; try a lower `learning_rate` or "
+                    "`dtype` float32"
+                )
+        self.train_curve.append(TrainPoint(step=step, loss=loss, train_seconds=self.train_seconds))
+        self._draw(step)
+
+    def evaluated(self, step: int, loss: float, seconds: float) -> None:
+        """Record a held-out loss that took ``seconds``.
+
+        Raises:
+            TrainingError: it is not finite.
+        """
+        self.eval_seconds += seconds
+        if not math.isfinite(loss):
+            raise TrainingError(f"the held-out loss is {loss} after step {step}; try `dtype` float32 or bfloat16")
+        self.held_out_curve.append(HeldOutPoint(step=step, loss=loss, train_seconds=self.train_seconds))
+        if step and self._progress is not None:
+            told = f"step {step}: held-out loss {loss:.4f} after {self.train_seconds:.0f} s of training"
+            self._progress.console.print(told, highlight=False)
+        self._draw(step)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Close the bar."""
+        self.close()
+
+    def close(self) -> None:
+        """Close the bar, after an error too."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _draw(self, step: int) -> None:
+        if self._progress is None or self._task is None or not self.train_curve:
+            return
+        seconds = self.train_seconds / self.train_curve[-1].step
+        held_out = f", held-out {self.held_out_curve[-1].loss:.3f}" if self.held_out_curve else ""
+        told = f"loss {self.train_curve[-1].loss:.3f}{held_out}, {seconds:.2f} s/step"
+        self._progress.update(self._task, completed=step, loss=told)
+
+
+def due_steps(steps: int, evaluations: int) -> set[int]:
+    """The steps after which the held-out loss is taken: evenly spaced, the last step among them."""
+    count = min(evaluations, steps)
+    return {round(steps * number / count) for number in range(1, count + 1)}

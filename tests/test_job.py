@@ -1,0 +1,139 @@
+"""The whole job from Python: repeated from the file that it leaves, and gone on with only if it is the same."""
+
+from functools import partial
+
+import pytest
+from transformers import TrainerCallback
+
+import aletheia
+from aletheia.cli.config import read_config
+from aletheia.errors import SettingsError, TrainingError
+from aletheia.job import fine_tune as fine_tune_module
+from aletheia.job.settings import JobSettings
+from aletheia.training import train as train_module
+
+TRAINING = {"steps": 8, "batch_size": 2, "evaluations": 2, "learning_rate": 0.01, "adam_beta2": 0.99}
+
+
+@pytest.fixture
+def job(model_folder, data_file):
+    """A small job: early layers, a held-out share and a field of Trainer's given."""
+    data = {"data": [str(data_file)], "max_length": 96, "eval_fraction": 0.1}
+    return partial(aletheia.fine_tune, str(model_folder), data, say=lambda line: None)
+
+
+def losses(run):
+    return [point.loss for point in (*run.metrics.train_curve, *run.metrics.held_out_curve)]
+
+
+def adapter(run):
+    return (run.path / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_job_repeats_itself_from_the_file_it_leaves(job, tmp_path):
+    plan = {"policy": "last", "rank": 4, "freeze_after": 0.25}
+    first = job(tmp_path / "first", plan, TRAINING)
+    assert {path.name for path in first.path.iterdir()} - {".lock"} == {
+        "adapter_config.json", "adapter_model.safetensors", "README.md", "plan.json", "scores.json", "metrics.json",
+        "config.yaml", "report.html",
+    }  # fmt: skip
+    sections = read_config(first.path / "config.yaml")
+    assert JobSettings.of(**sections).to_yaml() == (first.path / "config.yaml").read_text()
+    assert sections["training"].items() >= TRAINING.items()
+    again = aletheia.fine_tune(**sections, out=tmp_path / "again", say=lambda line: None)
+    assert losses(again) == losses(first)
+    assert adapter(again) == adapter(first)
+    by_plan = job(tmp_path / "by-plan", first.path / "plan.json", TRAINING)
+    assert losses(by_plan) == losses(first)
+    assert read_config(by_plan.path / "config.yaml")["plan"] == {"file": str(first.path / "plan.json")}
+
+
+class Broken(TrainerCallback):
+    """A machine that fails in the middle of a step."""
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            raise MemoryError
+
+
+def test_an_interrupted_job_goes_on_only_with_its_own_settings(job, tmp_path, monkeypatch):
+    training = TRAINING | {"save_steps": 2}
+    plan = {"policy": "last", "rank": 4}
+    whole = job(tmp_path / "whole", plan, training)
+
+    class Trainer(train_module.RowTrainer):
+        def __init__(self, *given):
+            super().__init__(*given)
+            self.add_callback(Broken())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_module, "RowTrainer", Trainer)
+        with pytest.raises(MemoryError):
+            job(tmp_path / "run", plan, training)
+    assert not (tmp_path / "run" / "metrics.json").exists()
+    for other, told in (
+        ((plan, training | {"learning_rate": 0.02}), r"`learning_rate` 0\.01, this one has 0\.02"),
+        ((plan, training | {"adam_beta2": 0.9}), r"`adam_beta2` 0\.99, this one has 0\.9"),
+        ((plan | {"rank": 8}, training), "`rank` 4, this one has 8"),
+    ):
+        with pytest.raises(TrainingError, match=rf"holds an interrupted run with {told}; .*`resume` never"):
+            job(tmp_path / "run", *other)
+    run = job(tmp_path / "run", plan, training | {"cache": "off"})  # changes no result
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
+    assert run.metrics.steps == 8
+
+
+def test_settings_that_contradict_each_other_are_refused_before_anything_is_read(tmp_path):
+    job = partial(aletheia.fine_tune, "nowhere", "nothing.jsonl", tmp_path / "run")
+    for more, told in (
+        ({"training": {"correct_quantization": True}}, "found `quantize` None, expected nf4"),
+        ({"training": {"steps": 2, "epochs": 1}}, "`steps` and `epochs` are both given"),
+        ({"training": {"adam_beta3": 1}}, "unknown setting `adam_beta3`"),
+        ({"training": {"use_cache": True}}, "`use_cache` is given; expected it to be left out"),
+        ({"plan": {"file": "plan.json", "rank": 4}}, "`plan` and `rank` are both given"),
+    ):
+        with pytest.raises(SettingsError, match=told):
+            job(**more)
+    streamed = {"model": "nowhere", "stream": True}
+    for more, told in (
+        ({"plan": {"freeze_after": 0.5}}, "`freeze_after` is 0.5; expected 0 where the model is streamed"),
+        ({"training": {"cache": "memory"}}, "`cache` is memory; expected auto or disk where the model is streamed"),
+    ):
+        with pytest.raises(SettingsError, match=told):
+            aletheia.fine_tune(streamed, "nothing.jsonl", tmp_path / "run", **more)
+    assert not (tmp_path / "run").exists()
+
+
+class Hub:
+    """What the hub is asked for; ``refuses`` as it does without a login."""
+
+    refuses = False
+    asked: list = []  # noqa: RUF012  # of every instance
+
+    def create_repo(self, name, **options):
+        if self.refuses:
+            raise OSError("401 Client Error")
+        self.asked.append((name, options))
+        return type("Repository", (), {"repo_id": f"me/{name}"})
+
+    def upload_folder(self, **options):
+        self.asked.append(options)
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_finished_run_is_pushed(job, tmp_path, monkeypatch, refuses):
+    hub = type("Own", (Hub,), {"refuses": refuses, "asked": []})
+    monkeypatch.setattr(fine_tune_module, "HfApi", hub)
+    training = {"steps": 2, "push_to_hub": True, "hub_model_id": "thing"}
+    if refuses:
+        with pytest.raises(TrainingError, match=r"run is complete, but uploading it to thing failed: 401 Client Error"):
+            job(tmp_path / "run", None, training)
+    else:
+        job(tmp_path / "run", None, training)
+        assert hub.asked[0] == ("thing", {"exist_ok": True, "private": True})
+        assert hub.asked[1]["repo_id"] == "me/thing"
+        assert hub.asked[1]["folder_path"] == str(tmp_path / "run")
+        assert "checkpoints/*" in hub.asked[1]["ignore_patterns"]
+    assert (tmp_path / "run" / "metrics.json").exists()
+    with pytest.raises(SettingsError, match="`hub_token` is given; expected it to be left out"):
+        aletheia.TrainSettings(hub_token="secret")
