@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from aletheia_lora.probe import gradient_probe
+from attached import attached_steps
 from growth import growth
 from memory import peaks
 from ratios import speedup, table
@@ -38,6 +39,7 @@ ROUNDS, PLAN_ROUNDS, PROBE_REPEATS = 8, 8, 5
 SECTIONS = {
     "probe": "Probe",
     "steps": "Steps",
+    "attached": "Attached to SFTTrainer",
     "predictions": "Predicted against measured",
     "memory": "Peak memory of the training phase",
     "growth": "Growth of the cached step",
@@ -54,10 +56,11 @@ def main() -> None:
     fitting = [index for index, example in enumerate(every.examples) if len(example) <= MAX_TOKENS]
     data = every.subset(fitting[:ROWS])
     scores = aletheia.probe(base.model, data)
-    default = aletheia.plan(scores, epochs=EPOCHS)
+    default = aletheia.plan(scores, epochs=EPOCHS, freeze_after=0)
     makers = {
         "probe": lambda: bench_probe(aletheia.load(str(demo_checkpoint()), "float32").model, every),
         "steps": lambda: bench_arms(base.model, data, scores, default),
+        "attached": lambda: attached_steps(base, data, scores),
         "predictions": lambda: bench_predictions(base.model, data, scores),
         "memory": lambda: peaks(default, BATCH_SIZE),
         "growth": lambda: growth(base.model.dtype),
@@ -137,7 +140,7 @@ def bench_probe(model: torch.nn.Module, data: Examples) -> list[str]:
 
 def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: Plan) -> list[str]:
     """The gain taken apart, then put together; and a whole run from its measured parts."""
-    uniform = aletheia.plan(scores, "uniform")
+    uniform = aletheia.plan(scores, policy="uniform")
     plain = StepKind("baseline", uniform)
     every = StepKind.fast("every layer, these four together", uniform)
     cached = StepKind.fast("default plan, everything, from a filled cache", default, cached=True)
@@ -214,14 +217,14 @@ def bench_predictions(model: torch.nn.Module, data: Examples, scores: Scores) ->
     timings = aletheia.calibrate(model, data, BATCH_SIZE)
     scores = scores.model_copy(update={"timings": timings})
     plans = {
-        "uniform": aletheia.plan(scores, "uniform"),
-        "top-percent 50 (the paper)": aletheia.plan(scores, "top-percent"),
-        "by-role 16/64, the paper's layers": aletheia.plan(scores, "top-percent", ranks="by-role"),
-        "last 67 %": aletheia.plan(scores, "last", 67),
-        "last 50 %, rank 64": aletheia.plan(scores, "last", rank=64),
-        "last 33 %": aletheia.plan(scores, "last", 33),
-        "last 10 %": aletheia.plan(scores, "last", 10),
-        "random 50 %": aletheia.plan(scores, "random", seed=3),
+        "uniform": aletheia.plan(scores, policy="uniform"),
+        "top-percent 50 (the paper)": aletheia.plan(scores, policy="top-percent"),
+        "by-role 16/64, the paper's layers": aletheia.plan(scores, policy="top-percent", ranks="by-role"),
+        "last 67 %": aletheia.plan(scores, policy="last", percent=67),
+        "last 50 %, rank 64": aletheia.plan(scores, policy="last", rank=64),
+        "last 33 %": aletheia.plan(scores, policy="last", percent=33),
+        "last 10 %": aletheia.plan(scores, policy="last", percent=10),
+        "random 50 %": aletheia.plan(scores, policy="random", seed=3),
     }
     baseline = StepKind("baseline", plans["uniform"])
     arms = [baseline]

@@ -14,23 +14,31 @@ step, which is what the plain one computes. Arms that begin alike share their fi
 import argparse
 import json
 import math
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+from peft import PeftModel
 from scipy.stats import bootstrap
 
 import aletheia
 from aletheia.adapters.initial import ROWS, Init, align_with_gradient
 from aletheia.anatomy.demo import demo_checkpoint
+from aletheia.anatomy.read import find_layers
 from aletheia.cli.options import quiet_libraries
-from aletheia.data.examples import NO_LOSS, Examples
+from aletheia.data.batches import collate, on_device_of
+from aletheia.data.examples import NO_LOSS, Example, Examples
 from aletheia.data.order import training_batches
+from aletheia.execution.backend import lean_layers
 from aletheia.lab.campaign.steps import StepKind, building_seconds, gradient_start_seconds, interleaved_steps
 from aletheia.planning.plan import Plan, layer_ranges
+from aletheia.prefix.cache import MemoryCache, collate_with_prefix
+from aletheia.prefix.fill import fill
 from aletheia.probing.scores import Scores
-from aletheia.training.stage import Stage
 
 BATCH_SIZE, WARMUP, TIMED_ROUNDS = 8, 0.05, 5
 
@@ -69,6 +77,7 @@ ARMS |= {
     for percent in (50, 33, 40, 20)
 }
 TIMES = "times.json"
+Batcher = Callable[[list[Example]], dict[str, torch.Tensor]]
 
 
 def main() -> None:
@@ -123,13 +132,15 @@ def settings_of(args: argparse.Namespace) -> dict:
 
 def planned(scores: Scores, spec: Spec) -> Plan:
     """The plan of an arm."""
-    return aletheia.plan(scores, spec.policy, spec.percent, spec.rank, freeze_after=spec.freeze_after)
+    return aletheia.plan(
+        scores, policy=spec.policy, percent=spec.percent, rank=spec.rank, freeze_after=spec.freeze_after
+    )
 
 
 def time_arms(model: torch.nn.Module, data: Examples, scores: Scores, out: Path) -> None:
     """Seconds of all that the finished arms consist of, steps interleaved."""
     specs = [Spec(**arm["arm"]) for name, arm in finished(out).items() if name not in BASELINES]
-    uniform = aletheia.plan(scores, "uniform")
+    uniform = aletheia.plan(scores, policy="uniform")
     kinds = {
         "baseline": StepKind("baseline", uniform),
         "baseline, grouped": StepKind("baseline, grouped", uniform, grouped=True),
@@ -185,16 +196,10 @@ def train(
     early, points, begun = plan.early_steps(steps), [], 0
     kept = args.out / f"early-{early}-{spec.learning_rate:g}.pt"
     adapted = aletheia.adapt(model, plan).train()
-    with Stage(adapted, plan, held_out, BATCH_SIZE, False, "off") as stage:
-
-        def store() -> None:
-            kind = "memory" if plan.boundary else "off"
-            stage.rise(schedule[early:], kind, None, None, args.points, False)
-            adapted.train()
-
-        if not early:
-            store()
+    used = [*(row for chosen in schedule[early:] for row in chosen), *held_out.examples]
+    with ExitStack() as stack:
         parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        batch = fast_batches(stack, adapted, 0 if early else plan.boundary, used, data.pad_token_id)
         optimizer = torch.optim.AdamW(parameters, lr=spec.learning_rate, weight_decay=0.0, fused=True)
         warmup = math.ceil(WARMUP * steps)
         decay = torch.optim.lr_scheduler.LambdaLR(
@@ -210,17 +215,17 @@ def train(
                     parameter.copy_(value)
             optimizer.load_state_dict(states["optimizer"])
             decay.load_state_dict(states["decay"])
-            store()
+            batch = fast_batches(stack, adapted, plan.boundary, used, data.pad_token_id)
         elif spec.init == "gradient":
-            align_with_gradient(adapted, (stage.collate(chosen) for chosen in schedule[: ROWS // BATCH_SIZE]))
+            align_with_gradient(adapted, (batch(chosen) for chosen in schedule[: ROWS // BATCH_SIZE]))
         for number, chosen in enumerate(schedule[begun:], start=begun + 1):
-            adapted(**stage.collate(chosen), use_cache=False).loss.backward()
+            adapted(**batch(chosen), use_cache=False).loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             decay.step()
             optimizer.zero_grad()
             if number in due:
-                points.append({"step": number, "rows": per_row(adapted, held_out, stage)})
+                points.append({"step": number, "rows": per_row(adapted, held_out, batch)})
                 total = np.sum(points[-1]["rows"], axis=0)
                 print(f"step {number}: {total[0] / total[1]:.4f}", flush=True)
             if number == early:
@@ -229,20 +234,35 @@ def train(
                 whole = {"values": values, "states": states, "points": points, "settings": settings}
                 torch.save(whole, kept.with_suffix(".partial"))
                 kept.with_suffix(".partial").rename(kept)
-                store()
+                batch = fast_batches(stack, adapted, plan.boundary, used, data.pad_token_id)
     adapted.unload()
     return points
 
 
+def fast_batches(stack: ExitStack, model: PeftModel, boundary: int, used: list[Example], pad_token_id: int) -> Batcher:
+    """Begin fast steps from ``boundary`` up, out of a cache filled now; the layers below stay as they are."""
+    stack.close()
+    make: Batcher = partial(collate, pad_token_id=pad_token_id)
+    if boundary:
+        for layer in find_layers(model)[1][:boundary]:
+            layer.requires_grad_(False)
+        cache = MemoryCache()
+        with lean_layers(model):
+            fill(model, boundary, used, cache, BATCH_SIZE, show_progress=False)
+        make = partial(collate_with_prefix, pad_token_id=pad_token_id, cache=cache)
+    stack.enter_context(aletheia.fast_steps(model, boundary or None))
+    return lambda rows: on_device_of(model, make(rows))
+
+
 @torch.no_grad()
-def per_row(model: torch.nn.Module, held_out: Examples, stage: Stage) -> list[tuple[float, int]]:
+def per_row(model: torch.nn.Module, held_out: Examples, batch: Batcher) -> list[tuple[float, int]]:
     """Summed loss and labelled tokens of each held-out row."""
     model.eval()
     found: dict[int, tuple[float, int]] = {}
     order = sorted(range(len(held_out)), key=lambda row: -len(held_out[row]))
     for start in range(0, len(order), BATCH_SIZE):
         chosen = order[start : start + BATCH_SIZE]
-        inputs = stage.collate([held_out[row] for row in chosen])
+        inputs = batch([held_out[row] for row in chosen])
         logits = model(**inputs, use_cache=False).logits[0, :-1].float()  # labelled positions alone, row after row
         targets = inputs["labels"][:, 1:]
         losses = torch.nn.functional.cross_entropy(logits, targets[targets != NO_LOSS], reduction="none")
