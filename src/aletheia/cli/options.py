@@ -6,54 +6,15 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from aletheia.cli.wording import translate
 
-if TYPE_CHECKING:
-    pass
-
 ModelArgument = Annotated[str, typer.Argument(help="Hub id, local folder or .gguf file.", metavar="MODEL")]
-DataOption = Annotated[
-    str,
-    typer.Option(
-        "--data",
-        help="Rows to learn from: .jsonl, .json, .csv or .parquet, or a hub data set name[:config[:split]].",
-        metavar="DATA",
-    ),
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.", min=0, max=2**32 - 1)]
-DtypeOption = Annotated[
-    str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32; auto takes what the device is fast in.")
-]
-QuantizeOption = Annotated[
-    str | None, typer.Option("--quantize", help="Quantize the base while loading, for QLoRA: nf4 or int8.")
-]
-AttentionOption = Annotated[
-    str | None,
-    typer.Option("--attention", help="eager, sdpa, flash_attention_2 (transformers chooses by default)."),
-]
-MaxLengthOption = Annotated[
-    int, typer.Option("--max-length", help="Tokens per row; longer rows are cut on the right.", min=2)
-]
-SkipEmptiedOption = Annotated[
-    bool,
-    typer.Option("--skip-emptied", help="Skip rows whose completion --max-length cuts off, instead of stopping."),
-]
-
-StreamOption = Annotated[
-    bool | None,
-    typer.Option(
-        "--stream/--no-stream",
-        help="Read the weights layer by layer (by default where they take over half the memory).",
-    ),
-]
-MaxMemoryOption = Annotated[
-    str | None, typer.Option("--max-memory", help="Memory that may be used, such as 6GB (by default what is free).")
-]
 
 
 def parse_memory(value: str | None) -> int | None:

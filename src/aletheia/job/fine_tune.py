@@ -3,10 +3,11 @@
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,13 +21,13 @@ from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import ModelIdentity
 from aletheia.anatomy.settings import LoadSettings
 from aletheia.data.examples import Example, Examples, split_held_out
-from aletheia.data.order import training_batches
 from aletheia.data.rows import Rows, load_rows
 from aletheia.data.settings import DataSettings
+from aletheia.data.sources import one_line
 from aletheia.errors import TrainingError
 from aletheia.files import write_text
 from aletheia.job.settings import JobSettings
-from aletheia.job.source import Say, Source, encode_for, is_streamed, load_for, say_nothing, to_stderr
+from aletheia.job.source import Say, Source, encode_for, is_streamed, load_for, to_stderr
 from aletheia.planning.make import every_layer_fits
 from aletheia.planning.make import plan as make_plan
 from aletheia.planning.memory import training_bytes
@@ -41,8 +42,8 @@ from aletheia.runs.folder import CONFIG_FILE, RunFolder
 from aletheia.runs.manifest import TrainingCheckpoint, check_same_run, newest_checkpoint, verified
 from aletheia.runs.schema import PLAN_FILE, REPORT_FILE, SCORES_FILE, Run
 from aletheia.training.interrupts import interrupts
-from aletheia.training.loop import training_arguments
-from aletheia.training.processes import Launch
+from aletheia.training.loop import rows_of_steps, rows_per_step, training_arguments
+from aletheia.training.processes import Launch, say_nothing
 from aletheia.training.settings import TrainSettings
 from aletheia.training.train import Prepared, train
 
@@ -154,8 +155,10 @@ class Job:
         if found is None:
             self.say("note: the run that was interrupted here left no whole checkpoint; it begins anew")
             return None
-        kept = {name: value for name, value in found.manifest.about.items() if name in self.settings.about()}
-        check_same_run(kept, self.settings.about(), self.folder.path)
+        now = self.settings.about()
+        check_same_run(
+            {name: found.manifest.about[name] for name in now if name in found.manifest.about}, now, self.folder.path
+        )
         return found
 
     def _identity(self, base: Source) -> dict[str, Any]:
@@ -256,8 +259,9 @@ class Job:
         training = self.settings.training
         if training.cache == "off":
             return 1.0
-        per_step = training.batch_size * training.gradient_accumulation_steps * self.launch.processes
-        return training.steps * per_step / len(data) if training.steps else training.epochs or 1.0
+        if training.steps is None:
+            return training.epochs or 1.0
+        return training.steps * rows_per_step(training, self.launch.processes) / len(data)
 
     def _check_plan(self, plan: Plan, base: Source, data: Examples) -> None:
         """Whether a plan that was given belongs to the model and fits in memory; other data are only noted."""
@@ -286,13 +290,10 @@ class Job:
         if not isinstance(base, Checkpoint):
             return None
         training = self.settings.training
-        rows = list(data.examples)
+        rows: Iterable[Example] = data.examples
         if training.steps is not None:
-            lengths = [len(row) for row in rows]
-            per_step = training.batch_size * training.gradient_accumulation_steps * self.launch.processes
-            batches = training_batches(lengths, per_step, training.steps, training.seed, training.group_by_length)
-            rows = [data[row] for batch in batches for row in batch]
-        used: list[Example] = [*rows, *held_out.examples]
+            rows = chain.from_iterable(rows_of_steps(data, training, training.steps, self.launch.processes))
+        used = [*rows, *held_out.examples]
         with self._timed("cache"):
             cache = streamed_cache(base, plan.boundary, training.cache_dir)
             cap = self.settings.model.max_memory
@@ -316,9 +317,8 @@ class Job:
                 ignore_patterns=[".lock", "checkpoints/*"],
             )
         except Exception as error:  # network, rights, names: the hub's client has many
-            reason = " ".join(str(error).split())[:300]
             raise TrainingError(
-                f"{run.path} is complete, but uploading it to {repository} failed: {reason}; "
+                f"{run.path} is complete, but uploading it to {repository} failed: {one_line(error, 300)}; "
                 "log in with 'hf auth login' and upload the folder with 'hf upload'"
             ) from error
         self.say(f"pushed {made.repo_id}")

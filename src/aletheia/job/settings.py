@@ -86,24 +86,30 @@ class JobSettings(Settings):
                 f"`cache` is {self.training.cache}; expected auto or disk {streamed}: its prefix is computed once"
             )
 
-    def to_yaml(self) -> str:
-        """The file that repeats the job: every setting that has a value, files by their whole path."""
-        told = {
-            "model": self.model.model_dump(mode="json", exclude_none=True),
-            "data": self.data.model_dump(mode="json", exclude_none=True),
-            "plan": self.plan.model_dump(mode="json", exclude_none=True) if self.plan.file is None else {},
+    def sections(self) -> dict[str, dict[str, Any]]:
+        """Every setting that has a value, as its file has it: files by their whole path."""
+        model = self.model.model_dump(mode="json", exclude_none=True)
+        data = self.data.model_dump(mode="json", exclude_none=True)
+        for name in ("data", "eval_data"):
+            data[name] = [_whole_path(source) for source in data[name]]
+        if self.plan.file is None:
+            plan = self.plan.model_dump(mode="json", exclude_none=True)
+        else:
+            plan = {"file": _whole_path(str(self.plan.file))}
+        return {
+            "model": {"name": _whole_path(model.pop("model"))} | model,
+            "data": data,
+            "plan": plan,
             "training": self.training.model_dump(mode="json", exclude_none=True),
         }
-        told["model"] = {"name": _whole_path(told["model"].pop("model"))} | told["model"]
-        for name in ("data", "eval_data"):
-            told["data"][name] = [_whole_path(source) for source in told["data"][name]]
-        if self.plan.file is not None:
-            told["plan"] = {"file": _whole_path(str(self.plan.file))}
-        return yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
+
+    def to_yaml(self) -> str:
+        """The file that repeats the job."""
+        return yaml.safe_dump(self.sections(), sort_keys=False, allow_unicode=True)
 
     def about(self) -> dict[str, Any]:
         """What tells this job from others, name by name: all settings that may change its result."""
-        sections = yaml.safe_load(self.to_yaml())
+        sections = self.sections()
         told = {"model": sections["model"].pop("name")}
         for section in sections.values():
             told |= section

@@ -24,10 +24,6 @@ def to_stderr(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def say_nothing(line: str) -> None:
-    """For processes other than the first."""
-
-
 def is_streamed(how: LoadSettings, say: Say = to_stderr) -> bool:
     """Whether to read the weights layer by layer: as asked, or where they would take most of the memory."""
     if how.stream is not None or how.quantize:

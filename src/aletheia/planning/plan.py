@@ -1,5 +1,6 @@
 """The Plan file: exactly which modules get LoRA, at which rank and alpha, and where that came from."""
 
+import hashlib
 from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -215,6 +216,11 @@ class Plan(Artifact):
     def early_steps(self, steps: int) -> int:
         """How many of a run's steps the early layers learn in; never all."""
         return min(round(self.freeze_after * steps), steps - 1) if self.early_layers else 0
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of the plan's file."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @property
     def uses_scores(self) -> bool:

@@ -3,13 +3,14 @@
 Shapes: B rows, T tokens, D model width, N labelled positions of the batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
+from aletheia.anatomy.access import base_of
 from aletheia.anatomy.layerwise import Call
 from aletheia.data.examples import NO_LOSS
 from aletheia.errors import TrainingError
@@ -32,32 +33,18 @@ def labelled_logits(model: nn.Module) -> Iterator[None]:
         raise TrainingError(f"{type(model).__name__} has no output embedding; expected a causal language model")
     pending: list[torch.Tensor] = []
 
-    def move_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        pending.clear()
-        labels_BT = kwargs.get("labels")
-        if labels_BT is None:
-            return args, kwargs
-        keep_N, moved_BN = _labelled(labels_BT)
-        pending.append(keep_N)
-        return args, kwargs | {"labels": moved_BN}
-
     def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not pending:
             return None
-        hidden_BTD = args[0]
-        if hidden_BTD.dim() != 3:
-            raise TrainingError(f"{type(model).__name__} calls its head with {hidden_BTD.dim()} dimensions; expected 3")
-        keep = pending.pop()
-        return (hidden_BTD.flatten(0, 1).index_select(0, keep.to(hidden_BTD.device))[None], *args[1:])
+        if args[0].dim() != 3:
+            raise TrainingError(f"{type(model).__name__} calls its head with {args[0].dim()} dimensions; expected 3")
+        return (_gathered(args[0], pending.pop()), *args[1:])
 
-    handles = [
-        model.register_forward_pre_hook(move_labels, with_kwargs=True),
-        head.register_forward_pre_hook(gather),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
+    with _labels_moved(model, pending, lambda kwargs, keep_N: True):
+        handle = head.register_forward_pre_hook(gather)
+        try:
+            yield
+        finally:
             handle.remove()
 
 
@@ -69,36 +56,51 @@ def labelled_states(model: nn.Module) -> Iterator[None]:
     it gets one row [1, N + 1, D] and the labels that go with it; the sums it takes over positions stay the same. Other
     calls are left alone.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     pending: list[torch.Tensor] = []
 
-    def move_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        pending.clear()
-        labels_BT = kwargs.get("labels")
-        if not kwargs.get("fused_lm_head") or labels_BT is None or kwargs.get("shift_labels") is not None:
-            return args, kwargs
-        keep_N, moved_BN = _labelled(labels_BT)
-        if moved_BN.shape[1] == 1:
-            return args, kwargs  # no label: as it is
-        pending.append(keep_N)
-        return args, kwargs | {"labels": moved_BN}
+    def applies(kwargs: dict[str, Any], keep_N: torch.Tensor) -> bool:
+        has_labels = len(keep_N) > 1
+        return bool(kwargs.get("fused_lm_head")) and kwargs.get("shift_labels") is None and has_labels
 
     def gather(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if pending:
-            hidden_BTD = output.last_hidden_state
-            keep_N = pending.pop().to(hidden_BTD.device)
-            output.last_hidden_state = hidden_BTD.flatten(0, 1).index_select(0, keep_N)[None]
+            output.last_hidden_state = _gathered(output.last_hidden_state, pending.pop())
         return output
 
-    handles = [
-        model.register_forward_pre_hook(move_labels, with_kwargs=True),
-        base.base_model.register_forward_hook(gather),
-    ]
+    with _labels_moved(model, pending, applies):
+        handle = base_of(model).base_model.register_forward_hook(gather)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@contextmanager
+def _labels_moved(
+    model: nn.Module, pending: list[torch.Tensor], applies: Callable[[dict[str, Any], torch.Tensor], bool]
+) -> Iterator[None]:
+    """Move the labels of calls that this ``applies`` to, and leave in ``pending`` which positions to gather [N + 1]."""
+
+    def move(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        pending.clear()
+        if kwargs.get("labels") is None:
+            return args, kwargs
+        keep_N, moved_BN = _labelled(kwargs["labels"])
+        if not applies(kwargs, keep_N):
+            return args, kwargs
+        pending.append(keep_N)
+        return args, kwargs | {"labels": moved_BN}
+
+    handle = model.register_forward_pre_hook(move, with_kwargs=True)
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+
+
+def _gathered(hidden_BTD: torch.Tensor, keep_N: torch.Tensor) -> torch.Tensor:
+    """The hidden states at some positions, as one row [1, N + 1, D]."""
+    return hidden_BTD.flatten(0, 1).index_select(0, keep_N.to(hidden_BTD.device))[None]
 
 
 def _labelled(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -30,6 +30,7 @@ from aletheia.settings import Settings, option
 from aletheia.training.checkpoints import TrustworthyCheckpoints, trustworthy_checkpoints
 from aletheia.training.freezing import adapters_below, freeze_below, layers_below
 from aletheia.training.phases import Phase, is_last_epoch, phase_at, phases, rows_come_back
+from aletheia.training.processes import say_nothing
 from aletheia.training.settings import CacheKind, Recompute
 from aletheia.training.sharded import group_of, is_sharded, load_frozen
 
@@ -104,8 +105,7 @@ def attach(
     check_adapters(trainer.model, plan)
     settings = settings or AttachSettings()
     if settings.whole_checkpoints:
-        digest = hashlib.sha256(plan.to_json().encode()).hexdigest()
-        trustworthy_checkpoints(trainer, {"plan_fingerprint": digest})
+        trustworthy_checkpoints(trainer, {"plan_fingerprint": plan.fingerprint})
     attachment = Attachment(trainer, plan, settings, notify)
     attachment.install()
     return attachment
@@ -142,7 +142,7 @@ class Attachment(TrainerCallback):
         self.ways: tuple[str, ...] = ()
         self.cache_seconds = 0.0
         self._trainer, self._plan, self._settings = trainer, plan, settings
-        self._notify = notify if trainer.is_world_process_zero() else _say_nothing
+        self._notify = notify if trainer.is_world_process_zero() else say_nothing
         self._recompute, self._prefix, self._free = recompute, prefix, free
         self._phases: list[Phase] = []
         self._phase: Phase | None = None
@@ -255,7 +255,7 @@ class Attachment(TrainerCallback):
             self._use,
             self._obstacle,
             group,
-            state=functools.partial(adapters_below, model, phase.boundary),
+            state=adapters_below(model, phase.boundary),
         )
 
     def _open(self, phase: Phase, key: str | None, dtype: torch.dtype) -> PrefixCache | None:
@@ -298,7 +298,8 @@ class Attachment(TrainerCallback):
         """Stored states cannot be had: the run goes on without, unless they were asked for and nothing is lost yet."""
         self.decision = CacheDecision("off", reason)
         asked = self._settings.cache in ("memory", "disk")
-        if asked and self._trainer.state.global_step == 0 and not reason.startswith("nothing more"):
+        is_read_on = self._source is not None and self._source.cache is not None
+        if asked and self._trainer.state.global_step == 0 and not is_read_on:
             raise CacheError(f"`cache` {self._settings.cache} is not possible: {reason}; set `cache` off")
         self._notify(f"cache  off: {reason}")
 
@@ -346,10 +347,6 @@ def reads(trainer: Trainer) -> Reads:
         return "loss"
     own_loss = own.compute_loss.__module__, own.compute_loss.__qualname__
     return "sums" if own_loss == ("trl.trainer.sft_trainer", "SFTTrainer.compute_loss") else "logits"
-
-
-def _say_nothing(line: str) -> None:
-    """For processes other than the first."""
 
 
 def _steps_per_epoch(loader: object, args: TrainingArguments) -> int | None:

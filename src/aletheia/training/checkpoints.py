@@ -19,6 +19,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_utils import rotate_checkpoints
 
+from aletheia.data.sources import one_line
 from aletheia.errors import ArtifactError, TrainingError
 from aletheia.files import free_bytes
 from aletheia.runs.manifest import (
@@ -35,6 +36,7 @@ from aletheia.runs.manifest import (
     verified,
     write_manifest,
 )
+from aletheia.training.processes import Launch
 
 BYTES_PER_PARAMETER = 12  # the weight and the two moments of Adam in float32
 STATE_FILE = "trainer_state.json"
@@ -154,7 +156,7 @@ class TrustworthyCheckpoints:
 
     @property
     def _several(self) -> bool:
-        return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return Launch.here().processes > 1
 
     def _train(self, resume_from_checkpoint: Any = None, *given: Any, **named: Any) -> Any:
         """Trainer's ``train``, from a checkpoint that is whole; by itself it takes the highest number."""
@@ -216,7 +218,7 @@ class TrustworthyCheckpoints:
         except Exception as error:
             if not is_write_fault(error):
                 raise
-            fault = one_line(error)
+            fault = told_by_system(error)
         if self._several:
             faults: list[str | None] = [None] * dist.get_world_size()
             dist.all_gather_object(faults, fault)
@@ -311,6 +313,6 @@ def is_write_fault(error: BaseException) -> bool:
     return any(words in str(error) for words in WRITER_FAULTS)
 
 
-def one_line(error: BaseException) -> str:
+def told_by_system(error: BaseException) -> str:
     """What went wrong, in the words of the operating system where it has some."""
-    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+    return getattr(error, "strerror", None) or one_line(error)

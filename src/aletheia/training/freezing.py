@@ -39,11 +39,11 @@ def freeze_below(model: nn.Module, boundary: int) -> Callable[[], None]:
     return undo
 
 
-def adapters_below(model: nn.Module, boundary: int) -> list[object]:
-    """Which adapters count below ``boundary`` now: a reference pass may switch them off, or others on."""
-    return [
-        (tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters))
-        for layer in layers_below(model, boundary)
-        for module in layer.modules()
-        if isinstance(module, LoraLayer)
+def adapters_below(model: nn.Module, boundary: int) -> Callable[[], object]:
+    """Tells which adapters count below ``boundary``: a reference pass may switch them off, or others on."""
+    adapted = [
+        module for layer in layers_below(model, boundary) for module in layer.modules() if isinstance(module, LoraLayer)
+    ]
+    return lambda: [
+        (tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters)) for module in adapted
     ]

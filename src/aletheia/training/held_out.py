@@ -10,6 +10,7 @@ from aletheia.anatomy.modes import in_mode
 from aletheia.data.batches import collate, labelled_tokens, length_sorted_batches, on_device_of
 from aletheia.data.examples import Examples
 from aletheia.errors import DataError
+from aletheia.training.processes import Launch
 
 
 @torch.no_grad()
@@ -23,18 +24,17 @@ def held_out_loss(model: nn.Module, examples: Examples, batch_size: int = 8) -> 
         DataError: the examples hold no labelled token.
     """
     sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    rank, world = (dist.get_rank(), dist.get_world_size()) if several else (0, 1)
+    launch = Launch.here()
     batches = list(length_sorted_batches(examples, batch_size, partial(collate, pad_token_id=examples.pad_token_id)))
     with in_mode(model, training=False):
-        for start in range(0, len(batches), world):  # sharded layers must run equally often everywhere
-            own = start + rank < len(batches)
-            batch = batches[start + rank] if own else batches[0]
+        for start in range(0, len(batches), launch.processes):  # sharded layers must run equally often everywhere
+            own = start + launch.rank < len(batches)
+            batch = batches[start + launch.rank] if own else batches[0]
             labelled = int(labelled_tokens(batch["labels"]))
             loss = model(**on_device_of(model, batch), use_cache=False).loss
             if own:
                 sums += torch.tensor([loss.item() * labelled, labelled], dtype=torch.float64)
-    if several:
+    if launch.processes > 1:
         sums = sums.to("cpu" if dist.get_backend() == "gloo" else next(model.parameters()).device)
         dist.all_reduce(sums)
     nats, tokens = (float(number) for number in sums)

@@ -16,8 +16,9 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from aletheia.data.batches import collate
-from aletheia.data.examples import Examples
-from aletheia.data.order import epoch_order
+from aletheia.data.examples import Example, Examples
+from aletheia.data.order import epoch_order, training_batches
+from aletheia.data.sources import one_line
 from aletheia.errors import SettingsError
 from aletheia.training.held_out import held_out_loss
 from aletheia.training.recorder import Recorder
@@ -30,6 +31,19 @@ def steps_per_epoch(rows: int, settings: TrainSettings, processes: int = 1) -> i
     """Optimizer steps of one pass over ``rows``, as Trainer counts them."""
     batches = math.ceil(math.ceil(rows / settings.batch_size) / processes)
     return math.ceil(batches / settings.gradient_accumulation_steps)
+
+
+def rows_per_step(settings: TrainSettings, processes: int = 1) -> int:
+    """Rows that an optimizer step sees, over all processes."""
+    return settings.batch_size * settings.gradient_accumulation_steps * processes
+
+
+def rows_of_steps(data: Examples, settings: TrainSettings, steps: int, processes: int = 1) -> list[list[Example]]:
+    """The rows of each of the first ``steps`` of a run."""
+    lengths = [len(row) for row in data.examples]
+    per_step = rows_per_step(settings, processes)
+    batches = training_batches(lengths, per_step, steps, settings.seed, settings.group_by_length)
+    return [[data[row] for row in batch] for batch in batches]
 
 
 def training_arguments(settings: TrainSettings, output_dir: str, **given: Any) -> TrainingArguments:
@@ -71,7 +85,7 @@ def training_arguments(settings: TrainSettings, output_dir: str, **given: Any) -
     try:
         arguments = TrainingArguments(**ours | extra | given)
     except (ValueError, TypeError, ImportError) as error:
-        raise SettingsError(f"Trainer does not take these settings: {' '.join(str(error).split())}") from error
+        raise SettingsError(f"Trainer does not take these settings: {one_line(error, 2000)}") from error
     _check_loggers(settings.report_to)
     if settings.keep == "best" or settings.early_stopping_patience is not None:
         arguments.metric_for_best_model, arguments.greater_is_better = "loss", False
@@ -87,7 +101,7 @@ def _check_loggers(names: Sequence[str]) -> None:
         for callback in get_reporting_integration_callbacks(list(names)):
             callback()
     except (ValueError, RuntimeError, ImportError) as error:
-        raise SettingsError(f"`report_to` is {', '.join(names)}: {' '.join(str(error).split())}") from error
+        raise SettingsError(f"`report_to` is {', '.join(names)}: {one_line(error, 2000)}") from error
 
 
 def evaluates_by_itself(settings: TrainSettings) -> bool:
@@ -104,7 +118,7 @@ class EpochOrder(Sampler[int]):
         self._settings, self._trainer = settings, trainer
         processes = trainer.args.world_size
         self._per_epoch = steps_per_epoch(len(data), settings, processes)
-        self._batch_size = settings.batch_size * settings.gradient_accumulation_steps * processes
+        self._batch_size = rows_per_step(settings, processes)
 
     def __len__(self) -> int:
         """All rows."""

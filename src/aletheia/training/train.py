@@ -25,7 +25,6 @@ from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.load import quantization_of
 from aletheia.data.batches import collate
 from aletheia.data.examples import Example, Examples
-from aletheia.data.order import training_batches
 from aletheia.errors import SettingsError, TrainingError
 from aletheia.execution.backend import entered, layer_ways
 from aletheia.execution.peak_memory import peak_memory_bytes, reset_peak_memory
@@ -43,7 +42,8 @@ from aletheia.training.checkpoints import trustworthy_checkpoints
 from aletheia.training.fast_steps import fast_steps
 from aletheia.training.interrupts import SaveInTime, interrupts
 from aletheia.training.learning_rate import default_learning_rate
-from aletheia.training.loop import RowTrainer, evaluates_by_itself, steps_per_epoch, training_arguments
+from aletheia.training.loop import RowTrainer, evaluates_by_itself, rows_of_steps, steps_per_epoch, training_arguments
+from aletheia.training.processes import Launch
 from aletheia.training.recorder import Recorder
 from aletheia.training.settings import WITHOUT_INFLUENCE, TrainSettings
 
@@ -142,6 +142,7 @@ class _Job:
         self.settings, self.prepared, self.folder, self.show = settings, prepared, folder, show_progress
         self.recorder = Recorder(0 if evaluates_by_itself(settings) else settings.evaluations, show_progress)
         self.seconds = dict(_owed(plan) | dict(prepared.seconds))
+        self.processes = Launch.here().processes
         self.correction = Correction()
         self.stack = ExitStack()  # closed when the run is over
 
@@ -176,7 +177,7 @@ class _Job:
 
     def _trainer(self) -> tuple[RowTrainer, Attachment]:
         settings, model, plan = self.settings, self.model, self.plan
-        per_epoch = steps_per_epoch(len(self.data), settings, _processes())
+        per_epoch = steps_per_epoch(len(self.data), settings, self.processes)
         steps = settings.steps or math.ceil((settings.epochs or 1.0) * per_epoch)
         rate = settings.learning_rate
         if rate is None:
@@ -186,7 +187,7 @@ class _Job:
                 f"the plan adapts layers {layer_ranges(plan.early_layers)} at first, which are not in memory; "
                 "expected a plan made with `freeze_after` 0"
             )
-        if model.device.type == "cuda" and model.device.index and _processes() == 1:
+        if model.device.type == "cuda" and model.device.index and self.processes == 1:
             raise TrainingError(
                 f"the model is on {model.device}, and Trainer takes the first GPU it sees; expected it on cuda:0, "
                 f"started with CUDA_VISIBLE_DEVICES={model.device.index}"
@@ -233,12 +234,7 @@ class _Job:
         return cache, CacheDecision(kind, "filled before the first step", cache.size_bytes)
 
     def _batches(self, steps: int) -> list[list[Example]]:
-        """The rows of the steps to come, ``batch_size`` at a time."""
-        settings = self.settings
-        lengths = [len(row) for row in self.data.examples]
-        per_step = settings.batch_size * settings.gradient_accumulation_steps * _processes()
-        batches = training_batches(lengths, per_step, steps, settings.seed, settings.group_by_length)
-        return [[self.data[row] for row in batch] for batch in batches]
+        return rows_of_steps(self.data, self.settings, steps, self.processes)
 
     def _start(self, steps: int, anew: bool) -> None:
         """Where adapters start, and what takes back quantization; a run that goes on has its adapters."""
@@ -271,11 +267,11 @@ class _Job:
             "data_fingerprint": self.data.identity.fingerprint,
             "rows_fingerprint": _rows_sha256(self.data),
             "held_out_fingerprint": _rows_sha256(self.held_out),
-            "plan_fingerprint": hashlib.sha256(self.plan.to_json().encode()).hexdigest(),
+            "plan_fingerprint": self.plan.fingerprint,
             "steps_in_all": trainer.args.max_steps,
             "peak_learning_rate": trainer.args.learning_rate,
             "computed_in": f"{str(self.model.dtype).removeprefix('torch.')} {trainer.accelerator.mixed_precision}",
-            "processes": _processes(),
+            "processes": self.processes,
         }
 
     def _finish(self, trainer: RowTrainer, attachment: Attachment) -> Run:
@@ -287,7 +283,7 @@ class _Job:
             save(self.model, run, state)
             if self.settings.save_steps is None:
                 self.folder.remove_checkpoints()
-        if _processes() > 1:
+        if self.processes > 1:
             torch.distributed.barrier()
         return run
 
@@ -297,7 +293,7 @@ class _Job:
         used = UsedSettings(
             batch_size=settings.batch_size,
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
-            processes=_processes(),
+            processes=self.processes,
             learning_rate=trainer.args.learning_rate,
             max_length=data.max_length,
             dtype=str(model.dtype).removeprefix("torch."),
@@ -353,11 +349,6 @@ class _Job:
 def _owed(plan: Plan) -> dict[str, float]:
     """What was spent before this call: a plan that looked at scores owes its probe, whenever that was."""
     return {"load": 0.0, "probe": plan.probe.seconds if plan.uses_scores else 0.0, "plan": 0.0}
-
-
-def _processes() -> int:
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if several else 1
 
 
 def _rows_sha256(rows: Examples) -> str:
