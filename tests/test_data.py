@@ -208,7 +208,11 @@ BAD_BYTES = {
     "csv twice": ("rows.csv", b"text,text\na,b\n", ["rows.csv:1: found the column 'text' twice", "rename"]),
     "csv semicolons": ("rows.csv", b"prompt;completion\np;c\n", ["rows.csv:2: found the columns 'prompt;completion'"]),
     "no parquet": ("rows.parquet", GOOD, ["rows.parquet: found no readable Parquet", "write or copy it again"]),
-    "suffix": ("rows.txt", GOOD, ["rows.txt: found the suffix '.txt'", ".jsonl, .ndjson, .json, .csv, .parquet, also", "convert"]),
+    "suffix": (
+        "rows.txt",
+        GOOD,
+        ["rows.txt: found the suffix '.txt'", ".jsonl, .ndjson, .json, .csv, .parquet, also", "convert"],
+    ),
     "no suffix": ("rows", GOOD, ["found the suffix ''", "expected one of .jsonl"]),
 }
 

@@ -90,7 +90,10 @@ def encode(
         kept.append(example)
     if emptied and not (skip_emptied and kept):
         raise _emptied(emptied, len(rows.rows), max_length, skip_emptied)
-    return Examples(rows.identity, tuple(kept), max_length, _pad_token_id(tokenizer), len(emptied), truncated)
+    left_out = {f"no token to learn within `max_length` {max_length}": len(emptied)} if emptied else {}
+    return Examples(
+        rows.identity, tuple(kept), max_length, _pad_token_id(tokenizer), len(emptied), truncated, left_out, rows.notes
+    )
 
 
 def _check_ids(example: Example, vocab_size: int | None) -> None:

@@ -1,6 +1,8 @@
 """Tokenised rows with their labels. No torch: plain lists of integers."""
 
+import hashlib
 import random
+from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -8,6 +10,13 @@ from aletheia.anatomy.schema import DataIdentity
 from aletheia.errors import DataError
 
 NO_LOSS = -100  # the label that torch's cross entropy ignores
+
+
+def _digest(*parts: list[int]) -> bytes:
+    made = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        made.update(array("q", part).tobytes())
+    return made.digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +33,19 @@ class Example:
     def __len__(self) -> int:
         """Number of tokens."""
         return len(self.input_ids)
+
+    def digest(self) -> bytes:
+        """128 bits that two rows share if they have the same tokens and labels."""
+        return _digest(self.input_ids, self.labels)
+
+    def prompt_digest(self) -> bytes | None:
+        """128 bits of all tokens before the last stretch of labels; None where nothing stands before it."""
+        end = len(self.labels)
+        while end and self.labels[end - 1] == NO_LOSS:
+            end -= 1
+        while end and self.labels[end - 1] != NO_LOSS:
+            end -= 1
+        return _digest(self.input_ids[:end]) if end else None
 
     @property
     def labelled_tokens(self) -> int:
@@ -77,7 +99,9 @@ def split_held_out(
 ) -> tuple[Examples, Examples]:
     """Split at random into (train, held out): disjoint, both in the order of the rows, the same for a seed.
 
-    ``fraction`` of the rows are held out, at least 1, at most ``max_rows``, and never all.
+    ``fraction`` of the rows are held out, at least 1, at most ``max_rows``, and never all. Rows that are the same token
+    by token stay on one side, unless all are the same; if each drawn one has more copies than may be held out, the one
+    with the fewest is held out with all of them.
 
     Raises:
         DataError: fraction outside (0, 1), max_rows below 1, or fewer than two rows.
@@ -91,7 +115,19 @@ def split_held_out(
             f"{examples.identity.name}: found {len(examples)} usable row(s), expected at least 2 to hold one "
             "out; add rows or give a separate evaluation file"
         )
-    count = min(max(1, round(len(examples) * fraction)), max_rows, len(examples) - 1)
-    held_out = set(random.Random(seed).sample(range(len(examples)), count))
+    copies: dict[bytes, list[int]] = {}
+    for index, example in enumerate(examples.examples):
+        copies.setdefault(example.digest(), []).append(index)
+    groups = list(copies.values())
+    if len(groups) == 1:  # no split keeps copies together
+        groups = [[index] for index in range(len(examples))]
+    count = min(max(1, round(len(examples) * fraction)), max_rows, len(groups) - 1)
+    drawn = random.Random(seed).sample(groups, count)
+    held_out: set[int] = set()
+    for group in drawn:
+        if len(held_out) + len(group) <= count:
+            held_out.update(group)
+    smallest = min(drawn, key=len)
+    held_out.update(() if held_out else smallest)
     train = [index for index in range(len(examples)) if index not in held_out]
     return examples.subset(train), examples.subset(sorted(held_out))

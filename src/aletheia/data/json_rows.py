@@ -117,19 +117,16 @@ def _unwrapped(path: Path, records: Records) -> Records:
     if len(records) != 1:
         return records
     [(where, record)] = records
-    lists = [key for key, value in record.items() if isinstance(value, list) and _are_rows(value)]
+    lists = {key: value for key, value in record.items() if isinstance(value, list)}
     wrapping = [key for key in lists if key.lower() in WRAPPERS]
     if not wrapping or _OF_A_ROW & record.keys():
         return records
-    if len(lists) > 1:
+    filled = [key for key, value in lists.items() if any(isinstance(item, dict) for item in value)]
+    if len(filled) > 1:
         raise DataError(
-            f"{where}: found lists of rows under {shown_columns(tuple(lists))}, expected one; "
+            f"{where}: found lists of rows under {shown_columns(tuple(filled))}, expected one; "
             "write each into a file of its own"
         )
-    if not record[wrapping[0]]:
+    if not filled:
         raise DataError(f"{where}: found no rows under {shown(wrapping[0])}, expected at least one; check the file")
-    return _numbered(path, record[wrapping[0]])
-
-
-def _are_rows(value: list[Any]) -> bool:
-    return all(isinstance(item, dict) for item in value)
+    return _numbered(path, record[filled[0]]) if filled[0] in wrapping else records

@@ -12,7 +12,7 @@ from aletheia.errors import DataError
 PACKED = (".gz", ".zst")
 GZIP, ZSTANDARD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 ALWAYS_BYTES = 256 * 10**6  # unpacked, whatever the packed size
-LARGEST_BYTES = 2 * 10**9
+LARGEST_BYTES = 10**9
 LARGEST_RATIO = 30  # rows of text pack 3 to 10 times
 _PIECE_BYTES = 1 << 20
 
@@ -26,7 +26,7 @@ def unpacked(path: Path, content: bytes) -> bytes:
     """The content itself, or what it unpacks to if it begins as gzip or Zstandard does, whatever its name.
 
     Raises:
-        DataError: it is damaged, or larger than 256 MB and 30 times its packed size, or than 2 GB.
+        DataError: it is damaged, or larger than 256 MB and 30 times its packed size, or than 1 GB.
     """
     if content.startswith(GZIP):
         stream: _Stream = gzip.GzipFile(fileobj=io.BytesIO(content))
@@ -43,9 +43,9 @@ def unpacked(path: Path, content: bytes) -> bytes:
             found += piece
             if len(found) > limit:
                 raise DataError(
-                    f"{path}: found more than {limit / 1e6:,.0f} MB when unpacked, {limit / len(content):,.0f} times "
-                    f"its size, expected at most {LARGEST_RATIO} times and {LARGEST_BYTES / 1e9:.0f} GB; "
-                    "unpack it yourself if you trust it"
+                    f"{path}: found more than {limit / 1e6:,.0f} MB when unpacked, expected at most "
+                    f"{ALWAYS_BYTES / 1e6:,.0f} MB or {LARGEST_RATIO} times the packed size, up to "
+                    f"{LARGEST_BYTES / 1e9:.0f} GB; unpack it yourself if you trust it"
                 )
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(

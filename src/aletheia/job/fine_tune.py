@@ -21,6 +21,7 @@ from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import ModelIdentity
 from aletheia.anatomy.settings import LoadSettings
 from aletheia.data.examples import Example, Examples, split_held_out
+from aletheia.data.repeats import overlap
 from aletheia.data.rows import Rows, load_rows
 from aletheia.data.settings import DataSettings
 from aletheia.data.sources import one_line
@@ -110,6 +111,8 @@ class Job:
         with self._timed("load"):
             base, data = self._load(rows)
         data, held_out = self._split(base, data, eval_rows)
+        for note in overlap(data, held_out).notes():
+            self.say(f"note: {note}")
         scores, plan = self._plan(base, data, given, found)
         self.say(_about_plan(plan, settings.training.cache))
         if self.launch.is_first:

@@ -10,6 +10,7 @@ from aletheia.anatomy.settings import LoadSettings
 from aletheia.anatomy.shards import weights_bytes
 from aletheia.data.encode import encode
 from aletheia.data.examples import Examples
+from aletheia.data.repeats import duplicates
 from aletheia.data.rows import Rows
 from aletheia.data.settings import DataSettings
 from aletheia.planning.estimate import RESIDENT_SHARE
@@ -50,6 +51,10 @@ def encode_for(base: Source, rows: Rows, data: DataSettings, say: Say = to_stder
         )
     if examples.skipped:
         say(f"note: {examples.skipped} rows are left out, with no token to learn within `max_length`")
+    for note in examples.notes:
+        say(f"note: {note}")
+    if twice := duplicates(examples):
+        say(f"note: {twice} of {len(examples)} rows are duplicates of an earlier one ({examples.identity.name})")
     return examples
 
 
