@@ -1,7 +1,7 @@
 """From MODEL (hub id, local folder or .gguf file) to a config, or to a model with its tokenizer."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +15,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import Anatomy
@@ -125,11 +127,31 @@ def inspect(name: str) -> Anatomy:
     Raises:
         ModelError: MODEL cannot be found or taken apart.
     """
+    return read_anatomy(_on_meta(name))
+
+
+def load_without_weights(name: str) -> Loaded:
+    """The tokenizer of MODEL and its model on the meta device: enough to see rows as the model will.
+
+    Raises:
+        ModelError: MODEL cannot be found or read.
+    """
+    model = _on_meta(name)
+    with explained(name):
+        place = _place(name)
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+        if (Path(name) / GENERATION_CONFIG_NAME).is_file() or not Path(name).exists():
+            with suppress(OSError):  # a hub model without such a file
+                model.generation_config = GenerationConfig.from_pretrained(name)
+    return Loaded(model, tokenizer)
+
+
+def _on_meta(name: str) -> PreTrainedModel:
     config = load_config(name)
     config.__dict__.pop("quantization_config", None)  # shapes are wanted, not the quantizer's packages
     with explained(name), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return read_anatomy(model)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def load(

@@ -20,7 +20,8 @@ from aletheia.anatomy.load import free_memory_bytes, own_memory_bytes
 from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import ModelIdentity
 from aletheia.anatomy.settings import LoadSettings
-from aletheia.data.examples import Example, Examples, split_held_out
+from aletheia.data.examples import Example, Examples
+from aletheia.data.preview import shown_row
 from aletheia.data.repeats import overlap
 from aletheia.data.rows import Rows, load_rows
 from aletheia.data.settings import DataSettings
@@ -28,7 +29,7 @@ from aletheia.data.sources import one_line
 from aletheia.errors import TrainingError
 from aletheia.files import write_text
 from aletheia.job.settings import JobSettings
-from aletheia.job.source import Say, Source, encode_for, is_streamed, load_for, to_stderr
+from aletheia.job.source import NOTE, Say, Source, encode_for, is_streamed, load_for, split_for, to_stderr
 from aletheia.planning.make import every_layer_fits
 from aletheia.planning.make import plan as make_plan
 from aletheia.planning.memory import training_bytes
@@ -39,6 +40,7 @@ from aletheia.probing import resident
 from aletheia.probing import streamed as by_layer
 from aletheia.probing.scores import Scores
 from aletheia.reporting.page import report
+from aletheia.reporting.preview import quoted
 from aletheia.runs.folder import CONFIG_FILE, RunFolder
 from aletheia.runs.manifest import TrainingCheckpoint, check_same_run, newest_checkpoint, verified
 from aletheia.runs.schema import PLAN_FILE, REPORT_FILE, SCORES_FILE, Run
@@ -110,9 +112,11 @@ class Job:
         self.say(f"load   {settings.model.model}")
         with self._timed("load"):
             base, data = self._load(rows)
-        data, held_out = self._split(base, data, eval_rows)
+        for line in quoted(shown_row(data[0], 1, base.tokenizer)):
+            self.say(line)
+        data, held_out = split_for(base, data, eval_rows, settings.data, settings.training.seed, self.say)
         for note in overlap(data, held_out).notes():
-            self.say(f"note: {note}")
+            self.say(NOTE + note)
         scores, plan = self._plan(base, data, given, found)
         self.say(_about_plan(plan, settings.training.cache))
         if self.launch.is_first:
@@ -188,14 +192,6 @@ class Job:
             checkpoint = Checkpoint(how.model, how.dtype, attention=how.attention)
             return checkpoint, encode_for(checkpoint, rows, self.settings.data, self.say)
         return load_for(how, rows, self.settings.data, self.say)
-
-    def _split(self, base: Source, data: Examples, eval_rows: Rows | None) -> tuple[Examples, Examples]:
-        asked = self.settings.data
-        if eval_rows is None:
-            fraction = 0.05 if asked.eval_fraction is None else asked.eval_fraction
-            return split_held_out(data, fraction, self.settings.training.seed, asked.eval_rows)
-        held_out = encode_for(base, eval_rows, asked, self.say)
-        return data, held_out.subset(range(min(asked.eval_rows, len(held_out))))
 
     # --- plan
 
