@@ -22,8 +22,8 @@ def preview(
         list[int] | None,
         typer.Option(
             "--row",
-            help="Number of a row to show in full, from 1; give it again for more. By default three rows, first those "
-            "whose roles differ, long texts shortened.",
+            help="Number of a row to show in full, from 1; give it again for more. By default three rows, of "
+            "different roles or files where there are some, long texts shortened.",
             metavar="N",
             show_default=False,
         ),

@@ -25,13 +25,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One row as the model will see it. ``number`` counts the rows of the data set from 1, as they were read."""
+    """One row as the model will see it. ``number`` counts the rows of the data set from 1, as they were read.
+
+    ``is_longest_allowed``: it has as many tokens as a row may have, so that some may be cut off.
+    """
 
     number: int
     where: str
     tokens: int
     labelled_tokens: int
     pieces: tuple[Piece, ...]
+    is_longest_allowed: bool = False
 
     def shortened(self, characters: int, most: int) -> "ShownRow":
         """The same row with at most ``characters`` of each piece and ``most`` pieces, the middle cut out."""
@@ -94,7 +98,7 @@ class Preview:
         )
 
 
-def shown_row(example: Example, number: int, tokenizer: Any) -> ShownRow:
+def shown_row(example: Example, number: int, tokenizer: Any, max_length: int) -> ShownRow:
     """A tokenised row in pieces of text."""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     kinds = [
@@ -106,11 +110,14 @@ def shown_row(example: Example, number: int, tokenizer: Any) -> ShownRow:
     for (labelled, alone), run in groupby(kinds):
         start, end = end, end + len(list(run))
         after = _decoded(example.input_ids[:end], tokenizer)
+        if end < len(example):
+            after = after.rstrip("\N{REPLACEMENT CHARACTER}")  # the first bytes of a character go to those after them
         grew = after.startswith(before)  # what a token looks like depends on those before it
         text = after[len(before) :] if grew else _decoded(example.input_ids[start:end], tokenizer)
         pieces.append(Piece(text, labelled, alone >= 0))
         before = after
-    return ShownRow(number, example.where, len(example), example.labelled_tokens, tuple(pieces))
+    is_longest = len(example) == max_length
+    return ShownRow(number, example.where, len(example), example.labelled_tokens, tuple(pieces), is_longest)
 
 
 def _decoded(ids: list[int], tokenizer: Any) -> str:
@@ -119,7 +126,7 @@ def _decoded(ids: list[int], tokenizer: Any) -> str:
 
 
 def _shortened(piece: Piece, characters: int) -> list[Piece]:
-    if len(piece.text) <= characters + 40:  # about what the remark would take
+    if len(piece.text) <= characters * 4 // 3:  # a remark instead of a few words helps nobody
         return [piece]
     head, tail = characters - characters // 3, characters // 3
     cut = Piece(f" [... {len(piece.text) - head - tail:,} characters ...] ", piece.labelled, left_out=True)

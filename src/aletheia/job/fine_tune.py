@@ -112,7 +112,7 @@ class Job:
         self.say(f"load   {settings.model.model}")
         with self._timed("load"):
             base, data = self._load(rows)
-        for line in quoted(shown_row(data[0], 1, base.tokenizer)):
+        for line in quoted(shown_row(data[0], 1, base.tokenizer, data.max_length)):
             self.say(line)
         data, held_out = split_for(base, data, eval_rows, settings.data, settings.training.seed, self.say)
         for note in overlap(data, held_out).notes():

@@ -1,5 +1,6 @@
 """Rows of a data set as a model will see them, before anything is trained. Reads the tokenizer and the config alone."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ def preview(
     Args:
         model: hub id, folder or file, or :class:`aletheia.LoadSettings`; no weights are read.
         data: rows to learn from, or :class:`aletheia.DataSettings`.
-        rows: numbers of rows to show, from 1; by default three, first those whose roles differ.
+        rows: numbers of rows to show, from 1; by default three, of different roles or files where there are some.
 
     Raises:
         AletheiaError: what is wrong, in one line.
@@ -42,6 +43,8 @@ def preview(
     said: list[str] = []
     examples = encode_for(base, found, asked, said.append)
     counted = count_notes(examples)
+    if examples.left_out and not settings.data.skip_emptied:
+        said.append("a run stops at the first of the rows that are left out here, unless `skip_emptied` is given")
     shared = None
     if eval_rows is not None or len(examples) > 1:
         train, held_out = split_for(base, examples, eval_rows, asked, settings.training.seed, said.append)
@@ -51,7 +54,7 @@ def preview(
 
 
 def _rows_to_show(rows: Rows, examples: Examples, asked: Sequence[int], tokenizer: Any) -> list[ShownRow]:
-    """The rows ``asked`` for, by number from 1; by default three, first those whose roles differ.
+    """The rows ``asked`` for, by number from 1; by default three, of different roles or files where there are some.
 
     Raises:
         DataError: there is no row of that number, or it is left out.
@@ -63,16 +66,21 @@ def _rows_to_show(rows: Rows, examples: Examples, asked: Sequence[int], tokenize
         if (where := rows.rows[number - 1].where) not in encoded:
             raise DataError(f"`row` is {number}; expected a row that is learned from: {where} is left out")
     numbers = list(dict.fromkeys(asked)) or _different(rows.rows, encoded)
-    return [shown_row(encoded[rows.rows[number - 1].where], number, tokenizer) for number in numbers]
+    return [
+        shown_row(encoded[rows.rows[number - 1].where], number, tokenizer, examples.max_length) for number in numbers
+    ]
 
 
 def _different(rows: Sequence[Row], encoded: Mapping[str, Example]) -> list[int]:
-    """Numbers of the first rows, those that differ from the ones before before those that do not."""
+    """Numbers of three rows: the first of other roles, then of other files, then any."""
     usable = [number for number, row in enumerate(rows, start=1) if row.where in encoded]
-    first: dict[tuple[str, ...], int] = {}
+    by_roles: dict[tuple[str, ...], int] = {}
+    by_file: dict[str, int] = {}
     for number in usable:
-        roles = [message["role"] for message in rows[number - 1].messages or ()]
+        row = rows[number - 1]
+        roles = [message["role"] for message in row.messages or ()]
         several = ("several answers",) if roles.count("assistant") > 1 else ()
-        first.setdefault((*dict.fromkeys(roles), *several), number)
-    chosen = [*first.values(), *(number for number in usable[:ROWS_SHOWN] if number not in first.values())]
-    return sorted(chosen[:ROWS_SHOWN])
+        by_roles.setdefault((*dict.fromkeys(roles), *several), number)
+        by_file.setdefault(re.sub(r"(:| row )\d+$", "", row.where), number)
+    chosen = dict.fromkeys((*by_roles.values(), *by_file.values(), *usable[:ROWS_SHOWN]))
+    return sorted(list(chosen)[:ROWS_SHOWN])

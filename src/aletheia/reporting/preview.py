@@ -5,10 +5,11 @@ from rich.table import Table
 from rich.text import Text
 
 from aletheia.data.preview import Piece, Preview, ShownRow
-from aletheia.reporting.format import human_percent, printable, shorten
+from aletheia.reporting.format import human_percent, printable
 
 WIDTH = 80
 INDENT = "    "
+_PLACE = 28  # characters of where a row stands; the end tells files apart
 BRACKETS = ("\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}", "\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}")
 ASCII_BRACKETS = ("[[", "]]")
 _RETURN = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
@@ -38,12 +39,12 @@ def quoted(row: ShownRow) -> list[str]:
     """A row in a few lines of plain text that any terminal can show, under a headline."""
     text = row_text(row.shortened(_QUOTED_CHARACTERS, _QUOTED_PIECES), ASCII_BRACKETS, "ascii")
     width = WIDTH - len(INDENT)
-    lines = [INDENT + line.plain for line in text.wrap(Console(width=width), width)]
+    lines = [INDENT + line.plain.rstrip() for line in text.wrap(Console(width=width), width)]
     if len(lines) > _QUOTED_LINES:
         head = _QUOTED_LINES // 2
         lines = [*lines[:head], f"{INDENT}...", *lines[len(lines) - head :]]
     start, end = ASCII_BRACKETS
-    return [f"row    {_headline(row).plain}, between {start} and {end}:", *lines]
+    return [f"{_headline(row).plain}, between {start} and {end}:", *lines]
 
 
 def row_text(row: ShownRow, brackets: tuple[str, str] | None, encoding: str = "utf-8") -> Text:
@@ -98,9 +99,11 @@ def _style(piece: Piece) -> str:
 
 
 def _headline(row: ShownRow) -> Text:
+    where = printable(row.where)
+    where = where if len(where) <= _PLACE else f"...{where[3 - _PLACE :]}"
+    most = " (the limit)" if row.is_longest_allowed else ""
     return Text.assemble(
-        (f"{row.number}", "bold"),
-        f"  {shorten(row.where, 44)}  {row.tokens:,} tokens, {row.labelled_tokens:,} learned",
+        (f"row {row.number}", "bold"), f"  {where}  {row.tokens:,} tokens{most}, {row.labelled_tokens:,} learned"
     )
 
 
@@ -140,7 +143,9 @@ def _counts(preview: Preview) -> Table:
 
 
 def _reasons(preview: Preview) -> str:
-    return ", ".join(f"{count:,}: {reason}" for reason, count in preview.left_out.items())
+    if len(preview.left_out) == 1:
+        return next(iter(preview.left_out))
+    return ", ".join(f"{count:,} {reason}" for reason, count in preview.left_out.items())
 
 
 def _notes(preview: Preview) -> list[Text]:
