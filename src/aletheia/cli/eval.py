@@ -21,7 +21,7 @@ EXAMPLE = "aletheia eval Qwen/Qwen2.5-0.5B-Instruct --adapter run --tasks mmlu,g
 @from_settings(
     LoadSettings,
     DataSettings,
-    leave_out={"model", "stream", "max_memory", "data", "eval_data", "eval_fraction", "eval_rows"},
+    leave_out={"model", "stream", "max_memory", "fresh", "data", "eval_data", "eval_fraction", "eval_rows"},
 )
 def eval(
     model: Annotated[
@@ -97,7 +97,7 @@ def eval(
             context_length=context_length, max_length=rows.max_length, skip_emptied=rows.skip_emptied,
             batch_size=batch_size, dtype=loading.dtype, quantize=loading.quantize, attention=loading.attention,
         )  # fmt: skip
-        done = _evaluate(settings, out, data_dir, unsafe_exec, overwrite)
+        done = _evaluate(loading, settings, out, data_dir, unsafe_exec, overwrite)
     compared = [compare(done, other) for other in others]
     if as_json:
         found = done.evaluation.model_dump(mode="json")
@@ -107,11 +107,16 @@ def eval(
 
 
 def _evaluate(
-    settings: "EvalSettings", out: Path, data_dir: Path | None, unsafe_exec: bool, overwrite: bool
+    loading: LoadSettings,
+    settings: "EvalSettings",
+    out: Path,
+    data_dir: Path | None,
+    unsafe_exec: bool,
+    overwrite: bool,
 ) -> "Evaluated":
     """Load and evaluate, unless the folder holds the result already."""
     from aletheia.anatomy.fingerprint import identify
-    from aletheia.anatomy.load import load
+    from aletheia.job.source import load_as_asked
     from aletheia.lab.evaluation.evaluate import Origin, claim, evaluate
     from aletheia.runs.saved import load_adapter
 
@@ -120,10 +125,10 @@ def _evaluate(
         return finished
     started = time.perf_counter()
     say(f"load   {settings.model}")
-    base = load(settings.model, settings.dtype, None, settings.quantize, settings.attention)  # type: ignore[arg-type]
+    base = load_as_asked(loading)
     identity = identify(base.model)
     if settings.adapter is not None:
-        base = replace(base, model=load_adapter(base.model, settings.adapter))  # type: ignore[arg-type]
+        base = replace(base, model=load_adapter(base.model, settings.adapter, loading.allow_pickle))  # type: ignore[arg-type]
     origin = Origin(identity, time.perf_counter() - started)
     done = evaluate(base, settings, out, data_dir, origin, unsafe_exec, overwrite)
     say(f"wrote {out} (eval.json, items.parquet)")

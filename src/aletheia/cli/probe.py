@@ -47,11 +47,10 @@ def probe(
 ) -> None:
     """Score layers and modules by the gradient norm they receive on a few batches; nothing is trained."""
     quiet_libraries()
-    from aletheia.anatomy.checkpoint import Checkpoint
     from aletheia.data.rows import load_rows
     from aletheia.errors import ProbeError
     from aletheia.files import check_writable
-    from aletheia.job.source import encode_for, is_streamed, load_for
+    from aletheia.job.source import checkpoint_as_asked, encode_for, is_streamed, load_for
     from aletheia.probing.resident import probe as run_probe
     from aletheia.probing.streamed import probe_streamed
     from aletheia.probing.tally import SCORE
@@ -64,7 +63,7 @@ def probe(
     check_writable(out.parent)
     rows = load_rows(data.data)
     if is_streamed(loading, say):
-        checkpoint = Checkpoint(model, loading.dtype, attention=loading.attention)
+        checkpoint = checkpoint_as_asked(loading)
         examples = encode_for(checkpoint, rows, data, say)
         say(f"probe  {batches} batches of {batch_size}, layer by layer; plans will count operations, not seconds")
         work = out.with_name(f"{out.name}.partial")

@@ -26,8 +26,9 @@ from aletheia.data.settings import DataSettings
 from aletheia.data.sources import one_line
 from aletheia.errors import TrainingError
 from aletheia.files import write_text
+from aletheia.job.adapter import Start
 from aletheia.job.settings import JobSettings
-from aletheia.job.source import Say, Source, encode_for, is_streamed, load_for, to_stderr
+from aletheia.job.source import Say, Source, checkpoint_as_asked, encode_for, is_streamed, load_for, to_stderr
 from aletheia.planning.make import every_layer_fits
 from aletheia.planning.make import plan as make_plan
 from aletheia.planning.memory import training_bytes
@@ -40,7 +41,8 @@ from aletheia.probing.scores import Scores
 from aletheia.reporting.page import report
 from aletheia.runs.folder import CONFIG_FILE, RunFolder
 from aletheia.runs.manifest import TrainingCheckpoint, check_same_run, newest_checkpoint, verified
-from aletheia.runs.schema import PLAN_FILE, REPORT_FILE, SCORES_FILE, Run
+from aletheia.runs.saved import continue_adapter, plan_of_adapter
+from aletheia.runs.schema import PLAN_FILE, REPORT_FILE, SCORES_FILE, Run, StartingAdapter
 from aletheia.training.interrupts import interrupts
 from aletheia.training.loop import rows_of_steps, rows_per_step, training_arguments
 from aletheia.training.processes import Launch, say_nothing
@@ -107,23 +109,25 @@ class Job:
         rows = load_rows(settings.data.data)
         eval_rows = load_rows(settings.data.eval_data) if settings.data.eval_data else None
         self.say(f"load   {settings.model.model}")
+        start = Start.of(settings)
         with self._timed("load"):
-            base, data = self._load(rows)
+            base, data = self._load(rows, start)
         data, held_out = self._split(base, data, eval_rows)
-        scores, plan = self._plan(base, data, given, found)
+        if start is None:
+            scores, plan = self._plan(base, data, given, found)
+            prefix = self._prefix(base, plan, data, held_out)
+            adapted = self._adapted(base, plan)
+        else:
+            scores, plan, adapted = self._go_on(base, data, start, found)
+            prefix = None
         self.say(_about_plan(plan, settings.training.cache))
         if self.launch.is_first:
             self._keep(plan, scores)
-        prefix = self._prefix(base, plan, data, held_out)
-        seed = settings.training.seed
-        if isinstance(base, Checkpoint):
-            adapted = adapt(base.suffix(plan.boundary), plan, seed, plan.model)
-        else:
-            adapted = adapt(base.model, plan, seed)
         unquantized = None
         if settings.training.correct_quantization:
-            unquantized = Checkpoint(settings.model.model, settings.model.dtype)
-        prepared = Prepared(prefix, unquantized, self.seconds, self._identity(base), found)
+            unquantized = checkpoint_as_asked(settings.model)
+        record = start.record if start is not None else None
+        prepared = Prepared(prefix, unquantized, self.seconds, self._identity(base, record), record, found)
         run = train(adapted, data, plan, folder, held_out, settings.training, prepared)
         if self.launch.is_first:
             write_text(folder.path / CONFIG_FILE, settings.to_yaml())
@@ -161,11 +165,12 @@ class Job:
         )
         return found
 
-    def _identity(self, base: Source) -> dict[str, Any]:
+    def _identity(self, base: Source, record: StartingAdapter | None) -> dict[str, Any]:
         backend = getattr(base.tokenizer, "backend_tokenizer", None)
         vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(base.tokenizer.get_vocab().items()))
         told = f"{vocabulary}\n{getattr(base.tokenizer, 'chat_template', None)}"
-        return self.settings.about() | {"tokenizer": hashlib.sha256(told.encode()).hexdigest()}
+        about = self.settings.about() | {"tokenizer": hashlib.sha256(told.encode()).hexdigest()}
+        return about | ({"adapter_sha256": record.sha256} if record is not None else {})
 
     def _keep(self, plan: Plan, scores: Scores | None) -> None:
         """What a run that goes on needs beside its checkpoints."""
@@ -178,11 +183,11 @@ class Job:
 
     # --- load
 
-    def _load(self, rows: Rows) -> tuple[Source, Examples]:
-        how = self.settings.model
+    def _load(self, rows: Rows, start: Start | None) -> tuple[Source, Examples]:
+        how = self.settings.model if start is None else start.base
         if is_streamed(how, self.say):
             self.settings.check_streamed()
-            checkpoint = Checkpoint(how.model, how.dtype, attention=how.attention)
+            checkpoint = checkpoint_as_asked(how)
             return checkpoint, encode_for(checkpoint, rows, self.settings.data, self.say)
         return load_for(how, rows, self.settings.data, self.say)
 
@@ -217,6 +222,25 @@ class Job:
         with self._timed("plan"):
             plan = self._make_plan(scores, base, data)
         return scores, plan
+
+    def _go_on(
+        self, base: Source, data: Examples, start: Start, found: TrainingCheckpoint | None
+    ) -> tuple[Scores | None, Plan, Any]:
+        """Scores, plan and model of an adapter that is trained on."""
+        assert not isinstance(base, Checkpoint), "a base to go on from is loaded as a whole"
+        own = start.own_plan
+        scores = self.launch.computed_by_first(partial(self._probe, base, data)) if own is None else own[0]
+        adapted = continue_adapter(base.model, start.folder, self.settings.model.allow_pickle)
+        plan = plan_of_adapter(adapted, scores) if own is None else own[1]  # type: ignore[arg-type]
+        self.say(f"go on  with {start.folder} on {start.base.model}")
+        return scores, plan, adapted
+
+    def _adapted(self, base: Source, plan: Plan) -> Any:
+        """The model with the adapters of the plan."""
+        seed = self.settings.training.seed
+        if isinstance(base, Checkpoint):
+            return adapt(base.suffix(plan.boundary), plan, seed, plan.model)
+        return adapt(base.model, plan, seed)
 
     def _model_identity(self, base: Source) -> ModelIdentity:
         if isinstance(base, Checkpoint):

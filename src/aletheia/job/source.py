@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 from aletheia.anatomy.access import text_config
 from aletheia.anatomy.checkpoint import Checkpoint
@@ -12,8 +13,11 @@ from aletheia.data.encode import encode
 from aletheia.data.examples import Examples
 from aletheia.data.rows import Rows
 from aletheia.data.settings import DataSettings
+from aletheia.errors import ModelError
+from aletheia.job.adapter import adapter_folder, base_settings
 from aletheia.planning.estimate import RESIDENT_SHARE
 from aletheia.probing.preflight import preflight
+from aletheia.runs.saved import merge_adapter
 
 Say = Callable[[str], None]
 Source = Loaded | Checkpoint
@@ -25,11 +29,19 @@ def to_stderr(line: str) -> None:
 
 
 def is_streamed(how: LoadSettings, say: Say = to_stderr) -> bool:
-    """Whether to read the weights layer by layer: as asked, or where they would take most of the memory."""
+    """Whether to read the weights layer by layer: as asked, or where they would take most of the memory.
+
+    Raises:
+        ModelError: MODEL cannot be found or read; an adapter's base would have to be streamed.
+    """
+    if how.fresh and (folder := adapter_folder(how.model)) is not None:
+        if is_streamed(base_settings(how, folder).model_copy(update={"stream": None}), say):
+            raise ModelError(f"the base of {folder} takes over half the memory; expected it to fit, to be merged into")
+        return False
     if how.stream is not None or how.quantize:
         return bool(how.stream)
     device = pick_device()
-    needed = weights_bytes(how.model, pick(how.dtype, device))
+    needed = weights_bytes(how.model, pick(how.dtype, device), how.trust_remote_code)
     limit = free_memory_bytes(device) if how.max_memory is None else how.max_memory
     if needed is None or needed <= RESIDENT_SHARE * limit:
         return False
@@ -54,10 +66,27 @@ def encode_for(base: Source, rows: Rows, data: DataSettings, say: Say = to_stder
 
 
 def load_for(how: LoadSettings, rows: Rows, data: DataSettings, say: Say = to_stderr) -> tuple[Loaded, Examples]:
-    """The model and its rows, computed in a way that stays finite where float16 does not."""
-    base = load(how.model, how.dtype, None, how.quantize, how.attention)
+    """The model and its rows, computed in a way that stays finite where float16 does not.
+
+    With ``fresh`` the adapter that MODEL is has been merged into its base.
+    """
+    folder = adapter_folder(how.model) if how.fresh else None
+    base = load_as_asked(how if folder is None else base_settings(how, folder))
     examples = encode_for(base, rows, data, say)
     base, changed = preflight(base, examples)
     if changed:
         say(f"note: {changed}")
+    if folder is not None:
+        base = replace(base, model=merge_adapter(base.model, folder, how.allow_pickle))
+        say(f"merge  {folder} into {base_settings(how, folder).model}")
     return base, examples
+
+
+def load_as_asked(how: LoadSettings) -> Loaded:
+    """:func:`aletheia.load` with all settings."""
+    return load(how.model, how.dtype, None, how.quantize, how.attention, how.trust_remote_code, how.allow_pickle)
+
+
+def checkpoint_as_asked(how: LoadSettings) -> Checkpoint:
+    """:class:`aletheia.Checkpoint` with all settings."""
+    return Checkpoint(how.model, how.dtype, attention=how.attention, trust_remote_code=how.trust_remote_code)

@@ -49,7 +49,7 @@ def preflight(base: Loaded, data: Examples) -> tuple[Loaded, str | None]:
     if base.quantize is None:
         model.to("meta")  # it is of no use any more, and both may not fit
     for dtype in ("bfloat16", "float32") if pick_dtype(device) == torch.bfloat16 else ("float32",):
-        again = load(name, dtype, str(device), base.quantize, attention)
+        again = load(name, dtype, str(device), base.quantize, attention, base.trust_remote_code, base.allow_pickle)
         if first_broken_layer(again.model, batch) is None:
             return again, f"{what}; {dtype} is used instead"
     raise ProbeError(f"{what}, and in float32 too; expected finite weights, fetch the checkpoint again")

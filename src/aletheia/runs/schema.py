@@ -76,11 +76,19 @@ class UsedSettings(BaseModel):
     group_by_length: bool = False
     gradient_checkpointing: Literal["off", "selective", "full"] = "off"
     cache: Literal["memory", "disk", "off"] = "off"
-    init: Literal["gradient", "random"] = "random"
+    init: Literal["gradient", "random", "adapter"] = "random"
     quantization: str | None = None  # of the base's matrices
     quantization_corrected: bool = False  # by a frozen part of the adapters, which doubles their rank
     attention: str | None = None
     keep: Literal["last", "best"] = "last"
+
+
+class StartingAdapter(BaseModel):
+    """The adapter that a run went on with: where it lay, and the sha256 of its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    sha256: str
 
 
 class Metrics(Artifact):
@@ -95,6 +103,7 @@ class Metrics(Artifact):
     held_out_tokens: int
     packages: dict[str, str]
     settings: UsedSettings
+    went_on_from: StartingAdapter | None = None
     rows_truncated: int = 0
     rows_skipped: int = 0
     steps: int

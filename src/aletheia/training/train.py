@@ -36,7 +36,7 @@ from aletheia.prefix.exact import why_not_exact
 from aletheia.prefix.fill import fill
 from aletheia.runs.folder import RunFolder, save
 from aletheia.runs.manifest import TrainingCheckpoint, newest_checkpoint
-from aletheia.runs.schema import Metrics, PhaseSeconds, Run, UsedSettings
+from aletheia.runs.schema import Metrics, PhaseSeconds, Run, StartingAdapter, UsedSettings
 from aletheia.training.attach import Attachment, AttachSettings, prefix_computed_as
 from aletheia.training.checkpoints import trustworthy_checkpoints
 from aletheia.training.fast_steps import fast_steps
@@ -61,6 +61,7 @@ class Prepared:
         seconds: time already spent, by phase (``load``, ``probe``, ``plan``, ``cache``).
         about: what tells this run from others, by name, beyond what :func:`train` knows: a run that was interrupted
             goes on only if all of it is the same.
+        went_on_from: the adapter that ``model`` was loaded with, whose weights are where training starts.
         checkpoint: the one to go on from; by default the newest whole one where the folder holds an interrupted run.
     """
 
@@ -68,6 +69,7 @@ class Prepared:
     unquantized: Checkpoint | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
+    went_on_from: StartingAdapter | None = None
     checkpoint: TrainingCheckpoint | None = None
 
 
@@ -246,7 +248,7 @@ class _Job:
             layers = self.prepared.unquantized.read_layers(sorted({adapter.layer for adapter in self.plan.adapters}))
             self.correction.measure(self.model, layers, collate(_first_rows(first), pad))
         self.model.train()
-        if settings.init == "gradient" and anew:
+        if settings.init == "gradient" and anew and self.prepared.went_on_from is None:
             rows = list(chain.from_iterable(first))[: count * settings.batch_size]
             cut = [rows[at : at + settings.batch_size] for at in range(0, len(rows), settings.batch_size)]
             # with every adapter learning, as the run begins; what is below may not be in memory
@@ -302,7 +304,7 @@ class _Job:
             group_by_length=settings.group_by_length,
             gradient_checkpointing=settings.gradient_checkpointing,
             cache=attachment.decision.kind,
-            init=settings.init,
+            init=settings.init if self.prepared.went_on_from is None else "adapter",
             quantization=quantization_of(base_of(model)),
             quantization_corrected=bool(self.correction),
             attention=getattr(model.config, "_attn_implementation", None),
@@ -321,6 +323,7 @@ class _Job:
             held_out_tokens=self.held_out.labelled_tokens,
             packages=package_versions(),
             settings=used,
+            went_on_from=self.prepared.went_on_from,
             rows_truncated=data.truncated,
             rows_skipped=data.skipped,
             steps=steps,
