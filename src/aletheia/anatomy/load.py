@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
@@ -20,6 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from aletheia.anatomy.families import EXPECTED, model_class
 from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import Anatomy
 from aletheia.anatomy.settings import Attention
@@ -128,7 +128,7 @@ def inspect(name: str) -> Anatomy:
     config = load_config(name)
     config.__dict__.pop("quantization_config", None)  # shapes are wanted, not the quantizer's packages
     with explained(name), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = model_class(name, config).from_config(config)
     return read_anatomy(model)
 
 
@@ -157,14 +157,14 @@ def load(
     settings: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if quantize is not None:
         settings["quantization_config"] = _quantization(name, quantize, chosen)
-    if quantize is not None or hasattr(load_config(name), "quantization_config"):
+    config = load_config(name)
+    family = model_class(name, config)
+    if quantize is not None or hasattr(config, "quantization_config"):
         settings["device_map"] = {"": target}  # quantized weights cannot be moved
     with explained(name):
         place = _place(name)
         tokenizer = AutoTokenizer.from_pretrained(**place)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            **place, **settings, dtype=chosen, output_loading_info=True
-        )
+        model, loading = family.from_pretrained(**place, **settings, dtype=chosen, output_loading_info=True)
         if getattr(model, "hf_quantizer", None) is None:
             model = model.to(target)
     _check_complete(name, loading)
@@ -253,6 +253,8 @@ def _place(name: str) -> dict[str, Any]:
             raise ModelError(f"no file {name}; expected a GGUF checkpoint")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
+        if (path / "model_index.json").is_file():
+            raise ModelError(f"{name} is a diffusion pipeline, which makes images; {EXPECTED}")
         if not (path / "config.json").is_file():
             raise ModelError(f"{name} holds no config.json; expected a transformers model folder or a .gguf file")
         return {"pretrained_model_name_or_path": name}
