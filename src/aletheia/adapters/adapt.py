@@ -82,7 +82,7 @@ def check_names(plan: Plan, anatomy: Anatomy) -> None:
             )
         if module.refused:
             raise PlanError(
-                f"the plan adapts {adapter.name}, which LoRA cannot adapt ({anatomy.about_left_out}); expected a plan "
+                f"the plan adapts {adapter.name}, which LoRA cannot adapt here ({anatomy.notes[0]}); expected a plan "
                 "without it; write it again with 'aletheia plan'"
             )
         if (adapter.layer, adapter.parameters) != (module.layer, module.lora_parameters(adapter.rank)):

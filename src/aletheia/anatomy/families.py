@@ -41,8 +41,8 @@ def model_class(name: str, config: PretrainedConfig) -> Any:
     if is_wrapper(config):
         if any(getattr(text, mark, None) for mark in CROSS_ATTENTION):
             raise ModelError(
-                f"{name} is a vision-language model ({kind}) whose language model has layers that read the image alone; "
-                "expected one whose language model is a plain decoder, or a text model"
+                f"{name} is a vision-language model ({kind}) with layers that read the image alone; expected one whose "
+                "language model is a plain decoder, or a text model"
             )
         return AutoModelForImageTextToText
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:

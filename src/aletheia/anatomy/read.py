@@ -1,8 +1,8 @@
 """Read a model's anatomy by its structure alone; works on the meta device, weights are never touched.
 
-The decoder layers are the ``ModuleList`` that holds the most parameters, inside the language model where that is one part
-of several; modules are every Linear and Conv1D inside it and every stack of experts, a 3-D parameter; roles come from
-names. What LoRA cannot adapt is marked by a trial, see :mod:`aletheia.anatomy.trial`.
+The decoder layers are the ``ModuleList`` that holds the most parameters, inside the language model where that is one
+part of several; modules are every Linear and Conv1D inside it and every stack of experts, a 3-D parameter; roles come
+from names. What LoRA cannot adapt is marked by a trial, see :mod:`aletheia.anatomy.trial`.
 """
 
 import re
@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from aletheia.anatomy.access import base_of, text_config
-from aletheia.anatomy.schema import Anatomy, LeftOut, Module, Role
+from aletheia.anatomy.schema import Anatomy, LeftOut, Module, Role, SharedWeight
 from aletheia.anatomy.trial import refused
 from aletheia.errors import ModelError
 
@@ -157,6 +157,7 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         layer_parameters=tuple(_parameters(layer) for layer in layers),
         modules=modules,
         left_out=left_out,
+        shared=_shared(model, path),
     )
 
 
@@ -223,6 +224,19 @@ def _in_several_layers(model: nn.Module, path: str) -> dict[str, str]:
         for names in places.values()
         if len({layer_index(name, path) for name in names}) > 1
     }
+
+
+def _shared(model: nn.Module, path: str) -> tuple[SharedWeight, ...]:
+    """Matrices of several layers that are one weight."""
+    places: dict[int, list[str]] = {}
+    for name, module in adaptable_modules(model).items():
+        places.setdefault(id(module.weight), []).append(name)
+    found = []
+    for names in places.values():
+        layers = tuple(layer_index(name, path) for name in names)
+        if len(set(layers)) > 1:
+            found.append(SharedWeight(name=names[0].removeprefix(f"{path}.{layers[0]}."), layers=layers))
+    return tuple(found)
 
 
 def _describe(name: str, module: nn.Module, layer_path: str, is_refused: bool) -> Module:

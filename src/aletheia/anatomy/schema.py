@@ -1,10 +1,12 @@
 """The anatomy of a model as plain data: what plans and reports need to know without loading torch."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 BETWEEN_SOURCES = " + "  # in the name of a data set of several files
+FEW = 4  # names in a line about like weights
 Role = Literal["attention", "mlp", "expert", "shared_expert", "router"]
 
 
@@ -67,11 +69,20 @@ class LeftOut(BaseModel):
     reason: str
 
 
+class SharedWeight(BaseModel):
+    """Matrices of like name in several layers that are one weight, such as those of Zamba's shared blocks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    layers: tuple[int, ...]
+
+
 class Anatomy(BaseModel):
     """Decoder layers and their modules, plus the sizes around them.
 
     ``attention_width`` is heads x head size, the width of the two attention products. ``left_out`` names what of the
-    layers LoRA cannot adapt, matrices among the ``modules`` included.
+    layers LoRA cannot adapt, matrices among the ``modules`` included. Of ``shared`` weights each layer's module has an
+    adapter of its own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,6 +97,7 @@ class Anatomy(BaseModel):
     layer_parameters: tuple[int, ...]
     modules: tuple[Module, ...]
     left_out: tuple[LeftOut, ...] = ()
+    shared: tuple[SharedWeight, ...] = ()
 
     def in_layer(self, index: int) -> tuple[Module, ...]:
         """The modules of one decoder layer, in the model's order."""
@@ -96,18 +108,30 @@ class Anatomy(BaseModel):
         return tuple(module for module in self.modules if module.is_target or (routers and not module.refused))
 
     @property
-    def about_left_out(self) -> str | None:
-        """One line about what LoRA leaves as it is, None if that is nothing."""
+    def notes(self) -> list[str]:
+        """What is unusual about the layers, a line each: what LoRA leaves as it is, and what layers share."""
         by_reason: dict[str, list[str]] = {}
         for weights in self.left_out:
             by_reason.setdefault(weights.reason, []).append(weights.name)
-        told = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in by_reason.items())
-        return f"not adapted: {told}" if told else None
+        told = "; ".join(f"{_few(names)} ({reason})" for reason, names in by_reason.items())
+        lines = [f"not adapted: {told}"] if told else []
+        by_layers: dict[tuple[int, ...], list[str]] = {}
+        for weight in self.shared:
+            by_layers.setdefault(weight.layers, []).append(weight.name)
+        for layers, names in by_layers.items():
+            where = ", ".join(map(str, layers))
+            lines.append(f"layers {where} share the weights of {_few(names)}; each has adapters of its own")
+        return lines
 
     @property
     def head_flops_per_token(self) -> int:
         """Forward FLOPs of the LM head for one token."""
         return 2 * self.hidden_size * self.vocab_size
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first names of many."""
+    return ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
 
 
 class ModelIdentity(BaseModel):

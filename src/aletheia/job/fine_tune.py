@@ -27,7 +27,7 @@ from aletheia.data.sources import one_line
 from aletheia.errors import TrainingError
 from aletheia.files import write_text
 from aletheia.job.settings import JobSettings
-from aletheia.job.source import Say, Source, encode_for, is_streamed, load_for, to_stderr
+from aletheia.job.source import Say, Source, encode_for, is_streamed, load_for, note_unusual, to_stderr
 from aletheia.planning.make import every_layer_fits
 from aletheia.planning.make import plan as make_plan
 from aletheia.planning.memory import training_bytes
@@ -183,6 +183,7 @@ class Job:
         if is_streamed(how, self.say):
             self.settings.check_streamed()
             checkpoint = Checkpoint(how.model, how.dtype, attention=how.attention)
+            note_unusual(checkpoint.anatomy, self.say)
             return checkpoint, encode_for(checkpoint, rows, self.settings.data, self.say)
         return load_for(how, rows, self.settings.data, self.say)
 

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from aletheia.anatomy.access import text_config
 from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.load import Loaded, free_memory_bytes, load, pick, pick_device
+from aletheia.anatomy.read import read_anatomy
+from aletheia.anatomy.schema import Anatomy
 from aletheia.anatomy.settings import LoadSettings
 from aletheia.anatomy.shards import weights_bytes
 from aletheia.data.encode import encode
@@ -13,6 +15,7 @@ from aletheia.data.examples import Examples
 from aletheia.data.rows import Rows
 from aletheia.data.settings import DataSettings
 from aletheia.planning.estimate import RESIDENT_SHARE
+from aletheia.probing.passes import check_passes
 from aletheia.probing.preflight import preflight
 
 Say = Callable[[str], None]
@@ -54,10 +57,22 @@ def encode_for(base: Source, rows: Rows, data: DataSettings, say: Say = to_stder
 
 
 def load_for(how: LoadSettings, rows: Rows, data: DataSettings, say: Say = to_stderr) -> tuple[Loaded, Examples]:
-    """The model and its rows, computed in a way that stays finite where float16 does not."""
+    """The model and its rows, computed in a way that stays finite where float16 does not.
+
+    Raises:
+        ModelError: it cannot be loaded, or not be trained as it is, see :func:`~aletheia.probing.passes.check_passes`.
+    """
     base = load(how.model, how.dtype, None, how.quantize, how.attention)
     examples = encode_for(base, rows, data, say)
     base, changed = preflight(base, examples)
     if changed:
         say(f"note: {changed}")
+    check_passes(base.model, examples)
+    note_unusual(read_anatomy(base.model), say)
     return base, examples
+
+
+def note_unusual(anatomy: Anatomy, say: Say) -> None:
+    """Say what of the layers LoRA leaves as it is, and what they share, if anything."""
+    for note in anatomy.notes:
+        say(f"note: {note}")
