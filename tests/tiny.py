@@ -3,10 +3,12 @@
 import re
 
 import torch
+from families import OTHERS, STATE_SPACE, VOCABULARY, WRAPPERS, config_of
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BloomConfig,
     CohereConfig,
     DeepseekV3Config,
@@ -38,7 +40,6 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-VOCABULARY = 259  # 256 bytes and three special tokens
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -52,7 +53,9 @@ GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_head": 4, "n_inner": 48, "bos
 
 
 def make_config(family: str, layers: int = 4):
-    """The config of a tiny model of a family."""
+    """The config of a tiny model of a family; ``layers`` counts for those of this file alone."""
+    if family in (STATE_SPACE | OTHERS | WRAPPERS):
+        return config_of(family)
     match family:
         case "llama":
             return LlamaConfig(**COMMON, num_hidden_layers=layers, num_key_value_heads=2, tie_word_embeddings=True)
@@ -138,7 +141,8 @@ def make_model(family: str = "llama", layers: int = 4, seed: int = 0):
     """A tiny random model; the same weights for a seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(make_config(family, layers))
+        kind = AutoModelForImageTextToText if family in WRAPPERS else AutoModelForCausalLM
+        model = kind.from_config(make_config(family, layers), dtype=torch.float32)
         for name, parameter in model.named_parameters():  # biases start at 0 and norms at 1: make them real
             if parameter.dim() == 1:
                 torch.nn.init.normal_(parameter, mean=0.0 if "bias" in name else 1.0, std=0.1)

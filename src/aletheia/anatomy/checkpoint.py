@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model,
@@ -26,6 +26,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils import logging
 
+from aletheia.anatomy.families import model_class
 from aletheia.anatomy.fingerprint import configuration, identity, sample_embedding, sample_layer
 from aletheia.anatomy.layerwise import Call, NoEmbedding, PassThrough, layer_call, replace_module
 from aletheia.anatomy.load import explained, keep_gradients, load_config, load_tokenizer, pick, pick_device
@@ -146,7 +147,8 @@ class Checkpoint:
                         "from; `stream=False` loads it as a whole"
                     )
             with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, trust_remote_code=trust_remote_code)
+                family = model_class(self.name, config)
+                model = family.from_config(config, dtype=self.dtype, trust_remote_code=trust_remote_code)
                 if quantizer is not None:
                     quantizer.preprocess_model(model=model, dtype=self.dtype, device_map={"": self.device})
                     keep_gradients(model)

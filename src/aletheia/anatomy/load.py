@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
@@ -22,6 +21,7 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from aletheia.anatomy import foreign
+from aletheia.anatomy.families import EXPECTED, model_class
 from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import Anatomy
 from aletheia.anatomy.settings import Attention
@@ -197,6 +197,7 @@ def load(
     target = torch.device(device) if device else pick_device()
     chosen = pick(dtype, target)
     config = load_config(name, trust_remote_code)
+    family = model_class(name, config)
     _check_weights(name, config, trust_remote_code, allow_pickle)
     settings: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if quantize is not None:
@@ -207,9 +208,7 @@ def load(
     tokenizer = load_tokenizer(name, trust_remote_code)
     with explained(name):
         settings |= {"trust_remote_code": trust_remote_code, "use_safetensors": None if allow_pickle else True}
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            **place, **settings, dtype=chosen, output_loading_info=True
-        )
+        model, loading = family.from_pretrained(**place, **settings, dtype=chosen, output_loading_info=True)
         if getattr(model, "hf_quantizer", None) is None:
             model = model.to(target)
     _check_complete(name, loading)
@@ -270,7 +269,8 @@ def _quantization(name: str, kind: str, dtype: torch.dtype) -> BitsAndBytesConfi
 
 def _on_meta(name: str, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     with explained(name), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        family = model_class(name, config)
+        model: PreTrainedModel = family.from_config(config, trust_remote_code=trust_remote_code)
         return model
 
 
@@ -337,6 +337,8 @@ def _place(name: str) -> dict[str, Any]:
         foreign.check_files(path)
         if (path / foreign.ADAPTER_CONFIG).exists():
             raise ModelError(_ADAPTER.format(name=name, base=base_of_adapter(path)))
+        if (path / "model_index.json").is_file():
+            raise ModelError(f"{name} is a diffusion pipeline, which makes images; {EXPECTED}")
         if not (path / "config.json").is_file():
             raise ModelError(f"{name} holds no config.json; expected a transformers model folder or a .gguf file")
         return {"pretrained_model_name_or_path": name}

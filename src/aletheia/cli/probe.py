@@ -50,7 +50,7 @@ def probe(
     from aletheia.data.rows import load_rows
     from aletheia.errors import ProbeError
     from aletheia.files import check_writable
-    from aletheia.job.source import checkpoint_as_asked, encode_for, is_streamed, load_for
+    from aletheia.job.source import checkpoint_as_asked, encode_for, is_streamed, load_for, note_unusual
     from aletheia.probing.resident import probe as run_probe
     from aletheia.probing.streamed import probe_streamed
     from aletheia.probing.tally import SCORE
@@ -64,6 +64,7 @@ def probe(
     rows = load_rows(data.data)
     if is_streamed(loading, say):
         checkpoint = checkpoint_as_asked(loading)
+        note_unusual(checkpoint.anatomy, say)
         examples = encode_for(checkpoint, rows, data, say)
         say(f"probe  {batches} batches of {batch_size}, layer by layer; plans will count operations, not seconds")
         work = out.with_name(f"{out.name}.partial")

@@ -28,7 +28,16 @@ from aletheia.errors import TrainingError
 from aletheia.files import write_text
 from aletheia.job.adapter import Start
 from aletheia.job.settings import JobSettings
-from aletheia.job.source import Say, Source, checkpoint_as_asked, encode_for, is_streamed, load_for, to_stderr
+from aletheia.job.source import (
+    Say,
+    Source,
+    checkpoint_as_asked,
+    encode_for,
+    is_streamed,
+    load_for,
+    note_unusual,
+    to_stderr,
+)
 from aletheia.planning.make import every_layer_fits
 from aletheia.planning.make import plan as make_plan
 from aletheia.planning.memory import training_bytes
@@ -188,6 +197,7 @@ class Job:
         if is_streamed(how, self.say):
             self.settings.check_streamed()
             checkpoint = checkpoint_as_asked(how)
+            note_unusual(checkpoint.anatomy, self.say)
             return checkpoint, encode_for(checkpoint, rows, self.settings.data, self.say)
         return load_for(how, rows, self.settings.data, self.say)
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from aletheia.anatomy.access import text_config
 from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.load import Loaded, free_memory_bytes, load, pick, pick_device
+from aletheia.anatomy.read import read_anatomy
+from aletheia.anatomy.schema import Anatomy
 from aletheia.anatomy.settings import LoadSettings
 from aletheia.anatomy.shards import weights_bytes
 from aletheia.data.encode import encode
@@ -16,6 +18,7 @@ from aletheia.data.settings import DataSettings
 from aletheia.errors import ModelError
 from aletheia.job.adapter import adapter_folder, base_settings
 from aletheia.planning.estimate import RESIDENT_SHARE
+from aletheia.probing.passes import check_passes
 from aletheia.probing.preflight import preflight
 from aletheia.runs.saved import merge_adapter
 
@@ -69,6 +72,9 @@ def load_for(how: LoadSettings, rows: Rows, data: DataSettings, say: Say = to_st
     """The model and its rows, computed in a way that stays finite where float16 does not.
 
     With ``fresh`` the adapter that MODEL is has been merged into its base.
+
+    Raises:
+        ModelError: it cannot be loaded, or not be trained as it is, see :func:`~aletheia.probing.passes.check_passes`.
     """
     folder = adapter_folder(how.model) if how.fresh else None
     base = load_as_asked(how if folder is None else base_settings(how, folder))
@@ -76,6 +82,8 @@ def load_for(how: LoadSettings, rows: Rows, data: DataSettings, say: Say = to_st
     base, changed = preflight(base, examples)
     if changed:
         say(f"note: {changed}")
+    check_passes(base.model, examples)
+    note_unusual(read_anatomy(base.model), say)
     if folder is not None:
         base = replace(base, model=merge_adapter(base.model, folder, how.allow_pickle))
         say(f"merge  {folder} into {base_settings(how, folder).model}")
@@ -90,3 +98,9 @@ def load_as_asked(how: LoadSettings) -> Loaded:
 def checkpoint_as_asked(how: LoadSettings) -> Checkpoint:
     """:class:`aletheia.Checkpoint` with all settings."""
     return Checkpoint(how.model, how.dtype, attention=how.attention, trust_remote_code=how.trust_remote_code)
+
+
+def note_unusual(anatomy: Anatomy, say: Say) -> None:
+    """Say what of the layers LoRA leaves as it is, and what they share, if anything."""
+    for note in anatomy.notes:
+        say(f"note: {note}")

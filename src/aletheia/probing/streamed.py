@@ -149,7 +149,7 @@ def _layer_work_bytes(anatomy: Anatomy, index: int, rows: int, length: int, item
     tokens = rows * length
     widths = sum(module.features_per_token for module in modules)
     heads = max(1, anatomy.attention_width // 64)
-    gradient = max(module.parameters for module in modules)
+    gradient = max((module.parameters for module in modules), default=0)
     return item * (3 * tokens * widths + 4 * rows * heads * length**2 + max(2 * tokens**2, gradient))
 
 
