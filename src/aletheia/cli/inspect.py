@@ -7,9 +7,7 @@ EXAMPLE = "aletheia inspect Qwen/Qwen2.5-0.5B-Instruct"
 
 def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
     """Show a model's layers and modules: role, shape, parameters, FLOPs. Reads the config alone."""
-    from aletheia.cli.options import quiet_libraries
 
-    quiet_libraries()
     from aletheia.anatomy.load import inspect as read
     from aletheia.reporting.anatomy import anatomy_view
 

@@ -12,7 +12,6 @@ from aletheia.cli.options import (
     SeedOption,
     print_json,
     print_rich,
-    quiet_libraries,
     say,
 )
 from aletheia.cli.settings_options import Given, from_settings
@@ -46,7 +45,6 @@ def probe(
     given: Given,
 ) -> None:
     """Score layers and modules by the gradient norm they receive on a few batches; nothing is trained."""
-    quiet_libraries()
     from aletheia.anatomy.checkpoint import Checkpoint
     from aletheia.data.rows import load_rows
     from aletheia.errors import ProbeError
