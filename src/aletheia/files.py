@@ -1,5 +1,6 @@
 """Versioned JSON artefacts (scores, plan, metrics): read, validated, and written atomically. Torch-free."""
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from aletheia.errors import ArtifactError, SettingsError
 
 TRACKED_PACKAGES = ("aletheia-tune", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_WORDS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")  # of libraries
+LONGEST_NAME_BYTES = 255
 
 
 def package_versions(names: Iterable[str] = TRACKED_PACKAGES) -> dict[str, str]:
@@ -38,14 +43,15 @@ def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing: a temporary file beside it, then an atomic rename.
 
     Raises:
-        ArtifactError: the folder cannot be written.
+        ArtifactError: the folder cannot be written; on a full disk, with the bytes needed and free.
     """
+    data = text.encode("utf-8", "surrogateescape")  # a file name of any bytes may stand in it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".aletheia-")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as handle:
-                handle.write(text)
+            with os.fdopen(descriptor, "wb") as handle:
+                handle.write(data)
                 handle.flush()
                 os.fsync(handle.fileno())  # or a power cut after the rename leaves an empty file
             os.chmod(temporary, 0o666 & ~_umask())
@@ -54,7 +60,41 @@ def write_text(path: Path, text: str) -> None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror}; choose another `out`") from error
+        raise not_written(path, error, len(data)) from error
+
+
+def not_written(path: Path, error: Exception, needed_bytes: int | None = None) -> ArtifactError:
+    """The error to raise where ``path`` could not be written; on a full disk it names the bytes needed and free."""
+    if not is_full_disk(error):
+        told = getattr(error, "strerror", None) or " ".join(str(error).split())
+        return ArtifactError(f"cannot write {path}: {told}; choose another `out`")
+    try:
+        free = f"{free_bytes(path.parent):,} bytes are free"
+    except OSError:
+        free = "the disk is full"
+    needed = "" if needed_bytes is None else f"{needed_bytes:,} bytes are needed, "
+    return ArtifactError(
+        f"cannot write {path}: {os.strerror(errno.ENOSPC)}: {needed}{free}; make room or choose another `out`"
+    )
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that a disk or a quota is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if any(words in str(error) for words in FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def beside(path: Path, ending: str) -> Path:
+    """A name beside ``path`` for what belongs to it: its own and ``ending``, shortened where that is too long."""
+    name = os.fsencode(path.name)
+    if len(name) + len(os.fsencode(ending)) <= LONGEST_NAME_BYTES:
+        return path.with_name(path.name + ending)
+    return path.with_name(hashlib.sha256(name).hexdigest()[:32] + ending)
 
 
 def _umask() -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from aletheia.anatomy.settings import LoadSettings
-from aletheia.cli.options import JsonOption, print_json, print_rich, quiet_libraries, say
+from aletheia.cli.options import JsonOption, print_json, print_rich, say
 from aletheia.cli.settings_options import Given, from_settings
 from aletheia.data.settings import DataSettings
 
@@ -76,7 +76,6 @@ def eval(
     given: Given,
 ) -> None:
     """Evaluate a model, with an adapter or without, on lm-eval's tasks and held-out rows; interrupted, it goes on."""
-    quiet_libraries()
     from aletheia.lab.evaluation.against import compare
     from aletheia.lab.evaluation.record import Evaluated
     from aletheia.lab.reporting.evaluation_table import comparison_table, evaluation_table

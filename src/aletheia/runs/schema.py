@@ -40,6 +40,7 @@ class PhaseSeconds(BaseModel):
         return self.load + self.probe + self.plan + self.cache + self.init + self.train + self.eval
 
 
+Verdict = Literal["learned", "nothing", "worse"]  # "worse": the held-out loss is above the one before training
 PHASES = tuple(PhaseSeconds.model_fields)  # in the order in which they happen
 
 
@@ -120,13 +121,17 @@ class Metrics(Artifact):
     steps_computed_by: tuple[str, ...] = ()
     held_out_loss_before: FiniteFloat
     held_out_loss_after: FiniteFloat
+    verdict: Verdict = "learned"
     train_curve: tuple[TrainPoint, ...]
     held_out_curve: tuple[HeldOutPoint, ...]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: where its folder is, what it measured and the plan it followed."""
+    """A finished run: where its folder is, what it measured and the plan it followed.
+
+    ``metrics.verdict`` tells whether it was any good, ``warning`` says so in a line.
+    """
 
     path: Path
     metrics: Metrics
@@ -136,6 +141,23 @@ class Run:
     def name(self) -> str:
         """The folder's name."""
         return self.path.resolve().name
+
+    @property
+    def warning(self) -> str | None:
+        """Why the adapter is of no use, in one line; None where it learned and the held-out loss did not rise."""
+        metrics = self.metrics
+        if metrics.verdict == "nothing":
+            return (
+                f"nothing was learned: every B of the adapters is still zero after {metrics.steps} step(s); take more "
+                "`steps`, or a `learning_rate` and a schedule above 0"
+            )
+        if metrics.verdict == "worse":
+            return (
+                f"the held-out loss rose from {metrics.held_out_loss_before:.4f} to {metrics.held_out_loss_after:.4f}; "
+                f"the adapter is kept in {self.path}; try a lower `learning_rate`, fewer steps or more rows; "
+                "`allow_worse` ends such a run with exit code 0"
+            )
+        return None
 
     @classmethod
     def read(cls, path: str | Path) -> "Run":

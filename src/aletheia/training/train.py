@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from rich.console import Console
-from torch.distributed.tensor import DTensor
 
 from aletheia.adapters.adapt import check_adapters
 from aletheia.adapters.correction import Correction
@@ -34,15 +33,23 @@ from aletheia.prefix.cache import DiskCache, PrefixCache, collate_with_prefix
 from aletheia.prefix.choose import CacheDecision, CachePlace, open_cache
 from aletheia.prefix.exact import why_not_exact
 from aletheia.prefix.fill import fill
-from aletheia.runs.folder import RunFolder, save
+from aletheia.runs.folder import RunFolder, save, save_so_far
 from aletheia.runs.manifest import TrainingCheckpoint, newest_checkpoint
 from aletheia.runs.schema import Metrics, PhaseSeconds, Run, StartingAdapter, UsedSettings
 from aletheia.training.attach import Attachment, AttachSettings, prefix_computed_as
 from aletheia.training.checkpoints import trustworthy_checkpoints
 from aletheia.training.fast_steps import fast_steps
 from aletheia.training.interrupts import SaveInTime, interrupts
-from aletheia.training.learning_rate import default_learning_rate
-from aletheia.training.loop import RowTrainer, evaluates_by_itself, rows_of_steps, steps_per_epoch, training_arguments
+from aletheia.training.learning_rate import default_learning_rate, warm_up_steps
+from aletheia.training.loop import (
+    RowTrainer,
+    evaluates_by_itself,
+    rows_of_steps,
+    rows_per_step,
+    steps_per_epoch,
+    training_arguments,
+)
+from aletheia.training.outcome import has_learned, verdict, whole_adapter
 from aletheia.training.processes import Launch
 from aletheia.training.recorder import Recorder
 from aletheia.training.settings import WITHOUT_INFLUENCE, TrainSettings
@@ -147,6 +154,7 @@ class _Job:
         self.processes = Launch.here().processes
         self.correction = Correction()
         self.stack = ExitStack()  # closed when the run is over
+        self.has_learned = False
 
     def run(self) -> Run:
         """From adapters at their start to a folder that is written."""
@@ -171,11 +179,19 @@ class _Job:
                 trainer.train(resume_from_checkpoint=None if found is None else str(found.path))
             finally:
                 self.recorder.close()
-            if interrupted.signal is not None and trainer.state.global_step < trainer.state.max_steps:
-                raise interrupted.error()
+            is_done = interrupted.signal is None or trainer.state.global_step >= trainer.state.max_steps
+            self.has_learned = is_done and has_learned(self.model)
         check_adapters(self.model, self.plan)
         self.correction.fold(self.model, self.plan)
+        if not is_done:
+            raise interrupted.error(self._keep_so_far(trainer))
         return self._finish(trainer, attachment)
+
+    def _keep_so_far(self, trainer: RowTrainer) -> str:
+        """Leave the adapter of an interrupted run where it can be used; what is said of it."""
+        state = whole_adapter(self.model)
+        is_kept = trainer.is_world_process_zero() and save_so_far(self.model, self.folder, state)
+        return f"; {self.folder.path} holds the adapter so far" if is_kept else ""
 
     def _trainer(self) -> tuple[RowTrainer, Attachment]:
         settings, model, plan = self.settings, self.model, self.plan
@@ -194,11 +210,14 @@ class _Job:
                 f"the model is on {model.device}, and Trainer takes the first GPU it sees; expected it on cuda:0, "
                 f"started with CUDA_VISIBLE_DEVICES={model.device.index}"
             )
+        if len(self.data) < (needed := rows_per_step(settings, self.processes)):
+            self._say(f"note: {len(self.data)} rows do not fill a step of {needed}; each pass over them is one step")
         arguments = training_arguments(
             settings,
             str(self.folder.checkpoints),
             max_steps=steps,
             learning_rate=rate,
+            warmup_steps=warm_up_steps(settings.warmup_steps, steps),
             fp16=model.dtype == torch.float16,
             use_cpu=model.device.type == "cpu",
             dataloader_pin_memory=model.device.type == "cuda",
@@ -280,7 +299,7 @@ class _Job:
         """Write the folder; the checkpoints that were kept in time only are no longer needed."""
         metrics = self._metrics(trainer, attachment)
         run = Run(self.folder.path, metrics, self.plan)
-        state = _whole_adapter(self.model)
+        state = whole_adapter(self.model)
         if trainer.is_world_process_zero():
             save(self.model, run, state)
             if self.settings.save_steps is None:
@@ -315,6 +334,7 @@ class _Job:
         if settings.keep == "best" and trainer.state.best_global_step:
             kept = trainer.state.best_global_step
         curve = recorder.held_out_curve
+        after = next((point.loss for point in curve if point.step == kept), curve[-1].loss)
         return Metrics(
             model=self.plan.model,
             data=data.identity,
@@ -339,7 +359,8 @@ class _Job:
             cache_reason=attachment.decision.reason,
             steps_computed_by=attachment.ways,
             held_out_loss_before=curve[0].loss,
-            held_out_loss_after=next((point.loss for point in curve if point.step == kept), curve[-1].loss),
+            held_out_loss_after=after,
+            verdict=verdict(self.has_learned, curve[0].loss, after),
             train_curve=tuple(recorder.train_curve),
             held_out_curve=tuple(curve),
         )
@@ -357,14 +378,6 @@ def _owed(plan: Plan) -> dict[str, float]:
 def _rows_sha256(rows: Examples) -> str:
     told = json.dumps([[row.input_ids, row.labels] for row in rows.examples])
     return hashlib.sha256(told.encode()).hexdigest()
-
-
-def _whole_adapter(model: PeftModel) -> dict[str, torch.Tensor] | None:
-    """The adapter's weights, gathered where they are sharded: all processes must call this; None: they are whole."""
-    own = {name: value for name, value in model.named_parameters() if "lora_" in name}
-    if not any(isinstance(value, DTensor) for value in own.values()):
-        return None
-    return {name: value.full_tensor().cpu() if isinstance(value, DTensor) else value for name, value in own.items()}
 
 
 def _first_rows(batches: list[list[Example]]) -> list[Example]:

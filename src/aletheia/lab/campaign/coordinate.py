@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from aletheia.errors import ArtifactError, CampaignError
-from aletheia.files import file_sha256, read_json, write_text
+from aletheia.files import file_sha256, is_full_disk, read_json, write_text
 from aletheia.lab.campaign.checks import JOBS, check_data_unchanged, check_earlier_jobs, data_files, told_before
 from aletheia.lab.campaign.executors import Executor
-from aletheia.lab.campaign.full_disk import full_disk, is_full_disk, stop_on_full_disk
+from aletheia.lab.campaign.full_disk import full_disk, stop_on_full_disk
 from aletheia.lab.campaign.grid import Job, Row, jobs
 from aletheia.lab.campaign.process import JOB_FILE, LOG_FILE, RESULT_FILE, Ending
 from aletheia.lab.campaign.spec import BehaviourCampaign, SpeedCampaign, parse_campaign
