@@ -25,7 +25,7 @@ from aletheia.data.rows import Rows, load_rows
 from aletheia.data.settings import DataSettings
 from aletheia.data.sources import one_line
 from aletheia.errors import TrainingError
-from aletheia.files import write_text
+from aletheia.files import is_sealed, write_text
 from aletheia.job.settings import JobSettings
 from aletheia.job.source import Say, Source, encode_for, is_streamed, load_for, to_stderr
 from aletheia.planning.make import every_layer_fits
@@ -38,6 +38,7 @@ from aletheia.probing import resident
 from aletheia.probing import streamed as by_layer
 from aletheia.probing.scores import Scores
 from aletheia.reporting.page import report
+from aletheia.runs.contents import add_to_contents
 from aletheia.runs.folder import CONFIG_FILE, RunFolder
 from aletheia.runs.manifest import TrainingCheckpoint, check_same_run, newest_checkpoint, verified
 from aletheia.runs.schema import PLAN_FILE, REPORT_FILE, SCORES_FILE, Run
@@ -102,7 +103,7 @@ class Job:
     def run(self, resume: Path | None = None) -> Run:
         """Load, probe, plan, adapt, train, report."""
         settings, folder = self.settings, self.folder
-        given = Plan.read(settings.plan.file) if settings.plan.file else None
+        given = self._given()
         found = self._checkpoint(resume)
         rows = load_rows(settings.data.data)
         eval_rows = load_rows(settings.data.eval_data) if settings.data.eval_data else None
@@ -130,6 +131,7 @@ class Job:
             if scores is not None:
                 scores.write(folder.path / SCORES_FILE)
             report([run], folder.path / REPORT_FILE)
+            add_to_contents(folder.path, [CONFIG_FILE, SCORES_FILE, REPORT_FILE])
             self._push(run)
         return run
 
@@ -160,6 +162,16 @@ class Job:
             {name: found.manifest.about[name] for name in now if name in found.manifest.about}, now, self.folder.path
         )
         return found
+
+    def _given(self) -> Plan | None:
+        """The plan to follow, if one was given."""
+        file = self.settings.plan.file
+        if file is None:
+            return None
+        given = Plan.read(file)
+        if not is_sealed(file):
+            self.say(f"note: {file} has no sha256, so it is taken as edited by hand")
+        return given
 
     def _identity(self, base: Source) -> dict[str, Any]:
         backend = getattr(base.tokenizer, "backend_tokenizer", None)

@@ -190,6 +190,7 @@ class Plan(Artifact):
     """
 
     FORMAT: ClassVar[str] = "aletheia-plan"
+    EDITABLE: ClassVar[bool] = True
 
     model: ModelIdentity
     data: DataIdentity | None

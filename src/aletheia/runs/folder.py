@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 from aletheia.errors import ArtifactError
 from aletheia.files import artifact_format, free_bytes, sync, write_text
 from aletheia.runs.card import model_card
+from aletheia.runs.contents import write_contents
 from aletheia.runs.manifest import MANIFEST_FILE, Manifest, checkpoint_folders
 from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, REPORT_FILE, SCORES_FILE, Metrics, Run
 
@@ -212,21 +213,23 @@ def save(model: "PeftModel", run: Run, state: "Mapping[str, Tensor] | None" = No
     try:
         model.save_pretrained(str(temporary), save_embedding_layers=False, state_dict=state)
         write_text(temporary / "README.md", model_card(run))
-        for file in temporary.iterdir():
-            sync(file)
+        names = [file.name for file in temporary.iterdir()]
+        for name in names:
+            sync(temporary / name)
         run.path.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS_FILE, PLAN_FILE, SCORES_FILE, REPORT_FILE):
+        for name in (METRICS_FILE, MANIFEST_FILE, PLAN_FILE, SCORES_FILE, REPORT_FILE):
             (run.path / name).unlink(missing_ok=True)
-        for file in temporary.iterdir():
-            os.replace(file, run.path / file.name)
+        for name in names:
+            os.replace(temporary / name, run.path / name)
         sync(run.path)
+        run.plan.write(run.path / PLAN_FILE)
+        write_contents(run.path, [*names, PLAN_FILE])
     except (OSError, SafetensorError) as error:
         raise ArtifactError(
             f"cannot write the run to {run.path}: {getattr(error, 'strerror', None) or error}"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    run.plan.write(run.path / PLAN_FILE)
     (run.path / REPLACING_FILE).unlink(missing_ok=True)
     run.metrics.write(run.path / METRICS_FILE)
     sync(run.path)

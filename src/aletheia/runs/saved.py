@@ -9,8 +9,10 @@ from torch import nn
 from aletheia.adapters.adapt import adapted_modules
 from aletheia.anatomy.fingerprint import identify
 from aletheia.data.sources import one_line
-from aletheia.errors import AdapterError
+from aletheia.errors import AdapterError, ArtifactError
 from aletheia.planning.plan import Plan
+from aletheia.runs.contents import check_contents
+from aletheia.runs.manifest import MANIFEST_FILE
 from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, Metrics
 
 
@@ -20,15 +22,19 @@ def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
     Raises:
         PlanError: the run was made on another base model.
         AdapterError: there is no adapter, or its modules, shapes or weights do not fit the model.
+        ArtifactError: a file of the run was changed since it was written.
     """
     folder = Path(folder)
     if not (folder / "adapter_config.json").is_file():
         raise AdapterError(f"{folder} holds no adapter_config.json; expected a run folder or a PEFT adapter folder")
     if isinstance(model, PeftModel):
         raise AdapterError("the model carries an adapter already; expected a base model (merge or unload it first)")
+    if (folder / METRICS_FILE).is_file() and not (folder / MANIFEST_FILE).is_file():
+        raise ArtifactError(f"{folder} has no {MANIFEST_FILE}; expected the run as it was written, put it back")
     plan = Plan.read(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
     if plan is not None:
         plan.check_model(identify(model))
+    check_contents(folder)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
         expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))

@@ -10,6 +10,7 @@ from aletheia.anatomy.schema import DataIdentity, ModelIdentity
 from aletheia.errors import ArtifactError
 from aletheia.files import Artifact
 from aletheia.planning.plan import Plan
+from aletheia.runs.contents import check_contents
 
 METRICS_FILE = "metrics.json"
 PLAN_FILE = "plan.json"
@@ -117,11 +118,15 @@ class Metrics(Artifact):
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: where its folder is, what it measured and the plan it followed."""
+    """A finished run: where its folder is, what it measured and the plan it followed.
+
+    ``notes`` has a line for each file for people that was changed after the run.
+    """
 
     path: Path
     metrics: Metrics
     plan: Plan
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -130,14 +135,15 @@ class Run:
 
     @classmethod
     def read(cls, path: str | Path) -> "Run":
-        """Read a run folder.
+        """Read a run folder; its files are compared with its manifest, see :mod:`aletheia.runs.contents`.
 
         Raises:
-            ArtifactError: the folder holds no finished run.
+            ArtifactError: the folder holds no finished run, or a file of it was changed since.
         """
         path = Path(path)
         if not (path / METRICS_FILE).is_file():
             raise ArtifactError(
                 f"{path} holds no finished run (no {METRICS_FILE}); give a folder written by 'aletheia train'"
             )
-        return cls(path, Metrics.read(path / METRICS_FILE), Plan.read(path / PLAN_FILE))
+        metrics, plan = Metrics.read(path / METRICS_FILE), Plan.read(path / PLAN_FILE)
+        return cls(path, metrics, plan, tuple(check_contents(path)))

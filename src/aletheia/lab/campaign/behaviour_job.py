@@ -34,7 +34,7 @@ from aletheia.probing.resident import probe
 from aletheia.probing.scores import Scores
 from aletheia.runs.folder import RunFolder
 from aletheia.runs.saved import load_adapter
-from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, SCORES_FILE, Metrics, Run
+from aletheia.runs.schema import METRICS_FILE, SCORES_FILE, Run
 from aletheia.training.settings import CacheKind
 from aletheia.training.train import train
 
@@ -70,7 +70,7 @@ def run_behaviour(
     origin = Origin(identify(base.model))
     result: dict[str, Any] = {}
     if adapter is not None:
-        result |= _trained(Run(adapter, Metrics.read(adapter / METRICS_FILE), Plan.read(adapter / PLAN_FILE)))
+        result |= _trained(Run.read(adapter))
         base = replace(base, model=load_adapter(base.model, adapter))  # type: ignore[arg-type]
     items = {"heldout": _held_out(campaign, base, data_dir)}
     versions = {}

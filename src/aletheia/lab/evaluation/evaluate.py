@@ -174,6 +174,7 @@ def evaluate(
         device=device,
         packages=packages,
         tasks=tuple(results),
+        items_sha256=file_sha256(out / ITEMS_FILE),
         seconds=EvalSeconds(load=origin.load_seconds, eval=time.perf_counter() - started),
     )
     evaluation.write(out / EVAL_FILE)
