@@ -1,7 +1,6 @@
 """``aletheia eval``: what a model can do, and what an adapter made it forget."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -112,8 +111,7 @@ def _evaluate(
     """Load and evaluate, unless the folder holds the result already."""
     from aletheia.anatomy.fingerprint import identify
     from aletheia.anatomy.load import load
-    from aletheia.lab.evaluation.evaluate import Origin, claim, evaluate
-    from aletheia.runs.saved import load_adapter
+    from aletheia.lab.evaluation.evaluate import Origin, claim, evaluate, with_adapter
 
     if (finished := claim(out, settings, overwrite)) is not None:
         say(f"found  {out}, finished with these settings")
@@ -123,7 +121,7 @@ def _evaluate(
     base = load(settings.model, settings.dtype, None, settings.quantize, settings.attention)  # type: ignore[arg-type]
     identity = identify(base.model)
     if settings.adapter is not None:
-        base = replace(base, model=load_adapter(base.model, settings.adapter))  # type: ignore[arg-type]
+        base = with_adapter(base, settings.adapter, settings)
     origin = Origin(identity, time.perf_counter() - started)
     done = evaluate(base, settings, out, data_dir, origin, unsafe_exec, overwrite)
     say(f"wrote {out} (eval.json, items.parquet)")

@@ -1,7 +1,5 @@
 """The whole job, top to bottom: load, probe, plan, adapt, train, report. What ``aletheia train`` does, this does."""
 
-import hashlib
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -124,7 +122,7 @@ class Job:
         unquantized = None
         if settings.training.correct_quantization:
             unquantized = Checkpoint(settings.model.model, settings.model.dtype)
-        prepared = Prepared(prefix, unquantized, self.seconds, self._identity(base), found)
+        prepared = Prepared(prefix, unquantized, self.seconds, self.settings.about(), found)
         run = train(adapted, data, plan, folder, held_out, settings.training, prepared)
         if self.launch.is_first:
             write_text(folder.path / CONFIG_FILE, settings.to_yaml())
@@ -172,12 +170,6 @@ class Job:
         if not is_sealed(file):
             self.say(f"note: {file} has no sha256, so it is taken as edited by hand")
         return given
-
-    def _identity(self, base: Source) -> dict[str, Any]:
-        backend = getattr(base.tokenizer, "backend_tokenizer", None)
-        vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(base.tokenizer.get_vocab().items()))
-        told = f"{vocabulary}\n{getattr(base.tokenizer, 'chat_template', None)}"
-        return self.settings.about() | {"tokenizer": hashlib.sha256(told.encode()).hexdigest()}
 
     def _keep(self, plan: Plan, scores: Scores | None) -> None:
         """What a run that goes on needs beside its checkpoints."""
@@ -278,6 +270,7 @@ class Job:
     def _check_plan(self, plan: Plan, base: Source, data: Examples) -> None:
         """Whether a plan that was given belongs to the model and fits in memory; other data are only noted."""
         plan.check_model(self._model_identity(base))
+        plan.check_tokenizer(data.tokenizer)
         if plan.data and plan.data.fingerprint != data.identity.fingerprint:
             self.say(f"note: the plan was made from {plan.data.name}, this run trains on {data.identity.name}")
         if isinstance(base, Checkpoint):
@@ -308,6 +301,8 @@ class Job:
         used = [*rows, *held_out.examples]
         with self._timed("cache"):
             cache = streamed_cache(base, plan.boundary, training.cache_dir)
+            for note in cache.notes:
+                self.say(f"note: {note}")
             cap = self.settings.model.max_memory
             fill_streamed(base, plan.boundary, used, cache, training.batch_size, data.pad_token_id, cap)
         return cache

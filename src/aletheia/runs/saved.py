@@ -8,6 +8,7 @@ from torch import nn
 
 from aletheia.adapters.adapt import adapted_modules
 from aletheia.anatomy.fingerprint import identify
+from aletheia.anatomy.schema import TokenizerIdentity
 from aletheia.data.sources import one_line
 from aletheia.errors import AdapterError, ArtifactError
 from aletheia.planning.plan import Plan
@@ -16,12 +17,15 @@ from aletheia.runs.manifest import MANIFEST_FILE
 from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, Metrics
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
+def load_adapter(model: nn.Module, folder: str | Path, tokenizer: TokenizerIdentity | None = None) -> PeftModel:
     """Put the adapter of a run folder, or of any PEFT adapter folder, on its base model, frozen and in eval mode.
+
+    ``tokenizer`` is the one that it will be used with, from :func:`aletheia.data.tokenizer.identify_tokenizer`.
 
     Raises:
         PlanError: the run was made on another base model.
-        AdapterError: there is no adapter, or its modules, shapes or weights do not fit the model.
+        AdapterError: there is no adapter, its modules, shapes or weights do not fit the model, or the run learned with
+            another tokenizer.
         ArtifactError: a file of the run was changed since it was written.
     """
     folder = Path(folder)
@@ -29,12 +33,15 @@ def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
         raise AdapterError(f"{folder} holds no adapter_config.json; expected a run folder or a PEFT adapter folder")
     if isinstance(model, PeftModel):
         raise AdapterError("the model carries an adapter already; expected a base model (merge or unload it first)")
-    if (folder / METRICS_FILE).is_file() and not (folder / MANIFEST_FILE).is_file():
+    metrics = Metrics.read(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else None
+    if metrics is not None and not (folder / MANIFEST_FILE).is_file():
         raise ArtifactError(f"{folder} has no {MANIFEST_FILE}; expected the run as it was written, put it back")
     plan = Plan.read(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
     if plan is not None:
         plan.check_model(identify(model))
     check_contents(folder)
+    if metrics is not None:
+        metrics.check_tokenizer(tokenizer)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder))
         expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
@@ -51,7 +58,6 @@ def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
             "expected an adapter trained on this base model"
         )
     if plan is not None:
-        metrics = Metrics.read(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else None
         _check_plan(adapted, plan, folder, metrics is not None and metrics.settings.quantization_corrected)
     return adapted.eval()
 

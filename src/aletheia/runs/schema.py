@@ -6,8 +6,8 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from aletheia.anatomy.schema import DataIdentity, ModelIdentity
-from aletheia.errors import ArtifactError
+from aletheia.anatomy.schema import DataIdentity, ModelIdentity, TokenizerIdentity
+from aletheia.errors import AdapterError, ArtifactError
 from aletheia.files import Artifact
 from aletheia.planning.plan import Plan
 from aletheia.runs.contents import check_contents
@@ -91,6 +91,7 @@ class Metrics(Artifact):
 
     model: ModelIdentity
     data: DataIdentity | None
+    tokenizer: TokenizerIdentity | None = None
     held_out_data: DataIdentity | None
     held_out_rows: int
     held_out_tokens: int
@@ -114,6 +115,20 @@ class Metrics(Artifact):
     held_out_loss_after: FiniteFloat
     train_curve: tuple[TrainPoint, ...]
     held_out_curve: tuple[HeldOutPoint, ...]
+
+    def check_tokenizer(self, tokenizer: TokenizerIdentity | None) -> None:
+        """Refuse another tokenizer than the one that the run learned with; None is not known, and fits.
+
+        Raises:
+            AdapterError: vocabularies or chat templates differ; names both tokenizers.
+        """
+        if self.tokenizer is None or tokenizer is None:
+            return
+        if difference := self.tokenizer.difference(tokenizer):
+            raise AdapterError(
+                f"the adapter was trained with the tokenizer {self.tokenizer}, this one is {tokenizer}: their "
+                f"{difference} differ; use the tokenizer that it was trained with"
+            )
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from aletheia.adapters.initial import ROWS
 from aletheia.anatomy.fingerprint import identify
 from aletheia.anatomy.load import Loaded, load
 from aletheia.data.examples import Examples
+from aletheia.data.tokenizer import identify_tokenizer
 from aletheia.errors import ArtifactError, CacheError
 from aletheia.files import package_versions
 from aletheia.lab.campaign.grid import Row, model_named
@@ -71,7 +72,8 @@ def run_behaviour(
     result: dict[str, Any] = {}
     if adapter is not None:
         result |= _trained(Run.read(adapter))
-        base = replace(base, model=load_adapter(base.model, adapter))  # type: ignore[arg-type]
+        tokenizer = identify_tokenizer(base.tokenizer)
+        base = replace(base, model=load_adapter(base.model, adapter, tokenizer))  # type: ignore[arg-type]
     items = {"heldout": _held_out(campaign, base, data_dir)}
     versions = {}
     for name, settings in campaign.tasks.items():

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from aletheia.anatomy.schema import ModelIdentity
+from aletheia.anatomy.schema import ModelIdentity, TokenizerIdentity
 from aletheia.errors import ArtifactError
 from aletheia.files import DIGITS_SHOWN, Artifact, file_sha256
 
@@ -111,6 +111,7 @@ class Evaluation(Artifact):
     FORMAT: ClassVar[str] = "aletheia-evaluation"
 
     model: ModelIdentity
+    tokenizer: TokenizerIdentity
     settings: EvalSettings
     dtype: str
     device: str
