@@ -1,5 +1,6 @@
 """Tiny random models of several families and a byte-level tokenizer: structure without downloads."""
 
+import json
 import re
 
 import torch
@@ -35,6 +36,8 @@ from transformers import (
     Qwen3MoeConfig,
     StableLmConfig,
 )
+
+from aletheia.files import sealed_json
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
@@ -163,6 +166,21 @@ def make_tokenizer(chat_template: str | None = CHATML, bos: bool = False, eos: b
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>" if eos else None)
     fast.chat_template = chat_template
     return fast
+
+
+def edited(path, **changes):
+    """Change a sealed file of ours as a person does who takes out the line of its seal."""
+    found = json.loads(path.read_text()) | changes
+    del found["sha256"]
+    path.write_text(json.dumps(found, indent=2))
+
+
+def resealed(path, **changes):
+    """Change a file of ours and seal it anew, as if it had been written so."""
+    found = json.loads(path.read_text()) | changes
+    head = {name: found.pop(name) for name in ("format", "version")}
+    del found["sha256"]
+    path.write_text(sealed_json(found, head))
 
 
 def as_flags(message: str) -> str:

@@ -35,8 +35,8 @@ from aletheia.anatomy.read import find_layers, read_anatomy
 from aletheia.anatomy.schema import Anatomy, ModelIdentity
 from aletheia.anatomy.settings import Attention
 from aletheia.anatomy.shards import STREAMED_QUANTIZERS, Buffers, Cast, opened, sampled_sha256
+from aletheia.anatomy.versions import computing_versions, processor
 from aletheia.errors import ModelError
-from aletheia.files import package_versions
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -117,7 +117,7 @@ class Checkpoint:
 
     @property
     def state(self) -> str:
-        """What hidden states depend on besides the tokens: shards, settings, packages.
+        """What hidden states depend on besides the tokens: shards, settings, versions.
 
         A shard is known by its name, size, time of change (ns) and a sample of its bytes: archives and images give all
         files one time.
@@ -129,9 +129,9 @@ class Checkpoint:
         about = configuration(self.model) | {
             "shards": shards,
             "dtype": str(self.dtype),
-            "device": self.device.type,
+            "device": processor(self.device),
             "float32_products": torch.get_float32_matmul_precision(),
-            "packages": package_versions(("torch", "transformers")),
+            "versions": computing_versions(),
         }
         return json.dumps(about, sort_keys=True, default=str)
 

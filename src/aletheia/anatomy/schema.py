@@ -155,6 +155,37 @@ class ModelIdentity(BaseModel):
         return f"{self.name} ({self.fingerprint[:12]})"
 
 
+class TokenizerIdentity(BaseModel):
+    """Which tokenizer an artefact belongs to: its name for people, two sha256 for the check.
+
+    ``chat_template`` is None where none is used.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    vocabulary: str
+    chat_template: str | None
+
+    def difference(self, other: "TokenizerIdentity") -> str | None:
+        """What makes tokens differ, ``vocabularies`` or ``chat templates``; None if nothing does.
+
+        A chat template counts only where both use one.
+        """
+        if self.vocabulary != other.vocabulary:
+            return "vocabularies"
+        both = self.chat_template is not None and other.chat_template is not None
+        return "chat templates" if both and self.chat_template != other.chat_template else None
+
+    def without_template(self) -> "TokenizerIdentity":
+        """The same where no chat template is used."""
+        return self.model_copy(update={"chat_template": None})
+
+    def __str__(self) -> str:
+        """``name (vocabulary 0123456789ab, chat template 0123456789ab)``."""
+        template = f", chat template {self.chat_template[:12]}" if self.chat_template else ""
+        return f"{self.name} (vocabulary {self.vocabulary[:12]}{template})"
+
+
 class DataIdentity(BaseModel):
     """Which data set an artefact was made from. ``form`` is the row form, such as ``question, answer``.
 

@@ -3,7 +3,8 @@
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,16 @@ def sampled_sha256(path: str, blocks: int = 256) -> str:
             file.seek(last * block // (blocks - 1))
             digest.update(file.read(PAGE))
     return digest.hexdigest()
+
+
+def checksum(tensors: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> str:
+    """CRC-32 of tensors on the CPU and what a file says of them, for files that a killed job goes on from."""
+    value = zlib.crc32(repr(sorted(about.items())).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        value = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), value)
+        value = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, value)
+    return str(value)
 
 
 def weights_bytes(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> int | None:

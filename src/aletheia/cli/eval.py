@@ -1,7 +1,6 @@
 """``aletheia eval``: what a model can do, and what an adapter made it forget."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -116,8 +115,7 @@ def _evaluate(
     """Load and evaluate, unless the folder holds the result already."""
     from aletheia.anatomy.fingerprint import identify
     from aletheia.job.source import load_as_asked
-    from aletheia.lab.evaluation.evaluate import Origin, claim, evaluate
-    from aletheia.runs.saved import load_adapter
+    from aletheia.lab.evaluation.evaluate import Origin, claim, evaluate, with_adapter
 
     if (finished := claim(out, settings, overwrite)) is not None:
         say(f"found  {out}, finished with these settings")
@@ -127,7 +125,7 @@ def _evaluate(
     base = load_as_asked(loading)
     identity = identify(base.model)
     if settings.adapter is not None:
-        base = replace(base, model=load_adapter(base.model, settings.adapter, loading.allow_pickle))  # type: ignore[arg-type]
+        base = with_adapter(base, settings.adapter, settings, loading.allow_pickle)
     origin = Origin(identity, time.perf_counter() - started)
     done = evaluate(base, settings, out, data_dir, origin, unsafe_exec, overwrite)
     say(f"wrote {out} (eval.json, items.parquet)")

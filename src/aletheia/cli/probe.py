@@ -1,0 +1,96 @@
+"""``aletheia probe``: which layers the task pulls on."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from aletheia.anatomy.settings import LoadSettings
+from aletheia.cli.options import (
+    JsonOption,
+    ModelArgument,
+    SeedOption,
+    print_json,
+    print_rich,
+    say,
+)
+from aletheia.cli.settings_options import Given, from_settings
+from aletheia.data.settings import DataSettings
+
+if TYPE_CHECKING:
+    from aletheia.anatomy.load import Loaded
+    from aletheia.data.examples import Examples
+    from aletheia.probing.scores import Scores
+
+EXAMPLE = "aletheia probe Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --out scores.json"
+
+
+@from_settings(LoadSettings, DataSettings, leave_out={"model", "eval_data", "eval_fraction", "eval_rows"})
+def probe(
+    model: ModelArgument,
+    out: Annotated[Path, typer.Option("--out", help="Scores file to write.")],
+    batches: Annotated[int, typer.Option("--batches", help="Probe batches.", min=1)] = 5,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per probe batch.", min=1)] = 1,
+    score: Annotated[str, typer.Option("--score", help="What is measured: gradient-norm.")] = "gradient-norm",
+    train_batch_size: Annotated[
+        int,
+        typer.Option("--train-batch-size", help="Rows per training step, for which step times are measured.", min=1),
+    ] = 4,
+    calibrated: Annotated[
+        bool, typer.Option("--calibrate/--no-calibrate", help="Measure step times, so that plans predict seconds.")
+    ] = True,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+    *,
+    given: Given,
+) -> None:
+    """Score layers and modules by the gradient norm they receive on a few batches; nothing is trained."""
+    from aletheia.data.rows import load_rows
+    from aletheia.errors import ProbeError
+    from aletheia.files import check_writable
+    from aletheia.job.source import checkpoint_as_asked, encode_for, is_streamed, load_for, note_unusual
+    from aletheia.probing.resident import probe as run_probe
+    from aletheia.probing.streamed import probe_streamed
+    from aletheia.probing.tally import SCORE
+    from aletheia.reporting.terminal import render
+
+    if score != SCORE:
+        raise ProbeError(f"unknown --score {score!r}; expected {SCORE}")
+    loading = LoadSettings(model=model, **given["model"])
+    data = DataSettings(**given["data"])
+    check_writable(out.parent)
+    rows = load_rows(data.data)
+    if is_streamed(loading, say):
+        checkpoint = checkpoint_as_asked(loading)
+        note_unusual(checkpoint.anatomy, say)
+        examples = encode_for(checkpoint, rows, data, say)
+        say(f"probe  {batches} batches of {batch_size}, layer by layer; plans will count operations, not seconds")
+        work = out.with_name(f"{out.name}.partial")
+        scores = probe_streamed(checkpoint, examples, batches, batch_size, seed, work, loading.max_memory)
+    else:
+        say(f"load   {model}")
+        base, examples = load_for(loading, rows, data, say)
+        say(f"probe  {batches} batches of {batch_size}")
+        scores = run_probe(base.model, examples, batches, batch_size, seed)
+        if calibrated:
+            scores = _timed(scores, base, examples, train_batch_size, seed)
+    scores.write(out)
+    if as_json:
+        print_json(scores.model_dump(mode="json"))
+    else:
+        print_rich(render(scores))
+        say(f"wrote {out}")
+
+
+def _timed(scores: "Scores", base: "Loaded", examples: "Examples", batch_size: int, seed: int) -> "Scores":
+    """With measured step times, where a step of plain uniform LoRA, the yardstick, fits in memory."""
+    import torch
+
+    from aletheia.training.calibrate import calibrate
+
+    say(f"time   the parts of a training step of {batch_size} rows")
+    try:
+        return scores.model_copy(update={"timings": calibrate(base.model, examples, batch_size, seed)})
+    except torch.OutOfMemoryError:
+        say("note: a step of plain uniform LoRA does not fit in memory; plans count operations instead")
+        return scores

@@ -13,6 +13,7 @@ from typing import Any
 from aletheia.data.examples import NO_LOSS, Example, Examples, split_held_out
 from aletheia.data.rows import Row, Rows, load_rows
 from aletheia.data.sources import one_line
+from aletheia.data.tokenizer import identify_tokenizer
 from aletheia.errors import DataError
 
 __all__ = ["NO_LOSS", "Example", "Examples", "encode", "load_data", "split_held_out"]
@@ -90,7 +91,8 @@ def encode(
         kept.append(example)
     if emptied and not (skip_emptied and kept):
         raise _emptied(emptied, len(rows.rows), max_length, skip_emptied)
-    return Examples(rows.identity, tuple(kept), max_length, _pad_token_id(tokenizer), len(emptied), truncated)
+    identity, pad = identify_tokenizer(tokenizer), _pad_token_id(tokenizer)
+    return Examples(rows.identity, tuple(kept), max_length, pad, len(emptied), truncated, identity)
 
 
 def _check_ids(example: Example, vocab_size: int | None) -> None:

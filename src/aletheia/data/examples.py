@@ -4,7 +4,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from aletheia.anatomy.schema import DataIdentity
+from aletheia.anatomy.schema import DataIdentity, TokenizerIdentity
 from aletheia.errors import DataError
 
 NO_LOSS = -100  # the label that torch's cross entropy ignores
@@ -36,7 +36,8 @@ class Examples:
     """A tokenised data set, usable as the ``train_dataset`` of a transformers Trainer.
 
     ``skipped`` counts the rows left without a label and dropped, ``truncated`` the kept rows that lost tokens.
-    Both, and ``identity``, describe the whole data set, also in a subset of it.
+    Both, and ``identity``, describe the whole data set, also in a subset of it. ``tokenizer`` made the tokens; None
+    where that is not known.
     """
 
     identity: DataIdentity
@@ -45,6 +46,7 @@ class Examples:
     pad_token_id: int
     skipped: int
     truncated: int
+    tokenizer: TokenizerIdentity | None = None
 
     def __len__(self) -> int:
         """Number of examples."""

@@ -1,7 +1,5 @@
 """The whole job, top to bottom: load, probe, plan, adapt, train, report. What ``aletheia train`` does, this does."""
 
-import hashlib
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -25,7 +23,7 @@ from aletheia.data.rows import Rows, load_rows
 from aletheia.data.settings import DataSettings
 from aletheia.data.sources import one_line
 from aletheia.errors import TrainingError
-from aletheia.files import write_text
+from aletheia.files import is_sealed, write_text
 from aletheia.job.adapter import Start
 from aletheia.job.settings import JobSettings
 from aletheia.job.source import (
@@ -48,10 +46,11 @@ from aletheia.probing import resident
 from aletheia.probing import streamed as by_layer
 from aletheia.probing.scores import Scores
 from aletheia.reporting.page import report
+from aletheia.runs.contents import add_to_contents
 from aletheia.runs.folder import CONFIG_FILE, RunFolder
 from aletheia.runs.manifest import TrainingCheckpoint, check_same_run, newest_checkpoint, verified
 from aletheia.runs.saved import continue_adapter, plan_of_adapter
-from aletheia.runs.schema import PLAN_FILE, REPORT_FILE, SCORES_FILE, Run, StartingAdapter
+from aletheia.runs.schema import PLAN_FILE, REPORT_FILE, SCORES_FILE, Run
 from aletheia.training.interrupts import interrupts
 from aletheia.training.loop import rows_of_steps, rows_per_step, training_arguments
 from aletheia.training.processes import Launch, say_nothing
@@ -113,7 +112,7 @@ class Job:
     def run(self, resume: Path | None = None) -> Run:
         """Load, probe, plan, adapt, train, report."""
         settings, folder = self.settings, self.folder
-        given = Plan.read(settings.plan.file) if settings.plan.file else None
+        given = self._given()
         found = self._checkpoint(resume)
         rows = load_rows(settings.data.data)
         eval_rows = load_rows(settings.data.eval_data) if settings.data.eval_data else None
@@ -136,13 +135,15 @@ class Job:
         if settings.training.correct_quantization:
             unquantized = checkpoint_as_asked(settings.model)
         record = start.record if start is not None else None
-        prepared = Prepared(prefix, unquantized, self.seconds, self._identity(base, record), record, found)
+        about = self.settings.about() | ({"adapter_sha256": record.sha256} if record is not None else {})
+        prepared = Prepared(prefix, unquantized, self.seconds, about, record, found)
         run = train(adapted, data, plan, folder, held_out, settings.training, prepared)
         if self.launch.is_first:
             write_text(folder.path / CONFIG_FILE, settings.to_yaml())
             if scores is not None:
                 scores.write(folder.path / SCORES_FILE)
             report([run], folder.path / REPORT_FILE)
+            add_to_contents(folder.path, [CONFIG_FILE, SCORES_FILE, REPORT_FILE])
             self._push(run)
         return run
 
@@ -174,12 +175,15 @@ class Job:
         )
         return found
 
-    def _identity(self, base: Source, record: StartingAdapter | None) -> dict[str, Any]:
-        backend = getattr(base.tokenizer, "backend_tokenizer", None)
-        vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(base.tokenizer.get_vocab().items()))
-        told = f"{vocabulary}\n{getattr(base.tokenizer, 'chat_template', None)}"
-        about = self.settings.about() | {"tokenizer": hashlib.sha256(told.encode()).hexdigest()}
-        return about | ({"adapter_sha256": record.sha256} if record is not None else {})
+    def _given(self) -> Plan | None:
+        """The plan to follow, if one was given."""
+        file = self.settings.plan.file
+        if file is None:
+            return None
+        given = Plan.read(file)
+        if not is_sealed(file):
+            self.say(f"note: {file} has no sha256, so it is taken as edited by hand")
+        return given
 
     def _keep(self, plan: Plan, scores: Scores | None) -> None:
         """What a run that goes on needs beside its checkpoints."""
@@ -300,6 +304,7 @@ class Job:
     def _check_plan(self, plan: Plan, base: Source, data: Examples) -> None:
         """Whether a plan that was given belongs to the model and fits in memory; other data are only noted."""
         plan.check_model(self._model_identity(base))
+        plan.check_tokenizer(data.tokenizer)
         if plan.data and plan.data.fingerprint != data.identity.fingerprint:
             self.say(f"note: the plan was made from {plan.data.name}, this run trains on {data.identity.name}")
         if isinstance(base, Checkpoint):
@@ -330,6 +335,8 @@ class Job:
         used = [*rows, *held_out.examples]
         with self._timed("cache"):
             cache = streamed_cache(base, plan.boundary, training.cache_dir)
+            for note in cache.notes:
+                self.say(f"note: {note}")
             cap = self.settings.model.max_memory
             fill_streamed(base, plan.boundary, used, cache, training.batch_size, data.pad_token_id, cap)
         return cache

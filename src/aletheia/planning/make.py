@@ -53,6 +53,7 @@ def plan(
     return Plan(
         model=scores.model,
         data=scores.data,
+        tokenizer=scores.tokenizer,
         probe=scores.probe,
         packages=package_versions(),
         settings=settings,

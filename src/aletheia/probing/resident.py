@@ -70,7 +70,7 @@ def probe(
     first = next(model.parameters())
     return tally.scores(
         identify(model, anatomy),
-        data.identity if isinstance(data, Examples) else None,
+        data if isinstance(data, Examples) else None,
         probe_settings(
             used,
             losses,

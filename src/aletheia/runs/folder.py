@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 from aletheia.errors import ArtifactError
 from aletheia.files import artifact_format, free_bytes, not_written, sync, write_text
 from aletheia.runs.card import model_card
+from aletheia.runs.contents import write_contents
 from aletheia.runs.manifest import MANIFEST_FILE, Manifest, checkpoint_folders
 from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, REPORT_FILE, SCORES_FILE, Metrics, Run
 
@@ -260,7 +261,7 @@ def save(model: "PeftModel", run: Run, state: "Mapping[str, Tensor] | None" = No
     """
     files = _write_beside(model, run.path, state, model_card(run))
     try:
-        for name in (METRICS_FILE, PLAN_FILE, SCORES_FILE, REPORT_FILE):
+        for name in (METRICS_FILE, MANIFEST_FILE, PLAN_FILE, SCORES_FILE, REPORT_FILE):
             (run.path / name).unlink(missing_ok=True)
         for file in files:
             os.replace(file, run.path / file.name)
@@ -270,6 +271,7 @@ def save(model: "PeftModel", run: Run, state: "Mapping[str, Tensor] | None" = No
     finally:
         shutil.rmtree(run.path / PARTIAL_FOLDER, ignore_errors=True)
     run.plan.write(run.path / PLAN_FILE)
+    write_contents(run.path, [*(file.name for file in files), PLAN_FILE])
     (run.path / REPLACING_FILE).unlink(missing_ok=True)
     run.metrics.write(run.path / METRICS_FILE)
     sync(run.path)

@@ -12,30 +12,40 @@ from aletheia.adapters.saved_config import as_stored, not_trained_here, read_lor
 from aletheia.anatomy.fingerprint import identify
 from aletheia.anatomy.foreign import ADAPTER_CONFIG
 from aletheia.anatomy.load import quantization_of
+from aletheia.anatomy.schema import TokenizerIdentity
 from aletheia.data.sources import one_line
-from aletheia.errors import AdapterError
+from aletheia.errors import AdapterError, ArtifactError
 from aletheia.planning.make import plan_of_adapters
 from aletheia.planning.plan import Plan, PlanSettings
 from aletheia.probing.scores import Scores
+from aletheia.runs.contents import check_contents
+from aletheia.runs.manifest import MANIFEST_FILE
 from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, Metrics
 
 
-def load_adapter(model: nn.Module, folder: str | Path, allow_pickle: bool = False) -> PeftModel:
+def load_adapter(
+    model: nn.Module, folder: str | Path, allow_pickle: bool = False, tokenizer: TokenizerIdentity | None = None
+) -> PeftModel:
     """Put the adapter of a run folder, or of any PEFT adapter folder, on its base model, frozen and in eval mode.
 
     Args:
         model: the base model, which is modified in place.
         folder: where the adapter lies; its config is checked before PEFT sees it.
         allow_pickle: read ``adapter_model.bin``, with torch's ``weights_only``.
+        tokenizer: the one that it will be used with, from :func:`aletheia.data.tokenizer.identify_tokenizer`.
 
     Raises:
         PlanError: the run was made on another base model.
-        AdapterError: there is no adapter, it is not plain LoRA, or its modules, shapes or weights do not fit the model.
+        AdapterError: there is no adapter, it is not plain LoRA, its modules, shapes or weights do not fit the model, or
+            the run learned with another tokenizer.
+        ArtifactError: a file of the run was changed since it was written.
     """
-    return _put_on(model, Path(folder), allow_pickle, is_trainable=False).eval()
+    return _put_on(model, Path(folder), allow_pickle, is_trainable=False, tokenizer=tokenizer).eval()
 
 
-def continue_adapter(model: nn.Module, folder: str | Path, allow_pickle: bool = False) -> PeftModel:
+def continue_adapter(
+    model: nn.Module, folder: str | Path, allow_pickle: bool = False, tokenizer: TokenizerIdentity | None = None
+) -> PeftModel:
     """The same, ready to be trained on: as ``PeftModel.from_pretrained(..., is_trainable=True)`` leaves it.
 
     Raises:
@@ -43,7 +53,7 @@ def continue_adapter(model: nn.Module, folder: str | Path, allow_pickle: bool = 
         AdapterError: as :func:`load_adapter`, or it has parts beside plain LoRA, or a frozen part.
     """
     folder = Path(folder)
-    adapted = _put_on(model, folder, allow_pickle, is_trainable=True)
+    adapted = _put_on(model, folder, allow_pickle, is_trainable=True, tokenizer=tokenizer)
     beside = not_trained_here(_config(adapted))
     if beside is not None:
         raise AdapterError(
@@ -95,14 +105,22 @@ def _config(model: PeftModel) -> LoraConfig:
     return config
 
 
-def _put_on(model: nn.Module, folder: Path, allow_pickle: bool, is_trainable: bool) -> PeftModel:
+def _put_on(
+    model: nn.Module, folder: Path, allow_pickle: bool, is_trainable: bool, tokenizer: TokenizerIdentity | None
+) -> PeftModel:
     if not (folder / ADAPTER_CONFIG).is_file():
         raise AdapterError(f"{folder} holds no {ADAPTER_CONFIG}; expected a run folder or a PEFT adapter folder")
     if isinstance(model, PeftModel):
         raise AdapterError("the model carries an adapter already; expected a base model (merge or unload it first)")
+    metrics = Metrics.read(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else None
+    if metrics is not None and not (folder / MANIFEST_FILE).is_file():
+        raise ArtifactError(f"{folder} has no {MANIFEST_FILE}; expected the run as it was written, put it back")
     plan = Plan.read(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
     if plan is not None:
         plan.check_model(identify(model))
+    check_contents(folder)
+    if metrics is not None:
+        metrics.check_tokenizer(tokenizer)
     config = as_stored(read_lora_config(folder, allow_pickle), folder, model)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
@@ -120,7 +138,6 @@ def _put_on(model: nn.Module, folder: Path, allow_pickle: bool, is_trainable: bo
             "expected an adapter trained on this base model"
         )
     if plan is not None:
-        metrics = Metrics.read(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else None
         _check_plan(adapted, plan, folder, metrics is not None and metrics.settings.quantization_corrected)
     return adapted
 

@@ -6,10 +6,11 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from aletheia.anatomy.schema import DataIdentity, ModelIdentity
-from aletheia.errors import ArtifactError
+from aletheia.anatomy.schema import DataIdentity, ModelIdentity, TokenizerIdentity
+from aletheia.errors import AdapterError, ArtifactError
 from aletheia.files import Artifact
 from aletheia.planning.plan import Plan
+from aletheia.runs.contents import check_contents
 
 METRICS_FILE = "metrics.json"
 PLAN_FILE = "plan.json"
@@ -99,6 +100,7 @@ class Metrics(Artifact):
 
     model: ModelIdentity
     data: DataIdentity | None
+    tokenizer: TokenizerIdentity | None = None
     held_out_data: DataIdentity | None
     held_out_rows: int
     held_out_tokens: int
@@ -125,17 +127,33 @@ class Metrics(Artifact):
     train_curve: tuple[TrainPoint, ...]
     held_out_curve: tuple[HeldOutPoint, ...]
 
+    def check_tokenizer(self, tokenizer: TokenizerIdentity | None) -> None:
+        """Refuse another tokenizer than the one that the run learned with; None is not known, and fits.
+
+        Raises:
+            AdapterError: vocabularies or chat templates differ; names both tokenizers.
+        """
+        if self.tokenizer is None or tokenizer is None:
+            return
+        if difference := self.tokenizer.difference(tokenizer):
+            raise AdapterError(
+                f"the adapter was trained with the tokenizer {self.tokenizer}, this one is {tokenizer}: their "
+                f"{difference} differ; use the tokenizer that it was trained with"
+            )
+
 
 @dataclass(frozen=True)
 class Run:
     """A finished run: where its folder is, what it measured and the plan it followed.
 
-    ``metrics.verdict`` tells whether it was any good, ``warning`` says so in a line.
+    ``metrics.verdict`` tells whether it was any good, ``warning`` says so in a line, ``notes`` has a line for each file for
+    people that was changed after the run.
     """
 
     path: Path
     metrics: Metrics
     plan: Plan
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -161,14 +179,15 @@ class Run:
 
     @classmethod
     def read(cls, path: str | Path) -> "Run":
-        """Read a run folder.
+        """Read a run folder; its files are compared with its manifest, see :mod:`aletheia.runs.contents`.
 
         Raises:
-            ArtifactError: the folder holds no finished run.
+            ArtifactError: the folder holds no finished run, or a file of it was changed since.
         """
         path = Path(path)
         if not (path / METRICS_FILE).is_file():
             raise ArtifactError(
                 f"{path} holds no finished run (no {METRICS_FILE}); give a folder written by 'aletheia train'"
             )
-        return cls(path, Metrics.read(path / METRICS_FILE), Plan.read(path / PLAN_FILE))
+        metrics, plan = Metrics.read(path / METRICS_FILE), Plan.read(path / PLAN_FILE)
+        return cls(path, metrics, plan, tuple(check_contents(path)))

@@ -111,6 +111,7 @@ def train(
 
     Raises:
         AdapterError: the model is not adapted as planned.
+        PlanError: the rows come from another tokenizer than those that the plan was made from.
         ArtifactError: ``out`` is taken or cannot be written.
         CacheError: the cache asked for is not possible.
         Interrupted: a signal ended the run; a checkpoint was saved.
@@ -123,6 +124,7 @@ def train(
     training_arguments(settings, "")  # refuses what Trainer does not take, before anything else
     if not len(data):
         raise TrainingError(f"{data.identity.name}: found no rows to train on, expected at least one")
+    plan.check_tokenizer(data.tokenizer)
     check_adapters(model, plan)
     bytes_needed = 4 * plan.trainable_parameters * (2 if settings.correct_quantization else 1)
     with ExitStack() as stack:
@@ -250,6 +252,8 @@ class _Job:
             assert cache is not None
             if isinstance(cache, DiskCache):
                 self.stack.callback(cache.close)
+                for note in cache.notes:
+                    self._say(f"note: {note}")
             fill(self.model, self.plan.boundary, rows, cache, self.settings.batch_size, self.show)
         self.seconds["cache"] = time.perf_counter() - started
         return cache, CacheDecision(kind, "filled before the first step", cache.size_bytes)
@@ -284,6 +288,8 @@ class _Job:
         return {
             **settings,
             **self.prepared.about,
+            "tokenizer": str(self.data.tokenizer and self.data.tokenizer.vocabulary),
+            "template": str(self.data.tokenizer and self.data.tokenizer.chat_template),
             "model_fingerprint": self.plan.model.fingerprint,
             "data_fingerprint": self.data.identity.fingerprint,
             "rows_fingerprint": _rows_sha256(self.data),
@@ -338,6 +344,7 @@ class _Job:
         return Metrics(
             model=self.plan.model,
             data=data.identity,
+            tokenizer=data.tokenizer,
             held_out_data=self.held_out.identity,
             held_out_rows=len(self.held_out),
             held_out_tokens=self.held_out.labelled_tokens,

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from aletheia.anatomy.fingerprint import identify
 from aletheia.anatomy.load import Loaded
 from aletheia.anatomy.schema import ModelIdentity
 from aletheia.data.encode import load_data
+from aletheia.data.tokenizer import identify_tokenizer
 from aletheia.errors import ArtifactError, EvaluationError, SandboxError
 from aletheia.files import check_writable, file_sha256, package_versions
 from aletheia.lab.evaluation import humaneval, sandbox
@@ -41,6 +42,7 @@ from aletheia.lab.evaluation.record import (
 from aletheia.lab.evaluation.row_loss import HeldOut
 from aletheia.lab.evaluation.upstream import check_installed, load_tasks, quiet
 from aletheia.lab.evaluation.work import Benchmark, Row, Score, Work
+from aletheia.runs.saved import load_adapter
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -111,6 +113,19 @@ def claim(out: Path, settings: EvalSettings, overwrite: bool = False) -> Evaluat
     return None
 
 
+def with_adapter(base: Loaded, adapter: str | Path, settings: EvalSettings, allow_pickle: bool = False) -> Loaded:
+    """A base model with an adapter on it, whose chat template counts where the evaluation uses one.
+
+    Raises:
+        AletheiaError: as :func:`aletheia.load_adapter`.
+    """
+    tokenizer = identify_tokenizer(base.tokenizer)
+    if not settings.chat and settings.eval_data is None:
+        tokenizer = tokenizer.without_template()
+    model: Any = load_adapter(base.model, adapter, allow_pickle, tokenizer)
+    return replace(base, model=model)
+
+
 def evaluate(
     base: Loaded,
     settings: EvalSettings,
@@ -142,7 +157,7 @@ def evaluate(
     if (finished := claim(out, settings, overwrite)) is not None:
         return finished
     origin = origin or Origin(identify(base.model))
-    identity = origin.identity
+    identity, tokenizer = origin.identity, identify_tokenizer(base.tokenizer)
     started = time.perf_counter()
     works = _prepare(base, settings, data_dir, unsafe_exec)
     dtype, device = str(base.model.dtype).removeprefix("torch."), str(base.model.device)
@@ -155,6 +170,7 @@ def evaluate(
         {
             "settings": settings.model_dump(mode="json"),
             "model": {"fingerprint": identity.fingerprint, "weights": identity.weights, "dtype": dtype},
+            "tokenizer": tokenizer.model_dump(mode="json", exclude={"name"}),
             "packages": packages,
             "prompts": {work.name: work.prompts_sha256 for work in works},
         },
@@ -169,11 +185,13 @@ def evaluate(
     _write_items(out / ITEMS_FILE, rows)
     evaluation = Evaluation(
         model=identity,
+        tokenizer=tokenizer,
         settings=settings,
         dtype=dtype,
         device=device,
         packages=packages,
         tasks=tuple(results),
+        items_sha256=file_sha256(out / ITEMS_FILE),
         seconds=EvalSeconds(load=origin.load_seconds, eval=time.perf_counter() - started),
     )
     evaluation.write(out / EVAL_FILE)
