@@ -192,25 +192,27 @@ BAD_BYTES = {
     "UTF-16": ("rows.jsonl", '{"text": "a"}'.encode("utf-16"), ["rows.jsonl:1: found UTF-16", "save the file"]),
     "UTF-16 no BOM": ("rows.json", '[\n{"a": 1}]'.encode("utf-16-le"), ["rows.json:1: found a NUL byte", "UTF-16"]),
     "NUL": ("rows.jsonl", GOOD + b'{"text": "\0"}', ["rows.jsonl:2: found a NUL byte", "save it"]),
-    "gzip": ("rows.jsonl", gzip.compress(GOOD), ["rows.jsonl: found gzip", "gunzip"]),
+    "half a gzip": ("rows.jsonl", gzip.compress(GOOD)[:-9], ["rows.jsonl: found packed data", "a complete file"]),
     "truncated jsonl": ("rows.jsonl", GOOD * 2 + b'{"prompt": "p", "comp', ["rows.jsonl:3: found invalid JSON"]),
     "trailing comma": ("rows.jsonl", GOOD[:-1] + b",\n", ["rows.jsonl:1: found invalid JSON (Extra data"]),
     "truncated json": ("rows.json", b'[\n{"text": "a"},\n{"te', ["rows.json:3: found invalid JSON", "correct"]),
-    "jsonl named json": ("rows.json", GOOD * 2, ["rows.json:2: found invalid JSON (Extra data", "named .jsonl"]),
-    "json array": ("rows.jsonl", b'[{"text": "a"}]', ["rows.jsonl:1: found a JSON array", "rename the file to .json"]),
-    "json array over lines": ("rows.jsonl", b'[\n{"text": "a"}\n]', ["rows.jsonl:1: found a JSON array"]),
+    "arrays a line": ("rows.jsonl", b'["q", "a"]\n["q", "b"]', ["rows.jsonl:1: found a list", "one object per line"]),
     "deep": ("rows.jsonl", b'{"text":' + b"[" * 200_000 + b"\n", ["rows.jsonl:1: found invalid JSON (nested"]),
     "huge integer": ("rows.jsonl", b'{"text":' + b"9" * 5000 + b"}", ["rows.jsonl:1: found invalid JSON (Exceeds"]),
     "scalar jsonl": ("rows.jsonl", b"42\n", ["rows.jsonl:1: found a number (42)", "write one object per line"]),
-    "scalar json": ("rows.json", b'"text"', ["rows.json: found text at the top", "write the rows as"]),
-    "object json": ("rows.json", b'{"data": []}', ["rows.json: found an object at the top"]),
+    "scalar json": ("rows.json", b'"text"', ["rows.json:1: found text, expected a JSON object"]),
+    "object json": ("rows.json", b'{"data": []}', ["rows.json:1: found no rows under 'data'"]),
     "row no object": ("rows.json", b'[{"text": "a"}, null]', ["rows.json row 2: found null"]),
     "csv ragged": ("rows.csv", b"prompt,completion\np,c\np,c,d\n", ["rows.csv:3: found 3 fields", "quotes"]),
     "csv open quote": ("rows.csv", b'text\na\n"b\nc\n', ["rows.csv:3: found invalid CSV", "close every quote"]),
     "csv twice": ("rows.csv", b"text,text\na,b\n", ["rows.csv:1: found the column 'text' twice", "rename"]),
     "csv semicolons": ("rows.csv", b"prompt;completion\np;c\n", ["rows.csv:2: found the columns 'prompt;completion'"]),
     "no parquet": ("rows.parquet", GOOD, ["rows.parquet: found no readable Parquet", "write or copy it again"]),
-    "suffix": ("rows.txt", GOOD, ["rows.txt: found the suffix '.txt'", ".jsonl, .json, .csv, .parquet", "convert"]),
+    "suffix": (
+        "rows.txt",
+        GOOD,
+        ["rows.txt: found the suffix '.txt'", ".jsonl, .ndjson, .json, .csv, .parquet, also", "convert"],
+    ),
     "no suffix": ("rows", GOOD, ["found the suffix ''", "expected one of .jsonl"]),
 }
 
@@ -236,7 +238,7 @@ def test_parquet_without_rows(tmp_path):
 
 def test_paths_that_are_no_file(tmp_path, monkeypatch):
     refused(tmp_path / "absent.jsonl", "absent.jsonl: found no such file", "check the path")
-    refused(tmp_path, f"{tmp_path}: found a folder", "name one of the files in it")
+    refused(tmp_path, f"{tmp_path}: found nothing to read, expected data files (.jsonl", "check the folder")
     os.mkfifo(tmp_path / "pipe.jsonl")
     refused(tmp_path / "pipe.jsonl", "found no regular file", "on disk")
     source = write_jsonl(tmp_path, {"text": "a"})

@@ -51,6 +51,7 @@ _HOMES = {
     "load_data": "aletheia.data.encode",
     "plan": "aletheia.planning.make",
     "plan_frontier": "aletheia.planning.make",
+    "preview": "aletheia.job.preview",
     "probe": "aletheia.probing.resident",
     "probe_streamed": "aletheia.probing.streamed",
     "report": "aletheia.reporting.page",
@@ -70,6 +71,7 @@ if TYPE_CHECKING:
     from aletheia.data.examples import Examples, split_held_out
     from aletheia.data.settings import DataSettings
     from aletheia.job.fine_tune import fine_tune
+    from aletheia.job.preview import preview
     from aletheia.lab.evaluation.against import compare
     from aletheia.lab.evaluation.evaluate import eval_settings, evaluate
     from aletheia.lab.evaluation.record import Evaluated

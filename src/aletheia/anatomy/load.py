@@ -1,7 +1,7 @@
 """From MODEL (hub id, local folder or .gguf file) to a config, or to a model with its tokenizer."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,10 +14,12 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils.hub import cached_file
 
 from aletheia.anatomy import foreign
@@ -165,8 +167,21 @@ def inspect(name: str, trust_remote_code: bool = False) -> Anatomy:
         ModelError: MODEL cannot be found or taken apart, or needs code of its own while ``trust_remote_code`` is off.
     """
     config = load_config(name, trust_remote_code)
-    config.__dict__.pop("quantization_config", None)  # shapes are wanted, not the quantizer's packages
     return read_anatomy(_on_meta(name, config, trust_remote_code))
+
+
+def load_without_weights(name: str, trust_remote_code: bool = False) -> Loaded:
+    """The tokenizer of MODEL and its model on the meta device: enough to see rows as the model will.
+
+    Raises:
+        ModelError: MODEL cannot be found or read, or needs code of its own while ``trust_remote_code`` is off.
+    """
+    model = _on_meta(name, load_config(name, trust_remote_code), trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code)
+    if (Path(name) / GENERATION_CONFIG_NAME).is_file() or not Path(name).exists():
+        with explained(name), suppress(OSError):  # a hub model without such a file
+            model.generation_config = GenerationConfig.from_pretrained(name)
+    return Loaded(model, tokenizer)
 
 
 def load(
@@ -268,6 +283,7 @@ def _quantization(name: str, kind: str, dtype: torch.dtype) -> BitsAndBytesConfi
 
 
 def _on_meta(name: str, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    config.__dict__.pop("quantization_config", None)  # shapes are wanted, not the quantizer's packages
     with explained(name), torch.device("meta"):
         family = model_class(name, config)
         model: PreTrainedModel = family.from_config(config, trust_remote_code=trust_remote_code)

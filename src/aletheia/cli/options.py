@@ -76,5 +76,8 @@ def print_rich(*renderables: Any) -> None:
 
 
 def say(message: str) -> None:
-    """One line of progress on stderr, its names in backticks as options, so that stdout stays clean for results."""
-    typer.echo(translate(message), err=True)
+    """One line of progress on stderr, so that stdout stays clean for results.
+
+    Its names in backticks become options, but an indented line is a quotation of data and stays as it is.
+    """
+    typer.echo(message if message.startswith("    ") else translate(message), err=True)

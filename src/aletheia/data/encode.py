@@ -92,7 +92,10 @@ def encode(
     if emptied and not (skip_emptied and kept):
         raise _emptied(emptied, len(rows.rows), max_length, skip_emptied)
     identity, pad = identify_tokenizer(tokenizer), _pad_token_id(tokenizer)
-    return Examples(rows.identity, tuple(kept), max_length, pad, len(emptied), truncated, identity)
+    left_out = {f"no token to learn within `max_length` {max_length}": len(emptied)} if emptied else {}
+    return Examples(
+        rows.identity, tuple(kept), max_length, pad, len(emptied), truncated, identity, left_out, rows.notes
+    )
 
 
 def _check_ids(example: Example, vocab_size: int | None) -> None:

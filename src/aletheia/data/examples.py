@@ -1,13 +1,22 @@
 """Tokenised rows with their labels. No torch: plain lists of integers."""
 
+import hashlib
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from array import array
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from aletheia.anatomy.schema import DataIdentity, TokenizerIdentity
 from aletheia.errors import DataError
 
 NO_LOSS = -100  # the label that torch's cross entropy ignores
+
+
+def _digest(*parts: list[int]) -> bytes:
+    made = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        made.update(array("q", part).tobytes())
+    return made.digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +34,19 @@ class Example:
         """Number of tokens."""
         return len(self.input_ids)
 
+    def digest(self) -> bytes:
+        """128 bits that two rows share if they have the same tokens and labels."""
+        return _digest(self.input_ids, self.labels)
+
+    def prompt_digest(self) -> bytes | None:
+        """128 bits of all tokens before the last stretch of labels; None where nothing stands before it."""
+        end = len(self.labels)
+        while end and self.labels[end - 1] == NO_LOSS:
+            end -= 1
+        while end and self.labels[end - 1] != NO_LOSS:
+            end -= 1
+        return _digest(self.input_ids[:end]) if end else None
+
     @property
     def labelled_tokens(self) -> int:
         """Tokens that carry a loss; position 0 never does."""
@@ -35,9 +57,10 @@ class Example:
 class Examples:
     """A tokenised data set, usable as the ``train_dataset`` of a transformers Trainer.
 
-    ``skipped`` counts the rows left without a label and dropped, ``truncated`` the kept rows that lost tokens.
-    Both, and ``identity``, describe the whole data set, also in a subset of it. ``tokenizer`` made the tokens; None
-    where that is not known.
+    ``skipped`` counts the rows left without a label and dropped, ``truncated`` the kept rows that lost tokens,
+    ``left_out`` all rows that are not here by reason; ``notes`` say what a person should know of the rows, one line
+    each. All of these, and ``identity``, describe the whole data set, also in a subset of it. ``tokenizer`` made the
+    tokens; None where that is not known.
     """
 
     identity: DataIdentity
@@ -47,6 +70,8 @@ class Examples:
     skipped: int
     truncated: int
     tokenizer: TokenizerIdentity | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Number of examples."""
@@ -76,7 +101,9 @@ def split_held_out(
 ) -> tuple[Examples, Examples]:
     """Split at random into (train, held out): disjoint, both in the order of the rows, the same for a seed.
 
-    ``fraction`` of the rows are held out, at least 1, at most ``max_rows``, and never all.
+    ``fraction`` of the rows are held out, at least 1, at most ``max_rows``, and never all. Rows that are the same token
+    by token stay on one side, unless all are the same; if each drawn one has more copies than may be held out, the one
+    with the fewest is held out with all of them.
 
     Raises:
         DataError: fraction outside (0, 1), max_rows below 1, or fewer than two rows.
@@ -90,7 +117,19 @@ def split_held_out(
             f"{examples.identity.name}: found {len(examples)} usable row(s), expected at least 2 to hold one "
             "out; add rows or give a separate evaluation file"
         )
-    count = min(max(1, round(len(examples) * fraction)), max_rows, len(examples) - 1)
-    held_out = set(random.Random(seed).sample(range(len(examples)), count))
+    copies: dict[bytes, list[int]] = {}
+    for index, example in enumerate(examples.examples):
+        copies.setdefault(example.digest(), []).append(index)
+    groups = list(copies.values())
+    if len(groups) == 1:  # no split keeps copies together
+        groups = [[index] for index in range(len(examples))]
+    count = min(max(1, round(len(examples) * fraction)), max_rows, len(groups) - 1)
+    drawn = random.Random(seed).sample(groups, count)
+    held_out: set[int] = set()
+    for group in drawn:
+        if len(held_out) + len(group) <= count:
+            held_out.update(group)
+    smallest = min(drawn, key=len)
+    held_out.update(() if held_out else smallest)
     train = [index for index in range(len(examples)) if index not in held_out]
     return examples.subset(train), examples.subset(sorted(held_out))

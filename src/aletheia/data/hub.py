@@ -1,15 +1,22 @@
-"""Records of a Hugging Face hub data set; the only place that calls ``datasets``."""
+"""Records of data sets of the ``datasets`` library, from the hub or from disk; the only place that calls it.
 
+No code of a data set is ever run: ``datasets`` runs none, and reads Arrow files without unpickling.
+"""
+
+import hashlib
 import re
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from aletheia.data.sources import Table, one_line
+from aletheia.data.find import name_parts
+from aletheia.data.sources import Records, Table, one_line
 from aletheia.errors import DataError
+from aletheia.files import file_sha256
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # "name" or "owner/name"
 
@@ -22,7 +29,7 @@ def read_hub(source: str, columns: set[str]) -> Table:
     Raises:
         DataError: no such data set, config or split, no connection, or no rows.
     """
-    name, config, split = [*source.split(":", 2), "", ""][:3]
+    name, config, split = name_parts(source)
     if not _HUB_NAME.fullmatch(name):
         raise _not_found(source, "that is no name of a hub data set")
     import datasets
@@ -30,21 +37,47 @@ def read_hub(source: str, columns: set[str]) -> Table:
     try:
         with _quick_when_offline(datasets):
             dataset = datasets.load_dataset(name, config or None, split=split or "train")
-        found = tuple(dataset.column_names)
-        wanted = [column for column in found if column in columns]
-        rows = dataset.select_columns(wanted) if wanted else dataset.select(range(min(1, len(dataset))))
-        records = [(f"{source} row {number}", row) for number, row in enumerate(rows, start=1)]
+        records = _records(source, dataset, columns)
     except Exception as error:  # load_dataset raises OSError, ValueError, RuntimeError, pyarrow errors, ...
         raise _not_found(source, one_line(error)) from error
     if not records:
         raise DataError(f"{source}: found no rows, expected at least one; choose another split with name:config:split")
-    return Table(found, records, fingerprint=dataset._fingerprint)
+    return Table(tuple(dataset.column_names), records, fingerprint=dataset._fingerprint)
+
+
+def read_saved(folder: Path, columns: set[str]) -> Table:
+    """Read a data set that ``save_to_disk`` wrote; of the columns only those in ``columns``, if it has any.
+
+    Raises:
+        DataError: the folder is incomplete or damaged, or holds no rows.
+    """
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(folder)).with_format(None)
+        records = _records(str(folder), dataset, columns)
+        digests = [file_sha256(path) for path in sorted(folder.glob("*.arrow"))]
+    except Exception as error:  # as load_dataset
+        raise DataError(
+            f"{folder}: found a saved data set that cannot be read ({one_line(error)}), expected what save_to_disk "
+            "writes; save or copy it again"
+        ) from error
+    if not records:
+        raise DataError(f"{folder}: found no rows, expected at least one; check how it was written")
+    fingerprint = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return Table(tuple(dataset.column_names), records, fingerprint)
+
+
+def _records(source: str, dataset: Any, columns: set[str]) -> Records:
+    wanted = [column for column in dataset.column_names if column in columns]
+    rows = dataset.select_columns(wanted) if wanted else dataset.select(range(min(1, len(dataset))))
+    return [(f"{source} row {number}", row) for number, row in enumerate(rows, start=1)]
 
 
 def _not_found(source: str, reason: str) -> DataError:
     return DataError(
-        f"no file {source} and no data set of that name could be loaded: {reason}; give a .jsonl, .json, "
-        ".csv or .parquet file, or a hub data set as name[:config[:split]]"
+        f"no file {source} and no data set of that name could be loaded: {reason}; give a .jsonl, .json, .csv or "
+        ".parquet file, a folder of them, a pattern such as data/*.jsonl, or a hub data set as name[:config[:split]]"
     )
 
 

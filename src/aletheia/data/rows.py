@@ -6,16 +6,17 @@ the order of ``FORMS``. Every later row must have it too.
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from aletheia.anatomy.schema import BETWEEN_SOURCES, DataIdentity
-from aletheia.data.hub import read_hub
-from aletheia.data.sources import READERS, Table, kind, read_table, shown, shown_columns
+from aletheia.data.find import find
+from aletheia.data.formats import read_table
+from aletheia.data.hub import read_hub, read_saved
+from aletheia.data.sources import Table, kind, shown, shown_columns
 from aletheia.errors import DataError
-from aletheia.files import file_sha256
 
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
@@ -46,58 +47,67 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows of a data set and what it is known by."""
+    """All rows of a data set, what it is known by, and notes on where the rows were found, one line each."""
 
     identity: DataIdentity
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
 
 
 def load_rows(data: str | Sequence[str]) -> Rows:
-    """Read a local ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file, or a hub set ``name[:config[:split]]``.
+    """Read files, folders, patterns, and hub sets ``name[:config[:split]]``, see :func:`aletheia.data.find.find`.
 
-    Several are read one after the other as one data set; each may have a form of its own.
+    Several are read one after the other as one data set; each file may have a form of its own, and is read once.
 
     Raises:
         DataError: no source is given, one cannot be read, its columns fit no form, or a row is unusable; names the row.
     """
-    parts = [_load_one(source) for source in ((data,) if isinstance(data, str) else data)]
+    read: set[str] = set()
+    parts = [_load_source(source, read) for source in ([data] if isinstance(data, str) else data)]
     if not parts:
         raise DataError("found no data, expected at least one file or hub data set; give it as `data`")
+    notes = tuple(note for part in parts for note in part.notes)
+    parts = [part for part in parts if part.rows]
+    return replace(_joined(BETWEEN_SOURCES.join(part.identity.name for part in parts), parts), notes=notes)
+
+
+def _joined(name: str, parts: Sequence[Rows]) -> Rows:
+    """Several as one: rows and forms in order, a fingerprint of all fingerprints."""
     if len(parts) == 1:
-        return parts[0]
-    return Rows(_joined([part.identity for part in parts]), tuple(row for part in parts for row in part.rows))
+        return replace(parts[0], identity=parts[0].identity.model_copy(update={"name": name}))
+    digest = hashlib.sha256("\n".join(part.identity.fingerprint for part in parts).encode()).hexdigest()
+    form = " | ".join(dict.fromkeys(form for part in parts for form in part.identity.form.split(" | ") if form))
+    rows = tuple(row for part in parts for row in part.rows)
+    return Rows(DataIdentity(name=name, fingerprint=digest, form=form, rows=len(rows)), rows)
 
 
-def _joined(parts: Sequence[DataIdentity]) -> DataIdentity:
-    """Several sources as one: names and forms in order, a fingerprint of all fingerprints."""
-    digest = hashlib.sha256("\n".join(part.fingerprint for part in parts).encode()).hexdigest()
-    return DataIdentity(
-        name=BETWEEN_SOURCES.join(part.name for part in parts),
-        fingerprint=digest,
-        form=" | ".join(dict.fromkeys(part.form for part in parts)),
-        rows=sum(part.rows for part in parts),
-    )
-
-
-def _load_one(source: str) -> Rows:
-    path = Path(source)
-    if _exists(path):
-        table, fingerprint = read_table(path), file_sha256(path)
-    elif path.suffix.lower() in READERS:
-        raise DataError(f"{source}: found no such file; check the path (looked in {Path.cwd()})")
+def _load_source(source: str, read: set[str]) -> Rows:
+    """The rows of one source, without the files that are in ``read`` already; they are added to it."""
+    columns = {"input", *(name for needed in FORMS.values() for name in needed)}
+    found = find(source)
+    named = [source] if found is None else [str(path.resolve()) for path in found.paths]
+    new = [name for name in dict.fromkeys(named) if name not in read]
+    read.update(new)
+    if found is None:
+        parts = [_interpreted(source, read_hub(source, columns)) for _ in new]
     else:
-        table = read_hub(source, columns={"input", *(name for needed in FORMS.values() for name in needed)})
-        fingerprint = table.fingerprint
+        paths = {str(path.resolve()): path for path in reversed(found.paths)}
+        parts = [_interpreted(str(paths[name]), _local(paths[name], columns)) for name in new]
+    notes = () if found is None else found.notes
+    if again := len(named) - len(new):
+        some = "" if len(named) == 1 else f"{again} of {len(named)} files are "
+        notes += (f"{source}: {some}named before and read once",)
+    return replace(_joined(source, parts), notes=notes)
+
+
+def _local(path: Path, columns: set[str]) -> Table:
+    return read_saved(path, columns) if path.is_dir() else read_table(path)
+
+
+def _interpreted(name: str, table: Table) -> Rows:
     form = _form_of(table)
     rows = tuple(_row(record, form, where) for where, record in table.records)
-    return Rows(DataIdentity(name=source, fingerprint=fingerprint, form=form, rows=len(rows)), rows)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a name too long for the file system, or with a NUL
-        return False
+    return Rows(DataIdentity(name=name, fingerprint=table.fingerprint, form=form, rows=len(rows)), rows)
 
 
 def _form_of(table: Table) -> str:

@@ -15,8 +15,8 @@ class DataSettings(Settings):
     SECTION: ClassVar[str] = "data"
     data: tuple[str, ...] = option(
         ...,
-        "Rows to learn from: .jsonl, .json, .csv or .parquet, or a hub data set name[:config[:split]]. "
-        "Give it again for more files.",
+        "Rows to learn from: a .jsonl, .json, .csv or .parquet file, a folder, a pattern in quotes, or a hub data set; "
+        "folders and hub data sets as name[:config[:split]]. Give it again for more.",
         GROUP,
         min_length=1,
     )

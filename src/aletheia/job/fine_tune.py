@@ -18,7 +18,9 @@ from aletheia.anatomy.load import free_memory_bytes, own_memory_bytes
 from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import ModelIdentity
 from aletheia.anatomy.settings import LoadSettings
-from aletheia.data.examples import Example, Examples, split_held_out
+from aletheia.data.examples import Example, Examples
+from aletheia.data.preview import shown_row
+from aletheia.data.repeats import overlap
 from aletheia.data.rows import Rows, load_rows
 from aletheia.data.settings import DataSettings
 from aletheia.data.sources import one_line
@@ -27,6 +29,7 @@ from aletheia.files import is_sealed, write_text
 from aletheia.job.adapter import Start
 from aletheia.job.settings import JobSettings
 from aletheia.job.source import (
+    NOTE,
     Say,
     Source,
     checkpoint_as_asked,
@@ -34,6 +37,7 @@ from aletheia.job.source import (
     is_streamed,
     load_for,
     note_unusual,
+    split_for,
     to_stderr,
 )
 from aletheia.planning.make import every_layer_fits
@@ -46,6 +50,7 @@ from aletheia.probing import resident
 from aletheia.probing import streamed as by_layer
 from aletheia.probing.scores import Scores
 from aletheia.reporting.page import report
+from aletheia.reporting.preview import quoted
 from aletheia.runs.contents import add_to_contents
 from aletheia.runs.folder import CONFIG_FILE, RunFolder
 from aletheia.runs.manifest import TrainingCheckpoint, check_same_run, newest_checkpoint, verified
@@ -120,7 +125,11 @@ class Job:
         start = Start.of(settings)
         with self._timed("load"):
             base, data = self._load(rows, start)
-        data, held_out = self._split(base, data, eval_rows)
+        for line in quoted(shown_row(data[0], 1, base.tokenizer)):
+            self.say(line)
+        data, held_out = split_for(base, data, eval_rows, settings.data, settings.training.seed, self.say)
+        for note in overlap(data, held_out).notes():
+            self.say(NOTE + note)
         if start is None:
             scores, plan = self._plan(base, data, given, found)
             prefix = self._prefix(base, plan, data, held_out)
@@ -204,14 +213,6 @@ class Job:
             note_unusual(checkpoint.anatomy, self.say)
             return checkpoint, encode_for(checkpoint, rows, self.settings.data, self.say)
         return load_for(how, rows, self.settings.data, self.say)
-
-    def _split(self, base: Source, data: Examples, eval_rows: Rows | None) -> tuple[Examples, Examples]:
-        asked = self.settings.data
-        if eval_rows is None:
-            fraction = 0.05 if asked.eval_fraction is None else asked.eval_fraction
-            return split_held_out(data, fraction, self.settings.training.seed, asked.eval_rows)
-        held_out = encode_for(base, eval_rows, asked, self.say)
-        return data, held_out.subset(range(min(asked.eval_rows, len(held_out))))
 
     # --- plan
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import yaml
 
 from aletheia.anatomy.settings import LoadSettings
+from aletheia.data.find import whole_source
 from aletheia.data.settings import DataSettings
 from aletheia.errors import SettingsError
 from aletheia.planning.plan import PlanSettings
@@ -91,7 +92,7 @@ class JobSettings(Settings):
         model = self.model.model_dump(mode="json", exclude_none=True)
         data = self.data.model_dump(mode="json", exclude_none=True)
         for name in ("data", "eval_data"):
-            data[name] = [_whole_path(source) for source in data[name]]
+            data[name] = [whole_source(source) for source in data[name]]
         if self.plan.file is None:
             plan = self.plan.model_dump(mode="json", exclude_none=True)
         else:

@@ -12,7 +12,8 @@ from aletheia.anatomy.schema import Anatomy
 from aletheia.anatomy.settings import LoadSettings
 from aletheia.anatomy.shards import weights_bytes
 from aletheia.data.encode import encode
-from aletheia.data.examples import Examples
+from aletheia.data.examples import Examples, split_held_out
+from aletheia.data.repeats import duplicates
 from aletheia.data.rows import Rows
 from aletheia.data.settings import DataSettings
 from aletheia.errors import ModelError
@@ -24,6 +25,7 @@ from aletheia.runs.saved import merge_adapter
 
 Say = Callable[[str], None]
 Source = Loaded | Checkpoint
+NOTE = "note: "
 
 
 def to_stderr(line: str) -> None:
@@ -56,16 +58,37 @@ def encode_for(base: Source, rows: Rows, data: DataSettings, say: Say = to_stder
     """Tokenise rows for a model: no longer than its positions, no token it has no embedding for."""
     positions = getattr(text_config(base.model), "max_position_embeddings", None) or data.max_length
     if positions < data.max_length:
-        say(f"note: the model has {positions} positions; `max_length` {data.max_length} is lowered to that")
+        say(f"{NOTE}the model has {positions} positions; `max_length` {data.max_length} is lowered to that")
     length = min(data.max_length, positions)
     examples = encode(rows, base.tokenizer, length, data.skip_emptied, base.vocab_size)
+    for note in (*examples.notes, *count_notes(examples)):
+        say(NOTE + note)
+    return examples
+
+
+def count_notes(examples: Examples) -> list[str]:
+    """How many rows are cut, left out or there already, where there are any."""
+    notes = []
     if examples.truncated:
-        say(
-            f"note: {examples.truncated} of {len(examples)} rows are cut to {examples.max_length} tokens (`max_length`)"
+        notes.append(
+            f"{examples.truncated} of {len(examples)} rows are cut to {examples.max_length} tokens (`max_length`)"
         )
     if examples.skipped:
-        say(f"note: {examples.skipped} rows are left out, with no token to learn within `max_length`")
-    return examples
+        notes.append(f"{examples.skipped} rows are left out, with no token to learn within `max_length`")
+    if twice := duplicates(examples):
+        notes.append(f"{twice} of {len(examples)} rows are duplicates of an earlier one ({examples.identity.name})")
+    return notes
+
+
+def split_for(
+    base: Source, data: Examples, eval_rows: Rows | None, asked: DataSettings, seed: int, say: Say = to_stderr
+) -> tuple[Examples, Examples]:
+    """Rows to learn from and held-out rows: those of ``eval_rows``, else a share of the data."""
+    if eval_rows is None:
+        fraction = 0.05 if asked.eval_fraction is None else asked.eval_fraction
+        return split_held_out(data, fraction, seed, asked.eval_rows)
+    held_out = encode_for(base, eval_rows, asked, say)
+    return data, held_out.subset(range(min(asked.eval_rows, len(held_out))))
 
 
 def load_for(how: LoadSettings, rows: Rows, data: DataSettings, say: Say = to_stderr) -> tuple[Loaded, Examples]:
@@ -81,7 +104,7 @@ def load_for(how: LoadSettings, rows: Rows, data: DataSettings, say: Say = to_st
     examples = encode_for(base, rows, data, say)
     base, changed = preflight(base, examples)
     if changed:
-        say(f"note: {changed}")
+        say(NOTE + changed)
     check_passes(base.model, examples)
     note_unusual(read_anatomy(base.model), say)
     if folder is not None:
@@ -103,4 +126,4 @@ def checkpoint_as_asked(how: LoadSettings) -> Checkpoint:
 def note_unusual(anatomy: Anatomy, say: Say) -> None:
     """Say what of the layers LoRA leaves as it is, and what they share, if anything."""
     for note in anatomy.notes:
-        say(f"note: {note}")
+        say(NOTE + note)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aletheia.data.sources import kind, read_table, shown_columns
+from aletheia.data.formats import read_table
+from aletheia.data.sources import kind, shown_columns
 from aletheia.errors import DataError
 from aletheia.files import file_sha256
 

@@ -1,0 +1,258 @@
+"""Which files a source names: one file, a pattern, or a folder with its splits. Nothing is read but names."""
+
+import glob
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from aletheia.data.formats import READERS, SUFFIXES, format_of
+from aletheia.data.unpack import PACKED
+from aletheia.errors import DataError
+
+TRAIN = "train"
+# words in the names of files and folders -> the split they mean
+SPLITS = dict.fromkeys(("train", "training"), TRAIN)
+SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
+SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation", "heldout"), "test")
+_SHARD = re.compile(r"(?P<split>.+)-\d+-of-\d+$")  # as the hub names the files of a split
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+_PAPERS = ("readme", "license", "licence", "citation", "changelog")
+_NAMES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Found:
+    """What one source names: data files, and folders that ``save_to_disk`` wrote, in the order to read them."""
+
+    paths: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+
+def find(source: str) -> Found | None:
+    """The files of a path, a pattern (``train-*.jsonl``, ``**``), or a folder as ``FOLDER[:config][:split]``.
+
+    Of a folder with splits the one named ``train`` is taken. None where ``source`` can only be a hub data set.
+
+    Raises:
+        DataError: nothing is there, or a folder holds no data, several sets of data, or only held-out rows.
+    """
+    path = Path(source)
+    if _exists(path):
+        return _in_folder(path) if path.is_dir() else Found((path,))
+    name, config, split = name_parts(source)
+    if name and name != source and _exists(Path(name)):
+        if not Path(name).is_dir():
+            raise DataError(f"{source}: found a file, which has no splits; expected a folder; give {name} alone")
+        return _in_folder(Path(name), config, split)
+    if _is_pattern(source):
+        return _matching(source)
+    if format_of(path) in READERS:
+        raise DataError(f"{source}: found no such file; check the path (looked in {Path.cwd()}{_near(path)})")
+    return None
+
+
+def name_parts(source: str) -> tuple[str, str, str]:
+    """``name[:config[:split]]`` as its three parts, empty where left out."""
+    name, config, split = [*source.split(":", 2), "", ""][:3]
+    return name, config, split
+
+
+def whole_source(source: str) -> str:
+    """The same source from any working folder: paths and patterns on this machine by their absolute path."""
+    name, *rest = source.split(":", 1)
+    if _exists(Path(source)):
+        return str(Path(source).resolve())
+    if rest and _exists(Path(name)):
+        return f"{Path(name).resolve()}:{rest[0]}"
+    return str(Path.cwd() / source) if _is_pattern(source) else source
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # a name too long for the file system, or with a NUL
+        return False
+
+
+# --- patterns
+
+
+def _is_pattern(source: str) -> bool:
+    return any(char in source for char in "*?") or "[" in source.partition(":")[0]  # name:config:train[:50]
+
+
+def _matching(source: str) -> Found:
+    paths = [Path(match) for match in sorted(glob.glob(source, recursive=True))]
+    files = [path for path in paths if path.is_file() and not _is_description(path)]
+    data = [path for path in files if format_of(path) in READERS]
+    if not data:
+        found = f"only {_names(path.name for path in paths)}" if paths else "no file that matches"
+        raise DataError(
+            f"{source}: found {found}, expected files in one of the formats {SUFFIXES}; "
+            f"check the pattern (looked in {Path.cwd()}{_near(Path(source))})"
+        )
+    passed = [path.name for path in files if path not in data]
+    return Found(tuple(data), (_note(source, data, {}, passed),))
+
+
+def _near(path: Path) -> str:
+    """Names like that of ``path`` where it would be, for the end of a message."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+    except OSError:
+        return f", no folder {path.parent}"
+    near = get_close_matches(path.name, names, 3, 0.4)
+    return f"; there is {_names(near)}" if near else ""
+
+
+# --- folders
+
+
+def _in_folder(folder: Path, config: str = "", split: str = "") -> Found:
+    try:
+        if is_saved(folder):
+            if config or split:
+                raise DataError(f"{folder}: found one saved data set without splits; expected no more than its name")
+            return Found((folder,))
+        splits, inner, passed = _contents(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror}); check its permissions") from error
+    if config and not split and _split_named(config, splits) in splits:
+        config, split = "", config
+    if config:
+        if config not in inner:
+            raise _no_such(folder, config, splits, inner)
+        return _in_folder(folder / config, "", split)
+    if not splits:
+        if len(inner) == 1:
+            return _in_folder(folder / inner[0], "", split)
+        if inner:
+            raise DataError(
+                f"{folder}: found no data files but the folders {_names(inner)}; expected one to be named, "
+                f"as {folder}:{inner[0]}"
+            )
+        holds = f"only {_names(passed)}" if passed else "nothing to read"
+        raise DataError(
+            f"{folder}: found {holds}, expected data files ({SUFFIXES}, also followed by {' or '.join(PACKED)}) "
+            "or what save_to_disk writes; check the folder"
+        )
+    chosen = _split_named(split, splits) if split else _to_learn_from(folder, splits)
+    if chosen not in splits:
+        raise _no_such(folder, split, splits, inner)
+    left = {name: paths for name, paths in splits.items() if name != chosen}
+    return Found(tuple(splits[chosen]), (_note(f"{folder}", splits[chosen], left, passed),))
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` of one data set wrote the folder."""
+    return all((folder / name).is_file() for name in ("state.json", "dataset_info.json"))
+
+
+def _contents(folder: Path) -> tuple[dict[str, list[Path]], list[str], list[str]]:
+    """The splits of a folder with their files in order, its folders that are none of them, and other files by name.
+
+    Files named after no split are of the split ``train``, unless others are named so: then of the split ``""``.
+    """
+    splits: dict[str, list[Path]] = {}
+    inner: list[str] = []
+    passed: list[str] = []
+    for entry in _visible(folder):
+        if not entry.is_dir():
+            _sort_in(entry, _split_of(entry), splits, passed)
+        elif is_saved(entry):
+            splits.setdefault(SPLITS.get(entry.name.lower(), entry.name), []).append(entry)
+        elif entry.name == "data" or entry.name.lower() in SPLITS:
+            for file in _visible(entry):
+                if file.is_file():
+                    _sort_in(file, SPLITS.get(entry.name.lower()) or _split_of(file), splits, passed)
+        elif not entry.name.startswith("checkpoint") and any(_is_data(one) for one in _visible(entry)):
+            inner.append(entry.name)
+    by_name = [path for path in splits.get(TRAIN, ()) if _begins_as_train(path)]
+    if "" in splits and not by_name:  # 'gsm8k_train.jsonl' beside 'mine.jsonl': nobody set splits apart
+        splits[TRAIN] = sorted([*splits.pop(""), *splits.get(TRAIN, ())])
+    return splits, inner, passed
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "_")))
+
+
+def _is_data(path: Path) -> bool:
+    if path.is_dir():
+        return path.name in ("data", *SPLITS) or is_saved(path)
+    return format_of(path) in READERS and not _is_description(path)
+
+
+def _is_description(path: Path) -> bool:
+    return path.name in _DESCRIPTIONS or path.name.lower().split(".")[0] in _PAPERS
+
+
+def _sort_in(file: Path, split: str, splits: dict[str, list[Path]], passed: list[str]) -> None:
+    if _is_data(file):
+        splits.setdefault(split, []).append(file)
+    elif not _is_description(file):
+        passed.append(file.name)
+
+
+def _stem(path: Path) -> str:
+    name = path.name
+    for suffix in reversed(path.suffixes[-2:]):
+        if suffix.lower() in (*PACKED, *READERS):
+            name = name.removesuffix(suffix)
+    return name
+
+
+def _split_of(path: Path) -> str:
+    """The split that a file's name says, by its first or last word; empty if it says none."""
+    stem = _stem(path)
+    if shard := _SHARD.match(stem):
+        return SPLITS.get(shard["split"].lower(), shard["split"])
+    words = re.findall(r"[a-z]+", stem.lower().replace("held_out", "heldout").replace("held-out", "heldout"))
+    return next((SPLITS[word] for word in (*words[:1], *words[-1:]) if word in SPLITS), "")
+
+
+def _begins_as_train(path: Path) -> bool:
+    words = re.findall(r"[a-z]+", _stem(path).lower())
+    return SPLITS.get(path.parent.name.lower()) == TRAIN or (bool(words) and SPLITS.get(words[0]) == TRAIN)
+
+
+def _split_named(split: str, splits: Mapping[str, object]) -> str:
+    """The split that is asked for, by its own name or another word for it."""
+    return split if split in splits else SPLITS.get(split.lower(), split)
+
+
+def _to_learn_from(folder: Path, splits: Mapping[str, Sequence[Path]]) -> str:
+    others = [name for name in splits if name not in SPLITS.values()]
+    if TRAIN in splits:
+        return TRAIN
+    if len(splits) == 1 and others:
+        return others[0]
+    first = (others or list(splits))[0]
+    found = f"the splits {_names(splits)}" if others else f"only held-out rows ({_names(splits)})"
+    raise DataError(f"{folder}: found {found}, expected rows to learn from; name a split, as {folder}:{first}")
+
+
+def _no_such(folder: Path, asked: str, splits: Mapping[str, object], inner: Sequence[str]) -> DataError:
+    known = [name for name in (*splits, *inner) if name]
+    return DataError(f"{folder}:{asked}: found no split or folder of that name; expected one of {_names(known)}")
+
+
+def _note(source: str, read: Sequence[Path], left: Mapping[str, Sequence[Path]], passed: Sequence[str]) -> str:
+    files = "1 file" if len(read) == 1 else f"{len(read)} files"
+    text = f"{source}: {files} read ({_names(path.name for path in read)})"
+    if left:
+        several = [f"{_names(path.name for path in paths)} ({name or 'no split'})" for name, paths in left.items()]
+        text += f"; not read: {', '.join(several)}"
+        if held_out := next((name for name in ("test", "validation") if name in left), None):
+            text += f"; to test on it, give `eval_data={source}:{held_out}`"
+    return text + (f"; of no format that is read: {_names(passed)}" if passed else "")
+
+
+def _names(names: Iterable[str]) -> str:
+    """Names for a message; a long list is cut."""
+    every = list(names)
+    more = len(every) - _NAMES_SHOWN
+    shown = ", ".join("".join(char if char.isprintable() else "?" for char in name) for name in every[:_NAMES_SHOWN])
+    return f"{shown} and {more} more" if more > 0 else shown

@@ -1,0 +1,126 @@
+"""Rows as the model will see them, and the counts of a data set, as plain data. No torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from statistics import median
+from typing import Any
+
+from aletheia.data.examples import NO_LOSS, Example, Examples
+from aletheia.data.repeats import Overlap, duplicates
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Neighbouring tokens of one kind as text: ``labelled`` ones carry a loss, a ``special`` one stands alone.
+
+    ``left_out`` marks a remark of ours in place of text that was cut out.
+    """
+
+    text: str
+    labelled: bool
+    special: bool = False
+    left_out: bool = False
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """One row as the model will see it. ``number`` counts the rows of the data set from 1, as they were read."""
+
+    number: int
+    where: str
+    tokens: int
+    labelled_tokens: int
+    pieces: tuple[Piece, ...]
+
+    def shortened(self, characters: int, most: int) -> "ShownRow":
+        """The same row with at most ``characters`` of each piece and ``most`` pieces, the middle cut out."""
+        pieces = [part for piece in self.pieces for part in _shortened(piece, characters)]
+        if len(pieces) > most:
+            head, tail = most - most // 2, most // 2
+            between = Piece(f"[... {len(pieces) - most} pieces ...]", labelled=False, left_out=True)
+            pieces = [*pieces[:head], between, *pieces[len(pieces) - tail :]]
+        return replace(self, pieces=tuple(pieces))
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a run would learn from: some rows as the model will see them, the counts of all, and notes on them.
+
+    ``left_out`` counts rows by the reason why they are not learned from; ``held_out`` tells of the held-out rows, None
+    where there are none.
+    """
+
+    name: str
+    form: str
+    max_length: int
+    shown: tuple[ShownRow, ...]
+    rows: int
+    tokens: int
+    labelled_tokens: int
+    longest: int
+    median: float
+    truncated: int
+    left_out: Mapping[str, int]
+    duplicates: int
+    held_out: Overlap | None
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        examples: Examples,
+        shown: Sequence[ShownRow],
+        held_out: Overlap | None = None,
+        notes: Sequence[str] = (),
+    ) -> "Preview":
+        """The counts of ``examples`` beside the rows to show."""
+        lengths = [len(example) for example in examples.examples]
+        return cls(
+            name=examples.identity.name,
+            form=examples.identity.form,
+            max_length=examples.max_length,
+            shown=tuple(shown),
+            rows=len(examples),
+            tokens=examples.tokens,
+            labelled_tokens=examples.labelled_tokens,
+            longest=max(lengths),
+            median=median(lengths),
+            truncated=examples.truncated,
+            left_out=dict(examples.left_out),
+            duplicates=duplicates(examples),
+            held_out=held_out,
+            notes=tuple(notes),
+        )
+
+
+def shown_row(example: Example, number: int, tokenizer: Any) -> ShownRow:
+    """A tokenised row in pieces of text."""
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    kinds = [
+        (position > 0 and label != NO_LOSS, position if token in special else -1)  # position 0 is never predicted
+        for position, (token, label) in enumerate(zip(example.input_ids, example.labels, strict=True))
+    ]
+    pieces: list[Piece] = []
+    end, before = 0, ""
+    for (labelled, alone), run in groupby(kinds):
+        start, end = end, end + len(list(run))
+        after = _decoded(example.input_ids[:end], tokenizer)
+        grew = after.startswith(before)  # what a token looks like depends on those before it
+        text = after[len(before) :] if grew else _decoded(example.input_ids[start:end], tokenizer)
+        pieces.append(Piece(text, labelled, alone >= 0))
+        before = after
+    return ShownRow(number, example.where, len(example), example.labelled_tokens, tuple(pieces))
+
+
+def _decoded(ids: list[int], tokenizer: Any) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return text
+
+
+def _shortened(piece: Piece, characters: int) -> list[Piece]:
+    if len(piece.text) <= characters + 40:  # about what the remark would take
+        return [piece]
+    head, tail = characters - characters // 3, characters // 3
+    cut = Piece(f" [... {len(piece.text) - head - tail:,} characters ...] ", piece.labelled, left_out=True)
+    return [replace(piece, text=piece.text[:head]), cut, replace(piece, text=piece.text[len(piece.text) - tail :])]

@@ -1,0 +1,78 @@
+"""Rows of a data set as a model will see them, before anything is trained. Reads the tokenizer and the config alone."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from aletheia.anatomy.load import load_without_weights
+from aletheia.anatomy.settings import LoadSettings
+from aletheia.data.examples import Example, Examples
+from aletheia.data.preview import Preview, ShownRow, shown_row
+from aletheia.data.repeats import overlap
+from aletheia.data.rows import Row, Rows, load_rows
+from aletheia.data.settings import DataSettings
+from aletheia.errors import DataError
+from aletheia.job.settings import JobSettings
+from aletheia.job.source import NOTE, count_notes, encode_for, split_for
+
+ROWS_SHOWN = 3
+
+
+def preview(
+    model: str | Mapping[str, Any] | LoadSettings,
+    data: str | Mapping[str, Any] | DataSettings,
+    rows: Sequence[int] = (),
+) -> Preview:
+    """What a run would learn from: rows with their labels, and the counts of the whole data set.
+
+    The same as ``aletheia preview``. Rows that would stop a run are counted in ``left_out`` instead.
+
+    Args:
+        model: hub id, folder or file, or :class:`aletheia.LoadSettings`; no weights are read.
+        data: rows to learn from, or :class:`aletheia.DataSettings`.
+        rows: numbers of rows to show, from 1; by default three, first those whose roles differ.
+
+    Raises:
+        AletheiaError: what is wrong, in one line.
+    """
+    settings = JobSettings.of(model, data)
+    asked = settings.data.model_copy(update={"skip_emptied": True})
+    found = load_rows(asked.data)
+    eval_rows = load_rows(asked.eval_data) if asked.eval_data else None
+    base = load_without_weights(settings.model.model)
+    said: list[str] = []
+    examples = encode_for(base, found, asked, said.append)
+    counted = count_notes(examples)
+    shared = None
+    if eval_rows is not None or len(examples) > 1:
+        train, held_out = split_for(base, examples, eval_rows, asked, settings.training.seed, said.append)
+        shared = overlap(train, held_out)
+    notes = list(dict.fromkeys(line.removeprefix(NOTE) for line in said if line.removeprefix(NOTE) not in counted))
+    return Preview.of(examples, _rows_to_show(found, examples, rows, base.tokenizer), shared, notes)
+
+
+def _rows_to_show(rows: Rows, examples: Examples, asked: Sequence[int], tokenizer: Any) -> list[ShownRow]:
+    """The rows ``asked`` for, by number from 1; by default three, first those whose roles differ.
+
+    Raises:
+        DataError: there is no row of that number, or it is left out.
+    """
+    encoded = {example.where: example for example in examples.examples}
+    for number in asked:
+        if not 1 <= number <= len(rows.rows):
+            raise DataError(f"`row` is {number}; expected a number from 1 to {len(rows.rows)}, the rows of the data")
+        if (where := rows.rows[number - 1].where) not in encoded:
+            raise DataError(f"`row` is {number}; expected a row that is learned from: {where} is left out")
+    numbers = list(dict.fromkeys(asked)) or _different(rows.rows, encoded)
+    return [shown_row(encoded[rows.rows[number - 1].where], number, tokenizer) for number in numbers]
+
+
+def _different(rows: Sequence[Row], encoded: Mapping[str, Example]) -> list[int]:
+    """Numbers of the first rows, those that differ from the ones before before those that do not."""
+    usable = [number for number, row in enumerate(rows, start=1) if row.where in encoded]
+    first: dict[tuple[str, ...], int] = {}
+    for number in usable:
+        roles = [message["role"] for message in rows[number - 1].messages or ()]
+        several = ("several answers",) if roles.count("assistant") > 1 else ()
+        first.setdefault((*dict.fromkeys(roles), *several), number)
+    chosen = [*first.values(), *(number for number in usable[:ROWS_SHOWN] if number not in first.values())]
+    return sorted(chosen[:ROWS_SHOWN])
