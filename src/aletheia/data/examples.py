@@ -1,8 +1,8 @@
 """Tokenised rows with their labels. No torch: plain lists of integers."""
 
 import random
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from aletheia.anatomy.schema import DataIdentity
 from aletheia.errors import DataError
@@ -35,8 +35,9 @@ class Example:
 class Examples:
     """A tokenised data set, usable as the ``train_dataset`` of a transformers Trainer.
 
-    ``skipped`` counts the rows left without a label and dropped, ``truncated`` the kept rows that lost tokens.
-    Both, and ``identity``, describe the whole data set, also in a subset of it.
+    ``skipped`` counts the rows left without a label and dropped, ``truncated`` the kept rows that lost tokens,
+    ``left_out`` all rows that are not here by reason; ``notes`` say what a person should know of the rows, one line
+    each. All of these, and ``identity``, describe the whole data set, also in a subset of it.
     """
 
     identity: DataIdentity
@@ -45,6 +46,8 @@ class Examples:
     pad_token_id: int
     skipped: int
     truncated: int
+    left_out: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         """Number of examples."""
