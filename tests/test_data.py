@@ -557,19 +557,19 @@ def test_emptied_rows_are_an_error_that_says_how_many_tokens_are_needed(plain_ro
         encode(plain_rows, tokenizer, max_length=8)
     one_clear_line(
         caught, "rows.jsonl:2: ", "the first of 2 row(s), of 3,", "`max_length=8`; expected at least 9 for it",
-        "raise `max_length` or give `skip_emptied=True`",
+        "raise `max_length` or give `skip_unusable=True`",
     )  # fmt: skip
-    assert len(encode(plain_rows, tokenizer, max_length=9, skip_emptied=True)) == 2  # 9 are enough for row 2
+    assert len(encode(plain_rows, tokenizer, max_length=9, skip_unusable=True)) == 2  # 9 are enough for row 2
 
 
 def test_emptied_rows_are_dropped_and_counted_on_request(plain_rows):
     tokenizer = make_tokenizer(None)
-    examples = encode(plain_rows, tokenizer, max_length=8, skip_emptied=True)
+    examples = encode(plain_rows, tokenizer, max_length=8, skip_unusable=True)
     assert (len(examples), examples.skipped, examples.truncated) == (1, 2, 0)
     with pytest.raises(DataError) as caught:
-        encode(plain_rows, tokenizer, max_length=3, skip_emptied=True)
+        encode(plain_rows, tokenizer, max_length=3, skip_unusable=True)
     message = one_clear_line(caught, "the first of 3 row(s), of 3,", "at least 5", "raise `max_length`")
-    assert "skip_emptied" not in message
+    assert "skip_unusable" not in message
 
 
 def test_several_files_are_one_data_set(tmp_path, chatml):

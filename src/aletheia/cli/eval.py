@@ -94,7 +94,7 @@ def eval(
         settings = eval_settings(
             data_dir, adapter, model=model, tasks=[name.strip() for name in tasks.split(",") if name.strip()],
             limit=limit, eval_data=eval_data, num_fewshot=num_fewshot, chat=chat, max_new_tokens=max_new_tokens,
-            context_length=context_length, max_length=rows.max_length, skip_emptied=rows.skip_emptied,
+            context_length=context_length, max_length=rows.max_length, skip_unusable=rows.skip_unusable,
             batch_size=batch_size, dtype=loading.dtype, quantize=loading.quantize, attention=loading.attention,
         )  # fmt: skip
         done = _evaluate(settings, out, data_dir, unsafe_exec, overwrite)

@@ -62,7 +62,7 @@ def probe(
     loading = LoadSettings(model=model, **given["model"])
     data = DataSettings(**given["data"])
     check_writable(out.parent)
-    rows = load_rows(data.data)
+    rows = load_rows(data.data, data.skip_unusable)
     if is_streamed(loading, say):
         checkpoint = Checkpoint(model, loading.dtype, attention=loading.attention)
         examples = encode_for(checkpoint, rows, data, say)

@@ -104,8 +104,9 @@ class Job:
         settings, folder = self.settings, self.folder
         given = Plan.read(settings.plan.file) if settings.plan.file else None
         found = self._checkpoint(resume)
-        rows = load_rows(settings.data.data)
-        eval_rows = load_rows(settings.data.eval_data) if settings.data.eval_data else None
+        skip = settings.data.skip_unusable
+        rows = load_rows(settings.data.data, skip)
+        eval_rows = load_rows(settings.data.eval_data, skip) if settings.data.eval_data else None
         self.say(f"load   {settings.model.model}")
         with self._timed("load"):
             base, data = self._load(rows)

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from aletheia.anatomy.access import text_config
+from aletheia.anatomy.access import stop_ids_of, text_config
 from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.load import Loaded, free_memory_bytes, load, pick, pick_device
 from aletheia.anatomy.settings import LoadSettings
@@ -12,6 +12,7 @@ from aletheia.data.encode import encode
 from aletheia.data.examples import Examples
 from aletheia.data.rows import Rows
 from aletheia.data.settings import DataSettings
+from aletheia.data.templates import read_template
 from aletheia.planning.estimate import RESIDENT_SHARE
 from aletheia.probing.preflight import preflight
 
@@ -38,18 +39,27 @@ def is_streamed(how: LoadSettings, say: Say = to_stderr) -> bool:
 
 
 def encode_for(base: Source, rows: Rows, data: DataSettings, say: Say = to_stderr) -> Examples:
-    """Tokenise rows for a model: no longer than its positions, no token it has no embedding for."""
+    """Tokenise rows for a model: no longer than its positions, no token it has no embedding for.
+
+    The chat template of ``data`` becomes that of the model's tokenizer. Prints what a person should know of the rows.
+    """
+    if data.chat_template is not None:
+        base.tokenizer.chat_template = read_template(data.chat_template)
     positions = getattr(text_config(base.model), "max_position_embeddings", None) or data.max_length
     if positions < data.max_length:
         say(f"note: the model has {positions} positions; `max_length` {data.max_length} is lowered to that")
     length = min(data.max_length, positions)
-    examples = encode(rows, base.tokenizer, length, data.skip_emptied, base.vocab_size)
+    stops = stop_ids_of(base.model)
+    examples = encode(rows, base.tokenizer, length, data.skip_unusable, base.vocab_size, stops, data.train_on)
+    for note in examples.notes:
+        say(f"note: {note}")
     if examples.truncated:
         say(
             f"note: {examples.truncated} of {len(examples)} rows are cut to {examples.max_length} tokens (`max_length`)"
         )
-    if examples.skipped:
-        say(f"note: {examples.skipped} rows are left out, with no token to learn within `max_length`")
+    if examples.left_out:
+        reasons = ", ".join(f"{count} with {reason}" for reason, count in examples.left_out.items())
+        say(f"note: {sum(examples.left_out.values())} rows are left out: {reasons}")
     return examples
 
 

@@ -209,7 +209,7 @@ def _prepare(base: Loaded, settings: EvalSettings, data_dir: Path | None, unsafe
             assert settings.eval_data is not None
             positions = getattr(text_config(base.model), "max_position_embeddings", None)
             length = min(settings.max_length, positions or settings.max_length)
-            rows = load_data(settings.eval_data, base.tokenizer, length, settings.skip_emptied, base.vocab_size)
+            rows = load_data(settings.eval_data, base.tokenizer, length, settings.skip_unusable, base.vocab_size)
             works.append(HeldOut(base.model, rows, settings.batch_size, settings.limit))
             continue
         lm = lm or language_model(base.model, base.tokenizer, settings.batch_size, settings.context_length)
