@@ -56,7 +56,7 @@ def option(default: Any, help: str, group: str = "", flag: str = "", also: str =
 
     ``also`` is a second flag for the same.
     """
-    extra = {"group": group, "flag": flag, "also": also}
+    extra: dict[str, Any] = {"group": group, "flag": flag, "also": also}
     return Field(default=default, description=help, json_schema_extra=extra, **limits)
 
 

@@ -21,7 +21,17 @@ EXAMPLE = "aletheia eval Qwen/Qwen2.5-0.5B-Instruct --adapter run --tasks mmlu,g
 @from_settings(
     LoadSettings,
     DataSettings,
-    leave_out={"model", "stream", "max_memory", "data", "eval_data", "eval_fraction", "eval_rows"},
+    leave_out={
+        "model",
+        "stream",
+        "max_memory",
+        "data",
+        "eval_data",
+        "eval_fraction",
+        "eval_rows",
+        "train_on",
+        "chat_template",
+    },
 )
 def eval(
     model: Annotated[
@@ -113,7 +123,7 @@ def _evaluate(
     from aletheia.anatomy.fingerprint import identify
     from aletheia.anatomy.load import load
     from aletheia.lab.evaluation.evaluate import Origin, claim, evaluate
-    from aletheia.runs.saved import load_adapter
+    from aletheia.runs.saved import load_adapter, use_template_of
 
     if (finished := claim(out, settings, overwrite)) is not None:
         say(f"found  {out}, finished with these settings")
@@ -124,6 +134,7 @@ def _evaluate(
     identity = identify(base.model)
     if settings.adapter is not None:
         base = replace(base, model=load_adapter(base.model, settings.adapter))  # type: ignore[arg-type]
+        use_template_of(settings.adapter, base.tokenizer)
     origin = Origin(identity, time.perf_counter() - started)
     done = evaluate(base, settings, out, data_dir, origin, unsafe_exec, overwrite)
     say(f"wrote {out} (eval.json, items.parquet)")

@@ -13,13 +13,13 @@ from typing import Any
 from aletheia.data.contained import contained
 from aletheia.data.examples import NO_LOSS, Example, Examples, split_held_out
 from aletheia.data.forms import Row
-from aletheia.data.messages import UnusableRow
+from aletheia.data.messages import UnusableRowError
 from aletheia.data.notes import Notes, add_up
 from aletheia.data.rows import Rows, load_rows
 from aletheia.data.scripts import Script, Scripts
 from aletheia.data.settings import TrainOn
 from aletheia.data.stops import pad_id, stop_ids
-from aletheia.data.templates import ChatTemplate, check_size
+from aletheia.data.templates import ChatTemplate, check_size, template_name
 from aletheia.errors import DataError
 
 __all__ = ["NO_LOSS", "Example", "Examples", "encode", "load_data", "split_held_out"]
@@ -66,34 +66,21 @@ def encode(
         rows: what is learned from.
         tokenizer: of transformers, with the chat template that conversations are written with.
         max_length: tokens of the longest row.
-        skip_unusable: leave out, and count by reason, rows that cannot be learned from instead of stopping at the first:
-            those that the chat template refuses, and those without a label beyond position 0, which is never predicted.
+        skip_unusable: leave out, and count by reason, rows that cannot be learned from, instead of stopping at the
+            first: those that the chat template refuses, and those without a label beyond position 0, which is never
+            predicted.
         vocab_size: tokens that the model has an embedding for; others are refused, and none is added.
         stops: ids at which generation stops beside the tokenizer's end token and those in the model's folder.
         train_on: ``all`` answers of a conversation carry a loss, or the ``last`` alone.
 
     Raises:
-        DataError: max_length below 2, an unusable row, no row left, a token id beyond ``vocab_size``, or a chat template
-            that does not end.
+        DataError: max_length below 2, an unusable row, no row left, a token id beyond ``vocab_size``, or a chat
+            template that does not end.
     """
     if max_length < 2:
         raise DataError(f"found a maximum length of {max_length}, expected at least 2; raise `max_length`")
     notes, left_out = Notes(), dict(rows.left_out)
-    usable: list[Row] = []
-    scripts: list[Script] = []
-    for row, script in zip(rows.rows, _scripts(rows, tokenizer, train_on), strict=True):
-        if isinstance(script, UnusableRow):
-            if not skip_unusable:
-                raise DataError(f"{script}; `skip_unusable=True` leaves such rows out")
-            left_out[script.reason] = left_out.get(script.reason, 0) + 1
-            refused = script
-            continue
-        usable.append(row)
-        scripts.append(script)
-        for text, example in script.remarks:
-            notes.add(text, row.where, example)
-    if not usable:
-        raise DataError(f"{refused} (none of {len(rows.rows)} rows can be used)" if rows.rows else "found no rows")
+    usable, scripts = _usable(rows, tokenizer, train_on, skip_unusable, notes, left_out)
     closing = _Closing(tokenizer, stop_ids(tokenizer, stops, vocab_size), notes)
     kept: list[Example] = []
     emptied: list[tuple[str, int | None]] = []
@@ -103,44 +90,68 @@ def encode(
         if needed is None or needed > max_length:
             emptied.append((row.where, needed))
             continue
-        example = Example(input_ids[:max_length], labels[:max_length], row.where)
-        _check_ids(example, vocab_size)
+        kept.append(Example(input_ids[:max_length], labels[:max_length], row.where))
+        _check_ids(kept[-1], vocab_size)
         truncated += len(input_ids) > max_length
-        kept.append(example)
     if emptied:
         if not (skip_unusable and kept):
             raise _emptied(emptied, len(usable), max_length, skip_unusable)
         left_out = add_up([left_out, {_CUT_OFF: len(emptied)}])
     pad = pad_id(tokenizer, vocab_size)
     said = (*rows.notes, *notes.lines())
-    return Examples(rows.identity, tuple(kept), max_length, pad, len(emptied), truncated, left_out, said)
+    return Examples(rows.identity, tuple(kept), max_length, pad, sum(left_out.values()), truncated, left_out, said)
 
 
-def _scripts(rows: Rows, tokenizer: Any, train_on: str) -> Iterator[Script | UnusableRow]:
+def _usable(
+    rows: Rows, tokenizer: Any, train_on: str, skip_unusable: bool, notes: Notes, left_out: dict[str, int]
+) -> tuple[list[Row], list[Script]]:
+    """The rows that have a script, and their scripts; fills ``notes``, and ``left_out`` with the other rows."""
+    usable: list[Row] = []
+    scripts: list[Script] = []
+    first: UnusableRowError | None = None
+    for row, script in zip(rows.rows, _scripts(rows, tokenizer, train_on), strict=True):
+        if isinstance(script, UnusableRowError):
+            if not skip_unusable:
+                raise DataError(f"{script}; `skip_unusable=True` leaves such rows out")
+            first = first or script
+            left_out[script.reason] = left_out.get(script.reason, 0) + 1
+            continue
+        usable.append(row)
+        scripts.append(script)
+        for text, example in script.remarks:
+            notes.add(text, row.where, example)
+    if first is not None and not usable:
+        raise DataError(f"{first} (the first of {len(rows.rows)} rows, none of which can be used)")
+    return usable, scripts
+
+
+def _scripts(rows: Rows, tokenizer: Any, train_on: str) -> Iterator[Script | UnusableRowError]:
     """The script of each row, or why there is none; a chat template runs in a process of its own."""
     marks = _marks(tokenizer)
     template = getattr(tokenizer, "chat_template", None)
-    name = str(getattr(tokenizer, "name_or_path", "") or "the tokenizer")
+    name = template_name(tokenizer)
     check_size(template, name)
 
-    def work(pulse: Callable[[], None]) -> Iterator[Script | UnusableRow]:
+    def work(pulse: Callable[[], None]) -> Iterator[Script | UnusableRowError]:
         makes = Scripts(ChatTemplate(tokenizer, pulse) if template else None, marks, train_on)
         for row in rows.rows:
             try:
                 yield makes.of(row)
-            except UnusableRow as error:
+            except UnusableRowError as error:
                 yield error
 
     if not template or all(row.messages is None for row in rows.rows):
         return work(lambda: None)
-    return contained(work, f"the chat template of {name}")
+    return contained(work, name)
 
 
 def _marks(tokenizer: Any) -> re.Pattern[str] | None:
     """Finds the tokenizer's special tokens in a text."""
     special = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
     special |= {token for token in tokenizer.all_special_tokens if token.strip()}
-    return re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))) if special else None
+    return (
+        re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))) if special else None
+    )
 
 
 def _check_ids(example: Example, vocab_size: int | None) -> None:

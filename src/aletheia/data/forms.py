@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from aletheia.data.messages import Message, UnusableRow, checked, loss_share, message_list, text_of, tool_list
+from aletheia.data.messages import Message, UnusableRowError, checked, loss_share, message_list, text_of, tool_list
 from aletheia.data.notes import Notes
 from aletheia.data.sources import Table, shown_columns
 from aletheia.errors import DataError
@@ -75,11 +75,11 @@ def interpret(table: Table, skip_unusable: bool = False) -> Interpreted:
     form = _form_of(table)
     notes, rows = Notes(), []
     left_out: dict[str, int] = {}
-    first: UnusableRow | None = None
+    first: UnusableRowError | None = None
     for where, record in table.records:
         try:
             rows.append(_row(record, form, where, notes))
-        except UnusableRow as error:
+        except UnusableRowError as error:
             if not skip_unusable:
                 raise _with_remedy(error) from error.__cause__
             first = first or error
@@ -90,8 +90,8 @@ def interpret(table: Table, skip_unusable: bool = False) -> Interpreted:
     return Interpreted(form, tuple(rows), left_out, notes.lines())
 
 
-def _with_remedy(error: UnusableRow) -> UnusableRow:
-    return UnusableRow(error.reason, f"{error}; `skip_unusable=True` leaves such rows out")
+def _with_remedy(error: UnusableRowError) -> UnusableRowError:
+    return UnusableRowError(error.reason, f"{error}; `skip_unusable=True` leaves such rows out")
 
 
 def _form_of(table: Table) -> str:
@@ -134,7 +134,7 @@ def _row(record: dict[str, Any], form: str, where: str, notes: Notes) -> Row:
     needed = FORMS[form]
     for name in needed:
         if name not in record:
-            raise UnusableRow(
+            raise UnusableRowError(
                 f"no column {name!r}",
                 f"{where}: found the columns {shown_columns(tuple(record))}, expected {name!r} too; every row "
                 f"must have the form of the first ({form})",
@@ -164,8 +164,10 @@ def _row_weight(record: dict[str, Any], where: str, notes: Notes) -> None:
     if not isinstance(share, int | float) or share == 1:
         return
     if share == 0:
-        raise UnusableRow("weight 0", f"{where}: found the weight 0, so there is nothing to learn; remove the row")
-    notes.add("the column 'weight' counts as 1: weights other than 0 and 1 are not supported, such as {}", where, f"{share}")
+        raise UnusableRowError("weight 0", f"{where}: found the weight 0, so there is nothing to learn; remove the row")
+    notes.add(
+        "the column 'weight' counts as 1: weights other than 0 and 1 are not supported, such as {}", where, f"{share}"
+    )
 
 
 def _prompt(record: dict[str, Any], name: str, where: str, notes: Notes) -> tuple[Message, ...]:
@@ -225,7 +227,7 @@ def _history(history: object, where: str) -> list[Message]:
     turns: list[Message] = []
     for at, pair in enumerate(history):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise UnusableRow(
+            raise UnusableRowError(
                 "a history that is no list of pairs",
                 f"{where}: found no pair in history[{at}], expected [question, answer]; correct the row",
             )
@@ -245,5 +247,9 @@ def _no_loss(messages: tuple[Message, ...], where: str, notes: Notes) -> frozens
             without.add(at)
             notes.add("answers of weight 0 are not learned", where)
         else:
-            notes.add("the weight of a message counts as 1: weights other than 0 and 1 are not supported, such as {}", where, f"{share:g}")
+            notes.add(
+                "the weight of a message counts as 1: weights other than 0 and 1 are not supported, such as {}",
+                where,
+                f"{share:g}",
+            )
     return frozenset(without)

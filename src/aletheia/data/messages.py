@@ -37,7 +37,7 @@ _ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value")
 _LOSS_KEYS = ("weight", "train", "loss")  # how data sets say whether an answer is learned
 
 
-class UnusableRow(DataError):
+class UnusableRowError(DataError):
     """A row that cannot be learned from; ``reason`` is what rows left out are counted by."""
 
     def __init__(self, reason: str, message: str) -> None:
@@ -47,31 +47,31 @@ class UnusableRow(DataError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Both parts survive pickling."""
-        return UnusableRow, (self.reason, str(self))
+        return UnusableRowError, (self.reason, str(self))
 
 
 def text_of(value: object, name: str, where: str, may_be_empty: bool = False) -> str:
     """Text, or a number, true or false written as text.
 
     Raises:
-        UnusableRow: null, another kind of value, white space alone, or half of a surrogate pair.
+        UnusableRowError: null, another kind of value, white space alone, or half of a surrogate pair.
     """
     if isinstance(value, bool | int) or (isinstance(value, float) and value == value):
         return json.dumps(value)
     if not isinstance(value, str):
         reason = "no text" if value is None or isinstance(value, float) else "a value that is no text"
-        raise UnusableRow(
+        raise UnusableRowError(
             reason, f"{where}: found {kind(value)} in {name!r}, expected text; correct or remove the row"
         )
     if not may_be_empty and not value.strip():
         found = "only white space" if value else "empty text"
-        raise UnusableRow(
+        raise UnusableRowError(
             "no text", f"{where}: found {found} in {name!r}, expected text; fill in or remove the row"
         )
     try:
         value.encode()
     except UnicodeEncodeError as error:  # a lone "\ud800" passes json.loads, but no tokenizer
-        raise UnusableRow(
+        raise UnusableRowError(
             "half of a surrogate pair",
             f"{where}: found half of a surrogate pair in {name!r} (character {error.start + 1}), "
             "expected valid Unicode; correct or remove the row",
@@ -93,17 +93,17 @@ def message_list(value: object, name: str, where: str) -> tuple[Message, ...]:
     """The messages of a column.
 
     Raises:
-        UnusableRow: no list, an empty one, or a message that is none.
+        UnusableRowError: no list, an empty one, or a message that is none.
     """
     if not isinstance(value, list):
         reason = "no messages" if value is None else "a value that is no list of messages"
-        raise UnusableRow(
+        raise UnusableRowError(
             reason,
             f"{where}: found {kind(value)} in {name!r}, expected a list of messages with role and content; "
             "correct the row (in a .csv use another form)",
         )
     if not value:
-        raise UnusableRow(
+        raise UnusableRowError(
             "no messages", f"{where}: found an empty list in {name!r}, expected messages; remove the row"
         )
     return tuple(_message(item, f"{name}[{index}]", where) for index, item in enumerate(value))
@@ -113,37 +113,37 @@ def tool_list(value: object, name: str, where: str) -> tuple[dict[str, Any], ...
     """Tools as chat templates take them: a list of objects, or JSON text of one; null and empty text are no tools.
 
     Raises:
-        UnusableRow: anything else.
+        UnusableRowError: anything else.
     """
     value = from_json(value)
     if value is None or value == "" or value == []:
         return ()
-    tools = [from_json(tool) for tool in (value if isinstance(value, list) else [value])]
-    if not all(isinstance(tool, dict) for tool in tools):
-        raise UnusableRow(
+    tools = [_object(tool) for tool in (value if isinstance(value, list) else [value])]
+    if not all(tools):
+        raise UnusableRowError(
             "tools that are no objects",
             f"{where}: found {kind(value)} in {name!r}, expected a list of tools, each an object; correct the row",
         )
-    return tuple(_plain(tool) if "function" in tool else {"type": "function", "function": _plain(tool)} for tool in tools)  # type: ignore[operator]
+    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
 
 
 def checked(messages: Sequence[Message], where: str, loss_from: int = 0) -> None:
     """Whether there is an answer to learn, and none follows another.
 
     Raises:
-        UnusableRow: what is wrong.
+        UnusableRowError: what is wrong.
     """
     roles = [message["role"] for message in messages]
     for index, (role, following) in enumerate(pairwise(roles), start=2):
         if role == following == "assistant":
-            raise UnusableRow(
+            raise UnusableRowError(
                 "two assistant turns in a row",
                 f"{where}: found two assistant turns in a row (messages {index - 1} and {index}), expected "
                 "another role between them; join them into one",
             )
     if "assistant" not in roles[max(loss_from, 1) :]:
         found = "only a leading assistant message" if "assistant" in roles[loss_from:] else "no assistant message"
-        raise UnusableRow(
+        raise UnusableRowError(
             "no answer",
             f"{where}: found {found} to learn from, expected one after the prompt; add it or remove the row",
         )
@@ -160,7 +160,7 @@ def loss_share(message: Message) -> float:
 
 def _message(item: object, name: str, where: str) -> Message:
     if not isinstance(item, dict):
-        raise UnusableRow(
+        raise UnusableRowError(
             "a message that is no object",
             f"{where}: found {kind(item)} in {name}, expected an object with role and content; correct the row",
         )
@@ -170,7 +170,7 @@ def _message(item: object, name: str, where: str) -> Message:
     calls = _tool_calls(item.get("tool_calls"), name, where) or _function_call(item.get("function_call"))
     missing = "role" if not role_key else "content" if not text_key and not calls else ""
     if missing:
-        raise UnusableRow(
+        raise UnusableRowError(
             f"a message without {missing}",
             f"{where}: found the keys {shown_columns(tuple(item))} in {name}, expected {missing!r} too; "
             "write each message as role and content",
@@ -178,7 +178,7 @@ def _message(item: object, name: str, where: str) -> Message:
     said = item[role_key]
     role = _ROLE_OF.get(said, said) if isinstance(said, str) else said
     if role not in ROLES:
-        raise UnusableRow(
+        raise UnusableRowError(
             "an unknown role",
             f"{where}: found the role {shown(said)} in {name}, expected one of {', '.join(ROLES)}; rename the role",
         )
@@ -216,7 +216,7 @@ def _part(part: object, name: str, where: str) -> str:
         return str(part["text"])
     what = part.get("type") if isinstance(part, dict) else None
     found = f"a part of type {shown(what)}" if isinstance(what, str) else f"{kind(part)} as a part"
-    raise UnusableRow(
+    raise UnusableRowError(
         f"{found} in a message", f"{where}: found {found} in {name}, expected text parts only; remove the row"
     )
 
@@ -227,18 +227,17 @@ def _tool_calls(value: object, name: str, where: str) -> list[dict[str, Any]]:
     if value is None or value == [] or value == "":
         return []
     calls = []
-    for call in value if isinstance(value, list) else [value]:
-        call = from_json(call)
-        inner = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-            raise UnusableRow(
+    for call in map(_object, value if isinstance(value, list) else [value]):
+        inner = _object(call.get("function")) or call
+        if not isinstance(inner.get("name"), str):
+            raise UnusableRowError(
                 "a tool call without a name",
                 f"{where}: found {kind(call)} as a tool call of {name}, expected an object with the name and the "
                 "arguments of a function; correct the row",
             )
         arguments = from_json(inner.get("arguments", inner.get("parameters")))
         own = {key: value for key, value in call.items() if key in ("id", "type") and isinstance(value, str)}
-        arguments = {} if arguments is None or arguments == "" else _plain(arguments)
+        arguments = {} if arguments is None or arguments == "" else arguments
         calls.append({"type": "function"} | own | {"function": {"name": inner["name"], "arguments": arguments}})
     return calls
 
@@ -249,6 +248,14 @@ def _function_call(value: object) -> list[dict[str, Any]]:
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return []
     return _tool_calls([value], "function_call", "")
+
+
+def _object(value: object) -> dict[str, Any]:
+    """An object, or JSON text of one; anything else is an empty one."""
+    held = from_json(value)
+    if not isinstance(held, dict):
+        return {}
+    return held if held is not value else _plain(held)  # a null that was written as text is meant
 
 
 def _plain(value: Any) -> Any:

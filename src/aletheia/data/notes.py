@@ -1,4 +1,4 @@
-"""What a person should know of the rows: each kind of thing once, with how many rows it concerns and the first place."""
+"""What a person should know of the rows: each kind of thing once, with how many rows and the first place."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -10,13 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aletheia.data.forms import Row
-from aletheia.data.messages import Message, UnusableRow
+from aletheia.data.messages import Message, UnusableRowError
 from aletheia.data.templates import ChatTemplate
 
 Piece = tuple[str, bool]  # a text, and whether it carries a loss
 Remark = tuple[str, str]  # a sentence for Notes, and its example
 
 _STAND_IN = "here stands what the assistant says"
+_THINK, _THOUGHT = "<think>", "</think>"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 NO_TEMPLATE = "there is no chat template: turns are joined by blank lines; `chat_template` gives one"
@@ -64,7 +65,7 @@ class Scripts:
         """The pieces of a row.
 
         Raises:
-            UnusableRow: the chat template refuses it, or there is no telling the answer from the prompt.
+            UnusableRowError: the chat template refuses it, or there is no telling the answer from the prompt.
         """
         self._remarks = []
         pieces, plain = self._pieces(row)
@@ -84,7 +85,7 @@ class Scripts:
         turns = [at for at in range(first, len(row.messages)) if row.messages[at]["role"] == "assistant"]
         turns = [at for at in (turns[-1:] if self.train_on == "last" else turns) if at not in row.no_loss]
         if not turns:
-            raise UnusableRow(
+            raise UnusableRowError(
                 "no answer that carries a loss",
                 f"{row.where}: found no answer that carries a loss, expected one of weight 1; remove the row",
             )
@@ -107,7 +108,7 @@ class Scripts:
         assert row.messages is not None
         last = turns[-1]
         if any(message.get("tool_calls") for message in row.messages[: last + 1]):
-            raise UnusableRow(
+            raise UnusableRowError(
                 "tool calls without a chat template",
                 f"{row.where}: found tool calls and no chat template to write them with; give one as `chat_template`",
             )
@@ -123,7 +124,12 @@ class _Chat:
     """One conversation under a chat template."""
 
     def __init__(
-        self, template: ChatTemplate, messages: tuple[Message, ...], tools: tuple[dict[str, Any], ...], where: str, remark: Any
+        self,
+        template: ChatTemplate,
+        messages: tuple[Message, ...],
+        tools: tuple[dict[str, Any], ...],
+        where: str,
+        remark: Any,
     ) -> None:
         self._template, self._tools, self._where, self._remark = template, tools, where, remark
         self.messages = messages
@@ -175,18 +181,20 @@ class _Chat:
             if _holds(self._until(turns[0], True), first["content"]):
                 return turns
             refusal = None
-        except UnusableRow as error:
+        except UnusableRowError as error:
             refusal = error
         user = next((at for at, message in enumerate(self.messages) if message["role"] == "user"), None)
         if user is not None:
             text = f"{first['content']}\n\n{self.messages[user]['content']}"
             merged = (*self.messages[1:user], self.messages[user] | {"content": text}, *self.messages[user + 1 :])
             try:
-                if _holds(self._template.render(merged[: turns[0] - 1], True, self._where, self._tools), first["content"]):
+                if _holds(
+                    self._template.render(merged[: turns[0] - 1], True, self._where, self._tools), first["content"]
+                ):
                     self._remark(SYSTEM_MERGED)
                     self.messages, self._rendered = merged, {}
                     return [at - 1 for at in turns]
-            except UnusableRow:
+            except UnusableRowError:
                 pass
         if refusal is not None:
             raise refusal
@@ -211,33 +219,44 @@ class _Chat:
         prompt, answered = self._until(at, True), self._until(at + 1)
         appends = answered.startswith(prompt) and answered != prompt
         self._check_fields(message, answered[len(prompt) :] if appends else answered)
-        twice = _opened_twice(prompt, content) and (not appends or _opened_twice(prompt, answered[len(prompt) :]))
+        opened = _opened_twice(prompt, content)  # the prompt ends with what the answer begins with
+        twice = opened and (not appends or _opened_twice(prompt, answered[len(prompt) :]))
         if appends and not twice and answered.startswith(content, len(prompt)):
             return prompt, answered[len(prompt) :]
         bare = self._until(at)
         if not answered.startswith(bare):
             raise self._rewritten()
         header, body = prompt.removeprefix(bare) if prompt.startswith(bare) else "", answered[len(bare) :]
-        if twice or not _holds(body, content):
-            if mended := self._mended(at, bare, header, body):
+        head, tail = frame = self._frame(at) or ("", "")
+        start = len(header) if appends else _common(header, body)
+        start = min(start, len(head)) if head and not appends else start
+        written = body[start:].removesuffix(tail)
+        if twice or not _holds(written, content.lstrip().removeprefix(_THINK) if opened else content):
+            if mended := self._mended(prompt, bare, content, frame):
+                self._remark(OPENED_TWICE if twice and _holds(written, content) else LOST, content)
                 return mended
             if not appends:
                 raise self._rewritten()
             self._remark(LOST_FOR_GOOD, content)
-        if appends:
-            self._check_added(answered[len(prompt) :], body, message)
-            return prompt, answered[len(prompt) :]
-        # The generation prompt opens something that this answer does not have: the answer begins without it.
-        at_text = body.find(content)
-        start = _common(header, body)
-        start = min(start, at_text) if at_text >= 0 else start
-        if start == 0 and header:
-            start = max(at_text, 0)
+        elif not opened and content not in written:
+            self._remark(WHITE_SPACE, content)
+        lead = head.removeprefix(header).strip() if head.startswith(header) else ""
+        if lead and lead in written and not any(message.get(name) for name in _REASONING):
+            self._remark(ADDED, lead)
+        if not appends and header[start:].strip():
+            self._remark(OPENED, header[start:])
         if not body[start:]:
             raise self._rewritten()
-        if header[start:].strip():
-            self._remark(OPENED, header[start:])
         return bare + body[:start], body[start:]
+
+    def _frame(self, at: int) -> tuple[str, str] | None:
+        """What the template puts in front of the answer at ``at`` and behind it, found with a text of another kind."""
+        bare = self._until(at)
+        other = self._render([*self.messages[:at], {"role": "assistant", "content": _STAND_IN}], False)
+        if not other.startswith(bare) or other.count(_STAND_IN, len(bare)) != 1:
+            return None
+        head, _, tail = other[len(bare) :].partition(_STAND_IN)
+        return head, tail
 
     def _check_fields(self, message: Message, answered: str) -> None:
         """Remark on tool calls and reasoning that the template leaves out."""
@@ -246,7 +265,7 @@ class _Chat:
             if call["function"]["name"] not in answered:
                 self._remark(CALLS_LOST, call["function"]["name"])
                 if not message["content"].strip():
-                    raise UnusableRow(
+                    raise UnusableRowError(
                         "tool calls that the chat template does not write",
                         f"{self._where}: found an answer of tool calls alone, which the chat template does not write; "
                         "use another with `chat_template`",
@@ -255,38 +274,22 @@ class _Chat:
             if message.get(name) and not _holds(answered, message[name]):
                 self._remark(REASONING_LOST, name)
 
-    def _check_added(self, answer: str, body: str, message: Message) -> None:
-        content = message["content"]
-        if content not in body:
-            self._remark(WHITE_SPACE, content)
-            return
-        lead = answer[: max(answer.find(content), 0)].strip()
-        if lead and not any(message.get(name, "").strip() in lead for name in _REASONING if message.get(name)):
-            self._remark(ADDED, lead)
-
-    def _mended(self, at: int, bare: str, header: str, body: str) -> tuple[str, str] | None:
+    def _mended(self, prompt: str, bare: str, content: str, frame: tuple[str, str]) -> tuple[str, str] | None:
         """The answer as it was written, between the opening and the end that the template gives another text."""
-        content = self.messages[at]["content"]
-        other = self._render([*self.messages[:at], {"role": "assistant", "content": _STAND_IN}], False)
-        if not other.startswith(bare) or other.count(_STAND_IN, len(bare)) != 1:
+        head, tail = frame
+        if not head and not tail:
             return None
-        head, _, tail = other[len(bare) :].partition(_STAND_IN)
-        if header.startswith(head):
+        header = prompt.removeprefix(bare)
+        if _opened_twice(prompt, content):
+            space = header[len(header.rstrip()) :]
+            content = content.lstrip().removeprefix(_THINK).removeprefix(space)
+        elif header.startswith(head):
             opening = header[len(head) :].strip()
-            inner = content.lstrip()
-            if not opening or (opening == "<think>" and "</think>" in content and not inner.startswith(opening)):
-                pass  # the answer goes on where the generation prompt ends
-            elif inner.startswith(opening):
-                inner, space = inner[len(opening) :], header[len(header.rstrip()) :]
-                content = inner.removeprefix(space) if inner.startswith(space) else inner.lstrip()
-                self._remark(OPENED_TWICE, opening)
-            else:
+            if opening and not (opening == _THINK and _THOUGHT in content):
                 self._remark(OPENED, opening)
                 header = head
         elif not head.startswith(header):
             return None
-        if not _holds(body, self.messages[at]["content"]):
-            self._remark(LOST, self.messages[at]["content"])
         return bare + header, content + tail
 
     def _earlier(self, prompt: str, at: int) -> tuple[int, int] | None:
@@ -297,15 +300,17 @@ class _Chat:
         if prompt.startswith(answered) and answered.startswith(opened) and _holds(answered[len(opened) :], content):
             return len(opened), len(answered)
         bare = self._until(at)
-        start = prompt.find(content, len(bare)) if content and prompt.startswith(bare) else -1
-        if start < 0 or not opened.startswith(bare) or not opened[len(bare) :].startswith(prompt[len(bare) : start]):
-            return None
-        end, behind = start + len(content), answered.rfind(content)
-        tail = answered[behind + len(content) :]
-        return (start, end + len(tail)) if behind >= 0 and prompt.startswith(tail, end) else None
+        frame = self._frame(at) if content and prompt.startswith(bare) and opened.startswith(bare) else None
+        start = prompt.find(content, len(bare)) if frame else -1
+        while frame and start >= 0 and opened[len(bare) :].startswith(prompt[len(bare) : start]):
+            end = start + len(content)
+            if prompt.startswith(frame[1], end):
+                return start, end + len(frame[1])
+            start = prompt.find(content, start + 1)
+        return None
 
-    def _rewritten(self) -> UnusableRow:
-        return UnusableRow(
+    def _rewritten(self) -> UnusableRowError:
+        return UnusableRowError(
             "an answer that cannot be told from its prompt",
             f"{self._where}: found a chat template that rewrites the prompt once it is answered, so its completion "
             "cannot be told apart; expected one that appends; use another with `chat_template`, or the text form",
@@ -318,7 +323,7 @@ def _holds(text: str, part: str) -> bool:
 
 
 def _opened_twice(prompt: str, content: str) -> bool:
-    return prompt.rstrip().endswith("<think>") and content.lstrip().startswith("<think>")
+    return prompt.rstrip().endswith(_THINK) and content.lstrip().startswith(_THINK)
 
 
 def _common(one: str, other: str) -> int:

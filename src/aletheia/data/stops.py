@@ -1,5 +1,6 @@
 """Token ids with a meaning of their own: where generation stops, and what fills a batch. No torch."""
 
+import copy
 import json
 from collections.abc import Collection
 from pathlib import Path
@@ -23,6 +24,15 @@ def pad_id(tokenizer: Any, vocab_size: int | None = None) -> int:
     """A token for the end of short rows. Padding is masked, so any id inside the embedding would do."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(one for one in known if one is not None and (vocab_size is None or one < vocab_size))
+
+
+def with_valid_pad(tokenizer: Any, vocab_size: int) -> Any:
+    """The tokenizer, or a copy that pads with a token inside the embedding where its own lies beyond."""
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id < vocab_size:
+        return tokenizer
+    other = copy.deepcopy(tokenizer)
+    other.pad_token = tokenizer.convert_ids_to_tokens(pad_id(tokenizer, vocab_size))
+    return other
 
 
 def as_ids(value: object) -> tuple[int, ...]:

@@ -3,15 +3,17 @@
 import json
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from aletheia.data.messages import Message, UnusableRow
+from aletheia.data.contained import contained
+from aletheia.data.messages import Message, UnusableRowError
 from aletheia.data.sources import one_line
 from aletheia.errors import DataError
 
 LARGEST = 1_000_000  # characters of a template; the longest of known models have 30,000
-_NAMES = ("chat_template", "default")
+_ADDED, _GROWTH = 50_000, 10  # characters that a template may add to a row, and how often it may repeat one
 
 
 def read_template(path: str | Path) -> str:
@@ -63,7 +65,7 @@ def check_size(template: object, name: str) -> None:
     size = sum(len(text) for text in texts if isinstance(text, str))
     if size > LARGEST:
         raise DataError(
-            f"{name}: found a chat template of {size / 1e6:.1f} million characters, expected at most "
+            f"{name}: found a template of {size / 1e6:.1f} million characters, expected at most "
             f"{LARGEST / 1e6:g} million; use another with `chat_template`"
         )
 
@@ -82,7 +84,7 @@ class ChatTemplate:
         """The text of messages, with the opening of an answer behind it if ``generation``; "" for no messages.
 
         Raises:
-            UnusableRow: the template refuses the messages.
+            UnusableRowError: the template refuses the messages.
         """
         if not messages:
             return ""
@@ -95,6 +97,12 @@ class ChatTemplate:
         except Exception as error:  # a template is a program and may raise anything
             raise _refused(messages, error, where) from error
         self._pulse()
+        if len(text) > _ADDED and len(text) > _ADDED + _GROWTH * len(repr((messages, tools))):
+            raise UnusableRowError(
+                "messages that the chat template blows up",
+                f"{where}: found a chat template that makes {len(text) / 1e6:.1f} million characters of this row, "
+                "expected a text of about its length; use another with `chat_template`",
+            )
         return text
 
     @cached_property
@@ -104,7 +112,7 @@ class ChatTemplate:
         try:
             bare = self.render([user], True, "")
             given = self.render([system, user], True, "")
-        except UnusableRow:
+        except UnusableRowError:
             return ""
         before, found, behind = given.partition(system["content"])
         if not found or not before or not bare.startswith(before) or not bare.endswith(behind):
@@ -112,11 +120,29 @@ class ChatTemplate:
         return bare[len(before) : len(bare) - len(behind)].strip() if len(bare) > len(before) + len(behind) else ""
 
 
-def _refused(messages: Sequence[Message], error: Exception, where: str) -> UnusableRow:
+def try_template(tokenizer: Any) -> None:
+    """Run a tokenizer's chat template once in a process of its own, on a question.
+
+    Raises:
+        DataError: it refuses the question, is too long, does not end, or takes too much memory.
+    """
+    name = template_name(tokenizer)
+    check_size(tokenizer.chat_template, name)
+    question = [{"role": "user", "content": "What is it?"}]
+    list(contained(lambda pulse: [ChatTemplate(tokenizer, pulse).render(question, True, name)], name))
+
+
+def template_name(tokenizer: Any) -> str:
+    """What a message calls the chat template of a tokenizer."""
+    place = str(getattr(tokenizer, "name_or_path", ""))
+    return f"the chat template of {place}" if place else "the chat template"
+
+
+def _refused(messages: Sequence[Message], error: Exception, where: str) -> UnusableRowError:
     roles = [message["role"] for message in messages]
-    twice = next((role for role, following in zip(roles, roles[1:], strict=False) if role == following), None)
+    twice = next((role for role, following in pairwise(roles) if role == following), None)
     remedy = f"join the {twice} turns that follow each other into one" if twice else "change the roles"
-    return UnusableRow(
+    return UnusableRowError(
         "messages that the chat template refuses",
         f"{where}: found messages the chat template refuses ({one_line(error)}), expected roles it knows "
         f"(here: {', '.join(roles)}); {remedy} or use another with `chat_template`",

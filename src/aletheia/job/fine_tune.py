@@ -128,6 +128,8 @@ class Job:
         run = train(adapted, data, plan, folder, held_out, settings.training, prepared)
         if self.launch.is_first:
             write_text(folder.path / CONFIG_FILE, settings.to_yaml())
+            if settings.data.chat_template is not None:  # who serves the adapter needs the template it was trained with
+                base.tokenizer.save_pretrained(folder.path)
             if scores is not None:
                 scores.write(folder.path / SCORES_FILE)
             report([run], folder.path / REPORT_FILE)
@@ -192,7 +194,9 @@ class Job:
         if eval_rows is None:
             fraction = 0.05 if asked.eval_fraction is None else asked.eval_fraction
             return split_held_out(data, fraction, self.settings.training.seed, asked.eval_rows)
-        held_out = encode_for(base, eval_rows, asked, self.say)
+        held_out = encode_for(
+            base, eval_rows, asked, lambda line: self.say(line.replace("note:", "note: held-out rows:"))
+        )
         return data, held_out.subset(range(min(asked.eval_rows, len(held_out))))
 
     # --- plan

@@ -1,6 +1,7 @@
 """An adapter that was saved, put back on its base model."""
 
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
@@ -9,9 +10,12 @@ from torch import nn
 from aletheia.adapters.adapt import adapted_modules
 from aletheia.anatomy.fingerprint import identify
 from aletheia.data.sources import one_line
+from aletheia.data.templates import read_template
 from aletheia.errors import AdapterError
 from aletheia.planning.plan import Plan
 from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, Metrics
+
+TEMPLATE_FILE = "chat_template.jinja"  # as tokenizers of transformers save it
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
@@ -48,6 +52,17 @@ def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
         metrics = Metrics.read(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else None
         _check_plan(adapted, plan, folder, metrics is not None and metrics.settings.quantization_corrected)
     return adapted.eval()
+
+
+def use_template_of(folder: str | Path, tokenizer: Any) -> None:
+    """Give a tokenizer the chat template that an adapter was trained with, where its folder holds one.
+
+    Raises:
+        DataError: the file cannot be read, or holds no template.
+    """
+    template = Path(folder) / TEMPLATE_FILE
+    if template.is_file():
+        tokenizer.chat_template = read_template(template)
 
 
 def _check_plan(model: PeftModel, plan: Plan, folder: Path, is_corrected: bool) -> None:
