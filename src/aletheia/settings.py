@@ -61,9 +61,13 @@ class Settings(BaseModel):
         return self.model_dump(mode="json", exclude_unset=True)
 
 
-def option(default: Any, help: str, group: str = "", flag: str = "", **limits: Any) -> Any:
-    """A field that the command line offers, too: its help, the group it stands in, and its flag if not the name."""
-    return Field(default=default, description=help, json_schema_extra={"group": group, "flag": flag}, **limits)
+def option(default: Any, help: str, group: str = "", flag: str = "", also: str = "", **limits: Any) -> Any:
+    """A field that the command line offers, too: its help, the group it stands in, and its flag if not the name.
+
+    ``also`` is a second flag for the same.
+    """
+    extra: dict[str, Any] = {"group": group, "flag": flag, "also": also}
+    return Field(default=default, description=help, json_schema_extra=extra, **limits)
 
 
 def _told(fault: ErrorDetails, known: tuple[str, ...]) -> str:

@@ -20,7 +20,18 @@ EXAMPLE = "aletheia eval Qwen/Qwen2.5-0.5B-Instruct --adapter run --tasks mmlu,g
 @from_settings(
     LoadSettings,
     DataSettings,
-    leave_out={"model", "stream", "max_memory", "fresh", "data", "eval_data", "eval_fraction", "eval_rows"},
+    leave_out={
+        "model",
+        "stream",
+        "max_memory",
+        "fresh",
+        "data",
+        "eval_data",
+        "eval_fraction",
+        "eval_rows",
+        "train_on",
+        "chat_template",
+    },
 )
 def eval(
     model: Annotated[
@@ -92,7 +103,7 @@ def eval(
         settings = eval_settings(
             data_dir, adapter, model=model, tasks=[name.strip() for name in tasks.split(",") if name.strip()],
             limit=limit, eval_data=eval_data, num_fewshot=num_fewshot, chat=chat, max_new_tokens=max_new_tokens,
-            context_length=context_length, max_length=rows.max_length, skip_emptied=rows.skip_emptied,
+            context_length=context_length, max_length=rows.max_length, skip_unusable=rows.skip_unusable,
             batch_size=batch_size, dtype=loading.dtype, quantize=loading.quantize, attention=loading.attention,
         )  # fmt: skip
         done = _evaluate(loading, settings, out, data_dir, unsafe_exec, overwrite)

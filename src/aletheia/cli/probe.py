@@ -59,7 +59,7 @@ def probe(
     loading = LoadSettings(model=model, **given["model"])
     data = DataSettings(**given["data"])
     check_writable(out.parent)
-    rows = load_rows(data.data)
+    rows = load_rows(data.data, data.skip_unusable)
     if is_streamed(loading, say):
         checkpoint = checkpoint_as_asked(loading)
         note_unusual(checkpoint.anatomy, say)

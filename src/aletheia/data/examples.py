@@ -57,10 +57,9 @@ class Example:
 class Examples:
     """A tokenised data set, usable as the ``train_dataset`` of a transformers Trainer.
 
-    ``skipped`` counts the rows left without a label and dropped, ``truncated`` the kept rows that lost tokens,
-    ``left_out`` all rows that are not here by reason; ``notes`` say what a person should know of the rows, one line
-    each. All of these, and ``identity``, describe the whole data set, also in a subset of it. ``tokenizer`` made the
-    tokens; None where that is not known.
+    ``skipped`` counts the rows that are not here, ``left_out`` counts them by reason, ``truncated`` the kept rows that
+    lost tokens; ``notes`` say what a person should know of the rows, one line each. All of these, and ``identity``,
+    describe the whole data set, also in a subset of it. ``tokenizer`` made the tokens; None where that is not known.
     """
 
     identity: DataIdentity

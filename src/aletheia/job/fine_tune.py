@@ -119,8 +119,9 @@ class Job:
         settings, folder = self.settings, self.folder
         given = self._given()
         found = self._checkpoint(resume)
-        rows = load_rows(settings.data.data)
-        eval_rows = load_rows(settings.data.eval_data) if settings.data.eval_data else None
+        skip = settings.data.skip_unusable
+        rows = load_rows(settings.data.data, skip)
+        eval_rows = load_rows(settings.data.eval_data, skip) if settings.data.eval_data else None
         self.say(f"load   {settings.model.model}")
         start = Start.of(settings)
         with self._timed("load"):
@@ -149,6 +150,8 @@ class Job:
         run = train(adapted, data, plan, folder, held_out, settings.training, prepared)
         if self.launch.is_first:
             write_text(folder.path / CONFIG_FILE, settings.to_yaml())
+            if settings.data.chat_template is not None:  # who serves the adapter needs the template it was trained with
+                base.tokenizer.save_pretrained(folder.path)
             if scores is not None:
                 scores.write(folder.path / SCORES_FILE)
             report([run], folder.path / REPORT_FILE)

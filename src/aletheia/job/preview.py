@@ -35,9 +35,9 @@ def preview(
         AletheiaError: what is wrong, in one line.
     """
     settings = JobSettings.of(model, data)
-    asked = settings.data.model_copy(update={"skip_emptied": True})
-    found = load_rows(asked.data)
-    eval_rows = load_rows(asked.eval_data) if asked.eval_data else None
+    asked = settings.data.model_copy(update={"skip_unusable": True})
+    found = load_rows(asked.data, True)
+    eval_rows = load_rows(asked.eval_data, True) if asked.eval_data else None
     base = load_without_weights(settings.model.model)
     said: list[str] = []
     examples = encode_for(base, found, asked, said.append)

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from aletheia.anatomy.access import text_config
+from aletheia.anatomy.access import stop_ids_of, text_config
 from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.load import Loaded, free_memory_bytes, load, pick, pick_device
 from aletheia.anatomy.read import read_anatomy
@@ -16,6 +16,7 @@ from aletheia.data.examples import Examples, split_held_out
 from aletheia.data.repeats import duplicates
 from aletheia.data.rows import Rows
 from aletheia.data.settings import DataSettings
+from aletheia.data.templates import read_template
 from aletheia.errors import ModelError
 from aletheia.job.adapter import adapter_folder, base_settings
 from aletheia.planning.estimate import RESIDENT_SHARE
@@ -55,12 +56,18 @@ def is_streamed(how: LoadSettings, say: Say = to_stderr) -> bool:
 
 
 def encode_for(base: Source, rows: Rows, data: DataSettings, say: Say = to_stderr) -> Examples:
-    """Tokenise rows for a model: no longer than its positions, no token it has no embedding for."""
+    """Tokenise rows for a model: no longer than its positions, no token it has no embedding for.
+
+    The chat template of ``data`` becomes that of the model's tokenizer. Prints what a person should know of the rows.
+    """
+    if data.chat_template is not None:
+        base.tokenizer.chat_template = read_template(data.chat_template)
     positions = getattr(text_config(base.model), "max_position_embeddings", None) or data.max_length
     if positions < data.max_length:
         say(f"{NOTE}the model has {positions} positions; `max_length` {data.max_length} is lowered to that")
     length = min(data.max_length, positions)
-    examples = encode(rows, base.tokenizer, length, data.skip_emptied, base.vocab_size)
+    stops = stop_ids_of(base.model)
+    examples = encode(rows, base.tokenizer, length, data.skip_unusable, base.vocab_size, stops, data.train_on)
     for note in (*examples.notes, *count_notes(examples)):
         say(NOTE + note)
     return examples
@@ -74,7 +81,8 @@ def count_notes(examples: Examples) -> list[str]:
             f"{examples.truncated} of {len(examples)} rows are cut to {examples.max_length} tokens (`max_length`)"
         )
     if examples.skipped:
-        notes.append(f"{examples.skipped} rows are left out, with no token to learn within `max_length`")
+        reasons = ", ".join(f"{count} with {reason}" for reason, count in examples.left_out.items())
+        notes.append(f"{examples.skipped} rows are left out: {reasons}")
     if twice := duplicates(examples):
         notes.append(f"{twice} of {len(examples)} rows are duplicates of an earlier one ({examples.identity.name})")
     return notes
@@ -87,7 +95,7 @@ def split_for(
     if eval_rows is None:
         fraction = 0.05 if asked.eval_fraction is None else asked.eval_fraction
         return split_held_out(data, fraction, seed, asked.eval_rows)
-    held_out = encode_for(base, eval_rows, asked, say)
+    held_out = encode_for(base, eval_rows, asked, lambda line: say(line.replace(NOTE, f"{NOTE}held-out rows: ", 1)))
     return data, held_out.subset(range(min(asked.eval_rows, len(held_out))))
 
 

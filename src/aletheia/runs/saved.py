@@ -1,6 +1,7 @@
 """An adapter that was saved, put back on its base model: to be used, merged, or trained on."""
 
 from pathlib import Path
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
@@ -14,6 +15,7 @@ from aletheia.anatomy.foreign import ADAPTER_CONFIG
 from aletheia.anatomy.load import quantization_of
 from aletheia.anatomy.schema import TokenizerIdentity
 from aletheia.data.sources import one_line
+from aletheia.data.templates import read_template
 from aletheia.errors import AdapterError, ArtifactError
 from aletheia.planning.make import plan_of_adapters
 from aletheia.planning.plan import Plan, PlanSettings
@@ -21,6 +23,8 @@ from aletheia.probing.scores import Scores
 from aletheia.runs.contents import check_contents
 from aletheia.runs.manifest import MANIFEST_FILE
 from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, Metrics
+
+TEMPLATE_FILE = "chat_template.jinja"  # as tokenizers of transformers save it
 
 
 def load_adapter(
@@ -140,6 +144,17 @@ def _put_on(
     if plan is not None:
         _check_plan(adapted, plan, folder, metrics is not None and metrics.settings.quantization_corrected)
     return adapted
+
+
+def use_template_of(folder: str | Path, tokenizer: Any) -> None:
+    """Give a tokenizer the chat template that an adapter was trained with, where its folder holds one.
+
+    Raises:
+        DataError: the file cannot be read, or holds no template.
+    """
+    template = Path(folder) / TEMPLATE_FILE
+    if template.is_file():
+        tokenizer.chat_template = read_template(template)
 
 
 def _check_plan(model: PeftModel, plan: Plan, folder: Path, is_corrected: bool) -> None:

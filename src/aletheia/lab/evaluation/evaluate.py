@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from aletheia.anatomy.access import text_config
+from aletheia.anatomy.access import input_weight, stop_ids_of, text_config
 from aletheia.anatomy.fingerprint import identify
 from aletheia.anatomy.load import Loaded
 from aletheia.anatomy.schema import ModelIdentity
 from aletheia.data.encode import load_data
+from aletheia.data.stops import with_valid_pad
 from aletheia.data.tokenizer import identify_tokenizer
 from aletheia.errors import ArtifactError, EvaluationError, SandboxError
 from aletheia.files import check_writable, file_sha256, package_versions
@@ -42,7 +43,7 @@ from aletheia.lab.evaluation.record import (
 from aletheia.lab.evaluation.row_loss import HeldOut
 from aletheia.lab.evaluation.upstream import check_installed, load_tasks, quiet
 from aletheia.lab.evaluation.work import Benchmark, Row, Score, Work
-from aletheia.runs.saved import load_adapter
+from aletheia.runs.saved import load_adapter, use_template_of
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -119,6 +120,7 @@ def with_adapter(base: Loaded, adapter: str | Path, settings: EvalSettings, allo
     Raises:
         AletheiaError: as :func:`aletheia.load_adapter`.
     """
+    use_template_of(adapter, base.tokenizer)
     tokenizer = identify_tokenizer(base.tokenizer)
     if not settings.chat and settings.eval_data is None:
         tokenizer = tokenizer.without_template()
@@ -211,7 +213,7 @@ def language_model(model: nn.Module, tokenizer: Any, batch_size: int, context_le
 
         return HFLM(
             pretrained=model,
-            tokenizer=tokenizer,
+            tokenizer=with_valid_pad(tokenizer, input_weight(model).shape[0]),
             backend="causal",
             batch_size=batch_size,
             max_length=context_length,
@@ -227,7 +229,14 @@ def _prepare(base: Loaded, settings: EvalSettings, data_dir: Path | None, unsafe
             assert settings.eval_data is not None
             positions = getattr(text_config(base.model), "max_position_embeddings", None)
             length = min(settings.max_length, positions or settings.max_length)
-            rows = load_data(settings.eval_data, base.tokenizer, length, settings.skip_emptied, base.vocab_size)
+            rows = load_data(
+                settings.eval_data,
+                base.tokenizer,
+                length,
+                settings.skip_unusable,
+                base.vocab_size,
+                stop_ids_of(base.model),
+            )
             works.append(HeldOut(base.model, rows, settings.batch_size, settings.limit))
             continue
         lm = lm or language_model(base.model, base.tokenizer, settings.batch_size, settings.context_length)

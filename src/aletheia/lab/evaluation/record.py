@@ -86,7 +86,7 @@ class EvalSettings(BaseModel):
     max_new_tokens: int | None = None
     context_length: int | None = None
     max_length: int = 1024
-    skip_emptied: bool = False
+    skip_unusable: bool = False
     batch_size: int = 8
     dtype: str = "auto"
     quantize: str | None = None
