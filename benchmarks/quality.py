@@ -173,7 +173,7 @@ def rows(args: argparse.Namespace, tokenizer: object) -> tuple[Examples, Example
     """Rows of up to 256 tokens to train on and to hold out."""
 
     def short(path: str) -> Examples:
-        every = aletheia.load_data(path, tokenizer, skip_emptied=True)
+        every = aletheia.load_data(path, tokenizer, skip_unusable=True)
         return every.subset([index for index, row in enumerate(every.examples) if len(row) <= 256])
 
     data, beside = short(args.data), Path(args.data).with_name("test.jsonl")

@@ -102,7 +102,7 @@ def write_checkpoint(folder: Path, layers: int) -> None:
 def measured(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """One side in this process."""
     checkpoint = Checkpoint(str(folder), args.dtype)
-    data = aletheia.load_data(args.data, checkpoint.tokenizer, args.tokens, skip_emptied=True)
+    data = aletheia.load_data(args.data, checkpoint.tokenizer, args.tokens, skip_unusable=True)
     full = [index for index, row in enumerate(data.examples) if len(row) == args.tokens]
     data = data.subset(full)
     before = peak_rss()

@@ -22,6 +22,7 @@ from tiny import as_flags, make_model
 from transformers import Trainer
 
 from aletheia.errors import ArtifactError, CacheError, CampaignError, SandboxError, SettingsError
+from aletheia.files import sealed_json
 from aletheia.lab.campaign import behaviour_job
 from aletheia.lab.campaign.behaviour_job import run_behaviour
 from aletheia.lab.campaign.checks import check_tools, check_workers
@@ -61,7 +62,7 @@ SPEC = {
 }
 # a job that takes a moment and returns what depends on its rows alone: recorded rows are the same whoever ran them
 STAND_IN = """
-    import json, os, random, sys, threading, time
+    import hashlib, json, os, random, sys, threading, time
     from pathlib import Path
     def watch():
         os.read(0, 1)
@@ -87,8 +88,9 @@ STAND_IN = """
     if place.name in os.environ.get("FAILS", "").split(","):
         print("error: out of luck", flush=True)
         sys.exit(2)
-    temporary = place / "result.new"
-    temporary.write_text(json.dumps(found))
+    temporary, text = place / "result.new", json.dumps({"sha256": "", **found}, indent=1)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    temporary.write_text(text.replace('"sha256": "', f'"sha256": "{digest}', 1))
     temporary.rename(place / "result.json")
 """
 COORDINATOR = """
@@ -322,7 +324,7 @@ def test_a_full_disk_stops_the_campaign_and_the_row_stays_to_be_done(tmp_path, s
 )
 def test_a_job_tells_a_full_disk_from_a_fault_of_its_own(tmp_path, monkeypatch, capfd, raised, code, said):
     told = {"campaign": small().model_dump(mode="json"), "rows": [["m0", "paper", 0]], "data_dir": ".", "folder": "."}
-    (tmp_path / "job.json").write_text(json.dumps(told))
+    (tmp_path / "job.json").write_text(sealed_json(told))
 
     def run_speed(*given):
         raise raised

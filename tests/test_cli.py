@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from test_formats import overflowing
-from tiny import make_tokenizer
+from tiny import edited, make_tokenizer
 
 from aletheia.prefix.cache import DiskCache
 from aletheia.prefix.cache_folders import stored_caches
@@ -300,9 +300,7 @@ def test_bad_input_is_one_clear_line(run, scores_file, model_folder, data_file, 
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("precious")
     run("plan", scores_file, "--out", "other.json")
-    other = json.loads((tmp_path / "other.json").read_text())
-    other["model"] = {"name": "another-model", "fingerprint": "0" * 64}
-    (tmp_path / "other.json").write_text(json.dumps(other))
+    edited(tmp_path / "other.json", model={"name": "another-model", "fingerprint": "0" * 64})
     arguments, expected = BAD[case]
     places = {"model": model_folder, "data": data_file, "scores": scores_file}
     code, out, err = run(*(str(argument).format(**places) for argument in arguments))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import aletheia
-from aletheia.cli.main import app
+from aletheia.cli.app import app
 from aletheia.data.stdlib_task import write_stdlib_task
 
 ROOT = Path(__file__).parent.parent
@@ -20,7 +20,7 @@ SOURCES = {
 }
 WITHOUT_TORCH = (
     *("settings", "anatomy.settings", "data.settings", "training.settings", "job.settings", "planning.make"),
-    *("runs.schema", "cli.config", "cli.main", "reporting.page", "lab.statistics.results"),
+    *("runs.schema", "cli.config", "cli.app", "reporting.page", "lab.statistics.results"),
 )
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 

@@ -10,7 +10,7 @@ import typer
 from pydantic import ByteSize
 
 from aletheia.anatomy.settings import LoadSettings
-from aletheia.cli import main as cli
+from aletheia.cli import app as cli
 from aletheia.cli.config import build, merge, parse_config, read_config
 from aletheia.cli.help import Command
 from aletheia.cli.settings_options import from_settings, section_of

@@ -12,6 +12,7 @@ import pytest
 from aletheia_lora.selection import select_layers as reference_select_layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import edited, resealed
 
 from aletheia.anatomy.schema import Anatomy, ModelIdentity, Module
 from aletheia.errors import ArtifactError, PlanError, SettingsError
@@ -413,7 +414,7 @@ def test_a_plan_for_another_model_is_refused_with_both_named():
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"version": 2}, "version 2; this release reads version 1"),
+        ({"version": 1}, "version 1; this release reads version 2"),
         ({"format": "aletheia-scores"}, "no aletheia-plan file"),
         ({"polcy": "last"}, "polcy"),
         ({"settings": {"rank": 0}}, "`rank` is 0; expected at least 1"),
@@ -423,7 +424,7 @@ def test_a_plan_for_another_model_is_refused_with_both_named():
 )
 def test_a_plan_that_was_tampered_with_is_refused(tmp_path, change, expected):
     path = plan(make_scores([1.0, 2.0, 3.0])).write(tmp_path / "plan.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    edited(path, **change)
     with pytest.raises(ArtifactError, match=expected) as caught:
         Plan.read(path)
     assert str(path) in str(caught.value)
@@ -431,13 +432,13 @@ def test_a_plan_that_was_tampered_with_is_refused(tmp_path, change, expected):
 
 def test_a_rank_of_zero_or_a_doubled_module_in_the_file_is_refused(tmp_path):
     path = plan(make_scores([1.0])).write(tmp_path / "plan.json")
-    found = json.loads(path.read_text())
-    found["adapters"][0]["rank"] = 0
-    path.write_text(json.dumps(found))
+    adapters = json.loads(path.read_text())["adapters"]
+    adapters[0]["rank"] = 0
+    edited(path, adapters=adapters)
     with pytest.raises(ArtifactError, match=r"adapters\.0\.rank"):
         Plan.read(path)
-    found["adapters"] = [found["adapters"][1]] * 2
-    path.write_text(json.dumps(found))
+    plan(make_scores([1.0])).write(tmp_path / "twice.json")
+    edited(path := tmp_path / "twice.json", adapters=[adapters[1]] * 2)
     with pytest.raises(ArtifactError, match="planned twice"):
         Plan.read(path)
 
@@ -455,7 +456,7 @@ def test_scores_that_do_not_fit_together_are_refused(tmp_path, change, expected)
     path = make_scores([1.0, 2.0]).write(tmp_path / "scores.json")
     found = json.loads(path.read_text())
     change(found)
-    path.write_text(json.dumps(found))
+    resealed(path, **found)
     with pytest.raises(ArtifactError, match=expected):
         Scores.read(path)
 

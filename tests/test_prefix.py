@@ -33,7 +33,7 @@ BOUNDARY = 2
 def adapted(family="llama", boundary=BOUNDARY, layers=4):
     """LoRA with random B on every weight from ``boundary`` up, routers left out; A and B alike get gradients."""
     model = make_model(family, layers)
-    weights = [module for module in read_anatomy(model).modules if module.layer >= boundary and module.role != "router"]
+    weights = [module for module in read_anatomy(model).adaptable() if module.layer >= boundary]
     with torch.random.fork_rng():
         torch.manual_seed(3)
         peft = get_peft_model(model, lora_config(weights, model, rank=4, alpha=8))

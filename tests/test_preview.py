@@ -7,6 +7,7 @@ import pty
 import re
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def talk(*contents: str, system: str | None = None) -> dict[str, object]:
 @pytest.fixture
 def talks(tmp_path):
     """Rows of three kinds, one of them twice."""
-    simple, several, system = talk("q", "a"), talk("q", "a", "r", "b"), talk("q", "a", system="s")
+    simple, several, system = talk("q", "a"), talk("q", "a\nz", "r", "b"), talk("q", "a", system="s")
     return write(tmp_path / "talks.jsonl", simple, talk("p", "o"), several, system, simple)
 
 
@@ -47,7 +48,7 @@ def test_a_row_in_pieces_is_the_whole_row_with_its_labels(talks, tokenizer):
         assert "".join(piece.text for piece in row.pieces) == tokenizer.decode(example.input_ids)
     row = shown_row(examples[2], 3, tokenizer, 1024)
     assert [(piece.text, piece.special) for piece in row.pieces if piece.labelled] == [
-        ("a", False), ("<|im_end|>", True), ("\n", False), ("b", False), ("<|im_end|>", True), ("\n", False),
+        ("a\nz", False), ("<|im_end|>", True), ("b", False), ("<|im_end|>", True),
     ]  # fmt: skip
     assert [piece.text for piece in row.pieces if piece.special] == ["<|im_start|>", "<|im_end|>"] * 4
 
@@ -140,7 +141,7 @@ def test_without_colour_what_is_learned_stands_in_brackets(model_folder, talks, 
     start, end, line_end = marks or ("[[", "]]", "\\n")
     text = rendered(aletheia.preview(str(model_folder), str(talks)), encoding, color_system=None)
     assert "\x1b" not in text
-    assert f"<|im_start|>assistant\n{start}a<|im_end|>{line_end}{end}\n" in text
+    assert f"<|im_start|>assistant\n{start}a{line_end}\nz<|im_end|>{end}\n<|im_start|>user" in text
     assert text.count(start) == 5  # the legend and four answers
     assert all(len(line) <= 80 for line in text.splitlines())
     assert re.search(r"^rows +5 +messages *$", text, re.MULTILINE)
@@ -149,7 +150,7 @@ def test_without_colour_what_is_learned_stands_in_brackets(model_folder, talks, 
 
 def test_in_colour_what_is_learned_has_a_background(model_folder, talks):
     text = rendered(aletheia.preview(str(model_folder), str(talks)), force_terminal=True, color_system="standard")
-    assert "\x1b[30;42ma\x1b[0m\x1b[30;43m<|im_end|>\x1b[0m\x1b[30;42m↵\x1b[0m" in text
+    assert "\x1b[30;42ma↵\x1b[0m\n\x1b[30;42mz\x1b[0m\x1b[30;43m<|im_end|>\x1b[0m\n" in text
     assert "\x1b[35m<|im_start|>\x1b[0m\x1b[2muser\x1b[0m" in text
     assert "⟦" not in text
 
@@ -180,7 +181,7 @@ def test_train_shows_one_row_and_leaves_its_text_alone(run, model_folder, tmp_pa
     lines = err.splitlines()
     at = next(number for number, line in enumerate(lines) if line.startswith("row 1"))
     assert lines[at + 2] == "    what is `steps` 0<|im_end|>"
-    assert lines[at + 4] == "    [[it<|im_end|>\\n]]"
+    assert lines[at + 4] == "    [[it<|im_end|>]]"
     assert "learned, between [[ and ]]:" in lines[at]
 
 
@@ -214,29 +215,26 @@ def test_what_cannot_be_shown_is_one_line(run, model_folder, talks, arguments, w
     assert words in err
 
 
-def test_a_terminal_of_80_columns_gets_colour_unless_it_says_no(model_folder, talks):
+def test_a_terminal_gets_colour(model_folder, talks):
     """The command on a pseudo-terminal, as a person runs it."""
-    for no_colour in (False, True):
-        leader, follower = pty.openpty()
-        environment = (
-            os.environ | {"TERM": "xterm-256color", "COLUMNS": "80"} | ({"NO_COLOR": "1"} if no_colour else {})
-        )
-        code = "from aletheia.cli.main import main; main()"
-        done = subprocess.Popen(
-            [sys.executable, "-c", code, "preview", str(model_folder), "--data", str(talks)],
-            stdout=follower, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, env=environment,
-        )  # fmt: skip
-        os.close(follower)
-        found = b""
-        while True:
-            try:
-                piece = os.read(leader, 65536)
-            except OSError:
-                break
-            if not piece:
-                break
+    leader, follower = pty.openpty()
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"}
+    done = subprocess.Popen(
+        [sys.executable, "-c", "from aletheia.cli.main import main; main()", "preview", model_folder, "--data", talks],
+        stdout=follower, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL,
+        env=environment | {"TERM": "xterm-256color", "COLUMNS": "80"},
+    )  # fmt: skip
+    os.close(follower)
+    found = b""
+    with suppress(OSError):  # how Linux tells the end
+        while piece := os.read(leader, 65536):
             found += piece
-        assert done.wait(timeout=120) == 0, done.stderr.read()
-        text = found.decode()
-        assert ("\x1b[30;42m" in text) != no_colour
-        assert ("⟦" in text) == no_colour
+    os.close(leader)
+    assert done.wait(timeout=120) == 0, done.stderr.read()
+    assert b"\x1b[30;42m" in found
+
+
+def test_no_color_is_heeded(model_folder, talks):
+    text = rendered(aletheia.preview(str(model_folder), str(talks)), force_terminal=True, no_color=True)
+    assert "⟦" in text
+    assert "\x1b[3" not in text

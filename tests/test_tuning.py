@@ -283,7 +283,10 @@ def test_a_run_that_cannot_be_saved_leaves_the_one_it_would_replace(examples, sc
 
     monkeypatch.setattr(peft_model, "safe_save_file", full)
     claimed = RunFolder.claim(tmp_path / "run", overwrite=True)
-    with claimed, pytest.raises(ArtifactError, match="Error while serializing"):
+    with (
+        claimed,
+        pytest.raises(ArtifactError, match=r"No space left on device: [\d,]+ bytes are needed, [\d,]+ bytes are free"),
+    ):
         trained(examples, scores, claimed, steps=2)
     assert before.items() <= {path.name: path.read_bytes() for path in (tmp_path / "run").glob("*.*")}.items()
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -477,8 +480,11 @@ def test_a_gradient_that_is_not_finite_is_never_saved(examples, scores, tmp_path
 
     next(value for value in adapted_model.parameters() if value.requires_grad).register_hook(spoil)
     data, held_out = examples.subset(range(20)), examples.subset(range(20, 25))
-    with pytest.raises(TrainingError, match=r"the gradient norm is (inf|nan) at step \d; it was not saved"):
+    with pytest.raises(
+        TrainingError,
+        match=r"the gradient in layer \d \(model.layers.*lora_A.weight\) is not finite, at step 4.*not saved",
+    ):
         train(adapted_model, data, plan, tmp_path / "run", held_out, steps=9, save_steps=1, show_progress=False)
-    assert not (tmp_path / "run" / "checkpoints" / "checkpoint-6").exists()
+    assert not (tmp_path / "run" / "checkpoints" / "checkpoint-4").exists()
     kept = sorted((tmp_path / "run" / "checkpoints").glob("checkpoint-*"))[-1]
     assert all(value.isfinite().all() for value in load_file(kept / "adapter_model.safetensors").values())

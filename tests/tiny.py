@@ -1,12 +1,15 @@
 """Tiny random models of several families and a byte-level tokenizer: structure without downloads."""
 
+import json
 import re
 
 import torch
+from families import OTHERS, STATE_SPACE, VOCABULARY, WRAPPERS, config_of
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BloomConfig,
     CohereConfig,
     DeepseekV3Config,
@@ -34,11 +37,12 @@ from transformers import (
     StableLmConfig,
 )
 
+from aletheia.files import sealed_json
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-VOCABULARY = 259  # 256 bytes and three special tokens
 COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
@@ -52,7 +56,9 @@ GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_head": 4, "n_inner": 48, "bos
 
 
 def make_config(family: str, layers: int = 4):
-    """The config of a tiny model of a family."""
+    """The config of a tiny model of a family; ``layers`` counts for those of this file alone."""
+    if family in (STATE_SPACE | OTHERS | WRAPPERS):
+        return config_of(family)
     match family:
         case "llama":
             return LlamaConfig(**COMMON, num_hidden_layers=layers, num_key_value_heads=2, tie_word_embeddings=True)
@@ -138,7 +144,8 @@ def make_model(family: str = "llama", layers: int = 4, seed: int = 0):
     """A tiny random model; the same weights for a seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(make_config(family, layers))
+        kind = AutoModelForImageTextToText if family in WRAPPERS else AutoModelForCausalLM
+        model = kind.from_config(make_config(family, layers), dtype=torch.float32)
         for name, parameter in model.named_parameters():  # biases start at 0 and norms at 1: make them real
             if parameter.dim() == 1:
                 torch.nn.init.normal_(parameter, mean=0.0 if "bias" in name else 1.0, std=0.1)
@@ -159,6 +166,21 @@ def make_tokenizer(chat_template: str | None = CHATML, bos: bool = False, eos: b
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>" if eos else None)
     fast.chat_template = chat_template
     return fast
+
+
+def edited(path, **changes):
+    """Change a sealed file of ours as a person does who takes out the line of its seal."""
+    found = json.loads(path.read_text()) | changes
+    del found["sha256"]
+    path.write_text(json.dumps(found, indent=2))
+
+
+def resealed(path, **changes):
+    """Change a file of ours and seal it anew, as if it had been written so."""
+    found = json.loads(path.read_text()) | changes
+    head = {name: found.pop(name) for name in ("format", "version")}
+    del found["sha256"]
+    path.write_text(sealed_json(found, head))
 
 
 def as_flags(message: str) -> str:

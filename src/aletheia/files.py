@@ -1,20 +1,33 @@
-"""Versioned JSON artefacts (scores, plan, metrics): read, validated, and written atomically. Torch-free."""
+"""Versioned JSON artefacts (scores, plan, metrics): sealed, validated, and written atomically. Torch-free.
 
+A seal is the sha256 of all bytes of the file but its own 64 digits. It stands at the top level under the key
+``sha256``, before the content, so that a person can take out its line and the rest stays JSON.
+"""
+
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from aletheia.errors import ArtifactError, SettingsError
 
+SEAL = "sha256"
+_SEAL_LINE = re.compile(rb'^ "sha256": "([0-9a-f]{64})",?$', re.MULTILINE)  # nested keys stand further in
+DIGITS_SHOWN = 12  # of a hash, to people
 TRACKED_PACKAGES = ("aletheia-tune", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_WORDS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")  # of libraries
+LONGEST_NAME_BYTES = 255
 
 
 def package_versions(names: Iterable[str] = TRACKED_PACKAGES) -> dict[str, str]:
@@ -38,14 +51,15 @@ def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing: a temporary file beside it, then an atomic rename.
 
     Raises:
-        ArtifactError: the folder cannot be written.
+        ArtifactError: the folder cannot be written; on a full disk, with the bytes needed and free.
     """
+    data = text.encode("utf-8", "surrogateescape")  # a file name of any bytes may stand in it
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".aletheia-")
         try:
-            with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as handle:
-                handle.write(text)
+            with os.fdopen(descriptor, "wb") as handle:
+                handle.write(data)
                 handle.flush()
                 os.fsync(handle.fileno())  # or a power cut after the rename leaves an empty file
             os.chmod(temporary, 0o666 & ~_umask())
@@ -54,7 +68,41 @@ def write_text(path: Path, text: str) -> None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error.strerror}; choose another `out`") from error
+        raise not_written(path, error, len(data)) from error
+
+
+def not_written(path: Path, error: Exception, needed_bytes: int | None = None) -> ArtifactError:
+    """The error to raise where ``path`` could not be written; on a full disk it names the bytes needed and free."""
+    if not is_full_disk(error):
+        told = getattr(error, "strerror", None) or " ".join(str(error).split())
+        return ArtifactError(f"cannot write {path}: {told}; choose another `out`")
+    try:
+        free = f"{free_bytes(path.parent):,} bytes are free"
+    except OSError:
+        free = "the disk is full"
+    needed = "" if needed_bytes is None else f"{needed_bytes:,} bytes are needed, "
+    return ArtifactError(
+        f"cannot write {path}: {os.strerror(errno.ENOSPC)}: {needed}{free}; make room or choose another `out`"
+    )
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came from, says that a disk or a quota is full."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if any(words in str(error) for words in FULL_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def beside(path: Path, ending: str) -> Path:
+    """A name beside ``path`` for what belongs to it: its own and ``ending``, shortened where that is too long."""
+    name = os.fsencode(path.name)
+    if len(name) + len(os.fsencode(ending)) <= LONGEST_NAME_BYTES:
+        return path.with_name(path.name + ending)
+    return path.with_name(hashlib.sha256(name).hexdigest()[:32] + ending)
 
 
 def _umask() -> int:
@@ -103,20 +151,60 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
-class Artifact(BaseModel):
-    """Base of the files we write: JSON with a ``format`` name and an integer ``version``.
+def sealed_json(content: Mapping[str, Any], head: Mapping[str, Any] | None = None) -> str:
+    """Indented JSON text of ``head``, a seal over all of it, and ``content``; non-finite numbers are refused."""
+    text = json.dumps({**(head or {}), SEAL: "", **content}, indent=1, allow_nan=False) + "\n"
+    line = f' "{SEAL}": "'
+    return text.replace(line, line + hashlib.sha256(text.encode()).hexdigest(), 1)
 
-    Unknown keys are refused, so that a typo in a hand-edited plan cannot pass unnoticed.
+
+def check_seal(path: Path, content: bytes, remedy: str) -> None:
+    """Compare a sealed file's bytes with its seal.
+
+    Raises:
+        ArtifactError: they differ, or the seal is not as it was written.
+    """
+    line = _SEAL_LINE.search(content)
+    if line is None:
+        raise ArtifactError(f"{path} was changed after it was written: its line of sha256 is not as it was; {remedy}")
+    found = hashlib.sha256(content[: line.start(1)] + content[line.end(1) :]).hexdigest()
+    expected = line[1].decode()
+    if found != expected:
+        raise ArtifactError(
+            f"{path} was changed after it was written: the sha256 of what it holds is {found[:DIGITS_SHOWN]}, "
+            f"expected {expected[:DIGITS_SHOWN]}; {remedy}"
+        )
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """What a file written with :func:`sealed_json` holds, without its seal.
+
+    Raises:
+        ArtifactError: missing, no JSON, not sealed, or changed since it was written.
+    """
+    content = _bytes_of(path)
+    found = _parsed(path, content)
+    if not isinstance(found, dict) or SEAL not in found:
+        raise ArtifactError(f"{path} has no sha256; expected it as it was written, write the file again")
+    check_seal(path, content, "write the file again")
+    return {key: value for key, value in found.items() if key != SEAL}
+
+
+class Artifact(BaseModel):
+    """Base of the files we write: JSON with a ``format`` name, an integer ``version`` and a seal.
+
+    Unknown keys are refused, so that a typo in a hand-edited plan cannot pass unnoticed. A format that people edit is
+    ``EDITABLE``: a file of it that has no seal is read, too; see :func:`is_sealed`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     FORMAT: ClassVar[str]
-    VERSION: ClassVar[int] = 1
+    VERSION: ClassVar[int] = 2
+    EDITABLE: ClassVar[bool] = False
 
     def to_json(self) -> str:
         """The file's text: indented JSON, keys in the order of the schema, non-finite numbers refused."""
-        head = {"format": self.FORMAT, "version": self.VERSION}
-        return json.dumps(head | self.model_dump(mode="json"), indent=1, allow_nan=False) + "\n"
+        return sealed_json(self.model_dump(mode="json"), {"format": self.FORMAT, "version": self.VERSION})
 
     def write(self, path: str | Path) -> Path:
         """Write the artefact; an existing file is replaced only if it is one of the same format.
@@ -135,10 +223,12 @@ class Artifact(BaseModel):
         """Read and validate an artefact.
 
         Raises:
-            ArtifactError: missing, not JSON, of another format or version, or with invalid fields.
+            ArtifactError: missing, not JSON, of another format or version, changed since it was written, or with
+                invalid fields.
         """
         path = Path(path)
-        found = read_json(path)
+        content = _bytes_of(path)
+        found = _parsed(path, content)
         if not isinstance(found, dict) or found.get("format") != cls.FORMAT:
             named = found.get("format") if isinstance(found, dict) else None
             raise ArtifactError(f"{path} is no {cls.FORMAT} file (format: {named!r})")
@@ -147,7 +237,8 @@ class Artifact(BaseModel):
                 f"{path} has {cls.FORMAT} version {found.get('version')!r}; this release reads "
                 f"version {cls.VERSION}; write the file again with this release"
             )
-        body = {key: value for key, value in found.items() if key not in ("format", "version")}
+        cls._check_seal(path, content, found)
+        body = {key: value for key, value in found.items() if key not in ("format", "version", SEAL)}
         try:
             return cls.model_validate(body)
         except SettingsError as error:
@@ -160,23 +251,53 @@ class Artifact(BaseModel):
                 f"({error.error_count()} problem(s) in all)"
             ) from error
 
+    @classmethod
+    def _check_seal(cls, path: Path, content: bytes, found: Mapping[str, Any]) -> None:
+        if SEAL in found:
+            remedy = "write the file again"
+            edited = "to keep what you edited by hand, take out the line of its sha256; else "
+            check_seal(path, content, edited + remedy if cls.EDITABLE else remedy)
+        elif not cls.EDITABLE:
+            raise ArtifactError(f"{path} has no sha256; expected it as it was written, write the file again")
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether one of our files has a seal; a plan that was edited by hand has none.
+
+    Raises:
+        ArtifactError: it is not JSON, or cannot be read.
+    """
+    found = read_json(path)
+    return isinstance(found, dict) and SEAL in found
+
 
 def read_json(path: Path) -> object:
-    """Parse a JSON file of ours.
+    """Parse a JSON file of ours; its seal is not looked at.
 
     Raises:
         ArtifactError: missing, a folder, unreadable, or not JSON (with the line).
     """
+    return _parsed(path, _bytes_of(path))
+
+
+def _bytes_of(path: Path) -> bytes:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ArtifactError(f"cannot read {path}: {error}") from error  # a NUL in its name
+
+
+def _parsed(path: Path, content: bytes) -> object:
+    try:
+        return json.loads(content.decode("utf-8"))
     except json.JSONDecodeError as error:
         raise ArtifactError(f"{path}:{error.lineno}: not JSON ({error.msg}); write the file again") from error
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{path}: not a text file; expected JSON") from error
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, or endless nesting
         raise ArtifactError(f"{path}: not JSON of ours ({type(error).__name__}); write the file again") from error
-    except OSError as error:
-        raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
 
 
 def artifact_format(path: Path) -> str | None:

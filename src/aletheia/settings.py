@@ -12,6 +12,16 @@ from pydantic_core import ErrorDetails
 
 from aletheia.errors import SettingsError
 
+# What nobody has and nobody can compute: whatever says more, a flag, a plan or somebody's file, is refused at once.
+MOST_LAYERS = 1_000  # the deepest models have 126
+WIDEST = 2**20  # hidden size, heads, experts, LoRA ranks; the widest have 53,248
+MOST_TOKENS = 2**27  # vocabulary, positions of a model
+MOST_PARAMETERS = 10**14
+LARGEST_RANK = 2**16
+MOST_ROWS = 2**20  # of a batch
+LONGEST_ROW = 2**24  # tokens
+MOST_STEPS = 10**9
+
 LIMITS = {
     "greater_than_equal": ("at least", "ge"),
     "greater_than": ("more than", "gt"),
@@ -51,9 +61,13 @@ class Settings(BaseModel):
         return self.model_dump(mode="json", exclude_unset=True)
 
 
-def option(default: Any, help: str, group: str = "", flag: str = "", **limits: Any) -> Any:
-    """A field that the command line offers, too: its help, the group it stands in, and its flag if not the name."""
-    return Field(default=default, description=help, json_schema_extra={"group": group, "flag": flag}, **limits)
+def option(default: Any, help: str, group: str = "", flag: str = "", also: str = "", **limits: Any) -> Any:
+    """A field that the command line offers, too: its help, the group it stands in, and its flag if not the name.
+
+    ``also`` is a second flag for the same.
+    """
+    extra: dict[str, Any] = {"group": group, "flag": flag, "also": also}
+    return Field(default=default, description=help, json_schema_extra=extra, **limits)
 
 
 def _told(fault: ErrorDetails, known: tuple[str, ...]) -> str:
@@ -69,12 +83,21 @@ def _told(fault: ErrorDetails, known: tuple[str, ...]) -> str:
         )
     if kind == "missing":
         return f"`{name}` is missing; expected it to be given"
-    shown = f"{found:g}" if isinstance(found, float) else repr(found) if isinstance(found, str) else str(found)
+    shown = f"{found:g}" if isinstance(found, float) else _shortened(found)
     if kind in LIMITS:
         words, key = LIMITS[kind]
-        return f"`{name}` is {shown}; expected {words} {context[key]:g}"
+        bound = context[key]
+        return f"`{name}` is {shown}; expected {words} {f'{bound:,}' if isinstance(bound, int) else f'{bound:g}'}"
     if kind == "literal_error":
         choices = context["expected"].replace("'", "").replace(" or ", ", ")
         return f"`{name}` is {shown}; expected one of {choices}"
     expected = next((words for start, words in KINDS.items() if kind.startswith(start)), None)
     return f"`{name}` is {shown}; expected {expected or fault['msg']}"
+
+
+def _shortened(found: Any) -> str:
+    """At most a line's part of what was given; a number of thousands of digits cannot even be written."""
+    if isinstance(found, int) and abs(found) >= 10**30:
+        return f"a number of over {found.bit_length() * 3 // 10} digits"
+    shown = repr(found) if isinstance(found, str) else str(found)
+    return shown if len(shown) <= 100 else f"{shown[:97]}..."

@@ -70,7 +70,7 @@ def check_names(plan: Plan, anatomy: Anatomy) -> None:
     """Compare a plan, which may have been edited, with the modules there are, before anything is modified.
 
     Raises:
-        PlanError: an unknown module, or a wrong layer or parameter count.
+        PlanError: an unknown module, one that LoRA cannot adapt, or a wrong layer or parameter count.
     """
     modules = {module.name: module for module in anatomy.modules}
     for adapter in plan.adapters:
@@ -79,6 +79,11 @@ def check_names(plan: Plan, anatomy: Anatomy) -> None:
             raise PlanError(
                 f"the plan adapts {adapter.name}, which this model has not; "
                 "'aletheia inspect' lists its modules, 'aletheia plan' writes the plan again"
+            )
+        if module.refused:
+            raise PlanError(
+                f"the plan adapts {adapter.name}, which LoRA cannot adapt here ({anatomy.notes[0]}); expected a plan "
+                "without it; write it again with 'aletheia plan'"
             )
         if (adapter.layer, adapter.parameters) != (module.layer, module.lora_parameters(adapter.rank)):
             raise PlanError(

@@ -24,3 +24,14 @@ def input_weight(model: nn.Module) -> torch.Tensor:
     """The weight [V, D] of the input embedding, adapted models included."""
     weight: torch.Tensor = cast(Any, model).get_input_embeddings().weight
     return weight
+
+
+def stop_ids_of(model: nn.Module) -> tuple[int, ...]:
+    """Tokens at which generation stops by the settings of a model, adapted models included."""
+    base = base_of(model)
+    found: dict[int, None] = {}
+    for settings in (getattr(base, "generation_config", None), text_config(base)):
+        value = getattr(settings, "eos_token_id", None)
+        values = value if isinstance(value, list | tuple) else [value]
+        found |= {one: None for one in values if isinstance(one, int) and one >= 0}
+    return tuple(found)

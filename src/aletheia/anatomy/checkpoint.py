@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     convert_and_load_state_dict_in_model,
@@ -26,16 +26,17 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils import logging
 
+from aletheia.anatomy.families import model_class
 from aletheia.anatomy.fingerprint import configuration, identity, sample_embedding, sample_layer
 from aletheia.anatomy.layerwise import Call, NoEmbedding, PassThrough, layer_call, replace_module
-from aletheia.anatomy.load import explained, keep_gradients, load_config, pick, pick_device
+from aletheia.anatomy.load import explained, keep_gradients, load_config, load_tokenizer, pick, pick_device
 from aletheia.anatomy.parts import Part, by, names_of_parts, stored_parts
 from aletheia.anatomy.read import find_layers, read_anatomy
 from aletheia.anatomy.schema import Anatomy, ModelIdentity
 from aletheia.anatomy.settings import Attention
 from aletheia.anatomy.shards import STREAMED_QUANTIZERS, Buffers, Cast, opened, sampled_sha256
+from aletheia.anatomy.versions import computing_versions, processor
 from aletheia.errors import ModelError
-from aletheia.files import package_versions
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -48,7 +49,12 @@ class Checkpoint:
     """
 
     def __init__(
-        self, name: str, dtype: str = "auto", device: str | None = None, attention: Attention | None = None
+        self,
+        name: str,
+        dtype: str = "auto",
+        device: str | None = None,
+        attention: Attention | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         """Read the config, the headers of the shards, and the weights around the layers.
 
@@ -57,6 +63,7 @@ class Checkpoint:
             dtype: as for :func:`aletheia.anatomy.load.load`.
             device: as there.
             attention: as there.
+            trust_remote_code: as there.
 
         Raises:
             ModelError: the checkpoint is missing, damaged or incomplete, or of a kind that cannot be read in parts.
@@ -66,12 +73,11 @@ class Checkpoint:
         self.name = name
         self.device = torch.device(device) if device else pick_device()
         self.dtype = pick(dtype, self.device)
-        config = load_config(name)
+        config = load_config(name, trust_remote_code)
         if attention is not None:
             config._attn_implementation = attention
-        with explained(name):
-            self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name)
-        self._whole, self._quantizer = self._empty(config)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(name, trust_remote_code)
+        self._whole, self._quantizer = self._empty(config, trust_remote_code)
         self.anatomy: Anatomy = read_anatomy(self._whole)
         self.layer_path, layers = find_layers(self._whole)
         self._pristine = list(layers)
@@ -111,7 +117,7 @@ class Checkpoint:
 
     @property
     def state(self) -> str:
-        """What hidden states depend on besides the tokens: shards, settings, packages.
+        """What hidden states depend on besides the tokens: shards, settings, versions.
 
         A shard is known by its name, size, time of change (ns) and a sample of its bytes: archives and images give all
         files one time.
@@ -123,13 +129,13 @@ class Checkpoint:
         about = configuration(self.model) | {
             "shards": shards,
             "dtype": str(self.dtype),
-            "device": self.device.type,
+            "device": processor(self.device),
             "float32_products": torch.get_float32_matmul_precision(),
-            "packages": package_versions(("torch", "transformers")),
+            "versions": computing_versions(),
         }
         return json.dumps(about, sort_keys=True, default=str)
 
-    def _empty(self, config: Any) -> tuple[PreTrainedModel, Any]:
+    def _empty(self, config: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
         """The model on the meta device, buffers that its checkpoint does not hold computed, and its quantizer."""
         with explained(self.name):
             quantizer, config, _ = get_hf_quantizer(config, None, {"": self.device}, True, {})
@@ -141,7 +147,8 @@ class Checkpoint:
                         "from; `stream=False` loads it as a whole"
                     )
             with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(config, dtype=self.dtype)
+                family = model_class(self.name, config)
+                model = family.from_config(config, dtype=self.dtype, trust_remote_code=trust_remote_code)
                 if quantizer is not None:
                     quantizer.preprocess_model(model=model, dtype=self.dtype, device_map={"": self.device})
                     keep_gradients(model)

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
@@ -21,23 +20,38 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import GENERATION_CONFIG_NAME
+from transformers.utils.hub import cached_file
 
+from aletheia.anatomy import foreign
+from aletheia.anatomy.families import EXPECTED, model_class
 from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import Anatomy
 from aletheia.anatomy.settings import Attention
 from aletheia.errors import ModelError
 
 Quantize = Literal["nf4", "int8"]
+MOST_PER_BYTE = 16  # numbers that a stored byte may stand for: GGUF packs up to 8
+SPARE_BYTES = 2**20  # of weights, so that what is computed anew (positions, masks) counts for nothing
+_CODE = (
+    "{name} can only be loaded by code of its own; expected a model that transformers knows, or `trust_remote_code` "
+    "once you have read that code"
+)
+_ADAPTER = (
+    "{name} is an adapter of the base model {base}; expected a base model here; 'aletheia train' goes on with an "
+    "adapter, and `fresh` merges it into its base first"
+)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A base model ready to be probed, with its tokenizer, and how its weights were quantized while loading."""
+    """A base model ready to be probed, with its tokenizer, and how it was loaded."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     quantize: Quantize | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
 
     @property
     def vocab_size(self) -> int:
@@ -110,48 +124,64 @@ def growth_allowed(device: torch.device, max_memory: int | None) -> int:
     return free_memory_bytes(device) if max_memory is None else max_memory - own_memory_bytes(device)
 
 
-def load_config(name: str) -> PretrainedConfig:
-    """The config of MODEL, no weights read.
+def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """The config of MODEL, no weights read; looked at before transformers does, see :mod:`aletheia.anatomy.foreign`.
 
     Raises:
-        ModelError: MODEL cannot be found or its config cannot be read.
+        ModelError: MODEL cannot be found, is an adapter, needs code of its own while ``trust_remote_code`` is off, or
+            its config cannot be read or is of a size that nobody can build.
     """
+    place = _place(name)
+    if "gguf_file" in place:
+        foreign.check_gguf(Path(name))
     with explained(name):
-        config: PretrainedConfig = AutoConfig.from_pretrained(**_place(name))
+        if "gguf_file" not in place and (adapter := _hub_file(name, foreign.ADAPTER_CONFIG)) is not None:
+            raise ModelError(_ADAPTER.format(name=name, base=base_of_adapter(adapter.parent)))
+        if "gguf_file" not in place and (file := _hub_file(name, foreign.CONFIG)) is not None:
+            found = foreign.read_settings(file)
+            foreign.check_config(found, name)
+            if foreign.needs_code(found) and not trust_remote_code:
+                raise ModelError(_CODE.format(name=name))
+        config: PretrainedConfig = AutoConfig.from_pretrained(**place, trust_remote_code=trust_remote_code)
+        foreign.check_config(config.to_dict(), name)  # by the names that transformers has for them, too
         return config
 
 
-def inspect(name: str) -> Anatomy:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of MODEL.
+
+    Raises:
+        ModelError: it cannot be found or read, or needs code of its own while ``trust_remote_code`` is off.
+    """
+    with explained(name):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            **_place(name), trust_remote_code=trust_remote_code
+        )
+        return tokenizer
+
+
+def inspect(name: str, trust_remote_code: bool = False) -> Anatomy:
     """Anatomy of MODEL from its config alone: the model is built on the meta device, weights stay untouched.
 
     Raises:
-        ModelError: MODEL cannot be found or taken apart.
+        ModelError: MODEL cannot be found or taken apart, or needs code of its own while ``trust_remote_code`` is off.
     """
-    return read_anatomy(_on_meta(name))
+    config = load_config(name, trust_remote_code)
+    return read_anatomy(_on_meta(name, config, trust_remote_code))
 
 
-def load_without_weights(name: str) -> Loaded:
+def load_without_weights(name: str, trust_remote_code: bool = False) -> Loaded:
     """The tokenizer of MODEL and its model on the meta device: enough to see rows as the model will.
 
     Raises:
-        ModelError: MODEL cannot be found or read.
+        ModelError: MODEL cannot be found or read, or needs code of its own while ``trust_remote_code`` is off.
     """
-    model = _on_meta(name)
-    with explained(name):
-        place = _place(name)
-        tokenizer = AutoTokenizer.from_pretrained(**place)
-        if (Path(name) / GENERATION_CONFIG_NAME).is_file() or not Path(name).exists():
-            with suppress(OSError):  # a hub model without such a file
-                model.generation_config = GenerationConfig.from_pretrained(name)
+    model = _on_meta(name, load_config(name, trust_remote_code), trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code)
+    if (Path(name) / GENERATION_CONFIG_NAME).is_file() or not Path(name).exists():
+        with explained(name), suppress(OSError):  # a hub model without such a file
+            model.generation_config = GenerationConfig.from_pretrained(name)
     return Loaded(model, tokenizer)
-
-
-def _on_meta(name: str) -> PreTrainedModel:
-    config = load_config(name)
-    config.__dict__.pop("quantization_config", None)  # shapes are wanted, not the quantizer's packages
-    with explained(name), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model
 
 
 def load(
@@ -160,6 +190,8 @@ def load(
     device: str | None = None,
     quantize: Quantize | None = None,
     attention: Attention | None = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
 ) -> Loaded:
     """Load MODEL and its tokenizer; a checkpoint that is quantized already stays so.
 
@@ -170,23 +202,28 @@ def load(
         quantize: quantize the matrices of the layers with bitsandbytes: ``nf4``, double quantization included
             [QLoRA, arXiv:2305.14314], or ``int8``; products are computed in ``dtype``.
         attention: how attention is computed; by default transformers' choice.
+        trust_remote_code: run code that comes with the model; never asked for on the terminal.
+        allow_pickle: read weights from ``.bin`` and other pickles, with torch's ``weights_only``.
 
     Raises:
-        ModelError: MODEL cannot be found or read, or a setting is unknown or cannot be had.
+        ModelError: MODEL cannot be found or read, is an adapter, needs what is not allowed, or a setting is unknown or
+            cannot be had.
     """
     target = torch.device(device) if device else pick_device()
     chosen = pick(dtype, target)
+    config = load_config(name, trust_remote_code)
+    family = model_class(name, config)
+    _check_weights(name, config, trust_remote_code, allow_pickle)
     settings: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if quantize is not None:
         settings["quantization_config"] = _quantization(name, quantize, chosen)
-    if quantize is not None or hasattr(load_config(name), "quantization_config"):
+    if quantize is not None or hasattr(config, "quantization_config"):
         settings["device_map"] = {"": target}  # quantized weights cannot be moved
+    place = _place(name)
+    tokenizer = load_tokenizer(name, trust_remote_code)
     with explained(name):
-        place = _place(name)
-        tokenizer = AutoTokenizer.from_pretrained(**place)
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            **place, **settings, dtype=chosen, output_loading_info=True
-        )
+        settings |= {"trust_remote_code": trust_remote_code, "use_safetensors": None if allow_pickle else True}
+        model, loading = family.from_pretrained(**place, **settings, dtype=chosen, output_loading_info=True)
         if getattr(model, "hf_quantizer", None) is None:
             model = model.to(target)
     _check_complete(name, loading)
@@ -196,7 +233,7 @@ def load(
         model = model.to(target)
     model.config._name_or_path = name  # what plans, adapters and model cards call the base model
     model.name_or_path = name
-    return Loaded(model, tokenizer, quantize)
+    return Loaded(model, tokenizer, quantize, trust_remote_code, allow_pickle)
 
 
 def keep_gradients(model: nn.Module) -> None:
@@ -245,6 +282,44 @@ def _quantization(name: str, kind: str, dtype: torch.dtype) -> BitsAndBytesConfi
     )
 
 
+def _on_meta(name: str, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    config.__dict__.pop("quantization_config", None)  # shapes are wanted, not the quantizer's packages
+    with explained(name), torch.device("meta"):
+        family = model_class(name, config)
+        model: PreTrainedModel = family.from_config(config, trust_remote_code=trust_remote_code)
+        return model
+
+
+def _check_weights(name: str, config: PretrainedConfig, trust_remote_code: bool, allow_pickle: bool) -> None:
+    """Refuse pickles that are not allowed, and weights that are far too few for the config: gaps would be filled."""
+    path = Path(name)
+    if path.is_dir():
+        pickled = foreign.pickled_weights(path)
+        if pickled is not None and not allow_pickle:
+            raise ModelError(
+                f"{path / pickled} is a pickle, which can run code when it is read; expected safetensors, or "
+                "`allow_pickle` if you trust who made it"
+            )
+        for index in path.glob("*.index.json"):
+            foreign.check_index(index, allow_pickle)
+        stored = sum(
+            file.stat().st_size for file in path.iterdir() if file.suffix in (".safetensors", *foreign.PICKLES)
+        )
+    elif path.is_file():
+        stored = path.stat().st_size
+    else:
+        return  # a hub id, of which only the config is here yet
+    if trust_remote_code or hasattr(config, "quantization_config"):
+        return  # code may do anything, and packed weights may be of any form
+    model = _on_meta(name, config, trust_remote_code)
+    elements = sum(value.numel() for value in (*model.parameters(), *model.buffers()))
+    if elements > MOST_PER_BYTE * (stored + SPARE_BYTES):
+        raise ModelError(
+            f"{name} has {stored / 1e6:,.1f} MB of weights, its config tells of {elements:,} numbers; expected about "
+            "two bytes for each; fetch the checkpoint again"
+        )
+
+
 def _check_complete(name: str, loading: dict[str, Any]) -> None:
     """Refuse a checkpoint whose gaps transformers filled with random numbers."""
     for problem in ("missing_keys", "mismatched_keys"):
@@ -275,6 +350,11 @@ def _place(name: str) -> dict[str, Any]:
             raise ModelError(f"no file {name}; expected a GGUF checkpoint")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
+        foreign.check_files(path)
+        if (path / foreign.ADAPTER_CONFIG).exists():
+            raise ModelError(_ADAPTER.format(name=name, base=base_of_adapter(path)))
+        if (path / "model_index.json").is_file():
+            raise ModelError(f"{name} is a diffusion pipeline, which makes images; {EXPECTED}")
         if not (path / "config.json").is_file():
             raise ModelError(f"{name} holds no config.json; expected a transformers model folder or a .gguf file")
         return {"pretrained_model_name_or_path": name}
@@ -285,6 +365,24 @@ def _place(name: str) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": name}
 
 
+def base_of_adapter(folder: Path) -> str:
+    """What the config of a PEFT adapter names as its base.
+
+    Raises:
+        ModelError: the config cannot be read.
+    """
+    return str(foreign.read_settings(folder / foreign.ADAPTER_CONFIG).get("base_model_name_or_path"))[:200]
+
+
+def _hub_file(name: str, file: str) -> Path | None:
+    """A file of a folder or hub id; None where there is none, as far as can be known."""
+    if (folder := Path(name)).is_dir():
+        return folder / file if (folder / file).exists() else None
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    found = cached_file(name, file, **quiet)
+    return None if found is None else Path(found)
+
+
 @contextmanager
 def explained(name: str) -> Iterator[None]:
     """Turn whatever loading raises into one line."""
@@ -293,6 +391,8 @@ def explained(name: str) -> Iterator[None]:
     except ModelError:
         raise
     except Exception as error:  # configs, checkpoints and tokenizers are foreign data: anything may be raised
+        if "trust_remote_code=True" in str(error):
+            raise ModelError(_CODE.format(name=name)) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines)[:300] if lines else "no reason given"
         raise ModelError(f"cannot load {name[:200]}: {reason} ({type(error).__name__})") from error

@@ -1,10 +1,12 @@
 """Read a model's anatomy by its structure alone; works on the meta device, weights are never touched.
 
-The decoder layers are the ``ModuleList`` that holds the most parameters; modules are every Linear and Conv1D
-inside it and every 3-D parameter, which stacks one matrix per expert; roles come from names.
+The decoder layers are the ``ModuleList`` that holds the most parameters, inside the language model where that is one
+part of several; modules are every Linear and Conv1D inside it and every stack of experts, a 3-D parameter; roles come
+from names. What LoRA cannot adapt is marked by a trial, see :mod:`aletheia.anatomy.trial`.
 """
 
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,11 +14,13 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from aletheia.anatomy.access import text_config
-from aletheia.anatomy.schema import Anatomy, Module, Role
+from aletheia.anatomy.access import base_of, text_config
+from aletheia.anatomy.schema import Anatomy, LeftOut, Module, Role, SharedWeight
+from aletheia.anatomy.trial import refused
 from aletheia.errors import ModelError
 
 ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+EXPERT_NAMES = re.compile(r"expert|moe", re.IGNORECASE)
 ATTENTION_NAMES = re.compile(r"attn|attention|query|[qkvo]_proj|qkv|wqkv", re.IGNORECASE)
 
 
@@ -28,7 +32,8 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """
     best: tuple[str, nn.ModuleList] | None = None
     most = 0
-    for name, module in model.named_modules():  # outer lists come first and hold what their inner lists hold
+    place, inside = _language_model(model)
+    for name, module in inside.named_modules(prefix=place):  # outer lists come first and hold what inner ones hold
         if isinstance(module, nn.ModuleList) and (size := _parameters(module)) > most:
             best, most = (name, module), size
     if best is None:
@@ -39,6 +44,17 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return best
 
 
+def _language_model(model: nn.Module) -> tuple[str, nn.Module]:
+    """Path and module of the language model where it is one part of several, such as beside a vision tower."""
+    base = base_of(model)
+    config = getattr(base, "config", None)
+    if config is None or config.get_text_config() is config:
+        return "", model
+    decoder = base.get_decoder()
+    path = next((name for name, module in model.named_modules() if module is decoder), None)
+    return ("", model) if path is None else (path, decoder)
+
+
 def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
     """Every Linear and Conv1D inside the decoder layers by full name, in the model's order."""
     path, layers = find_layers(model)
@@ -46,7 +62,7 @@ def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def fused_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Every 3-D parameter of the decoder layers that is no convolution's: by full name, its owner and its own name."""
+    """Every stack of experts in the decoder layers: by full name, its owner and its own name."""
     path, layers = find_layers(model)
     return stacks_of(layers, path)
 
@@ -57,13 +73,23 @@ def matrices_of(module: nn.Module, path: str = "") -> dict[str, nn.Module]:
 
 
 def stacks_of(module: nn.Module, path: str = "") -> dict[str, tuple[nn.Module, str]]:
-    """Every 3-D parameter inside ``module``, which lies at ``path``: by full name, its owner and its own name."""
+    """Every stack of experts inside ``module``, which lies at ``path``: by full name, its owner and its own name.
+
+    A stack is a 3-D parameter whose name, or whose owner's name or class, speaks of experts.
+    """
     return {
-        f"{prefix}.{name}": (owner, name)
-        for prefix, owner in module.named_modules(prefix=path)
-        for name, parameter in owner.named_parameters(recurse=False)
-        if parameter.dim() == 3 and not isinstance(owner, _ConvNd)
+        name: (owner, own_name)
+        for name, owner, own_name in _three_dimensional(module, path)
+        if EXPERT_NAMES.search(name.removeprefix(path)) or "Expert" in type(owner).__name__
     }
+
+
+def _three_dimensional(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str]]:
+    """Full name, owner and own name of every 3-D parameter inside ``module`` but those of convolutions."""
+    for prefix, owner in module.named_modules(prefix=path):
+        for own_name, parameter in owner.named_parameters(recurse=False):
+            if parameter.dim() == 3 and not isinstance(owner, _ConvNd):
+                yield f"{prefix}.{own_name}", owner, own_name
 
 
 def is_matrix(module: nn.Module) -> bool:
@@ -114,9 +140,9 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         missing = "config" if config is None else "input embedding"
         raise ModelError(f"{type(model).__name__} has no {missing}; expected a transformers causal language model")
     text = config.get_text_config()
-    modules = _modules(model, path, text)
-    if not modules:
-        raise ModelError(f"{path} of {type(model).__name__} holds no Linear or Conv1D module to adapt")
+    modules, left_out = _modules(model, path, text)
+    if not any(not module.refused for module in modules):
+        raise ModelError(f"{path} of {type(model).__name__} holds no Linear or Conv1D module that LoRA can adapt")
     heads = getattr(text, "num_attention_heads", None)
     head_size = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
     return Anatomy(
@@ -130,6 +156,8 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         embedding_parameters=_parameters(embedding),
         layer_parameters=tuple(_parameters(layer) for layer in layers),
         modules=modules,
+        left_out=left_out,
+        shared=_shared(model, path),
     )
 
 
@@ -138,12 +166,14 @@ def layer_index(name: str, layer_path: str) -> int:
     return int(name.removeprefix(f"{layer_path}.").split(".", 1)[0])
 
 
-def _modules(model: nn.Module, path: str, text: Any) -> tuple[Module, ...]:
-    """Matrices and stacks, layer by layer."""
-    found = [_describe(name, module, path) for name, module in adaptable_modules(model).items()]
+def _modules(model: nn.Module, path: str, text: Any) -> tuple[tuple[Module, ...], tuple[LeftOut, ...]]:
+    """Matrices and stacks, layer by layer, and what of the layers LoRA leaves as it is."""
+    matrices, stacks = adaptable_modules(model), fused_parameters(model)
+    reasons = refused(model, matrices, stacks) | _in_several_layers(model, path)
+    found = [_describe(name, module, path, name in reasons) for name, module in matrices.items()]
     named = (getattr(text, name, None) for name in ACTIVE_EXPERTS)
     active = next((count for count in named if isinstance(count, int) and count > 0), None)
-    for name, (owner, own_name) in fused_parameters(model).items():
+    for name, (owner, own_name) in stacks.items():
         experts, *sizes = getattr(owner, own_name).shape
         # stored as out x in, unless the owner says otherwise: the same mark that PEFT reads
         out_features, in_features = sizes[::-1] if getattr(owner, "is_transposed", False) else sizes
@@ -158,12 +188,58 @@ def _modules(model: nn.Module, path: str, text: Any) -> tuple[Module, ...]:
                 fused=True,
                 experts=experts,
                 active_experts=min(active or experts, experts),
+                refused=name in reasons,
             )
         )
-    return tuple(sorted(found, key=lambda module: module.layer))  # stable: the model's order within a layer
+    modules = tuple(sorted(found, key=lambda module: module.layer))  # stable: the model's order within a layer
+    return modules, _left_out(model, path, reasons)
 
 
-def _describe(name: str, module: nn.Module, layer_path: str) -> Module:
+def _left_out(model: nn.Module, path: str, reasons: Mapping[str, str]) -> tuple[LeftOut, ...]:
+    """What LoRA leaves as it is, like weights of several layers taken together."""
+    why = dict(reasons)
+    _, layers = find_layers(model)
+    stacks = stacks_of(layers, path)
+    for name, owner, own_name in _three_dimensional(layers, path):
+        sizes = getattr(owner, own_name).shape
+        if name not in stacks and sum(size > 1 for size in sizes) > 1:  # others are vectors, as norms are
+            why[name] = "a 3-D parameter, and not one of experts"
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for name, reason in why.items():
+        index = layer_index(name, path)
+        kinds.setdefault((name.removeprefix(f"{path}.{index}."), reason), []).append(index)
+    return tuple(
+        LeftOut(name=name, layers=tuple(sorted(indices)), reason=reason) for (name, reason), indices in kinds.items()
+    )
+
+
+def _in_several_layers(model: nn.Module, path: str) -> dict[str, str]:
+    """Matrices of modules that are part of several layers: an adapter there would lie below any boundary, too."""
+    places: dict[nn.Module, list[str]] = {}
+    for name, module in find_layers(model)[1].named_modules(prefix=path, remove_duplicate=False):
+        if is_matrix(module):
+            places.setdefault(module, []).append(name)
+    return {
+        names[0]: f"one module of layers {', '.join(str(layer_index(name, path)) for name in names)}"
+        for names in places.values()
+        if len({layer_index(name, path) for name in names}) > 1
+    }
+
+
+def _shared(model: nn.Module, path: str) -> tuple[SharedWeight, ...]:
+    """Matrices of several layers that are one weight."""
+    places: dict[int, list[str]] = {}
+    for name, module in adaptable_modules(model).items():
+        places.setdefault(id(module.weight), []).append(name)
+    found = []
+    for names in places.values():
+        layers = tuple(layer_index(name, path) for name in names)
+        if len(set(layers)) > 1:
+            found.append(SharedWeight(name=names[0].removeprefix(f"{path}.{layers[0]}."), layers=layers))
+    return tuple(found)
+
+
+def _describe(name: str, module: nn.Module, layer_path: str, is_refused: bool) -> Module:
     if isinstance(module, nn.Linear):
         in_features, out_features = module.in_features, module.out_features
     else:
@@ -174,6 +250,7 @@ def _describe(name: str, module: nn.Module, layer_path: str) -> Module:
         role=_role(name.removeprefix(f"{layer_path}.")),
         in_features=in_features,
         out_features=out_features,
+        refused=is_refused,
     )
 
 

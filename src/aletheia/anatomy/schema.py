@@ -1,10 +1,12 @@
 """The anatomy of a model as plain data: what plans and reports need to know without loading torch."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 BETWEEN_SOURCES = " + "  # in the name of a data set of several files
+FEW = 4  # names in a line about like weights
 Role = Literal["attention", "mlp", "expert", "shared_expert", "router"]
 
 
@@ -14,7 +16,8 @@ class Module(BaseModel):
     ``name`` is the full path in the model, e.g. ``model.layers.3.self_attn.q_proj``; of a stack, that of the parameter,
     e.g. ``model.layers.3.mlp.experts.down_proj``, and ``fused`` is set. Sizes are logical and those of one matrix:
     ``y = x W`` maps ``in_features`` to ``out_features``, however the weight is stored or quantized. A token passes
-    through ``active_experts`` of the ``experts``.
+    through ``active_experts`` of the ``experts``. ``refused`` is set where LoRA cannot adapt it after all: it counts in
+    the costs of its layer alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -26,6 +29,12 @@ class Module(BaseModel):
     fused: bool = False
     experts: int = Field(default=1, ge=1)
     active_experts: int = Field(default=1, ge=1)
+    refused: bool = False
+
+    @property
+    def is_target(self) -> bool:
+        """Whether uniform LoRA adapts it: LoRA can, and it is no router."""
+        return not self.refused and self.role != "router"
 
     @property
     def parameters(self) -> int:
@@ -51,10 +60,29 @@ class Module(BaseModel):
         return 2 * rank * self.features_per_token
 
 
+class LeftOut(BaseModel):
+    """Weights of like name that LoRA leaves as they are: the name inside a layer, the layers, and why."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    layers: tuple[int, ...]
+    reason: str
+
+
+class SharedWeight(BaseModel):
+    """Matrices of like name in several layers that are one weight, such as those of Zamba's shared blocks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    layers: tuple[int, ...]
+
+
 class Anatomy(BaseModel):
     """Decoder layers and their modules, plus the sizes around them.
 
-    ``attention_width`` is heads x head size, the width of the two attention products.
+    ``attention_width`` is heads x head size, the width of the two attention products. ``left_out`` names what of the
+    layers LoRA cannot adapt, matrices among the ``modules`` included. Of ``shared`` weights each layer's module has an
+    adapter of its own.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,19 +96,42 @@ class Anatomy(BaseModel):
     embedding_parameters: int
     layer_parameters: tuple[int, ...]
     modules: tuple[Module, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    shared: tuple[SharedWeight, ...] = ()
 
     def in_layer(self, index: int) -> tuple[Module, ...]:
         """The modules of one decoder layer, in the model's order."""
         return tuple(module for module in self.modules if module.layer == index)
 
     def adaptable(self, routers: bool = False) -> tuple[Module, ...]:
-        """The weights that a plan may adapt: all, routers only if asked for."""
-        return tuple(module for module in self.modules if routers or module.role != "router")
+        """The weights that a plan may adapt: all that LoRA can, routers only if asked for."""
+        return tuple(module for module in self.modules if module.is_target or (routers and not module.refused))
+
+    @property
+    def notes(self) -> list[str]:
+        """What is unusual about the layers, a line each: what LoRA leaves as it is, and what layers share."""
+        by_reason: dict[str, list[str]] = {}
+        for weights in self.left_out:
+            by_reason.setdefault(weights.reason, []).append(weights.name)
+        told = "; ".join(f"{_few(names)} ({reason})" for reason, names in by_reason.items())
+        lines = [f"not adapted: {told}"] if told else []
+        by_layers: dict[tuple[int, ...], list[str]] = {}
+        for weight in self.shared:
+            by_layers.setdefault(weight.layers, []).append(weight.name)
+        for layers, names in by_layers.items():
+            where = ", ".join(map(str, layers))
+            lines.append(f"layers {where} share the weights of {_few(names)}; each has adapters of its own")
+        return lines
 
     @property
     def head_flops_per_token(self) -> int:
         """Forward FLOPs of the LM head for one token."""
         return 2 * self.hidden_size * self.vocab_size
+
+
+def _few(names: Sequence[str]) -> str:
+    """The first names of many."""
+    return ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
 
 
 class ModelIdentity(BaseModel):
@@ -102,6 +153,37 @@ class ModelIdentity(BaseModel):
     def __str__(self) -> str:
         """``name (first 12 digits of the fingerprint)``."""
         return f"{self.name} ({self.fingerprint[:12]})"
+
+
+class TokenizerIdentity(BaseModel):
+    """Which tokenizer an artefact belongs to: its name for people, two sha256 for the check.
+
+    ``chat_template`` is None where none is used.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    vocabulary: str
+    chat_template: str | None
+
+    def difference(self, other: "TokenizerIdentity") -> str | None:
+        """What makes tokens differ, ``vocabularies`` or ``chat templates``; None if nothing does.
+
+        A chat template counts only where both use one.
+        """
+        if self.vocabulary != other.vocabulary:
+            return "vocabularies"
+        both = self.chat_template is not None and other.chat_template is not None
+        return "chat templates" if both and self.chat_template != other.chat_template else None
+
+    def without_template(self) -> "TokenizerIdentity":
+        """The same where no chat template is used."""
+        return self.model_copy(update={"chat_template": None})
+
+    def __str__(self) -> str:
+        """``name (vocabulary 0123456789ab, chat template 0123456789ab)``."""
+        template = f", chat template {self.chat_template[:12]}" if self.chat_template else ""
+        return f"{self.name} (vocabulary {self.vocabulary[:12]}{template})"
 
 
 class DataIdentity(BaseModel):

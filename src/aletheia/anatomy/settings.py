@@ -24,6 +24,15 @@ class LoadSettings(Settings):
     stream: bool | None = option(
         None, "Read the weights layer by layer (by default where they take over half the memory).", GROUP
     )
+    trust_remote_code: bool = option(
+        False, "Run code that comes with the model. Read it first: it can do whatever you can.", GROUP
+    )
+    allow_pickle: bool = option(
+        False, "Read weights from pickles (.bin, .pt), which can be made to do harm; safetensors cannot.", GROUP
+    )
+    fresh: bool = option(
+        False, "MODEL is an adapter folder: merge it into its base and adapt that, instead of going on with it.", GROUP
+    )
     max_memory: ByteSize | None = option(None, "Memory that may be used, such as 6GB (by default what is free).", GROUP)
 
     @model_validator(mode="after")

@@ -3,7 +3,8 @@
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from aletheia.anatomy.foreign import check_index
 from aletheia.anatomy.load import explained, load_config
 from aletheia.errors import ModelError
 
@@ -77,7 +79,17 @@ def sampled_sha256(path: str, blocks: int = 256) -> str:
     return digest.hexdigest()
 
 
-def weights_bytes(name: str, dtype: torch.dtype) -> int | None:
+def checksum(tensors: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> str:
+    """CRC-32 of tensors on the CPU and what a file says of them, for files that a killed job goes on from."""
+    value = zlib.crc32(repr(sorted(about.items())).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        value = zlib.crc32(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode(), value)
+        value = zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data, value)
+    return str(value)
+
+
+def weights_bytes(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> int | None:
     """Memory that the weights of MODEL would take in ``dtype``, from the size of its shards.
 
     None where it has none or is quantized in a way that cannot be streamed.
@@ -87,7 +99,7 @@ def weights_bytes(name: str, dtype: torch.dtype) -> int | None:
     """
     if name.endswith(".gguf"):
         return None
-    config = load_config(name)
+    config = load_config(name, trust_remote_code)
     try:
         stored = sum(os.stat(path).st_size for path in shard_files(name))
     except ModelError:  # another format, which is loaded as a whole
@@ -108,6 +120,8 @@ def shard_files(name: str) -> list[str]:
     with explained(name):
         quiet = {"_raise_exceptions_for_missing_entries": False}
         index = cached_file(name, INDEX, **quiet)
+        if index:
+            check_index(Path(index), allow_pickle=False)
         files = get_checkpoint_shard_files(name, index)[0] if index else [cached_file(name, SINGLE, **quiet)]
     if files == [None]:
         raise ModelError(f"{name} holds neither {SINGLE} nor {INDEX}; expected safetensors to stream from")

@@ -34,7 +34,8 @@ def cache(
     from aletheia.reporting.format import human_bytes
 
     root = cache_dir or default_cache_dir()
-    found = stored_caches(root)
+    strays: list[Path] = []
+    found = stored_caches(root, strays)
     unwanted = []
     if delete is not None:
         unwanted = [one for one in found if delete and one.folder.name.startswith(delete)]
@@ -44,11 +45,19 @@ def cache(
             )
     if delete_unused is not None:
         before = time.time() - delete_unused * DAY_SECONDS
-        unwanted += [one for one in found if one.used < before and one not in unwanted]
+        old = [one for one in found if one.used < before and one not in unwanted]
+        for one in old:
+            if one.is_used:
+                say(f"note: {one.folder} is in use by a run, and stays")
+        unwanted += [one for one in old if not one.is_used]
     for one in unwanted:
         one.delete()
         say(f"deleted {one.folder} ({human_bytes(one.size_bytes)})")
     left = [one for one in found if one not in unwanted]
+    if strays:
+        names = ", ".join(one.name for one in strays[:3])
+        more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
+        say(f"note: what is no cache of ours in {root} is passed over: {names}{more}")
     if as_json:
         print_json([_described(one) for one in left])
     elif left:

@@ -19,6 +19,7 @@ from aletheia.cli.settings_options import Given, section_of
 from aletheia.data.settings import DataSettings
 from aletheia.errors import SettingsError
 from aletheia.planning.plan import PlanSettings
+from aletheia.runs.contents import check_file
 from aletheia.settings import Settings
 from aletheia.training.settings import NOT_TAKEN, TrainSettings
 
@@ -38,6 +39,7 @@ def read_config(path: Path) -> Given:
 
     Raises:
         SettingsError: it cannot be read, is larger than 1 MB, or is not as expected.
+        ArtifactError: it lies in a run folder and was changed there.
     """
     try:
         with path.open("rb") as file:
@@ -49,6 +51,7 @@ def read_config(path: Path) -> Given:
         raise SettingsError(f"{path} is not UTF-8; expected a YAML file for `config`") from error
     if len(content) > LARGEST_BYTES:
         raise SettingsError(f"{path} is larger than 1 MB; expected a file of settings")
+    check_file(path)
     return parse_config(text, str(path))
 
 

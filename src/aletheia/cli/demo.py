@@ -10,9 +10,9 @@ import typer
 from aletheia.cli.options import (
     JsonOption,
     SeedOption,
+    conclude,
     print_json,
     print_rich,
-    quiet_libraries,
     say,
     timed,
 )
@@ -35,7 +35,6 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Teach SmolLM2-135M to write summary lines of functions: our plan and uniform LoRA on the same batches."""
-    quiet_libraries()
     from aletheia.adapters.adapt import adapt
     from aletheia.anatomy.demo import demo_checkpoint
     from aletheia.anatomy.load import load
@@ -88,6 +87,7 @@ def demo(
         for label, text in sample.items():
             typer.echo(f"{label}:\n{indent(text, '    ')}")
     say(f"wrote {page}")
+    conclude(runs)
 
 
 def answer(base: "Loaded", prompt: str, max_new_tokens: int = 40) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import typer
 
 from aletheia.anatomy.demo import DEMO_INSTALL
-from aletheia.cli.options import JsonOption, print_json, print_rich, quiet_libraries
+from aletheia.cli.options import JsonOption, print_json, print_rich
 
 EXAMPLE = "aletheia doctor"
 
@@ -45,7 +45,6 @@ def _examine() -> dict[str, Any]:
     found["sandbox"] = _sandbox()
     if "torch" in missing or "transformers" in missing:
         return found
-    quiet_libraries()
     import torch
 
     from aletheia.anatomy.load import DTYPES, pick_device, pick_dtype

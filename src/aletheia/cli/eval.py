@@ -1,14 +1,13 @@
 """``aletheia eval``: what a model can do, and what an adapter made it forget."""
 
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from aletheia.anatomy.settings import LoadSettings
-from aletheia.cli.options import JsonOption, print_json, print_rich, quiet_libraries, say
+from aletheia.cli.options import JsonOption, print_json, print_rich, say
 from aletheia.cli.settings_options import Given, from_settings
 from aletheia.data.settings import DataSettings
 
@@ -21,7 +20,18 @@ EXAMPLE = "aletheia eval Qwen/Qwen2.5-0.5B-Instruct --adapter run --tasks mmlu,g
 @from_settings(
     LoadSettings,
     DataSettings,
-    leave_out={"model", "stream", "max_memory", "data", "eval_data", "eval_fraction", "eval_rows"},
+    leave_out={
+        "model",
+        "stream",
+        "max_memory",
+        "fresh",
+        "data",
+        "eval_data",
+        "eval_fraction",
+        "eval_rows",
+        "train_on",
+        "chat_template",
+    },
 )
 def eval(
     model: Annotated[
@@ -76,7 +86,6 @@ def eval(
     given: Given,
 ) -> None:
     """Evaluate a model, with an adapter or without, on lm-eval's tasks and held-out rows; interrupted, it goes on."""
-    quiet_libraries()
     from aletheia.lab.evaluation.against import compare
     from aletheia.lab.evaluation.record import Evaluated
     from aletheia.lab.reporting.evaluation_table import comparison_table, evaluation_table
@@ -94,10 +103,10 @@ def eval(
         settings = eval_settings(
             data_dir, adapter, model=model, tasks=[name.strip() for name in tasks.split(",") if name.strip()],
             limit=limit, eval_data=eval_data, num_fewshot=num_fewshot, chat=chat, max_new_tokens=max_new_tokens,
-            context_length=context_length, max_length=rows.max_length, skip_emptied=rows.skip_emptied,
+            context_length=context_length, max_length=rows.max_length, skip_unusable=rows.skip_unusable,
             batch_size=batch_size, dtype=loading.dtype, quantize=loading.quantize, attention=loading.attention,
         )  # fmt: skip
-        done = _evaluate(settings, out, data_dir, unsafe_exec, overwrite)
+        done = _evaluate(loading, settings, out, data_dir, unsafe_exec, overwrite)
     compared = [compare(done, other) for other in others]
     if as_json:
         found = done.evaluation.model_dump(mode="json")
@@ -107,23 +116,27 @@ def eval(
 
 
 def _evaluate(
-    settings: "EvalSettings", out: Path, data_dir: Path | None, unsafe_exec: bool, overwrite: bool
+    loading: LoadSettings,
+    settings: "EvalSettings",
+    out: Path,
+    data_dir: Path | None,
+    unsafe_exec: bool,
+    overwrite: bool,
 ) -> "Evaluated":
     """Load and evaluate, unless the folder holds the result already."""
     from aletheia.anatomy.fingerprint import identify
-    from aletheia.anatomy.load import load
-    from aletheia.lab.evaluation.evaluate import Origin, claim, evaluate
-    from aletheia.runs.saved import load_adapter
+    from aletheia.job.source import load_as_asked
+    from aletheia.lab.evaluation.evaluate import Origin, claim, evaluate, with_adapter
 
     if (finished := claim(out, settings, overwrite)) is not None:
         say(f"found  {out}, finished with these settings")
         return finished
     started = time.perf_counter()
     say(f"load   {settings.model}")
-    base = load(settings.model, settings.dtype, None, settings.quantize, settings.attention)  # type: ignore[arg-type]
+    base = load_as_asked(loading)
     identity = identify(base.model)
     if settings.adapter is not None:
-        base = replace(base, model=load_adapter(base.model, settings.adapter))  # type: ignore[arg-type]
+        base = with_adapter(base, settings.adapter, settings, loading.allow_pickle)
     origin = Origin(identity, time.perf_counter() - started)
     done = evaluate(base, settings, out, data_dir, origin, unsafe_exec, overwrite)
     say(f"wrote {out} (eval.json, items.parquet)")

@@ -1,19 +1,20 @@
 """``aletheia inspect``: the anatomy of a model, weights untouched."""
 
+from aletheia.anatomy.settings import LoadSettings
 from aletheia.cli.options import JsonOption, ModelArgument, print_json, print_rich
+from aletheia.cli.settings_options import Given, from_settings
 
 EXAMPLE = "aletheia inspect Qwen/Qwen2.5-0.5B-Instruct"
 
 
-def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
+@from_settings(LoadSettings, leave_out=LoadSettings.model_fields.keys() - {"trust_remote_code"})
+def inspect(model: ModelArgument, as_json: JsonOption = False, *, given: Given) -> None:
     """Show a model's layers and modules: role, shape, parameters, FLOPs. Reads the config alone."""
-    from aletheia.cli.options import quiet_libraries
 
-    quiet_libraries()
     from aletheia.anatomy.load import inspect as read
     from aletheia.reporting.anatomy import anatomy_view
 
-    anatomy = read(model)
+    anatomy = read(model, LoadSettings(model=model, **given["model"]).trust_remote_code)
     if as_json:
         derived = [
             {"parameters": module.parameters, "flops_per_token": module.flops_per_token} for module in anatomy.modules

@@ -1,64 +1,75 @@
-"""The command ``aletheia``: registers the commands and turns errors into one line and exit code 2."""
+"""The command ``aletheia``: whatever happens, one line and an exit code. Little is imported before that holds."""
 
+import os
+import signal
 import sys
+import threading
+from types import FrameType
 from typing import NoReturn
 
-import typer
-
-from aletheia import __version__
-from aletheia.cli import cache, campaign, demo, doctor, eval, inspect, plan, preview, probe, report, show, train
-from aletheia.cli.help import Command, Group
-from aletheia.cli.wording import learn, translate
-from aletheia.errors import AletheiaError
-
-app = typer.Typer(
-    name="aletheia",
-    help="Fine-tune only the layers of a language model that the task needs.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # its tables cut options and choices off
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    cls=Group,
-)
-for module in (inspect, preview, probe, plan, show, train, eval, report, cache, demo, doctor):
-    command = module.__name__.rsplit(".", 1)[-1]
-    app.command(command, epilog=f"Example:\n\n\b\n{module.EXAMPLE}", cls=Command)(getattr(module, command))
-
-app.add_typer(campaign.app, name="campaign")
+DEBUG = "ALETHEIA_DEBUG"
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-@app.callback(invoke_without_command=True)
-def _options(
-    version: bool = typer.Option(False, "--version", help="Print the version and exit.", is_eager=True),
-) -> None:
-    """Fine-tune only the layers of a language model that the task needs."""
-    if version:
-        typer.echo(f"aletheia {__version__}")
-        raise typer.Exit
+def main() -> NoReturn:
+    """Entry point: exit code 0; 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM, or what an error asks for.
 
+    1 stands for results that are no success (failed rows, say) and for a fault of ours.
+    """
+    caught: list[int] = []
 
-def main() -> None:
-    """Entry point: exit code 0, or 2 for bad input, or 130 after Ctrl-C, or what an error asks for."""
-    command = typer.main.get_command(app)
-    learn(command)
+    def stop(signum: int, frame: FrameType | None) -> None:
+        caught.append(signum)
+        raise KeyboardInterrupt
+
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    earlier = {signum: signal.signal(signum, stop) for signum in SIGNALS} if on_main_thread else {}
     try:
-        code = command(prog_name="aletheia", standalone_mode=False)
-    except AletheiaError as error:
-        fail(translate(str(error)), getattr(error, "exit_code", 2))
-    except (typer.Abort, KeyboardInterrupt):
-        fail("interrupted", 130)
-    except Exception as error:
-        # usage errors of the command-line library, whose base class is not public, describe themselves
-        if not hasattr(error, "format_message"):
-            raise
-        message, context = error.format_message(), getattr(error, "ctx", None)
-        asked = context.command_path if context else "aletheia"
-        fail(f"{message.rstrip('.')}; see '{asked} --help'", 2) if message else sys.exit(2)
-    sys.exit(code or 0)
+        from aletheia.cli.terminal import open_outputs
 
+        open_outputs()
+        code = _run()
+        sys.stdout.flush()  # now, while a full disk can still be said
+    except BaseException as error:
+        for signum in earlier:  # a second Ctrl-C is to change nothing any more
+            signal.signal(signum, signal.SIG_IGN)
+        message, code = _told(error, caught)
+        if os.environ.get(DEBUG) and not isinstance(error, SystemExit):
+            import traceback
 
-def fail(message: str, code: int) -> NoReturn:
-    """One line on stderr, then out."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+            traceback.print_exception(error)
+        if message:
+            print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        from aletheia.cli.terminal import lose_output
+
+        lose_output()
+    finally:
+        for signum, handler in earlier.items():
+            signal.signal(signum, handler)
     sys.exit(code)
+
+
+def _run() -> int:
+    from aletheia.libraries import quiet_libraries
+
+    arguments = sys.argv[1:]
+    if arguments[:1] == ["--debug"]:
+        os.environ[DEBUG] = "1"
+    if not os.environ.get(DEBUG):
+        quiet_libraries()
+    from aletheia.cli.app import run
+
+    return run()
+
+
+def _told(error: BaseException, caught: list[int]) -> tuple[str, int]:
+    """The line and the exit code of what ended the command."""
+    if isinstance(error, SystemExit):
+        return "", error.code if isinstance(error.code, int) else int(error.code is not None)
+    if caught and getattr(error, "exit_code", None) is None:  # a library may have turned it into an error of its own
+        return "interrupted; the same command goes on or begins anew", 128 + caught[0]
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the same command goes on or begins anew", 130
+    from aletheia.cli.faults import told
+
+    return told(error)

@@ -1,16 +1,17 @@
 """Arguments and options that several commands share, and what they do with their output."""
 
 import json
-import logging
 import time
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from aletheia.cli.wording import translate
+
+if TYPE_CHECKING:
+    from aletheia.runs.schema import Run
 
 ModelArgument = Annotated[str, typer.Argument(help="Hub id, local folder or .gguf file.", metavar="MODEL")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -33,6 +34,23 @@ def parse_memory(value: str | None) -> int | None:
         return int(TypeAdapter(ByteSize).validate_python(value))
     except ValidationError as error:
         raise ModelError(f"--max-memory is {value!r}; expected an amount such as 6GB or 500MiB") from error
+
+
+NO_GAIN = 3  # exit code of a run that learned nothing or did harm
+
+
+def conclude(runs: "Sequence[Run]", allow_worse: bool = False, aloud: bool = True) -> None:
+    """The last line of a command that trained, and its exit code, where a run is of no use.
+
+    Raises:
+        typer.Exit: with code 3: a run learned nothing, or its held-out loss rose and that is not allowed.
+    """
+    allowed = [run.metrics.verdict == "worse" and allow_worse for run in runs]
+    for run, is_allowed in zip(runs, allowed, strict=True):
+        if run.warning and aloud:
+            say(f"{'note' if is_allowed else 'warning'}: {run.warning}")
+    if any(run.warning and not is_allowed for run, is_allowed in zip(runs, allowed, strict=True)):
+        raise typer.Exit(NO_GAIN)
 
 
 @contextmanager
@@ -63,14 +81,3 @@ def say(message: str) -> None:
     Its names in backticks become options, but an indented line is a quotation of data and stays as it is.
     """
     typer.echo(message if message.startswith("    ") else translate(message), err=True)
-
-
-def quiet_libraries() -> None:
-    """Keep the libraries' own bars and warnings off the terminal; errors still raise."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    for noisy in ("datasets", "bitsandbytes"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="torch|transformers|peft|accelerate")

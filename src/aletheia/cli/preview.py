@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from aletheia.anatomy.settings import LoadSettings
-from aletheia.cli.options import JsonOption, ModelArgument, print_json, quiet_libraries
+from aletheia.cli.options import JsonOption, ModelArgument, print_json
 from aletheia.cli.settings_options import Given, from_settings
 from aletheia.cli.wording import translate
 from aletheia.data.settings import DataSettings
@@ -33,7 +33,6 @@ def preview(
     given: Given,
 ) -> None:
     """Show rows as the model will see them: what is learned, special tokens, counts. Reads no weights."""
-    quiet_libraries()
     from dataclasses import replace
 
     from rich.console import Console

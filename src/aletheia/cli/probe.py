@@ -12,7 +12,6 @@ from aletheia.cli.options import (
     SeedOption,
     print_json,
     print_rich,
-    quiet_libraries,
     say,
 )
 from aletheia.cli.settings_options import Given, from_settings
@@ -46,12 +45,10 @@ def probe(
     given: Given,
 ) -> None:
     """Score layers and modules by the gradient norm they receive on a few batches; nothing is trained."""
-    quiet_libraries()
-    from aletheia.anatomy.checkpoint import Checkpoint
     from aletheia.data.rows import load_rows
     from aletheia.errors import ProbeError
     from aletheia.files import check_writable
-    from aletheia.job.source import encode_for, is_streamed, load_for
+    from aletheia.job.source import checkpoint_as_asked, encode_for, is_streamed, load_for, note_unusual
     from aletheia.probing.resident import probe as run_probe
     from aletheia.probing.streamed import probe_streamed
     from aletheia.probing.tally import SCORE
@@ -62,9 +59,10 @@ def probe(
     loading = LoadSettings(model=model, **given["model"])
     data = DataSettings(**given["data"])
     check_writable(out.parent)
-    rows = load_rows(data.data)
+    rows = load_rows(data.data, data.skip_unusable)
     if is_streamed(loading, say):
-        checkpoint = Checkpoint(model, loading.dtype, attention=loading.attention)
+        checkpoint = checkpoint_as_asked(loading)
+        note_unusual(checkpoint.anatomy, say)
         examples = encode_for(checkpoint, rows, data, say)
         say(f"probe  {batches} batches of {batch_size}, layer by layer; plans will count operations, not seconds")
         work = out.with_name(f"{out.name}.partial")

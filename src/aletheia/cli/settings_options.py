@@ -92,6 +92,7 @@ def _option(settings: type[Settings], name: str, words: dict[str, str]) -> Any:
         bool | None if is_switch else list[str] | None if _is_list(field.annotation) else str | None,
         typer.Option(
             f"{flag}/--no-{flag[2:]}" if is_switch else flag,
+            *filter(None, [_extra(field).get("also")]),
             help=_help(field, words),
             metavar=None if is_switch else _metavar(kinds),
             show_default=False,

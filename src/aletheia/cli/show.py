@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from aletheia.cli.options import JsonOption, print_json, print_rich
+from aletheia.cli.options import JsonOption, print_json, print_rich, say
 
 EXAMPLE = "aletheia show plan.json"
 
@@ -16,7 +16,7 @@ def show(
 ) -> None:
     """Show scores, a plan or a finished run as tables and bars."""
     from aletheia.errors import ArtifactError
-    from aletheia.files import artifact_format
+    from aletheia.files import artifact_format, is_sealed
     from aletheia.planning.plan import Plan
     from aletheia.probing.scores import Scores
     from aletheia.reporting.terminal import render
@@ -30,10 +30,14 @@ def show(
         artifact = Run.read(file.parent)
     elif found == Plan.FORMAT:
         artifact = Plan.read(file)
+        if not is_sealed(file):
+            say(f"note: {file} has no sha256, so it is taken as edited by hand")
     elif found == Scores.FORMAT or not file.exists():
         artifact = Scores.read(file)  # a missing file is reported by the reader
     else:
         raise ArtifactError(f"{file} is none of ours; expected scores, a plan, metrics, or a run folder")
+    for note in artifact.notes if isinstance(artifact, Run) else ():
+        say(f"note: {note}")
     if as_json:
         shown = artifact.metrics if isinstance(artifact, Run) else artifact
         print_json(shown.model_dump(mode="json"))

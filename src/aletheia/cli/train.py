@@ -7,7 +7,7 @@ import typer
 
 from aletheia.anatomy.settings import LoadSettings
 from aletheia.cli.config import build, merge, read_config
-from aletheia.cli.options import JsonOption, print_json, print_rich, quiet_libraries, say
+from aletheia.cli.options import JsonOption, conclude, print_json, print_rich, say
 from aletheia.cli.settings_options import Given, from_settings
 from aletheia.data.settings import DataSettings
 from aletheia.planning.plan import PlanSettings
@@ -50,9 +50,9 @@ def train(
 ) -> None:
     """Fine-tune the layers that matter: probe, plan, adapt and train in one command, or follow a plan.
 
-    Stopped by a signal, or killed, the same command goes on from the last checkpoint.
+    Stopped by a signal, or killed, the same command goes on from the last checkpoint. Exit code 3 if nothing was
+    learned or the held-out loss rose; the adapter is kept.
     """
-    quiet_libraries()
     from aletheia.job.fine_tune import fine_tune
     from aletheia.reporting.terminal import render
     from aletheia.training.processes import Launch
@@ -66,20 +66,23 @@ def train(
     plan: PlanSettings | dict[str, Any] = made
     if (file := merge(sections, given)["plan"].get("file")) is not None:
         plan = {"file": file} | made.given()
+    training = build(TrainSettings, sections, given)
     run = fine_tune(
         build(LoadSettings, sections, given),
         build(DataSettings, sections, given),
         out,
         plan,
-        build(TrainSettings, sections, given),
+        training,
         overwrite,
         resume,
         say,
     )
     if not Launch.here().is_first:
+        conclude([run], training.allow_worse, aloud=False)
         return
     if as_json:
         print_json(run.metrics.model_dump(mode="json"))
     else:
         print_rich(render(run))
     say(f"wrote {out} (adapter, plan.json, metrics.json, config.yaml, report.html)")
+    conclude([run], training.allow_worse)

@@ -1,98 +1,158 @@
-"""Rows to tokens and labels: the loss falls on completions only, on every token for plain text.
+"""Rows to tokens and labels: the loss falls on answers and on their end token only, on every token for plain text.
 
-A row becomes pieces of text, each with or without a loss. Pieces are tokenised one by one and concatenated, so a
-completion begins at a token boundary: this is what the model sees when it generates. Tokenizers that put a space in
-front of every text (SentencePiece's dummy prefix) do so for the first piece alone.
+A row becomes pieces of text, each with or without a loss (:mod:`aletheia.data.scripts`). Pieces are tokenised one by
+one and concatenated, so an answer begins at a token boundary: this is what the model sees when it generates. Tokenizers
+that put a space in front of every text (SentencePiece's dummy prefix) do so for the first piece alone.
 """
 
-import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+from aletheia.data.contained import contained
 from aletheia.data.examples import NO_LOSS, Example, Examples, split_held_out
-from aletheia.data.rows import Row, Rows, load_rows
-from aletheia.data.sources import one_line
+from aletheia.data.forms import Row
+from aletheia.data.messages import UnusableRowError
+from aletheia.data.notes import Notes, add_up
+from aletheia.data.rows import Rows, load_rows
+from aletheia.data.scripts import Script, Scripts
+from aletheia.data.settings import TrainOn
+from aletheia.data.stops import pad_id, stop_ids
+from aletheia.data.templates import ChatTemplate, check_size, template_name
+from aletheia.data.tokenizer import identify_tokenizer
 from aletheia.errors import DataError
 
 __all__ = ["NO_LOSS", "Example", "Examples", "encode", "load_data", "split_held_out"]
 
-_log = logging.getLogger(__name__)
 _ANCHOR = "\n"  # a text that tokenizers with a dummy prefix keep apart from what follows
 _ROWS_AT_ONCE = 1000  # rows per call of the tokenizer: enough for its threads, little memory
+_CUT_OFF = "no token to learn within `max_length`"
 
-
-@dataclass(frozen=True, slots=True)
-class _Script:
-    """A row as pieces (text, whether it carries the loss).
-
-    Plain rows (no chat template) get the tokenizer's own special tokens in front and EOS behind. ``quiet`` tells
-    that some assistant turns carry no loss although they could.
-    """
-
-    pieces: list[tuple[str, bool]]
-    plain: bool
-    quiet: bool = False
+STOP_ADDED = "the chat template ends answers with {}, where generation does not stop; {} is added and learned"
+OTHER_STOP = "answers end with {}, where the model's settings stop; the tokenizer's own end token, {}, is not learned"
+NO_STOP = "the model does not learn to stop: the tokenizer has no end token inside the model's embedding"
 
 
 def load_data(
     data: str | Sequence[str],
     tokenizer: Any,
     max_length: int = 1024,
-    skip_emptied: bool = False,
+    skip_unusable: bool = False,
     vocab_size: int | None = None,
+    stops: Collection[int] = (),
+    train_on: TrainOn = "all",
 ) -> Examples:
     """Read files or hub data sets and tokenise them: ``load_rows``, then ``encode``.
 
     Raises:
         DataError: as these two.
     """
-    return encode(load_rows(data), tokenizer, max_length, skip_emptied, vocab_size)
+    rows = load_rows(data, skip_unusable)
+    return encode(rows, tokenizer, max_length, skip_unusable, vocab_size, stops, train_on)
 
 
 def encode(
     rows: Rows,
     tokenizer: Any,
     max_length: int = 1024,
-    skip_emptied: bool = False,
+    skip_unusable: bool = False,
     vocab_size: int | None = None,
+    stops: Collection[int] = (),
+    train_on: TrainOn = "all",
 ) -> Examples:
     """Tokenise rows, label them and cut them on the right to ``max_length`` tokens.
 
-    A row is *emptied* when no label is left beyond position 0, which is never predicted. Emptied rows are an error,
-    or dropped and counted with ``skip_emptied``. ``vocab_size``: refuse token ids the model has no embedding for.
+    Args:
+        rows: what is learned from.
+        tokenizer: of transformers, with the chat template that conversations are written with.
+        max_length: tokens of the longest row.
+        skip_unusable: leave out, and count by reason, rows that cannot be learned from, instead of stopping at the
+            first: those that the chat template refuses, and those without a label beyond position 0, which is never
+            predicted.
+        vocab_size: tokens that the model has an embedding for; others are refused, and none is added.
+        stops: ids at which generation stops beside the tokenizer's end token and those in the model's folder.
+        train_on: ``all`` answers of a conversation carry a loss, or the ``last`` alone.
 
     Raises:
-        DataError: max_length below 2, an emptied row, no row left, a row the chat template refuses, or a token
-            id beyond ``vocab_size``.
+        DataError: max_length below 2, an unusable row, no row left, a token id beyond ``vocab_size``, or a chat
+            template that does not end.
     """
     if max_length < 2:
         raise DataError(f"found a maximum length of {max_length}, expected at least 2; raise `max_length`")
-    scripts = [_script(row, tokenizer) for row in rows.rows]
-    if quiet := sum(script.quiet for script in scripts):
-        _log.warning(
-            "only the last assistant turn carries a loss in %d of %d rows: the chat template rewrites earlier "
-            "turns, or there is none",
-            quiet,
-            len(scripts),
-        )
+    notes, left_out = Notes(), dict(rows.left_out)
+    usable, scripts = _usable(rows, tokenizer, train_on, skip_unusable, notes, left_out)
+    closing = _Closing(tokenizer, stop_ids(tokenizer, stops, vocab_size), notes)
     kept: list[Example] = []
     emptied: list[tuple[str, int | None]] = []
     truncated = 0
-    for row, (input_ids, labels) in zip(rows.rows, _tokens(scripts, tokenizer), strict=True):
+    for row, (input_ids, labels) in zip(usable, _tokens(scripts, usable, tokenizer, closing), strict=True):
         needed = next((at + 1 for at, label in enumerate(labels) if at and label != NO_LOSS), None)
         if needed is None or needed > max_length:
             emptied.append((row.where, needed))
             continue
-        example = Example(input_ids[:max_length], labels[:max_length], row.where)
-        _check_ids(example, vocab_size)
+        kept.append(Example(input_ids[:max_length], labels[:max_length], row.where))
+        _check_ids(kept[-1], vocab_size)
         truncated += len(input_ids) > max_length
-        kept.append(example)
-    if emptied and not (skip_emptied and kept):
-        raise _emptied(emptied, len(rows.rows), max_length, skip_emptied)
-    left_out = {f"no token to learn within `max_length` {max_length}": len(emptied)} if emptied else {}
-    return Examples(
-        rows.identity, tuple(kept), max_length, _pad_token_id(tokenizer), len(emptied), truncated, left_out, rows.notes
+    if emptied:
+        if not (skip_unusable and kept):
+            raise _emptied(emptied, len(usable), max_length, skip_unusable)
+        left_out = add_up([left_out, {_CUT_OFF: len(emptied)}])
+    pad = pad_id(tokenizer, vocab_size)
+    said = (*rows.notes, *notes.lines())
+    skipped, identity = sum(left_out.values()), identify_tokenizer(tokenizer)
+    return Examples(rows.identity, tuple(kept), max_length, pad, skipped, truncated, identity, left_out, said)
+
+
+def _usable(
+    rows: Rows, tokenizer: Any, train_on: str, skip_unusable: bool, notes: Notes, left_out: dict[str, int]
+) -> tuple[list[Row], list[Script]]:
+    """The rows that have a script, and their scripts; fills ``notes``, and ``left_out`` with the other rows."""
+    usable: list[Row] = []
+    scripts: list[Script] = []
+    first: UnusableRowError | None = None
+    for row, script in zip(rows.rows, _scripts(rows, tokenizer, train_on), strict=True):
+        if isinstance(script, UnusableRowError):
+            if not skip_unusable:
+                raise DataError(f"{script}; `skip_unusable=True` leaves such rows out")
+            first = first or script
+            left_out[script.reason] = left_out.get(script.reason, 0) + 1
+            continue
+        usable.append(row)
+        scripts.append(script)
+        for text, example in script.remarks:
+            notes.add(text, row.where, example)
+    if first is not None and not usable:
+        raise DataError(f"{first} (the first of {len(rows.rows)} rows, none of which can be used)")
+    return usable, scripts
+
+
+def _scripts(rows: Rows, tokenizer: Any, train_on: str) -> Iterator[Script | UnusableRowError]:
+    """The script of each row, or why there is none; a chat template runs in a process of its own."""
+    marks = _marks(tokenizer)
+    template = getattr(tokenizer, "chat_template", None)
+    name = template_name(tokenizer)
+    check_size(template, name)
+
+    def work(pulse: Callable[[], None]) -> Iterator[Script | UnusableRowError]:
+        makes = Scripts(ChatTemplate(tokenizer, pulse) if template else None, marks, train_on)
+        for row in rows.rows:
+            try:
+                yield makes.of(row)
+            except UnusableRowError as error:
+                yield error
+
+    if not template or all(row.messages is None for row in rows.rows):
+        return work(lambda: None)
+    return contained(work, name)
+
+
+def _marks(tokenizer: Any) -> re.Pattern[str] | None:
+    """Finds the tokenizer's special tokens in a text."""
+    special = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= {token for token in tokenizer.all_special_tokens if token.strip()}
+    return (
+        re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))) if special else None
     )
 
 
@@ -104,87 +164,91 @@ def _check_ids(example: Example, vocab_size: int | None) -> None:
         )
 
 
-def _emptied(emptied: list[tuple[str, int | None]], rows: int, max_length: int, skip_emptied: bool) -> DataError:
+def _emptied(emptied: list[tuple[str, int | None]], rows: int, max_length: int, skip_unusable: bool) -> DataError:
     where, needed = emptied[0]
     found = f"the first of {len(emptied)} row(s), of {rows}, without a token to learn at `max_length={max_length}`"
     if needed is None:
         expected, remedy = "it has none at any length", "remove such rows"
     else:
         expected, remedy = f"expected at least {needed} for it", "raise `max_length`"
-    if not skip_emptied:
-        remedy += " or give `skip_emptied=True`"
+    if not skip_unusable:
+        remedy += " or give `skip_unusable=True`"
     return DataError(f"{where}: found {found}; {expected}; {remedy}")
 
 
-def _pad_token_id(tokenizer: Any) -> int:
-    """Any valid id would do, because padding is masked."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(token_id for token_id in known if token_id is not None)
+@dataclass
+class _Closing:
+    """Sees to it that an answer ends with a token at which generation stops, and that nothing behind it is learned."""
+
+    tokenizer: Any
+    stops: tuple[int, ...]
+    notes: Notes
+    _blank: dict[int, bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        added = self.tokenizer.added_tokens_decoder
+        self.special = {*self.tokenizer.all_special_ids, *self.stops, *(at for at in added if added[at].special)}
+
+    def learned(self, ids: list[int]) -> int:
+        """How many ids of an answer are learned: white space behind a special token that ends it is not.
+
+        A special token that stands there twice is taken out once.
+        """
+        last = self._last(ids)
+        if last < 0 or ids[last] not in self.special:
+            return len(ids)
+        before = self._last(ids[:last])
+        if before >= 0 and ids[before] == ids[last]:
+            del ids[before + 1 : last + 1]
+            last = before
+        return last + 1
+
+    def close(self, input_ids: list[int], labels: list[int], row: Row, plain: bool) -> None:
+        """Put the end token behind the last answer, where it ends with no token at which generation stops."""
+        last = self._last(input_ids)
+        ends = input_ids[last] if last >= 0 else -1
+        own = self.tokenizer.eos_token_id
+        if ends in self.stops:
+            if ends != own and own is not None and not plain:
+                self.notes.add(OTHER_STOP.format(self._name(ends), self._name(own)), row.where)
+            return
+        if not self.stops:
+            self.notes.add(NO_STOP, row.where)
+            return
+        if ends in self.special:
+            del input_ids[last + 1 :], labels[last + 1 :]
+        input_ids.append(self.stops[0])
+        labels.append(self.stops[0])
+        if not plain:
+            shown = self._name(ends) if ends in self.special else "no special token"
+            self.notes.add(STOP_ADDED.format(shown, self._name(self.stops[0])), row.where)
+
+    def _last(self, ids: Sequence[int]) -> int:
+        """Where the last id that is no white space stands, or -1."""
+        return next((at for at in range(len(ids) - 1, -1, -1) if not self._is_blank(ids[at])), -1)
+
+    def _is_blank(self, token: int) -> bool:
+        if token not in self._blank:
+            self._blank[token] = token not in self.special and not self.tokenizer.decode([token]).strip()
+        return self._blank[token]
+
+    def _name(self, token: int) -> str:
+        return repr(self.tokenizer.convert_ids_to_tokens(token))
 
 
-def _script(row: Row, tokenizer: Any) -> _Script:
-    if row.text is not None:
-        return _Script([(row.text, True)], plain=True)
-    assert row.messages is not None
-    # A leading assistant turn answers nothing: it is context.
-    first = max(row.loss_from, 1)
-    turns = [at for at in range(first, len(row.messages)) if row.messages[at]["role"] == "assistant"]
-    if getattr(tokenizer, "chat_template", None):
-        return _templated(row, turns, tokenizer)
-    contents = [message["content"] for message in row.messages]
-    prompt = "\n\n".join(contents[: turns[-1]]) + "\n\n"
-    return _Script([(prompt, False), (contents[turns[-1]], True)], plain=True, quiet=len(turns) > 1)
-
-
-def _templated(row: Row, turns: list[int], tokenizer: Any) -> _Script:
-    """Every assistant turn labelled if the template only ever appends, otherwise the last turn alone."""
-    for labelled, generation in ((turns, True), (turns[-1:], True), (turns[-1:], False)):
-        pieces = _pieces(row, labelled, tokenizer, generation)
-        if pieces is not None:
-            return _Script(pieces, plain=False, quiet=len(labelled) < len(turns))
-    raise DataError(
-        f"{row.where}: found a chat template that rewrites the prompt once it is answered, so its completion "
-        "cannot be told apart; expected one that appends; use another chat template or the text form"
-    )
-
-
-def _pieces(row: Row, turns: list[int], tokenizer: Any, generation: bool) -> list[tuple[str, bool]] | None:
-    """Prompt and completion of each of ``turns``, or None if a render does not begin with the one before it."""
-    assert row.messages is not None
-    pieces: list[tuple[str, bool]] = []
-    done = ""
-    for at in turns:
-        prompt = _render(row.messages[:at], tokenizer, generation, row.where)
-        answered = _render(row.messages[: at + 1], tokenizer, False, row.where)
-        appends = prompt.startswith(done) and answered.startswith(prompt) and answered != prompt
-        if not appends:
-            return None
-        pieces += [(prompt[len(done) :], False), (answered[len(prompt) :], True)]
-        done = answered
-    return pieces
-
-
-def _render(messages: Sequence[dict[str, str]], tokenizer: Any, generation: bool, where: str) -> str:
-    try:
-        text: str = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation)
-        return text
-    except Exception as error:  # a template is a program and may raise anything
-        roles = ", ".join(message["role"] for message in messages)
-        raise DataError(
-            f"{where}: found messages the chat template refuses ({one_line(error)}), expected roles it knows "
-            f"(here: {roles}); change the roles or use another chat template"
-        ) from error
-
-
-def _tokens(scripts: Sequence[_Script], tokenizer: Any) -> Iterator[tuple[list[int], list[int]]]:
+def _tokens(
+    scripts: Sequence[Script], rows: Sequence[Row], tokenizer: Any, closing: _Closing
+) -> Iterator[tuple[list[int], list[int]]]:
     """(input ids, labels) of each script, not truncated; the tokenizer is called on many pieces at once."""
     for start in range(0, len(scripts), _ROWS_AT_ONCE):
         block = scripts[start : start + _ROWS_AT_ONCE]
         plain = _ids([script.pieces[0][0] for script in block if script.plain], tokenizer, special=True)
         templated = _ids([script.pieces[0][0] for script in block if not script.plain], tokenizer, special=False)
         later = _later_ids([text for script in block for text, _ in script.pieces[1:]], tokenizer)
-        for script in block:
-            yield _joined(script, plain if script.plain else templated, later, tokenizer.eos_token_id)
+        for script, row in zip(block, rows[start : start + _ROWS_AT_ONCE], strict=True):
+            input_ids, labels = _joined(script, plain if script.plain else templated, later, tokenizer, closing)
+            closing.close(input_ids, labels, row, script.plain)
+            yield input_ids, labels
 
 
 def _ids(texts: list[str], tokenizer: Any, special: bool) -> Iterator[list[int]]:
@@ -207,17 +271,18 @@ def _later_ids(texts: list[str], tokenizer: Any) -> Iterator[list[int]]:
 
 
 def _joined(
-    script: _Script, opening: Iterator[list[int]], later: Iterator[list[int]], eos_token_id: int | None
+    script: Script, opening: Iterator[list[int]], later: Iterator[list[int]], tokenizer: Any, closing: _Closing
 ) -> tuple[list[int], list[int]]:
     input_ids: list[int] = []
     labels: list[int] = []
     for at, (_, labelled) in enumerate(script.pieces):
         ids = list(next(later if at else opening))
-        if script.plain and len(ids) > 1 and ids[-1] == eos_token_id:
-            ids.pop()  # a tokenizer that closes every text itself: EOS comes once, behind the last piece
+        if script.plain and at == 0:
+            while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
+                del ids[0]  # the text begins with it already
+            if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+                ids.pop()  # a tokenizer that closes every text itself: it comes once, behind the last piece
+        learned = closing.learned(ids) if labelled else 0
         input_ids += ids
-        labels += ids if labelled else [NO_LOSS] * len(ids)
-    if script.plain and eos_token_id is not None:
-        input_ids.append(eos_token_id)
-        labels.append(eos_token_id)
+        labels += ids[:learned] + [NO_LOSS] * (len(ids) - learned)
     return input_ids, labels

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from aletheia.anatomy.schema import DataIdentity
+from aletheia.anatomy.schema import DataIdentity, TokenizerIdentity
 from aletheia.errors import DataError
 
 NO_LOSS = -100  # the label that torch's cross entropy ignores
@@ -57,9 +57,9 @@ class Example:
 class Examples:
     """A tokenised data set, usable as the ``train_dataset`` of a transformers Trainer.
 
-    ``skipped`` counts the rows left without a label and dropped, ``truncated`` the kept rows that lost tokens,
-    ``left_out`` all rows that are not here by reason; ``notes`` say what a person should know of the rows, one line
-    each. All of these, and ``identity``, describe the whole data set, also in a subset of it.
+    ``skipped`` counts the rows that are not here, ``left_out`` counts them by reason, ``truncated`` the kept rows that
+    lost tokens; ``notes`` say what a person should know of the rows, one line each. All of these, and ``identity``,
+    describe the whole data set, also in a subset of it. ``tokenizer`` made the tokens; None where that is not known.
     """
 
     identity: DataIdentity
@@ -68,6 +68,7 @@ class Examples:
     pad_token_id: int
     skipped: int
     truncated: int
+    tokenizer: TokenizerIdentity | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 

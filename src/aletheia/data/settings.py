@@ -1,12 +1,15 @@
 """Which rows a run learns from, and which are held out. No torch."""
 
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
 from aletheia.settings import Settings, option
 
 GROUP = "Data"
+
+TrainOn = Literal["all", "last"]
 
 
 class DataSettings(Settings):
@@ -21,7 +24,19 @@ class DataSettings(Settings):
         min_length=1,
     )
     max_length: int = option(1024, "Tokens per row; longer rows are cut on the right.", GROUP, ge=2)
-    skip_emptied: bool = option(False, "Skip rows whose completion `max_length` cuts off, instead of stopping.", GROUP)
+    skip_unusable: bool = option(
+        False,
+        "Leave out rows without an answer, or whose answer `max_length` cuts off, and count them by reason, instead of "
+        "stopping.",
+        GROUP,
+        also="--skip-emptied",
+    )
+    train_on: TrainOn = option("all", "Answers of a conversation that are learned.", GROUP)
+    chat_template: Path | None = option(
+        None,
+        "Chat template to use instead of the model's: a .jinja file, or a tokenizer_config.json or chat_template.json.",
+        GROUP,
+    )
     eval_data: tuple[str, ...] = option((), "Held-out rows, in any form that `data` takes.", GROUP)
     eval_fraction: float | None = option(
         None, "Share of `data` held out where there is no `eval_data` (0.05 by default).", GROUP, gt=0, lt=1

@@ -1,7 +1,5 @@
 """The whole job, top to bottom: load, probe, plan, adapt, train, report. What ``aletheia train`` does, this does."""
 
-import hashlib
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -27,9 +25,21 @@ from aletheia.data.rows import Rows, load_rows
 from aletheia.data.settings import DataSettings
 from aletheia.data.sources import one_line
 from aletheia.errors import TrainingError
-from aletheia.files import write_text
+from aletheia.files import is_sealed, write_text
+from aletheia.job.adapter import Start
 from aletheia.job.settings import JobSettings
-from aletheia.job.source import NOTE, Say, Source, encode_for, is_streamed, load_for, split_for, to_stderr
+from aletheia.job.source import (
+    NOTE,
+    Say,
+    Source,
+    checkpoint_as_asked,
+    encode_for,
+    is_streamed,
+    load_for,
+    note_unusual,
+    split_for,
+    to_stderr,
+)
 from aletheia.planning.make import every_layer_fits
 from aletheia.planning.make import plan as make_plan
 from aletheia.planning.memory import training_bytes
@@ -41,8 +51,10 @@ from aletheia.probing import streamed as by_layer
 from aletheia.probing.scores import Scores
 from aletheia.reporting.page import report
 from aletheia.reporting.preview import quoted
+from aletheia.runs.contents import add_to_contents
 from aletheia.runs.folder import CONFIG_FILE, RunFolder
 from aletheia.runs.manifest import TrainingCheckpoint, check_same_run, newest_checkpoint, verified
+from aletheia.runs.saved import continue_adapter, plan_of_adapter
 from aletheia.runs.schema import PLAN_FILE, REPORT_FILE, SCORES_FILE, Run
 from aletheia.training.interrupts import interrupts
 from aletheia.training.loop import rows_of_steps, rows_per_step, training_arguments
@@ -105,38 +117,45 @@ class Job:
     def run(self, resume: Path | None = None) -> Run:
         """Load, probe, plan, adapt, train, report."""
         settings, folder = self.settings, self.folder
-        given = Plan.read(settings.plan.file) if settings.plan.file else None
+        given = self._given()
         found = self._checkpoint(resume)
-        rows = load_rows(settings.data.data)
-        eval_rows = load_rows(settings.data.eval_data) if settings.data.eval_data else None
+        skip = settings.data.skip_unusable
+        rows = load_rows(settings.data.data, skip)
+        eval_rows = load_rows(settings.data.eval_data, skip) if settings.data.eval_data else None
         self.say(f"load   {settings.model.model}")
+        start = Start.of(settings)
         with self._timed("load"):
-            base, data = self._load(rows)
+            base, data = self._load(rows, start)
         for line in quoted(shown_row(data[0], 1, base.tokenizer, data.max_length)):
             self.say(line)
         data, held_out = split_for(base, data, eval_rows, settings.data, settings.training.seed, self.say)
         for note in overlap(data, held_out).notes():
             self.say(NOTE + note)
-        scores, plan = self._plan(base, data, given, found)
+        if start is None:
+            scores, plan = self._plan(base, data, given, found)
+            prefix = self._prefix(base, plan, data, held_out)
+            adapted = self._adapted(base, plan)
+        else:
+            scores, plan, adapted = self._go_on(base, data, start, found)
+            prefix = None
         self.say(_about_plan(plan, settings.training.cache))
         if self.launch.is_first:
             self._keep(plan, scores)
-        prefix = self._prefix(base, plan, data, held_out)
-        seed = settings.training.seed
-        if isinstance(base, Checkpoint):
-            adapted = adapt(base.suffix(plan.boundary), plan, seed, plan.model)
-        else:
-            adapted = adapt(base.model, plan, seed)
         unquantized = None
         if settings.training.correct_quantization:
-            unquantized = Checkpoint(settings.model.model, settings.model.dtype)
-        prepared = Prepared(prefix, unquantized, self.seconds, self._identity(base), found)
+            unquantized = checkpoint_as_asked(settings.model)
+        record = start.record if start is not None else None
+        about = self.settings.about() | ({"adapter_sha256": record.sha256} if record is not None else {})
+        prepared = Prepared(prefix, unquantized, self.seconds, about, record, found)
         run = train(adapted, data, plan, folder, held_out, settings.training, prepared)
         if self.launch.is_first:
             write_text(folder.path / CONFIG_FILE, settings.to_yaml())
+            if settings.data.chat_template is not None:  # who serves the adapter needs the template it was trained with
+                base.tokenizer.save_pretrained(folder.path)
             if scores is not None:
                 scores.write(folder.path / SCORES_FILE)
             report([run], folder.path / REPORT_FILE)
+            add_to_contents(folder.path, [CONFIG_FILE, SCORES_FILE, REPORT_FILE])
             self._push(run)
         return run
 
@@ -168,11 +187,15 @@ class Job:
         )
         return found
 
-    def _identity(self, base: Source) -> dict[str, Any]:
-        backend = getattr(base.tokenizer, "backend_tokenizer", None)
-        vocabulary = backend.to_str() if backend is not None else json.dumps(sorted(base.tokenizer.get_vocab().items()))
-        told = f"{vocabulary}\n{getattr(base.tokenizer, 'chat_template', None)}"
-        return self.settings.about() | {"tokenizer": hashlib.sha256(told.encode()).hexdigest()}
+    def _given(self) -> Plan | None:
+        """The plan to follow, if one was given."""
+        file = self.settings.plan.file
+        if file is None:
+            return None
+        given = Plan.read(file)
+        if not is_sealed(file):
+            self.say(f"note: {file} has no sha256, so it is taken as edited by hand")
+        return given
 
     def _keep(self, plan: Plan, scores: Scores | None) -> None:
         """What a run that goes on needs beside its checkpoints."""
@@ -185,11 +208,12 @@ class Job:
 
     # --- load
 
-    def _load(self, rows: Rows) -> tuple[Source, Examples]:
-        how = self.settings.model
+    def _load(self, rows: Rows, start: Start | None) -> tuple[Source, Examples]:
+        how = self.settings.model if start is None else start.base
         if is_streamed(how, self.say):
             self.settings.check_streamed()
-            checkpoint = Checkpoint(how.model, how.dtype, attention=how.attention)
+            checkpoint = checkpoint_as_asked(how)
+            note_unusual(checkpoint.anatomy, self.say)
             return checkpoint, encode_for(checkpoint, rows, self.settings.data, self.say)
         return load_for(how, rows, self.settings.data, self.say)
 
@@ -216,6 +240,25 @@ class Job:
         with self._timed("plan"):
             plan = self._make_plan(scores, base, data)
         return scores, plan
+
+    def _go_on(
+        self, base: Source, data: Examples, start: Start, found: TrainingCheckpoint | None
+    ) -> tuple[Scores | None, Plan, Any]:
+        """Scores, plan and model of an adapter that is trained on."""
+        assert not isinstance(base, Checkpoint), "a base to go on from is loaded as a whole"
+        own = start.own_plan
+        scores = self.launch.computed_by_first(partial(self._probe, base, data)) if own is None else own[0]
+        adapted = continue_adapter(base.model, start.folder, self.settings.model.allow_pickle)
+        plan = plan_of_adapter(adapted, scores) if own is None else own[1]  # type: ignore[arg-type]
+        self.say(f"go on  with {start.folder} on {start.base.model}")
+        return scores, plan, adapted
+
+    def _adapted(self, base: Source, plan: Plan) -> Any:
+        """The model with the adapters of the plan."""
+        seed = self.settings.training.seed
+        if isinstance(base, Checkpoint):
+            return adapt(base.suffix(plan.boundary), plan, seed, plan.model)
+        return adapt(base.model, plan, seed)
 
     def _model_identity(self, base: Source) -> ModelIdentity:
         if isinstance(base, Checkpoint):
@@ -265,6 +308,7 @@ class Job:
     def _check_plan(self, plan: Plan, base: Source, data: Examples) -> None:
         """Whether a plan that was given belongs to the model and fits in memory; other data are only noted."""
         plan.check_model(self._model_identity(base))
+        plan.check_tokenizer(data.tokenizer)
         if plan.data and plan.data.fingerprint != data.identity.fingerprint:
             self.say(f"note: the plan was made from {plan.data.name}, this run trains on {data.identity.name}")
         if isinstance(base, Checkpoint):
@@ -295,6 +339,8 @@ class Job:
         used = [*rows, *held_out.examples]
         with self._timed("cache"):
             cache = streamed_cache(base, plan.boundary, training.cache_dir)
+            for note in cache.notes:
+                self.say(f"note: {note}")
             cap = self.settings.model.max_memory
             fill_streamed(base, plan.boundary, used, cache, training.batch_size, data.pad_token_id, cap)
         return cache

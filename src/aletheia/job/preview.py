@@ -36,15 +36,15 @@ def preview(
         AletheiaError: what is wrong, in one line.
     """
     settings = JobSettings.of(model, data)
-    asked = settings.data.model_copy(update={"skip_emptied": True})
-    found = load_rows(asked.data)
-    eval_rows = load_rows(asked.eval_data) if asked.eval_data else None
+    asked = settings.data.model_copy(update={"skip_unusable": True})
+    found = load_rows(asked.data, True)
+    eval_rows = load_rows(asked.eval_data, True) if asked.eval_data else None
     base = load_without_weights(settings.model.model)
     said: list[str] = []
     examples = encode_for(base, found, asked, said.append)
     counted = count_notes(examples)
-    if examples.left_out and not settings.data.skip_emptied:
-        said.append("a run stops at the first of the rows that are left out here, unless `skip_emptied` is given")
+    if examples.left_out and not settings.data.skip_unusable:
+        said.append("a run stops at the first of the rows that are left out here, unless `skip_unusable` is given")
     shared = None
     if eval_rows is not None or len(examples) > 1:
         train, held_out = split_for(base, examples, eval_rows, asked, settings.training.seed, said.append)

@@ -93,6 +93,8 @@ class JobSettings(Settings):
         data = self.data.model_dump(mode="json", exclude_none=True)
         for name in ("data", "eval_data"):
             data[name] = [whole_source(source) for source in data[name]]
+        if "chat_template" in data:
+            data["chat_template"] = _whole_path(data["chat_template"])
         if self.plan.file is None:
             plan = self.plan.model_dump(mode="json", exclude_none=True)
         else:

@@ -2,10 +2,13 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
-from aletheia.anatomy.access import text_config
+from aletheia.anatomy.access import stop_ids_of, text_config
 from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.load import Loaded, free_memory_bytes, load, pick, pick_device
+from aletheia.anatomy.read import read_anatomy
+from aletheia.anatomy.schema import Anatomy
 from aletheia.anatomy.settings import LoadSettings
 from aletheia.anatomy.shards import weights_bytes
 from aletheia.data.encode import encode
@@ -13,8 +16,13 @@ from aletheia.data.examples import Examples, split_held_out
 from aletheia.data.repeats import duplicates
 from aletheia.data.rows import Rows
 from aletheia.data.settings import DataSettings
+from aletheia.data.templates import read_template
+from aletheia.errors import ModelError
+from aletheia.job.adapter import adapter_folder, base_settings
 from aletheia.planning.estimate import RESIDENT_SHARE
+from aletheia.probing.passes import check_passes
 from aletheia.probing.preflight import preflight
+from aletheia.runs.saved import merge_adapter
 
 Say = Callable[[str], None]
 Source = Loaded | Checkpoint
@@ -27,11 +35,19 @@ def to_stderr(line: str) -> None:
 
 
 def is_streamed(how: LoadSettings, say: Say = to_stderr) -> bool:
-    """Whether to read the weights layer by layer: as asked, or where they would take most of the memory."""
+    """Whether to read the weights layer by layer: as asked, or where they would take most of the memory.
+
+    Raises:
+        ModelError: MODEL cannot be found or read; an adapter's base would have to be streamed.
+    """
+    if how.fresh and (folder := adapter_folder(how.model)) is not None:
+        if is_streamed(base_settings(how, folder).model_copy(update={"stream": None}), say):
+            raise ModelError(f"the base of {folder} takes over half the memory; expected it to fit, to be merged into")
+        return False
     if how.stream is not None or how.quantize:
         return bool(how.stream)
     device = pick_device()
-    needed = weights_bytes(how.model, pick(how.dtype, device))
+    needed = weights_bytes(how.model, pick(how.dtype, device), how.trust_remote_code)
     limit = free_memory_bytes(device) if how.max_memory is None else how.max_memory
     if needed is None or needed <= RESIDENT_SHARE * limit:
         return False
@@ -40,12 +56,18 @@ def is_streamed(how: LoadSettings, say: Say = to_stderr) -> bool:
 
 
 def encode_for(base: Source, rows: Rows, data: DataSettings, say: Say = to_stderr) -> Examples:
-    """Tokenise rows for a model: no longer than its positions, no token it has no embedding for."""
+    """Tokenise rows for a model: no longer than its positions, no token it has no embedding for.
+
+    The chat template of ``data`` becomes that of the model's tokenizer. Prints what a person should know of the rows.
+    """
+    if data.chat_template is not None:
+        base.tokenizer.chat_template = read_template(data.chat_template)
     positions = getattr(text_config(base.model), "max_position_embeddings", None) or data.max_length
     if positions < data.max_length:
         say(f"{NOTE}the model has {positions} positions; `max_length` {data.max_length} is lowered to that")
     length = min(data.max_length, positions)
-    examples = encode(rows, base.tokenizer, length, data.skip_emptied, base.vocab_size)
+    stops = stop_ids_of(base.model)
+    examples = encode(rows, base.tokenizer, length, data.skip_unusable, base.vocab_size, stops, data.train_on)
     for note in (*examples.notes, *count_notes(examples)):
         say(NOTE + note)
     return examples
@@ -59,7 +81,8 @@ def count_notes(examples: Examples) -> list[str]:
             f"{examples.truncated} of {len(examples)} rows are cut to {examples.max_length} tokens (`max_length`)"
         )
     if examples.skipped:
-        notes.append(f"{examples.skipped} rows are left out, with no token to learn within `max_length`")
+        reasons = ", ".join(f"{count} with {reason}" for reason, count in examples.left_out.items())
+        notes.append(f"{examples.skipped} rows are left out: {reasons}")
     if twice := duplicates(examples):
         notes.append(f"{twice} of {len(examples)} rows are duplicates of an earlier one ({examples.identity.name})")
     return notes
@@ -72,15 +95,43 @@ def split_for(
     if eval_rows is None:
         fraction = 0.05 if asked.eval_fraction is None else asked.eval_fraction
         return split_held_out(data, fraction, seed, asked.eval_rows)
-    held_out = encode_for(base, eval_rows, asked, say)
+    held_out = encode_for(base, eval_rows, asked, lambda line: say(line.replace(NOTE, f"{NOTE}held-out rows: ", 1)))
     return data, held_out.subset(range(min(asked.eval_rows, len(held_out))))
 
 
 def load_for(how: LoadSettings, rows: Rows, data: DataSettings, say: Say = to_stderr) -> tuple[Loaded, Examples]:
-    """The model and its rows, computed in a way that stays finite where float16 does not."""
-    base = load(how.model, how.dtype, None, how.quantize, how.attention)
+    """The model and its rows, computed in a way that stays finite where float16 does not.
+
+    With ``fresh`` the adapter that MODEL is has been merged into its base.
+
+    Raises:
+        ModelError: it cannot be loaded, or not be trained as it is, see :func:`~aletheia.probing.passes.check_passes`.
+    """
+    folder = adapter_folder(how.model) if how.fresh else None
+    base = load_as_asked(how if folder is None else base_settings(how, folder))
     examples = encode_for(base, rows, data, say)
     base, changed = preflight(base, examples)
     if changed:
         say(NOTE + changed)
+    check_passes(base.model, examples)
+    note_unusual(read_anatomy(base.model), say)
+    if folder is not None:
+        base = replace(base, model=merge_adapter(base.model, folder, how.allow_pickle))
+        say(f"merge  {folder} into {base_settings(how, folder).model}")
     return base, examples
+
+
+def load_as_asked(how: LoadSettings) -> Loaded:
+    """:func:`aletheia.load` with all settings."""
+    return load(how.model, how.dtype, None, how.quantize, how.attention, how.trust_remote_code, how.allow_pickle)
+
+
+def checkpoint_as_asked(how: LoadSettings) -> Checkpoint:
+    """:class:`aletheia.Checkpoint` with all settings."""
+    return Checkpoint(how.model, how.dtype, attention=how.attention, trust_remote_code=how.trust_remote_code)
+
+
+def note_unusual(anatomy: Anatomy, say: Say) -> None:
+    """Say what of the layers LoRA leaves as it is, and what they share, if anything."""
+    for note in anatomy.notes:
+        say(NOTE + note)

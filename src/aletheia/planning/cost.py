@@ -64,7 +64,8 @@ def layer_costs(
         backward.append(weights + 2 * attention)
         adapted = [module for module in modules if module.name in ranks]
         adapter.append(float(sum(3 * module.lora_flops_per_token(ranks[module.name]) for module in adapted)))
-        uniform += sum(3 * module.lora_flops_per_token(baseline_rank) for module in modules if module.role != "router")
+        plain = [module for module in modules if module.is_target]
+        uniform += sum(3 * module.lora_flops_per_token(baseline_rank) for module in plain)
     head = 2.0 * anatomy.head_flops_per_token
     baseline = sum(forward) + sum(backward) + uniform + head
     return LayerCosts(tuple(forward), tuple(backward), tuple(adapter), head * labelled_share, baseline)
@@ -76,7 +77,7 @@ def measured_costs(anatomy: Anatomy, ranks: dict[str, int], baseline_rank: int, 
     for layer, timing in enumerate(timings.layers):
         modules = anatomy.in_layer(layer)
         adapted = [module for module in modules if module.name in ranks]
-        timed = [module for module in modules if module.role != "router"]
+        timed = [module for module in modules if module.is_target]
         parameters = sum(module.lora_parameters(ranks[module.name]) for module in adapted)
         # what an adapter costs at any rank was measured on all modules at once
         share = min(1.0, sum(m.lora_parameters(1) for m in adapted) / max(1, sum(m.lora_parameters(1) for m in timed)))

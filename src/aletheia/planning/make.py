@@ -1,11 +1,11 @@
 """From scores to a plan: choose the layers, give their modules ranks, predict the cost."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from aletheia.anatomy.schema import Anatomy, Module
-from aletheia.errors import PlanError, SettingsError
+from aletheia.errors import AdapterError, PlanError, SettingsError
 from aletheia.files import package_versions
 from aletheia.planning.cost import LayerCosts, layer_costs, measured_costs
 from aletheia.planning.frontier import FrontierPoint, point
@@ -53,6 +53,7 @@ def plan(
     return Plan(
         model=scores.model,
         data=scores.data,
+        tokenizer=scores.tokenizer,
         probe=scores.probe,
         packages=package_versions(),
         settings=settings,
@@ -111,6 +112,45 @@ def every_layer_fits(
     layers = range(min(module.layer for module in modules), scores.anatomy.layer_count)
     taken = training_bytes(scores.anatomy, scores.weight_bytes, layers, ranks, batch_tokens, labelled_share)
     return taken <= max_memory
+
+
+def plan_of_adapters(scores: Scores, settings: PlanSettings, adapters: Mapping[str, tuple[int, float]]) -> Plan:
+    """The plan that says what is adapted already: rank and alpha by full name; all of it learns to the end.
+
+    Raises:
+        AdapterError: a weight is adapted that is no matrix of the layers.
+    """
+    modules = {module.name: module for module in scores.anatomy.modules}
+    if outside := sorted(adapters.keys() - modules.keys()):
+        raise AdapterError(
+            f"the adapter changes {outside[0]}, which is no matrix of the layers; expected LoRA on those alone; "
+            "`fresh` merges it into its base"
+        )
+    settings = settings.resolved()
+    ranks = {name: rank for name, (rank, _) in adapters.items()}
+    chosen = [module for module in scores.anatomy.modules if module.name in adapters]
+    layers = tuple(sorted({module.layer for module in chosen}))
+    costs = _costs(scores, settings, {**_nominal_ranks(scores.anatomy.modules, settings), **ranks})
+    made = point(scores.layers, costs, layers, settings.epochs or 1.0)
+    return Plan(
+        model=scores.model,
+        data=scores.data,
+        probe=scores.probe,
+        packages=package_versions(),
+        settings=settings,
+        layer_count=scores.anatomy.layer_count,
+        layers=layers,
+        predicted=Prediction(
+            relative_step_time=made.relative_step_time,
+            relative_cached_step_time=made.relative_cached_step_time,
+            captured_importance=made.captured_importance,
+        ),
+        layer_scores=scores.layers,
+        adapters=tuple(
+            _adapter(module, ranks[module.name], settings).model_copy(update={"alpha": adapters[module.name][1]})
+            for module in chosen
+        ),
+    )
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator, model_validator
 
-from aletheia.anatomy.schema import DataIdentity, ModelIdentity, Role
+from aletheia.anatomy.schema import DataIdentity, ModelIdentity, Role, TokenizerIdentity
 from aletheia.errors import PlanError
 from aletheia.files import Artifact
 from aletheia.probing.scores import ProbeSettings
@@ -190,9 +190,11 @@ class Plan(Artifact):
     """
 
     FORMAT: ClassVar[str] = "aletheia-plan"
+    EDITABLE: ClassVar[bool] = True
 
     model: ModelIdentity
     data: DataIdentity | None
+    tokenizer: TokenizerIdentity | None = None
     probe: ProbeSettings
     packages: dict[str, str]
     settings: PlanSettings
@@ -256,6 +258,21 @@ class Plan(Artifact):
             raise PlanError(
                 f"the plan was made for {self.model}, this model is {model}; "
                 "make a plan for this model with 'aletheia probe' and 'aletheia plan'"
+            )
+
+    def check_tokenizer(self, tokenizer: TokenizerIdentity | None) -> None:
+        """Refuse rows whose tokens another tokenizer made than those of the probe; None is not known, and fits.
+
+        Raises:
+            PlanError: vocabularies or chat templates differ; names both tokenizers.
+        """
+        if self.tokenizer is None or tokenizer is None:
+            return
+        if difference := self.tokenizer.difference(tokenizer):
+            raise PlanError(
+                f"the plan was made with the tokenizer {self.tokenizer}, these rows come from {tokenizer}: their "
+                f"{difference} differ; use that tokenizer, or make a plan with this one by 'aletheia probe' and "
+                "'aletheia plan'"
             )
 
     def lora_config(self, model: "nn.Module") -> "LoraConfig":

@@ -3,20 +3,20 @@
 An entry is [T, D] in the model's dtype, without padding. In memory it is a dictionary of tensors. On disk, a folder
 per key holds shards, each written by one process: ``NAME.bin`` with the raw entries one after another, and
 ``NAME.idx`` with one line per complete entry. A line is written after its bytes, so a killed build leaves whole
-entries and the next build goes on from them; a checksum finds entries that were damaged since.
+entries and the next build goes on from them; a checksum finds entries that were damaged since. What else lies in the
+folder is passed over.
 """
 
-import errno
 import hashlib
 import os
+import re
 import shutil
-import sys
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,11 +24,14 @@ import torch
 from aletheia.data.batches import collate
 from aletheia.data.examples import Example
 from aletheia.errors import ArtifactError, CacheError
-from aletheia.files import Artifact, free_bytes
+from aletheia.files import free_bytes
+from aletheia.prefix.cache_folders import MARKER, CacheInfo, hold, take_folder
 from aletheia.prefix.stored import PREFIX
 
 KEPT_FREE_BYTES = 1 << 30  # of a disk that a cache may not fill to the brim
 CHECKED_EVERY_BYTES = 1 << 26  # stored
+UNREADABLE = -1  # the size of an index that cannot be read
+_INDEX_LINE = re.compile(rb"([0-9a-f]{32}) (\d{1,18}) ([1-9]\d{0,9}) (\d{1,10})")
 
 
 def row_key(tokens: Sequence[int]) -> str:
@@ -138,22 +141,11 @@ class _Entry:
     checksum: int
 
 
-class CacheInfo(Artifact):
-    """What a cache folder holds; ``key`` covers the base weights, the boundary, the dtype and the library."""
-
-    FORMAT: ClassVar[str] = "aletheia-prefix-cache"
-
-    model: str
-    key: str
-    boundary: int
-    dtype: str
-    width: int
-
-
 class DiskCache:
     """Entries in a folder, memory-mapped when read; safe to share between processes and runs, also at the same time.
 
-    While it is open, ``aletheia cache`` does not delete the folder. ``size_bytes`` is what this process stored.
+    While it is open, ``aletheia cache`` does not delete the folder. ``size_bytes`` is what this process stored;
+    ``notes`` has a line for each thing in its place that was passed over.
     """
 
     def __init__(self, root: str | Path, info: CacheInfo, name: str | None = None) -> None:
@@ -165,7 +157,7 @@ class DiskCache:
             name: of the folder; by default the first half of the key, so that runs share it.
 
         Raises:
-            CacheError: the folder belongs to something else or cannot be written.
+            CacheError: the folder cannot be written, or something else has all names for it.
         """
         self._dtype = getattr(torch, info.dtype)
         self._row_bytes = info.width * self._dtype.itemsize
@@ -177,30 +169,33 @@ class DiskCache:
         self._good: dict[str, _Entry] = {}  # whose checksum was seen to hold
         self._maps: dict[str, np.memmap] = {}
         self._shard = f"{os.getpid()}-{os.urandom(4).hex()}"
-        self.folder = Path(root) / (name or info.key[:32])
+        place = name or info.key[:32]
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if (self.folder / "cache.json").exists():
-                if CacheInfo.read(self.folder / "cache.json").key != info.key:
-                    raise CacheError(f"{self.folder} holds the cache of something else; delete it")
-            else:
-                info.write(self.folder / "cache.json")
-            self._lock = hold(self.folder / "cache.json")
+            self.folder, self.notes = take_folder(Path(root), info, place)
+            self._lock = hold(self.folder / MARKER)
         except (OSError, ArtifactError) as error:
             raise CacheError(
-                f"cannot use the cache folder {self.folder}: {error}; choose another `cache_dir` or delete it"
+                f"cannot use the cache folder {Path(root) / place}: {error}; choose another `cache_dir` or delete it"
             ) from error
         with suppress(OSError):  # another user's folder, perhaps
-            os.utime(self.folder / "cache.json")  # when it was last used
+            os.utime(self.folder / MARKER)  # when it was last used
         self.refresh()
 
     def refresh(self) -> None:
         """Take up what others have written since."""
         for index in sorted(self.folder.glob("*.idx")):
-            size = index.stat().st_size
-            if index.stem != self._shard and size != self._read_bytes.get(index.stem):
-                self._read_index(index)
-                self._read_bytes[index.stem] = size
+            if index.stem == self._shard or self._read_bytes.get(index.stem) == UNREADABLE:
+                continue
+            try:
+                if not index.is_file():
+                    raise OSError(f"{index} is no file")
+                size = index.stat().st_size
+                if size != self._read_bytes.get(index.stem):
+                    self._read_index(index)
+                    self._read_bytes[index.stem] = size
+            except OSError as error:
+                self._read_bytes[index.stem] = UNREADABLE
+                self.notes.append(f"{index} is passed over: {error.strerror or 'it is no file'}")
 
     def close(self) -> None:
         """Let the folder be deleted again."""
@@ -216,14 +211,14 @@ class DiskCache:
     def _read_index(self, index: Path) -> None:
         """Take the complete lines whose bytes are there; a torn last line belongs to an entry that is not complete."""
         data = index.with_suffix(".bin")
-        size = data.stat().st_size if data.exists() else 0
-        for line in index.read_text(errors="replace").split("\n")[:-1]:
-            fields = line.split()
-            if len(fields) != 4 or not all(field.isdigit() for field in fields[1:]):
+        size = data.stat().st_size if data.is_file() else 0
+        for line in index.read_bytes().split(b"\n")[:-1]:
+            fields = _INDEX_LINE.fullmatch(line)
+            if fields is None:
                 continue
-            entry = _Entry(index.stem, *map(int, fields[1:]))
+            entry = _Entry(index.stem, *map(int, fields.groups()[1:]))
             if entry.offset + entry.tokens * self._row_bytes <= size:
-                self._entries.setdefault(index.stem, {})[fields[0]] = entry
+                self._entries.setdefault(index.stem, {})[fields[1].decode()] = entry
 
     def missing(self, rows: Sequence[Example]) -> list[Example]:
         """The rows without an entry or with a damaged one, each distinct row once; reads what it finds."""
@@ -280,7 +275,7 @@ class DiskCache:
         if not self._find(key):
             raise _no_entry(row)
         raw = self._bytes(self._good[key])
-        if raw is None:
+        if raw is None or len(raw) != len(row) * self._row_bytes:
             raise CacheError(f"{row.where}: its entry in {self.folder} was damaged; run again, which computes it anew")
         return torch.frombuffer(bytearray(raw), dtype=self._dtype).view(len(row), self._width)
 
@@ -290,35 +285,14 @@ class DiskCache:
         mapped = self._maps.get(entry.shard)
         if mapped is None or len(mapped) < end:
             path = self.folder / f"{entry.shard}.bin"
-            if not path.exists() or path.stat().st_size < end:
+            try:
+                if not path.is_file() or path.stat().st_size < end:
+                    return None
+                mapped = self._maps[entry.shard] = np.memmap(path, dtype=np.uint8, mode="r")
+            except OSError:
                 return None
-            mapped = self._maps[entry.shard] = np.memmap(path, dtype=np.uint8, mode="r")
         raw = mapped.data[entry.offset : end]
         return raw if zlib.crc32(raw) == entry.checksum else None
-
-
-def hold(path: Path, alone: bool = False) -> int | None:
-    """Lock a file, shared or ``alone``, until the descriptor is closed; None where the system has no such locks.
-
-    Raises:
-        OSError: another process holds it.
-    """
-    if sys.platform == "win32":
-        return None
-    import fcntl  # absent on Windows
-
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise
-        return None  # a file system without locks
-    return descriptor
 
 
 def collate_with_prefix(examples: Sequence[Example], pad_token_id: int, cache: PrefixCache) -> dict[str, torch.Tensor]:

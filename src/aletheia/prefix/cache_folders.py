@@ -1,12 +1,32 @@
-"""The cache folders on this machine: where they lie, what they hold, and how they are deleted."""
+"""The cache folders on this machine: where they lie, what they hold, how one is taken, and how they are deleted."""
 
+import errno
 import os
 import shutil
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from aletheia.errors import ArtifactError, CacheError
-from aletheia.prefix.cache import CacheInfo, hold
+from aletheia.files import Artifact
+
+MARKER = "cache.json"
+NAMES_TRIED = 10  # where something else has the name of a cache
+TRIAL = ".trial-"  # begins the name of what is written once to measure the disk
+
+
+class CacheInfo(Artifact):
+    """What a cache folder holds; ``key`` covers the base weights, the boundary, the dtype and the library."""
+
+    FORMAT: ClassVar[str] = "aletheia-prefix-cache"
+
+    model: str
+    key: str
+    boundary: int
+    dtype: str
+    width: int
 
 
 def default_cache_dir() -> Path:
@@ -14,6 +34,71 @@ def default_cache_dir() -> Path:
     if "ALETHEIA_CACHE" in os.environ:
         return Path(os.environ["ALETHEIA_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "aletheia" / "prefix"
+
+
+def take_folder(root: Path, info: CacheInfo, name: str) -> tuple[Path, list[str]]:
+    """The folder ``name`` under ``root`` for a cache, made if need be; another name where something else has it.
+
+    Returns:
+        The folder, and a line for each thing that was passed over or written anew.
+
+    Raises:
+        OSError: it cannot be made.
+        ArtifactError: its ``cache.json`` cannot be written.
+        CacheError: something else has all names that were tried.
+    """
+    notes: list[str] = []
+    for number in range(NAMES_TRIED):
+        folder = root / (f"{name}-{number}" if number else name)
+        if os.path.lexists(folder) and not folder.is_dir():
+            notes.append(f"{folder} is no folder, and is passed over")
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        marker = folder / MARKER
+        if not os.path.lexists(marker):
+            info.write(marker)
+            return folder, notes
+        if not marker.is_file():
+            notes.append(f"{marker} is no file, so {folder} is passed over")
+            continue
+        try:
+            if CacheInfo.read(marker).key == info.key:
+                return folder, notes
+            notes.append(f"{folder} holds the cache of something else, and is passed over")
+        except ArtifactError:
+            try:
+                marker.unlink(missing_ok=True)
+                info.write(marker)
+            except (OSError, ArtifactError):  # another user's
+                notes.append(f"{marker} cannot be read, so {folder} is passed over")
+                continue
+            notes.append(f"{marker} was damaged, and is written anew")
+            return folder, notes
+    raise CacheError(f"{root} has something else under all names for this cache, first {root / name}; move it away")
+
+
+def hold(path: Path, alone: bool = False) -> int | None:
+    """Lock a file, shared or ``alone``, until the descriptor is closed; None where the system has no such locks.
+
+    Raises:
+        OSError: another process holds it.
+    """
+    if sys.platform == "win32":
+        return None
+    import fcntl  # absent on Windows
+
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise
+        return None  # a file system without locks
+    return descriptor
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +110,17 @@ class StoredCache:
     size_bytes: int
     used: float
 
+    @property
+    def is_used(self) -> bool:
+        """Whether a run has it open."""
+        try:
+            held = hold(self.folder / MARKER, alone=True)
+        except OSError:
+            return True
+        if held is not None:
+            os.close(held)
+        return False
+
     def delete(self) -> None:
         """Remove the folder.
 
@@ -32,7 +128,7 @@ class StoredCache:
             CacheError: a run is using it, or the system refuses.
         """
         try:
-            held = hold(self.folder / "cache.json", alone=True)
+            held = hold(self.folder / MARKER, alone=True)
         except OSError:
             raise CacheError(
                 f"{self.folder} is in use by a run; expected none, delete it when that has ended"
@@ -46,14 +142,34 @@ class StoredCache:
                 os.close(held)
 
 
-def stored_caches(root: str | Path) -> list[StoredCache]:
-    """The caches under ``root``, the one used last first; anything else that lies there is left out."""
+def stored_caches(root: str | Path, strays: list[Path] | None = None) -> list[StoredCache]:
+    """The caches under ``root``, the one used last first.
+
+    Args:
+        root: where caches lie.
+        strays: takes what else lies there, or was a cache until it was damaged.
+    """
     found = []
-    for marker in Path(root).glob("*/cache.json"):
+    try:
+        there = sorted(Path(root).iterdir())
+    except OSError:
+        return []
+    for folder in there:
+        marker = folder / MARKER
         try:
-            info = CacheInfo.read(marker)
-            size = sum(path.stat().st_size for path in marker.parent.rglob("*"))
-            found.append(StoredCache(marker.parent, info, size, marker.stat().st_mtime))
+            if not marker.is_file():
+                raise ArtifactError(f"{folder} is no cache")
+            found.append(StoredCache(folder, CacheInfo.read(marker), _size_bytes(folder), marker.stat().st_mtime))
         except (ArtifactError, OSError):
-            continue
+            if strays is not None and not folder.name.startswith(TRIAL):
+                strays.append(folder)
     return sorted(found, key=lambda stored: -stored.used)
+
+
+def _size_bytes(folder: Path) -> int:
+    """Of all files; one that goes meanwhile, or cannot be looked at, counts nothing."""
+    size = 0
+    for path in folder.rglob("*"):
+        with suppress(OSError):
+            size += path.lstat().st_size
+    return size

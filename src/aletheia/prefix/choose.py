@@ -20,21 +20,13 @@ from aletheia.anatomy.access import base_of, input_weight, text_config
 from aletheia.anatomy.fingerprint import configuration
 from aletheia.anatomy.load import free_memory_bytes
 from aletheia.anatomy.read import find_layers
+from aletheia.anatomy.versions import computing_versions, processor
 from aletheia.errors import CacheError
-from aletheia.files import package_versions
-from aletheia.prefix.cache import (
-    CacheInfo,
-    DiskCache,
-    MemoryCache,
-    PrefixCache,
-    SpillingCache,
-    check_space,
-)
-from aletheia.prefix.cache_folders import default_cache_dir, stored_caches
+from aletheia.prefix.cache import DiskCache, MemoryCache, PrefixCache, SpillingCache, check_space
+from aletheia.prefix.cache_folders import TRIAL, CacheInfo, default_cache_dir, stored_caches
 
 MEMORY_SHARE = 0.5  # of the memory that is free now: what auto may fill
 TRIAL_BYTES = 1 << 24  # written and read once to measure the disk
-COMPUTED_BY = ("aletheia-tune", "torch", "transformers", "peft")
 
 
 @dataclass(frozen=True)
@@ -68,8 +60,8 @@ def prefix_key(model: nn.Module, boundary: int, computed_as: str = "") -> str:
     """What the prefix output depends on besides the tokens, as a sha256 of 64 digits.
 
     All weights and buffers outside the layers from ``boundary`` up and the head, the configuration, dtype, boundary,
-    kind of device, precision of float32 products, and the versions of what computes it, ours included. Where weights
-    are sharded, all processes must call this.
+    kind of processor, precision of float32 products, and the versions of what computes it, see
+    :func:`aletheia.anatomy.versions.computing_versions`. Where weights are sharded, all processes must call this.
     """
     base = base_of(model)
     path, layers = find_layers(base)
@@ -80,9 +72,9 @@ def prefix_key(model: nn.Module, boundary: int, computed_as: str = "") -> str:
     about = configuration(base) | {
         "boundary": boundary,
         "dtype": str(weight.dtype),
-        "device": weight.device.type,
+        "device": processor(weight.device),
         "float32_products": _float32_products(),
-        "packages": package_versions(COMPUTED_BY),
+        "versions": computing_versions(),
         "computed_as": computed_as,
     }
     digest.update(json.dumps(about, sort_keys=True, default=str).encode())
@@ -147,15 +139,15 @@ def open_cache(
 
     if place.kind == "disk":
         disk = on_disk()
-        return disk, CacheDecision("disk", f"as asked, in {disk.folder}")
+        return disk, CacheDecision("disk", f"as asked, in {_where(disk)}")
     if place.private is None:
         candidates = [stored for stored in stored_caches(root) if stored.info.boundary == boundary]
         if candidates and info().key in {stored.info.key for stored in candidates}:
             disk = on_disk()
-            return disk, CacheDecision("disk", f"states of an earlier run are in {disk.folder}")
+            return disk, CacheDecision("disk", f"states of an earlier run are in {_where(disk)}")
     if place.shared_by > 1:
         disk = on_disk()
-        return disk, CacheDecision("disk", f"shared by {place.shared_by} processes, in {disk.folder}")
+        return disk, CacheDecision("disk", f"shared by {place.shared_by} processes, in {_where(disk)}")
     limit = int(MEMORY_SHARE * free_memory_bytes())
 
     def overflow() -> PrefixCache | None:
@@ -163,6 +155,10 @@ def open_cache(
         return on_disk() if _disk_pays(root, token_bytes, forward_seconds()) else None
 
     return SpillingCache(limit, overflow), CacheDecision("memory", f"up to {limit / 1e9:.1f} GB, the rest on disk")
+
+
+def _where(disk: DiskCache) -> str:
+    return "; ".join([str(disk.folder), *disk.notes])
 
 
 def _private(root: Path, info: CacheInfo, name: str) -> DiskCache:
@@ -188,7 +184,7 @@ def _disk_pays(root: Path, token_bytes: int, forward_seconds: float) -> bool:
 def disk_bytes_per_second(root: Path) -> tuple[float, float]:
     """Written (to the device itself) and read; the read comes from the system's cache where that still holds it."""
     root.mkdir(parents=True, exist_ok=True)
-    path = root / f".trial-{os.getpid()}"
+    path = root / f"{TRIAL}{os.getpid()}"
     data = os.urandom(TRIAL_BYTES)
     try:
         started = time.perf_counter()

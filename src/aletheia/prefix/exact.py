@@ -16,6 +16,7 @@ from aletheia.prefix.spans import Span
 from aletheia.prefix.stored import Shortcut, prefix_output
 
 SAME = 1e-3  # relative; two runs of one shape are equal to the last digits
+ALIKE = 0.03  # relative; so far may rounding go where other tokens stand beside a token that experts share with it
 
 
 @torch.no_grad()
@@ -25,9 +26,10 @@ def why_not_exact(
     """Why a cache would not be exact, if so, and the dtype of what it would hold: tried on the two shortest rows.
 
     Twice in training mode, the prefix must give the same (no dropout, no noise), and the same when evaluating, which
-    reads what training stored (8-bit layers compute otherwise then); started from its output, with an embedding of
-    zeros, the model must give the logits it gives from the start (nothing above reads anything else). The model's own
-    hooks are not called, so this may be called from one.
+    reads what training stored (8-bit layers compute otherwise then). Other tokens at the end must leave the start as it
+    is, since padding is such. Started from its output, with an embedding of zeros, the model must give the logits it
+    gives from the start (nothing above reads anything else). The model's own hooks are not called, so this may be called
+    from one.
     """
     embedding = base_of(model).get_input_embeddings()
     dtype = input_weight(model).dtype
@@ -48,6 +50,11 @@ def why_not_exact(
             hidden_BTD = prefix_output(model, boundary, batch)
             if _differ(first_BTD, hidden_BTD, SAME / 10):
                 return "the layers below the boundary compute otherwise in training than in evaluation", dtype
+            if _sees_later_tokens(model, boundary, batch, hidden_BTD):
+                return (
+                    "positions below the boundary see the tokens after them, so a row's states depend on padding",
+                    dtype,
+                )
             plain = model.forward(**batch, use_cache=False).logits
             blank = embedding.register_forward_hook(lambda *called: torch.zeros_like(called[2]))
             stack.callback(blank.remove)
@@ -61,6 +68,15 @@ def why_not_exact(
     if hidden_BTD.dim() != 3 or _differ(plain, stored):
         return "the layers above the boundary read more than its hidden states", dtype
     return None, hidden_BTD.dtype
+
+
+def _sees_later_tokens(model: nn.Module, boundary: int, batch: Mapping[str, Any], hidden_BTD: torch.Tensor) -> bool:
+    """Whether the first half of the positions changes with the second: the first token takes its place."""
+    ids_BT = batch["input_ids"]
+    half = ids_BT.shape[1] // 2
+    other_BT = torch.cat([ids_BT[:, :half], ids_BT[:, :1].expand(-1, ids_BT.shape[1] - half)], dim=1)
+    other_BTD = prefix_output(model, boundary, {**batch, "input_ids": other_BT})
+    return half > 0 and _differ(hidden_BTD[:, :half], other_BTD[:, :half], ALIKE)
 
 
 @torch.no_grad()

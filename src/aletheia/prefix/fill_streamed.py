@@ -22,12 +22,13 @@ from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.layerwise import hidden_states, with_hidden_states
 from aletheia.anatomy.load import growth_allowed
 from aletheia.anatomy.read import adds_router_loss
+from aletheia.anatomy.shards import checksum
 from aletheia.data.batches import collate
 from aletheia.data.examples import Example
 from aletheia.errors import CacheError
 from aletheia.execution.backend import lean_layers
-from aletheia.prefix.cache import CacheInfo, DiskCache, check_space, distinct_tokens, row_key
-from aletheia.prefix.cache_folders import default_cache_dir
+from aletheia.prefix.cache import DiskCache, check_space, distinct_tokens, row_key
+from aletheia.prefix.cache_folders import CacheInfo, default_cache_dir
 
 Batch = dict[str, torch.Tensor]
 
@@ -151,13 +152,14 @@ class _States:
     """The states of one batch on disk, the layer they enter (-1: none yet), and the form of a layer's output."""
 
     def __init__(self, path: Path) -> None:
-        """Take up what is there."""
+        """Take up what is there and as it was written."""
         self._path = path
         self.layer: int = -1
         self.outputs: list[bool] | None = None
         try:
             with safe_open(path, framework="pt") as file:
-                about = file.metadata()
+                about, states_BTD = file.metadata() or {}, file.get_tensor("states")
+            if about.pop("checksum", None) == checksum({"states": states_BTD}, about):
                 self.layer, self.outputs = int(about["layer"]), json.loads(about["outputs"])
         except (OSError, SafetensorError):
             pass
@@ -171,9 +173,10 @@ class _States:
     def write(self, layer: int, hidden_BTD: torch.Tensor, outputs: list[bool] | None) -> None:
         """Replace them by those that enter ``layer``."""
         temporary = self._path.with_suffix(".new")
+        kept = {"states": hidden_BTD.cpu().contiguous()}
         about = {"layer": str(layer), "outputs": json.dumps(outputs)}
         try:
-            save_file({"states": hidden_BTD.cpu().contiguous()}, temporary, about)
+            save_file(kept, temporary, about | {"checksum": checksum(kept, about)})
             os.replace(temporary, self._path)
         except (OSError, SafetensorError) as error:
             raise CacheError(f"cannot write to {self._path.parent}: {error}; free some space and run again") from error

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from aletheia.anatomy.load import Loaded, load, pick_dtype
-from aletheia.anatomy.read import find_layers
+from aletheia.anatomy.read import find_layers, layer_index
 from aletheia.anatomy.settings import Attention
 from aletheia.data.batches import collate, on_device_of
 from aletheia.data.examples import Examples
@@ -49,30 +49,52 @@ def preflight(base: Loaded, data: Examples) -> tuple[Loaded, str | None]:
     if base.quantize is None:
         model.to("meta")  # it is of no use any more, and both may not fit
     for dtype in ("bfloat16", "float32") if pick_dtype(device) == torch.bfloat16 else ("float32",):
-        again = load(name, dtype, str(device), base.quantize, attention)
+        again = load(name, dtype, str(device), base.quantize, attention, base.trust_remote_code, base.allow_pickle)
         if first_broken_layer(again.model, batch) is None:
             return again, f"{what}; {dtype} is used instead"
     raise ProbeError(f"{what}, and in float32 too; expected finite weights, fetch the checkpoint again")
 
 
-@torch.no_grad()
 def first_broken_layer(model: nn.Module, batch: Batch) -> int | None:
     """Index of the first layer whose output is not finite in a plain forward pass."""
-    _, layers = find_layers(model)
-    broken: list[int] = []
+    path, layers = find_layers(model)
+    broken = _broken_outputs(model, batch, {f"{path}.{index}": layer for index, layer in enumerate(layers)})
+    return min((layer_index(name, path) for name in broken), default=None)
 
-    def watch(index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor | tuple[Any, ...]) -> None:
-            hidden_BTD = output[0] if isinstance(output, tuple) else output
-            if not torch.isfinite(hidden_BTD).all():
-                broken.append(index)
+
+def broken_output(model: nn.Module, batch: Batch) -> str | None:
+    """Where a plain forward pass first gives a value that is not finite: layer and innermost module, in words."""
+    path, _ = find_layers(model)
+    broken = _broken_outputs(model, batch, dict(model.named_modules()))
+    return f"the output of {told_place(broken[0], path)}" if broken else None
+
+
+def told_place(name: str, layer_path: str) -> str:
+    """``layer 2 (model.layers.2.mlp.down_proj)`` of a module or parameter, or the name alone outside the layers."""
+    inside = name.startswith(f"{layer_path}.")
+    for of_peft in ("base_model.model.", ".base_layer", ".default"):
+        name = name.replace(of_peft, "")
+    own_path = layer_path.replace("base_model.model.", "")
+    return f"layer {layer_index(name, own_path)} ({name})" if inside else name
+
+
+@torch.no_grad()
+def _broken_outputs(model: nn.Module, batch: Batch, watched: dict[str, nn.Module]) -> list[str]:
+    """Names of modules whose output is not finite, in the order in which they end: inner ones before outer ones."""
+    broken: list[str] = []
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(first, torch.Tensor) and first.is_floating_point() and not torch.isfinite(first).all():
+                broken.append(name)
 
         return hook
 
-    handles = [layer.register_forward_hook(watch(index)) for index, layer in enumerate(layers)]
+    handles = [module.register_forward_hook(watch(name)) for name, module in watched.items() if name]
     try:
         model(**on_device_of(model, batch), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return min(broken, default=None)
+    return broken

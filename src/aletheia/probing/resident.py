@@ -23,7 +23,7 @@ from aletheia.data.examples import Examples
 from aletheia.errors import ProbeError
 from aletheia.probing.experts import ExpertRecorder
 from aletheia.probing.ghost import GhostRecorder
-from aletheia.probing.preflight import first_broken_layer
+from aletheia.probing.preflight import broken_output
 from aletheia.probing.scores import Scores, WeightBytes
 from aletheia.probing.state import borrowed
 from aletheia.probing.tally import Batch, Measured, Tally, draw, measured, other_parameters, probe_settings
@@ -70,7 +70,7 @@ def probe(
     first = next(model.parameters())
     return tally.scores(
         identify(model, anatomy),
-        data.identity if isinstance(data, Examples) else None,
+        data if isinstance(data, Examples) else None,
         probe_settings(
             used,
             losses,
@@ -145,9 +145,9 @@ def _check_finite(
     broken = [name for name, norm in norms.items() if not math.isfinite(norm)]
     if not broken and math.isfinite(loss):
         return
-    forward = first_broken_layer(model, batch)
+    forward = broken_output(model, batch)
     if forward is not None:
-        what = f"the output of layer {forward} ({anatomy.layer_path}.{forward})"
+        what = forward
     elif broken:
         nearest = max(broken, key=lambda name: layer_index(name, anatomy.layer_path))
         what = f"the gradient in layer {layer_index(nearest, anatomy.layer_path)} ({nearest})"

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
-from aletheia.anatomy.schema import Anatomy, DataIdentity, ModelIdentity
+from aletheia.anatomy.schema import Anatomy, DataIdentity, ModelIdentity, TokenizerIdentity
 from aletheia.files import Artifact
 from aletheia.probing.timings import Timings
 
@@ -65,6 +65,7 @@ class Scores(Artifact):
 
     model: ModelIdentity
     data: DataIdentity | None
+    tokenizer: TokenizerIdentity | None = None
     probe: ProbeSettings
     packages: dict[str, str]
     layers: tuple[Score, ...] = Field(min_length=1)

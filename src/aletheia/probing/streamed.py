@@ -31,6 +31,7 @@ from aletheia.anatomy.layerwise import hidden_states, with_hidden_states
 from aletheia.anatomy.load import growth_allowed
 from aletheia.anatomy.read import adds_router_loss, matrices_of, stacks_of
 from aletheia.anatomy.schema import Anatomy, ModelIdentity
+from aletheia.anatomy.shards import checksum
 from aletheia.data.batches import labelled_tokens
 from aletheia.data.examples import NO_LOSS, Examples
 from aletheia.errors import ProbeError
@@ -108,7 +109,7 @@ def probe_streamed(
     seconds = time.perf_counter() - started
     return tally.scores(
         model,
-        data.identity if is_drawn else None,
+        data if isinstance(data, Examples) else None,
         probe_settings(used, losses, seed if is_drawn else None, checkpoint.dtype, checkpoint.device, seconds),
         weight_bytes(checkpoint),
     )
@@ -149,7 +150,7 @@ def _layer_work_bytes(anatomy: Anatomy, index: int, rows: int, length: int, item
     tokens = rows * length
     widths = sum(module.features_per_token for module in modules)
     heads = max(1, anatomy.attention_width // 64)
-    gradient = max(module.parameters for module in modules)
+    gradient = max((module.parameters for module in modules), default=0)
     return item * (3 * tokens * widths + 4 * rows * heads * length**2 + max(2 * tokens**2, gradient))
 
 
@@ -161,7 +162,7 @@ class _Job:
         self._folder = folder
         self._key = key
         for path in folder.glob("*.safetensors"):
-            if self._metadata(path) is None:
+            if not self._is_whole(path):
                 path.unlink()
 
     def write(self, name: str, tensors: dict[str, torch.Tensor], about: Any = None) -> None:
@@ -169,7 +170,8 @@ class _Job:
         path, temporary = self._folder / f"{name}.safetensors", self._folder / f".{name}-{os.getpid()}"
         try:
             kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            save_file(kept, temporary, {"key": self._key, "about": json.dumps(about)})
+            told = {"key": self._key, "about": json.dumps(about)}
+            save_file(kept, temporary, told | {"checksum": checksum(kept, told)})
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
@@ -186,16 +188,18 @@ class _Job:
 
     def about(self, name: str) -> Any:
         """What else a step left."""
-        return self._metadata(self._folder / f"{name}.safetensors")
+        with safe_open(self._folder / f"{name}.safetensors", framework="pt") as file:
+            return json.loads(file.metadata()["about"])
 
-    def _metadata(self, path: Path) -> Any:
-        """None if the file is torn or belongs to something else."""
+    def _is_whole(self, path: Path) -> bool:
+        """Whether a file belongs to this job and is as it was written."""
         try:
             with safe_open(path, framework="pt") as file:
-                found = file.metadata() or {}
+                told = file.metadata() or {}
+                kept = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dictionary
         except (OSError, SafetensorError):
-            return None
-        return json.loads(found["about"]) if found.get("key") == self._key else None
+            return False
+        return told.get("key") == self._key and told.pop("checksum", None) == checksum(kept, told)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from aletheia.anatomy.read import is_matrix, layer_index, stacks_of
-from aletheia.anatomy.schema import Anatomy, DataIdentity, ModelIdentity
+from aletheia.anatomy.schema import Anatomy, ModelIdentity
 from aletheia.data.batches import labelled_tokens, sample_batches
 from aletheia.data.examples import Examples
 from aletheia.errors import ProbeError
@@ -132,12 +132,13 @@ class Tally:
             self._stacks.setdefault(name, []).append(stack)
 
     def scores(
-        self, model: ModelIdentity, data: DataIdentity | None, settings: ProbeSettings, weights: WeightBytes
+        self, model: ModelIdentity, data: Examples | None, settings: ProbeSettings, weights: WeightBytes
     ) -> Scores:
-        """All of it as a file."""
+        """All of it as a file; ``data`` where batches were drawn from rows."""
         return Scores(
             model=model,
-            data=data,
+            data=data.identity if data else None,
+            tokenizer=data.tokenizer if data else None,
             probe=settings,
             packages=package_versions(),
             layers=tuple(self.layers),

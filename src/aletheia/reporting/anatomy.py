@@ -37,7 +37,7 @@ def anatomy_view(anatomy: Anatomy, name: str) -> RenderableType:
     table.add_row(
         "head", "", "", f"{anatomy.hidden_size} x {anatomy.vocab_size}", "", human_count(anatomy.head_flops_per_token)
     )
-    return Group(head, table)
+    return Group(head, table, *(Text(f"note: {note}") for note in anatomy.notes))
 
 
 def _inside(module: Module, layer_path: str) -> str:

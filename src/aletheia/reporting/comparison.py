@@ -121,6 +121,13 @@ def _conditions(runs: Sequence[Run]) -> dict[str, list[tuple[object, str]]]:
     torch = [metrics.packages.get("torch", NOTHING) for metrics in every]
     return {
         "model": [(metrics.model.fingerprint, metrics.model.name) for metrics in every],
+        "tokenizer": [
+            (
+                (metrics.tokenizer.vocabulary, metrics.tokenizer.chat_template) if metrics.tokenizer else None,
+                metrics.tokenizer.name if metrics.tokenizer else NOTHING,
+            )
+            for metrics in every
+        ],
         "data": [
             (metrics.data.fingerprint if metrics.data else None, metrics.data.name if metrics.data else NOTHING)
             for metrics in every

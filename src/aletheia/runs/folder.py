@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal
 from filelock import FileLock, Timeout
 
 from aletheia.errors import ArtifactError
-from aletheia.files import artifact_format, free_bytes, sync, write_text
+from aletheia.files import artifact_format, free_bytes, not_written, sync, write_text
 from aletheia.runs.card import model_card
+from aletheia.runs.contents import write_contents
 from aletheia.runs.manifest import MANIFEST_FILE, Manifest, checkpoint_folders
 from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, REPORT_FILE, SCORES_FILE, Metrics, Run
 
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CONFIG_FILE = "config.yaml"
+CARD_FILE = "README.md"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 CHECKPOINTS = "checkpoints"
+PARTIAL_FOLDER = ".partial"  # where an adapter is written before it is moved in
 LOCK_FILE = ".lock"
 REPLACING_FILE = ".replacing"  # a run is under way where another one was finished
 FolderState = Literal["new", "interrupted", "finished", "foreign"]
@@ -63,7 +67,7 @@ class RunFolder:
         claimed = cls(out, _lock(out), is_new, resumes=False)
         try:
             state = _check(out, overwrite)  # again: another run may have ended since
-            shutil.rmtree(_beside(out), ignore_errors=True)
+            shutil.rmtree(out / PARTIAL_FOLDER, ignore_errors=True)
             claimed.resumes = state == "interrupted" and resume == "auto"
             if not claimed.resumes:
                 _begin_anew(out, state)
@@ -154,7 +158,7 @@ def _check(out: Path, overwrite: bool) -> FolderState:
 
 def _names(out: Path) -> set[str]:
     """What is in the folder besides the lock."""
-    return {path.name for path in out.iterdir()} - {LOCK_FILE} if out.is_dir() else set()
+    return {path.name for path in out.iterdir()} - {LOCK_FILE, PARTIAL_FOLDER} if out.is_dir() else set()
 
 
 def _lock(out: Path) -> FileLock:
@@ -185,15 +189,65 @@ def _begin_anew(out: Path, state: FolderState) -> None:
     try:
         if (out / METRICS_FILE).exists():
             write_text(out / REPLACING_FILE, "")
+        else:  # the adapter so far of an interrupted run
+            for name in ADAPTER_FILES:
+                (out / name).unlink(missing_ok=True)
         if state != "new" and (out / CHECKPOINTS).exists():
             shutil.rmtree(out / CHECKPOINTS)
     except OSError as error:
         raise ArtifactError(f"cannot remove {out / CHECKPOINTS}: {error.strerror}; choose another `out`") from error
 
 
-def _beside(out: Path) -> Path:
-    """Where what is moved into a run folder is written first."""
-    return out.with_name(f".{out.name}.partial")
+def _write_beside(
+    model: "PeftModel", folder: Path, state: "Mapping[str, Tensor] | None", card: str | None
+) -> list[Path]:
+    """Write the adapter into a folder within ``folder``, on the disk when this returns; the files.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    temporary = folder / PARTIAL_FOLDER
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(str(temporary), save_embedding_layers=False, state_dict=state)
+        (temporary / CARD_FILE).unlink(missing_ok=True)  # PEFT's
+        if card is not None:
+            write_text(temporary / CARD_FILE, card)
+        files = sorted(temporary.iterdir())
+        for file in files:
+            sync(file)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise not_written(folder, error, _adapter_bytes(model)) from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return files
+
+
+def _adapter_bytes(model: "PeftModel") -> int:
+    return sum(value.nbytes for name, value in model.named_parameters() if "lora_" in name)
+
+
+def save_so_far(model: "PeftModel", folder: RunFolder, state: "Mapping[str, Tensor] | None" = None) -> bool:
+    """Write the adapter of a run that is interrupted, without what makes a folder a finished run; whether it did.
+
+    Nothing is written where the run was to replace a finished one, or where the disk does not take it: the
+    checkpoints are what the run goes on from.
+    """
+    if (folder.path / METRICS_FILE).exists():
+        return False
+    try:
+        for file in _write_beside(model, folder.path, state, None):
+            os.replace(file, folder.path / file.name)
+        sync(folder.path)
+    except (ArtifactError, OSError):
+        return False
+    finally:
+        shutil.rmtree(folder.path / PARTIAL_FOLDER, ignore_errors=True)
+    return True
 
 
 def save(model: "PeftModel", run: Run, state: "Mapping[str, Tensor] | None" = None) -> None:
@@ -205,28 +259,19 @@ def save(model: "PeftModel", run: Run, state: "Mapping[str, Tensor] | None" = No
     Raises:
         ArtifactError: the folder cannot be written.
     """
-    from safetensors import SafetensorError
-
-    temporary = _beside(run.path)
-    shutil.rmtree(temporary, ignore_errors=True)
+    files = _write_beside(model, run.path, state, model_card(run))
     try:
-        model.save_pretrained(str(temporary), save_embedding_layers=False, state_dict=state)
-        write_text(temporary / "README.md", model_card(run))
-        for file in temporary.iterdir():
-            sync(file)
-        run.path.mkdir(parents=True, exist_ok=True)
-        for name in (METRICS_FILE, PLAN_FILE, SCORES_FILE, REPORT_FILE):
+        for name in (METRICS_FILE, MANIFEST_FILE, PLAN_FILE, SCORES_FILE, REPORT_FILE):
             (run.path / name).unlink(missing_ok=True)
-        for file in temporary.iterdir():
+        for file in files:
             os.replace(file, run.path / file.name)
         sync(run.path)
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(
-            f"cannot write the run to {run.path}: {getattr(error, 'strerror', None) or error}"
-        ) from error
+    except OSError as error:
+        raise not_written(run.path, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(run.path / PARTIAL_FOLDER, ignore_errors=True)
     run.plan.write(run.path / PLAN_FILE)
+    write_contents(run.path, [*(file.name for file in files), PLAN_FILE])
     (run.path / REPLACING_FILE).unlink(missing_ok=True)
     run.metrics.write(run.path / METRICS_FILE)
     sync(run.path)

@@ -5,7 +5,6 @@ is whole if every file of the manifest is there and has its bytes. Files that ca
 looked at. Torch-free.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -29,18 +28,40 @@ HASH_SHOWN = 12
 
 
 class FileRecord(BaseModel):
-    """What a file of a checkpoint must be."""
+    """What a file must be."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     size_bytes: int
     sha256: str
 
+    @classmethod
+    def of(cls, path: Path) -> "FileRecord":
+        """What it is now.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        return cls(size_bytes=path.stat().st_size, sha256=file_sha256(path))
+
+    def fault(self, path: Path) -> str | None:
+        """What is wrong with the file, in words that follow its name; None if it has its bytes."""
+        try:
+            found = path.stat().st_size
+            if found != self.size_bytes:
+                return f"has {found:,} bytes; expected {self.size_bytes:,}"
+            if file_sha256(path) != self.sha256:
+                return "has other bytes than were written (its sha256 differs)"
+        except FileNotFoundError:
+            return "is missing"
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+        return None
+
 
 class Manifest(Artifact):
     """Every file of a checkpoint by its path within, and what the run wants to know when it goes on from there.
 
-    ``about`` is the identity of the run, ``extra`` small state of the caller, ``sha256`` that of this file's text
-    with ``sha256`` empty.
+    ``about`` is the identity of the run, ``extra`` small state of the caller.
     """
 
     FORMAT: ClassVar[str] = "aletheia-checkpoint"
@@ -49,19 +70,11 @@ class Manifest(Artifact):
     files: dict[str, FileRecord]
     about: dict[str, Any] = Field(default_factory=dict)
     extra: dict[str, Any] = Field(default_factory=dict)
-    sha256: str = ""
 
     @property
     def size_bytes(self) -> int:
         """All files together."""
         return sum(record.size_bytes for record in self.files.values())
-
-    def sealed(self) -> "Manifest":
-        """This manifest with the sha256 of its own text."""
-        return self.model_copy(update={"sha256": self._own_sha256()})
-
-    def _own_sha256(self) -> str:
-        return hashlib.sha256(self.model_copy(update={"sha256": ""}).to_json().encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -88,9 +101,8 @@ def write_manifest(folder: Path, step: int, about: Mapping[str, Any], extra: Map
     for path in sorted(folder.rglob("*")):
         sync(path)
         if path.is_file() and path != folder / MANIFEST_FILE:
-            record = FileRecord(size_bytes=path.stat().st_size, sha256=file_sha256(path))
-            files[path.relative_to(folder).as_posix()] = record
-    manifest = Manifest(step=step, files=files, about=dict(about), extra=dict(extra)).sealed()
+            files[path.relative_to(folder).as_posix()] = FileRecord.of(path)
+    manifest = Manifest(step=step, files=files, about=dict(about), extra=dict(extra))
     write_text(folder / MANIFEST_FILE, manifest.to_json())
     sync(folder)
     return manifest
@@ -109,12 +121,9 @@ def read_manifest(folder: str | Path) -> Manifest:
             "Trainer wrote by itself, attach with `whole_checkpoints` False"
         )
     try:
-        manifest = Manifest.read(path)
+        return Manifest.read(path)
     except ArtifactError as error:
         raise TrainingError(f"{error}; expected it as it was written, go on from another checkpoint") from error
-    if manifest.sha256 != manifest._own_sha256() or path.read_bytes() != manifest.to_json().encode():
-        raise TrainingError(f"{path} was changed after it was written; go on from another checkpoint")
-    return manifest
 
 
 def verified(folder: str | Path) -> TrainingCheckpoint:
@@ -128,23 +137,9 @@ def verified(folder: str | Path) -> TrainingCheckpoint:
         raise TrainingError(f"{folder} is no folder; expected a checkpoint")
     manifest = read_manifest(folder)
     for name, record in manifest.files.items():
-        if fault := _fault(folder / name, record):
+        if fault := record.fault(folder / name):
             raise TrainingError(f"{folder / name} {fault}; go on from another checkpoint")
     return TrainingCheckpoint(folder, manifest)
-
-
-def _fault(path: Path, record: FileRecord) -> str | None:
-    try:
-        found = path.stat().st_size
-        if found != record.size_bytes:
-            return f"has {found:,} bytes; expected {record.size_bytes:,}"
-        if file_sha256(path) != record.sha256:
-            return "has other bytes than were written (its sha256 differs)"
-    except FileNotFoundError:
-        return "is missing"
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    return None
 
 
 def newest_checkpoint(folder: str | Path, faults: list[str] | None = None) -> TrainingCheckpoint | None:

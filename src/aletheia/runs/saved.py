@@ -1,36 +1,133 @@
-"""An adapter that was saved, put back on its base model."""
+"""An adapter that was saved, put back on its base model: to be used, merged, or trained on."""
 
 from pathlib import Path
+from typing import Any
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import load_peft_weights
 from torch import nn
+from transformers import PreTrainedModel
 
 from aletheia.adapters.adapt import adapted_modules
+from aletheia.adapters.saved_config import as_stored, not_trained_here, read_lora_config
 from aletheia.anatomy.fingerprint import identify
+from aletheia.anatomy.foreign import ADAPTER_CONFIG
+from aletheia.anatomy.load import quantization_of
+from aletheia.anatomy.schema import TokenizerIdentity
 from aletheia.data.sources import one_line
-from aletheia.errors import AdapterError
-from aletheia.planning.plan import Plan
+from aletheia.data.templates import read_template
+from aletheia.errors import AdapterError, ArtifactError
+from aletheia.planning.make import plan_of_adapters
+from aletheia.planning.plan import Plan, PlanSettings
+from aletheia.probing.scores import Scores
+from aletheia.runs.contents import check_contents
+from aletheia.runs.manifest import MANIFEST_FILE
 from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, Metrics
 
+TEMPLATE_FILE = "chat_template.jinja"  # as tokenizers of transformers save it
 
-def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
+
+def load_adapter(
+    model: nn.Module, folder: str | Path, allow_pickle: bool = False, tokenizer: TokenizerIdentity | None = None
+) -> PeftModel:
     """Put the adapter of a run folder, or of any PEFT adapter folder, on its base model, frozen and in eval mode.
+
+    Args:
+        model: the base model, which is modified in place.
+        folder: where the adapter lies; its config is checked before PEFT sees it.
+        allow_pickle: read ``adapter_model.bin``, with torch's ``weights_only``.
+        tokenizer: the one that it will be used with, from :func:`aletheia.data.tokenizer.identify_tokenizer`.
 
     Raises:
         PlanError: the run was made on another base model.
-        AdapterError: there is no adapter, or its modules, shapes or weights do not fit the model.
+        AdapterError: there is no adapter, it is not plain LoRA, its modules, shapes or weights do not fit the model, or
+            the run learned with another tokenizer.
+        ArtifactError: a file of the run was changed since it was written.
+    """
+    return _put_on(model, Path(folder), allow_pickle, is_trainable=False, tokenizer=tokenizer).eval()
+
+
+def continue_adapter(
+    model: nn.Module, folder: str | Path, allow_pickle: bool = False, tokenizer: TokenizerIdentity | None = None
+) -> PeftModel:
+    """The same, ready to be trained on: as ``PeftModel.from_pretrained(..., is_trainable=True)`` leaves it.
+
+    Raises:
+        PlanError: as :func:`load_adapter`.
+        AdapterError: as :func:`load_adapter`, or it has parts beside plain LoRA, or a frozen part.
     """
     folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file():
-        raise AdapterError(f"{folder} holds no adapter_config.json; expected a run folder or a PEFT adapter folder")
+    adapted = _put_on(model, folder, allow_pickle, is_trainable=True, tokenizer=tokenizer)
+    beside = not_trained_here(_config(adapted))
+    if beside is not None:
+        raise AdapterError(
+            f"{folder} has `{beside}`, which is not trained here; expected plain LoRA; `fresh` merges it into its base"
+        )
+    if (folder / METRICS_FILE).is_file() and Metrics.read(folder / METRICS_FILE).settings.quantization_corrected:
+        raise AdapterError(f"half of each rank of {folder} is a frozen correction of NF4; expected a plain adapter")
+    return adapted
+
+
+def merge_adapter(model: nn.Module, folder: str | Path, allow_pickle: bool = False) -> PreTrainedModel:
+    """The base model with the adapter added to its weights, named after the adapter.
+
+    Raises:
+        PlanError: as :func:`load_adapter`.
+        AdapterError: as :func:`load_adapter`, or the base is quantized, which adding would change.
+    """
+    if (kind := quantization_of(model)) is not None:
+        raise AdapterError(
+            f"the base of {folder} is quantized ({kind}); expected plain weights to merge an adapter into"
+        )
+    merged: PreTrainedModel = load_adapter(model, folder, allow_pickle).merge_and_unload(safe_merge=True)
+    merged.config._name_or_path = merged.name_or_path = str(folder)
+    return merged
+
+
+def plan_of_adapter(model: PeftModel, scores: Scores) -> Plan:
+    """The plan that an adapter of another program amounts to.
+
+    Raises:
+        AdapterError: it adapts something outside the layers.
+    """
+    config = _config(model)
+    settings = PlanSettings(
+        policy="uniform",
+        percent=100,
+        rank=config.r,
+        alpha=config.lora_alpha,
+        rslora=config.use_rslora,
+        dropout=config.lora_dropout,
+        freeze_after=0.0,
+    )
+    return plan_of_adapters(scores, settings, adapted_modules(model))
+
+
+def _config(model: PeftModel) -> LoraConfig:
+    config = model.peft_config["default"]
+    assert isinstance(config, LoraConfig), "what is put on a model here is LoRA"
+    return config
+
+
+def _put_on(
+    model: nn.Module, folder: Path, allow_pickle: bool, is_trainable: bool, tokenizer: TokenizerIdentity | None
+) -> PeftModel:
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise AdapterError(f"{folder} holds no {ADAPTER_CONFIG}; expected a run folder or a PEFT adapter folder")
     if isinstance(model, PeftModel):
         raise AdapterError("the model carries an adapter already; expected a base model (merge or unload it first)")
+    metrics = Metrics.read(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else None
+    if metrics is not None and not (folder / MANIFEST_FILE).is_file():
+        raise ArtifactError(f"{folder} has no {MANIFEST_FILE}; expected the run as it was written, put it back")
     plan = Plan.read(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
     if plan is not None:
         plan.check_model(identify(model))
+    check_contents(folder)
+    if metrics is not None:
+        metrics.check_tokenizer(tokenizer)
+    config = as_stored(read_lora_config(folder, allow_pickle), folder, model)
     try:
-        adapted = PeftModel.from_pretrained(model, str(folder))
+        adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
         expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
         stored = set(load_peft_weights(str(folder), device="cpu"))
     except Exception as error:  # a foreign folder: PEFT raises whatever its parts raise
@@ -45,9 +142,19 @@ def load_adapter(model: nn.Module, folder: str | Path) -> PeftModel:
             "expected an adapter trained on this base model"
         )
     if plan is not None:
-        metrics = Metrics.read(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else None
         _check_plan(adapted, plan, folder, metrics is not None and metrics.settings.quantization_corrected)
-    return adapted.eval()
+    return adapted
+
+
+def use_template_of(folder: str | Path, tokenizer: Any) -> None:
+    """Give a tokenizer the chat template that an adapter was trained with, where its folder holds one.
+
+    Raises:
+        DataError: the file cannot be read, or holds no template.
+    """
+    template = Path(folder) / TEMPLATE_FILE
+    if template.is_file():
+        tokenizer.chat_template = read_template(template)
 
 
 def _check_plan(model: PeftModel, plan: Plan, folder: Path, is_corrected: bool) -> None:

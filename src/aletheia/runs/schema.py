@@ -6,10 +6,11 @@ from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from aletheia.anatomy.schema import DataIdentity, ModelIdentity
-from aletheia.errors import ArtifactError
+from aletheia.anatomy.schema import DataIdentity, ModelIdentity, TokenizerIdentity
+from aletheia.errors import AdapterError, ArtifactError
 from aletheia.files import Artifact
 from aletheia.planning.plan import Plan
+from aletheia.runs.contents import check_contents
 
 METRICS_FILE = "metrics.json"
 PLAN_FILE = "plan.json"
@@ -40,6 +41,7 @@ class PhaseSeconds(BaseModel):
         return self.load + self.probe + self.plan + self.cache + self.init + self.train + self.eval
 
 
+Verdict = Literal["learned", "nothing", "worse"]  # "worse": the held-out loss is above the one before training
 PHASES = tuple(PhaseSeconds.model_fields)  # in the order in which they happen
 
 
@@ -76,11 +78,19 @@ class UsedSettings(BaseModel):
     group_by_length: bool = False
     gradient_checkpointing: Literal["off", "selective", "full"] = "off"
     cache: Literal["memory", "disk", "off"] = "off"
-    init: Literal["gradient", "random"] = "random"
+    init: Literal["gradient", "random", "adapter"] = "random"
     quantization: str | None = None  # of the base's matrices
     quantization_corrected: bool = False  # by a frozen part of the adapters, which doubles their rank
     attention: str | None = None
     keep: Literal["last", "best"] = "last"
+
+
+class StartingAdapter(BaseModel):
+    """The adapter that a run went on with: where it lay, and the sha256 of its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    sha256: str
 
 
 class Metrics(Artifact):
@@ -90,11 +100,13 @@ class Metrics(Artifact):
 
     model: ModelIdentity
     data: DataIdentity | None
+    tokenizer: TokenizerIdentity | None = None
     held_out_data: DataIdentity | None
     held_out_rows: int
     held_out_tokens: int
     packages: dict[str, str]
     settings: UsedSettings
+    went_on_from: StartingAdapter | None = None
     rows_truncated: int = 0
     rows_skipped: int = 0
     steps: int
@@ -111,33 +123,71 @@ class Metrics(Artifact):
     steps_computed_by: tuple[str, ...] = ()
     held_out_loss_before: FiniteFloat
     held_out_loss_after: FiniteFloat
+    verdict: Verdict = "learned"
     train_curve: tuple[TrainPoint, ...]
     held_out_curve: tuple[HeldOutPoint, ...]
+
+    def check_tokenizer(self, tokenizer: TokenizerIdentity | None) -> None:
+        """Refuse another tokenizer than the one that the run learned with; None is not known, and fits.
+
+        Raises:
+            AdapterError: vocabularies or chat templates differ; names both tokenizers.
+        """
+        if self.tokenizer is None or tokenizer is None:
+            return
+        if difference := self.tokenizer.difference(tokenizer):
+            raise AdapterError(
+                f"the adapter was trained with the tokenizer {self.tokenizer}, this one is {tokenizer}: their "
+                f"{difference} differ; use the tokenizer that it was trained with"
+            )
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: where its folder is, what it measured and the plan it followed."""
+    """A finished run: where its folder is, what it measured and the plan it followed.
+
+    ``metrics.verdict`` tells whether it was any good, ``warning`` says so in a line, ``notes`` has a line for each file for
+    people that was changed after the run.
+    """
 
     path: Path
     metrics: Metrics
     plan: Plan
+    notes: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """The folder's name."""
         return self.path.resolve().name
 
+    @property
+    def warning(self) -> str | None:
+        """Why the adapter is of no use, in one line; None where it learned and the held-out loss did not rise."""
+        metrics = self.metrics
+        if metrics.verdict == "nothing":
+            return (
+                f"nothing was learned: every B of the adapters is still zero after {metrics.steps} step(s); take more "
+                "`steps`, or a `learning_rate` and a schedule above 0"
+            )
+        if metrics.verdict == "worse":
+            return (
+                f"the held-out loss rose from {metrics.held_out_loss_before:.4f} to {metrics.held_out_loss_after:.4f}; "
+                f"the adapter is kept in {self.path}; try a lower `learning_rate`, fewer steps or more rows; "
+                "`allow_worse` ends such a run with exit code 0"
+            )
+        return None
+
     @classmethod
     def read(cls, path: str | Path) -> "Run":
-        """Read a run folder.
+        """Read a run folder; its files are compared with its manifest, see :mod:`aletheia.runs.contents`.
 
         Raises:
-            ArtifactError: the folder holds no finished run.
+            ArtifactError: the folder holds no finished run, or a file of it was changed since.
         """
         path = Path(path)
         if not (path / METRICS_FILE).is_file():
             raise ArtifactError(
                 f"{path} holds no finished run (no {METRICS_FILE}); give a folder written by 'aletheia train'"
             )
-        return cls(path, Metrics.read(path / METRICS_FILE), Plan.read(path / PLAN_FILE))
+        metrics, plan = Metrics.read(path / METRICS_FILE), Plan.read(path / PLAN_FILE)
+        return cls(path, metrics, plan, tuple(check_contents(path)))

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from aletheia.adapters.adapt import check_adapters
 from aletheia.data.examples import NO_LOSS, Example
+from aletheia.data.tokenizer import identify_tokenizer
 from aletheia.errors import CacheError, TrainingError
 from aletheia.execution.backend import Reads, entered, layer_ways, step_ways
 from aletheia.planning.plan import Plan
@@ -81,6 +82,7 @@ def attach(
 
     Raises:
         AdapterError: the trainer's model is not adapted as planned.
+        PlanError: the trainer has another tokenizer than the plan was made with.
         TrainingError: the trainer cannot be attached to.
     """
     if getattr(trainer, "is_deepspeed_enabled", False):
@@ -103,6 +105,8 @@ def attach(
     if any(isinstance(callback, Attachment) for callback in trainer.callback_handler.callbacks):
         raise TrainingError("a plan is attached to this trainer already; expected one")
     check_adapters(trainer.model, plan)
+    if hasattr(tokenizer := trainer.processing_class, "get_vocab"):  # rows may be rendered elsewhere: no template
+        plan.check_tokenizer(identify_tokenizer(tokenizer).without_template())
     settings = settings or AttachSettings()
     if settings.whole_checkpoints:
         trustworthy_checkpoints(trainer, {"plan_fingerprint": plan.fingerprint})

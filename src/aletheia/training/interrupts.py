@@ -87,7 +87,7 @@ class Interrupts(TrainerCallback):
         self._owner = os.getpid()
         self._agreement = Agreement()
 
-    def error(self) -> Interrupted:
+    def error(self, more: str = "") -> Interrupted:
         """The error to raise after ``trainer.train()`` has returned and ``signal`` is set; says how to go on."""
         where = f"interrupted after step {self._step} of {self._steps}" if self._step else "interrupted"
         if self.saved_step is None:
@@ -95,7 +95,7 @@ class Interrupts(TrainerCallback):
         else:
             there = "there" if self.saved_step == self._step else f"step {self.saved_step}"
             text = f"{where}; the same command goes on from {there}"
-        return Interrupted(text, self.signal or signal.SIGINT)
+        return Interrupted(text + more, self.signal or signal.SIGINT)
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Take a signal."""

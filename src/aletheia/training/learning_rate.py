@@ -1,4 +1,6 @@
-"""The learning rate of a run that names none. No torch."""
+"""The learning rate of a run that names none, and its warm-up. No torch."""
+
+import math
 
 from aletheia.training.settings import Init
 
@@ -21,3 +23,12 @@ def default_learning_rate(hidden_size: int, steps: int, init: Init = "random") -
     multiplier = 10 + 5 * min(1.0, SHORT_RUN_STEPS / steps)
     by_width: float = (2000 / hidden_size) ** 0.781
     return 5e-5 * multiplier * by_width * (GRADIENT_START_RATE if init == "gradient" else 1.0)
+
+
+def warm_up_steps(asked: float, steps: int) -> int:
+    """Steps of warm-up in a run of ``steps``: ``asked``, below 1 a share of them, but never all of them.
+
+    The first step of a warm-up has the rate 0: a run of one step that is all warm-up would learn nothing.
+    """
+    wanted = int(asked) if asked >= 1 else math.ceil(asked * steps)
+    return min(wanted, steps - 1)

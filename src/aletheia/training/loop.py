@@ -10,16 +10,18 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import nn
 from torch.utils.data import Sampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from aletheia.data.batches import collate
+from aletheia.data.batches import collate, length_sorted_batches
 from aletheia.data.examples import Example, Examples
 from aletheia.data.order import epoch_order, training_batches
 from aletheia.data.sources import one_line
 from aletheia.errors import SettingsError
+from aletheia.training.finite import Finite
 from aletheia.training.held_out import held_out_loss
 from aletheia.training.recorder import Recorder
 from aletheia.training.settings import TrainSettings
@@ -154,6 +156,14 @@ class RowTrainer(Trainer):
         super().__init__(model, arguments, collator, train_dataset=data, eval_dataset=held_out, callbacks=callbacks)
         for noisy in (PrinterCallback, ProgressCallback):
             self.remove_callback(noisy)
+        self._finite = Finite(self)
+        self.add_callback(self._finite)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Trainer's, and a look at what came of it before it is applied."""
+        loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
+        self._finite.after_backward(loss, inputs)
+        return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return EpochOrder(self._rows, self._settings, self)
@@ -168,6 +178,8 @@ class RowTrainer(Trainer):
             loss = held_out_loss(self.model, self._held_out, self._settings.batch_size)
         if self.args.device.type != "cpu":
             torch.accelerator.synchronize()
+        collator = partial(collate, pad_token_id=self._held_out.pad_token_id)
+        self._finite.held_out(loss, length_sorted_batches(self._held_out, self._settings.batch_size, collator))
         self._recorder.evaluated(self.state.global_step, loss, time.perf_counter() - started)
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(dict(metrics))

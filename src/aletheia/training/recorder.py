@@ -1,6 +1,5 @@
 """What a run leaves behind beside its adapter: losses and times of every step, held-out losses, a progress bar."""
 
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +9,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from aletheia.errors import TrainingError
 from aletheia.runs.schema import HeldOutPoint, TrainPoint
 
 
@@ -88,33 +86,16 @@ class Recorder(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Record a step.
-
-        Raises:
-            TrainingError: its loss is not finite.
-        """
+        """Record a step."""
         if not logs or "loss" not in logs:
             return
         step, loss = state.global_step, float(logs["loss"])
-        gradient = 0.0 if args.fp16 else float(logs.get("grad_norm", 0.0))  # the scaler of float16 skips such steps
-        for name, value in (("loss", loss), ("gradient norm", gradient)):
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"the {name} is {value} at step {step}; it was not saved; try a lower `learning_rate` or "
-                    "`dtype` float32"
-                )
         self.train_curve.append(TrainPoint(step=step, loss=loss, train_seconds=self.train_seconds))
         self._draw(step)
 
     def evaluated(self, step: int, loss: float, seconds: float) -> None:
-        """Record a held-out loss that took ``seconds``.
-
-        Raises:
-            TrainingError: it is not finite.
-        """
+        """Record a held-out loss that took ``seconds``."""
         self.eval_seconds += seconds
-        if not math.isfinite(loss):
-            raise TrainingError(f"the held-out loss is {loss} after step {step}; try `dtype` float32 or bfloat16")
         self.held_out_curve.append(HeldOutPoint(step=step, loss=loss, train_seconds=self.train_seconds))
         if step and self._progress is not None:
             told = f"step {step}: held-out loss {loss:.4f} after {self.train_seconds:.0f} s of training"

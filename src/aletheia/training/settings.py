@@ -17,7 +17,10 @@ Init = Literal["gradient", "random"]
 Recompute = Literal["off", "selective", "full"]
 
 # settings that change no result: a run may go on with others
-WITHOUT_INFLUENCE = ("cache", "cache_dir", "save_steps", "save_total_limit", "report_to", "push_to_hub", "hub_model_id")
+WITHOUT_INFLUENCE = (
+    *("cache", "cache_dir", "save_steps", "save_total_limit", "report_to", "push_to_hub", "hub_model_id"),
+    "allow_worse",
+)
 
 # fields of TrainingArguments that are not the user's here, and why
 NOT_TAKEN = {
@@ -118,6 +121,11 @@ class TrainSettings(Settings):
     )
     early_stopping_patience: int | None = option(
         None, "Stop after so many held-out losses without a new lowest one.", TRAINING, ge=1
+    )
+    allow_worse: bool = option(
+        False,
+        "Exit code 0 also for a run whose held-out loss is above the one before training (otherwise 3).",
+        TRAINING,
     )
     cache: CacheKind = option("auto", "Where what enters the lowest layer that learns is kept.", CACHE)
     cache_dir: Path | None = option(None, "For a cache on disk ($ALETHEIA_CACHE, or your cache folder).", CACHE)

@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from rich.console import Console
-from torch.distributed.tensor import DTensor
 
 from aletheia.adapters.adapt import check_adapters
 from aletheia.adapters.correction import Correction
@@ -34,15 +33,23 @@ from aletheia.prefix.cache import DiskCache, PrefixCache, collate_with_prefix
 from aletheia.prefix.choose import CacheDecision, CachePlace, open_cache
 from aletheia.prefix.exact import why_not_exact
 from aletheia.prefix.fill import fill
-from aletheia.runs.folder import RunFolder, save
+from aletheia.runs.folder import RunFolder, save, save_so_far
 from aletheia.runs.manifest import TrainingCheckpoint, newest_checkpoint
-from aletheia.runs.schema import Metrics, PhaseSeconds, Run, UsedSettings
+from aletheia.runs.schema import Metrics, PhaseSeconds, Run, StartingAdapter, UsedSettings
 from aletheia.training.attach import Attachment, AttachSettings, prefix_computed_as
 from aletheia.training.checkpoints import trustworthy_checkpoints
 from aletheia.training.fast_steps import fast_steps
 from aletheia.training.interrupts import SaveInTime, interrupts
-from aletheia.training.learning_rate import default_learning_rate
-from aletheia.training.loop import RowTrainer, evaluates_by_itself, rows_of_steps, steps_per_epoch, training_arguments
+from aletheia.training.learning_rate import default_learning_rate, warm_up_steps
+from aletheia.training.loop import (
+    RowTrainer,
+    evaluates_by_itself,
+    rows_of_steps,
+    rows_per_step,
+    steps_per_epoch,
+    training_arguments,
+)
+from aletheia.training.outcome import has_learned, verdict, whole_adapter
 from aletheia.training.processes import Launch
 from aletheia.training.recorder import Recorder
 from aletheia.training.settings import WITHOUT_INFLUENCE, TrainSettings
@@ -61,6 +68,7 @@ class Prepared:
         seconds: time already spent, by phase (``load``, ``probe``, ``plan``, ``cache``).
         about: what tells this run from others, by name, beyond what :func:`train` knows: a run that was interrupted
             goes on only if all of it is the same.
+        went_on_from: the adapter that ``model`` was loaded with, whose weights are where training starts.
         checkpoint: the one to go on from; by default the newest whole one where the folder holds an interrupted run.
     """
 
@@ -68,6 +76,7 @@ class Prepared:
     unquantized: Checkpoint | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     about: Mapping[str, Any] = field(default_factory=dict)
+    went_on_from: StartingAdapter | None = None
     checkpoint: TrainingCheckpoint | None = None
 
 
@@ -102,6 +111,7 @@ def train(
 
     Raises:
         AdapterError: the model is not adapted as planned.
+        PlanError: the rows come from another tokenizer than those that the plan was made from.
         ArtifactError: ``out`` is taken or cannot be written.
         CacheError: the cache asked for is not possible.
         Interrupted: a signal ended the run; a checkpoint was saved.
@@ -114,6 +124,7 @@ def train(
     training_arguments(settings, "")  # refuses what Trainer does not take, before anything else
     if not len(data):
         raise TrainingError(f"{data.identity.name}: found no rows to train on, expected at least one")
+    plan.check_tokenizer(data.tokenizer)
     check_adapters(model, plan)
     bytes_needed = 4 * plan.trainable_parameters * (2 if settings.correct_quantization else 1)
     with ExitStack() as stack:
@@ -145,6 +156,7 @@ class _Job:
         self.processes = Launch.here().processes
         self.correction = Correction()
         self.stack = ExitStack()  # closed when the run is over
+        self.has_learned = False
 
     def run(self) -> Run:
         """From adapters at their start to a folder that is written."""
@@ -169,11 +181,19 @@ class _Job:
                 trainer.train(resume_from_checkpoint=None if found is None else str(found.path))
             finally:
                 self.recorder.close()
-            if interrupted.signal is not None and trainer.state.global_step < trainer.state.max_steps:
-                raise interrupted.error()
+            is_done = interrupted.signal is None or trainer.state.global_step >= trainer.state.max_steps
+            self.has_learned = is_done and has_learned(self.model)
         check_adapters(self.model, self.plan)
         self.correction.fold(self.model, self.plan)
+        if not is_done:
+            raise interrupted.error(self._keep_so_far(trainer))
         return self._finish(trainer, attachment)
+
+    def _keep_so_far(self, trainer: RowTrainer) -> str:
+        """Leave the adapter of an interrupted run where it can be used; what is said of it."""
+        state = whole_adapter(self.model)
+        is_kept = trainer.is_world_process_zero() and save_so_far(self.model, self.folder, state)
+        return f"; {self.folder.path} holds the adapter so far" if is_kept else ""
 
     def _trainer(self) -> tuple[RowTrainer, Attachment]:
         settings, model, plan = self.settings, self.model, self.plan
@@ -192,11 +212,14 @@ class _Job:
                 f"the model is on {model.device}, and Trainer takes the first GPU it sees; expected it on cuda:0, "
                 f"started with CUDA_VISIBLE_DEVICES={model.device.index}"
             )
+        if len(self.data) < (needed := rows_per_step(settings, self.processes)):
+            self._say(f"note: {len(self.data)} rows do not fill a step of {needed}; each pass over them is one step")
         arguments = training_arguments(
             settings,
             str(self.folder.checkpoints),
             max_steps=steps,
             learning_rate=rate,
+            warmup_steps=warm_up_steps(settings.warmup_steps, steps),
             fp16=model.dtype == torch.float16,
             use_cpu=model.device.type == "cpu",
             dataloader_pin_memory=model.device.type == "cuda",
@@ -229,6 +252,8 @@ class _Job:
             assert cache is not None
             if isinstance(cache, DiskCache):
                 self.stack.callback(cache.close)
+                for note in cache.notes:
+                    self._say(f"note: {note}")
             fill(self.model, self.plan.boundary, rows, cache, self.settings.batch_size, self.show)
         self.seconds["cache"] = time.perf_counter() - started
         return cache, CacheDecision(kind, "filled before the first step", cache.size_bytes)
@@ -246,7 +271,7 @@ class _Job:
             layers = self.prepared.unquantized.read_layers(sorted({adapter.layer for adapter in self.plan.adapters}))
             self.correction.measure(self.model, layers, collate(_first_rows(first), pad))
         self.model.train()
-        if settings.init == "gradient" and anew:
+        if settings.init == "gradient" and anew and self.prepared.went_on_from is None:
             rows = list(chain.from_iterable(first))[: count * settings.batch_size]
             cut = [rows[at : at + settings.batch_size] for at in range(0, len(rows), settings.batch_size)]
             # with every adapter learning, as the run begins; what is below may not be in memory
@@ -263,6 +288,8 @@ class _Job:
         return {
             **settings,
             **self.prepared.about,
+            "tokenizer": str(self.data.tokenizer and self.data.tokenizer.vocabulary),
+            "template": str(self.data.tokenizer and self.data.tokenizer.chat_template),
             "model_fingerprint": self.plan.model.fingerprint,
             "data_fingerprint": self.data.identity.fingerprint,
             "rows_fingerprint": _rows_sha256(self.data),
@@ -278,7 +305,7 @@ class _Job:
         """Write the folder; the checkpoints that were kept in time only are no longer needed."""
         metrics = self._metrics(trainer, attachment)
         run = Run(self.folder.path, metrics, self.plan)
-        state = _whole_adapter(self.model)
+        state = whole_adapter(self.model)
         if trainer.is_world_process_zero():
             save(self.model, run, state)
             if self.settings.save_steps is None:
@@ -302,7 +329,7 @@ class _Job:
             group_by_length=settings.group_by_length,
             gradient_checkpointing=settings.gradient_checkpointing,
             cache=attachment.decision.kind,
-            init=settings.init,
+            init=settings.init if self.prepared.went_on_from is None else "adapter",
             quantization=quantization_of(base_of(model)),
             quantization_corrected=bool(self.correction),
             attention=getattr(model.config, "_attn_implementation", None),
@@ -313,14 +340,17 @@ class _Job:
         if settings.keep == "best" and trainer.state.best_global_step:
             kept = trainer.state.best_global_step
         curve = recorder.held_out_curve
+        after = next((point.loss for point in curve if point.step == kept), curve[-1].loss)
         return Metrics(
             model=self.plan.model,
             data=data.identity,
+            tokenizer=data.tokenizer,
             held_out_data=self.held_out.identity,
             held_out_rows=len(self.held_out),
             held_out_tokens=self.held_out.labelled_tokens,
             packages=package_versions(),
             settings=used,
+            went_on_from=self.prepared.went_on_from,
             rows_truncated=data.truncated,
             rows_skipped=data.skipped,
             steps=steps,
@@ -336,7 +366,8 @@ class _Job:
             cache_reason=attachment.decision.reason,
             steps_computed_by=attachment.ways,
             held_out_loss_before=curve[0].loss,
-            held_out_loss_after=next((point.loss for point in curve if point.step == kept), curve[-1].loss),
+            held_out_loss_after=after,
+            verdict=verdict(self.has_learned, curve[0].loss, after),
             train_curve=tuple(recorder.train_curve),
             held_out_curve=tuple(curve),
         )
@@ -354,14 +385,6 @@ def _owed(plan: Plan) -> dict[str, float]:
 def _rows_sha256(rows: Examples) -> str:
     told = json.dumps([[row.input_ids, row.labels] for row in rows.examples])
     return hashlib.sha256(told.encode()).hexdigest()
-
-
-def _whole_adapter(model: PeftModel) -> dict[str, torch.Tensor] | None:
-    """The adapter's weights, gathered where they are sharded: all processes must call this; None: they are whole."""
-    own = {name: value for name, value in model.named_parameters() if "lora_" in name}
-    if not any(isinstance(value, DTensor) for value in own.values()):
-        return None
-    return {name: value.full_tensor().cpu() if isinstance(value, DTensor) else value for name, value in own.items()}
 
 
 def _first_rows(batches: list[list[Example]]) -> list[Example]:

@@ -51,6 +51,7 @@ def lean_norms(model: nn.Module) -> Iterator[int]:
 def _forward(module: nn.Module, plain: Forward, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     weight = module.weight
     usual = x.device.type == "cpu" and x.dtype == weight.dtype and not (args or kwargs or weight.requires_grad)
+    usual = usual and x.shape[-1:] == weight.shape  # some take other widths, and leave their weight alone
     if not usual or torch.is_autocast_enabled("cpu"):
         return plain(x, *args, **kwargs)
     normed: torch.Tensor = _LeanRMSNorm.apply(x, weight, _eps(module))

@@ -17,6 +17,7 @@ from aletheia.adapters.initial import ROWS
 from aletheia.anatomy.fingerprint import identify
 from aletheia.anatomy.load import Loaded, load
 from aletheia.data.examples import Examples
+from aletheia.data.tokenizer import identify_tokenizer
 from aletheia.errors import ArtifactError, CacheError
 from aletheia.files import package_versions
 from aletheia.lab.campaign.grid import Row, model_named
@@ -34,7 +35,7 @@ from aletheia.probing.resident import probe
 from aletheia.probing.scores import Scores
 from aletheia.runs.folder import RunFolder
 from aletheia.runs.saved import load_adapter
-from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, SCORES_FILE, Metrics, Run
+from aletheia.runs.schema import METRICS_FILE, SCORES_FILE, Run
 from aletheia.training.settings import CacheKind
 from aletheia.training.train import train
 
@@ -70,8 +71,9 @@ def run_behaviour(
     origin = Origin(identify(base.model))
     result: dict[str, Any] = {}
     if adapter is not None:
-        result |= _trained(Run(adapter, Metrics.read(adapter / METRICS_FILE), Plan.read(adapter / PLAN_FILE)))
-        base = replace(base, model=load_adapter(base.model, adapter))  # type: ignore[arg-type]
+        result |= _trained(Run.read(adapter))
+        tokenizer = identify_tokenizer(base.tokenizer)
+        base = replace(base, model=load_adapter(base.model, adapter, tokenizer))  # type: ignore[arg-type]
     items = {"heldout": _held_out(campaign, base, data_dir)}
     versions = {}
     for name, settings in campaign.tasks.items():

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from aletheia.errors import ArtifactError, CampaignError
-from aletheia.files import read_json
+from aletheia.files import read_sealed
 from aletheia.lab.campaign.executors import ExecutorSettings, devices
 from aletheia.lab.campaign.grid import jobs
 from aletheia.lab.campaign.process import JOB_FILE
@@ -118,9 +118,14 @@ def check_data_unchanged(store: Store, folder: Path, hashes: Mapping[str, str]) 
 
 
 def told_before(place: Path) -> dict[str, Any]:
-    """What a job was told to do at an earlier attempt; nothing if there was none."""
-    try:
-        found = read_json(place / JOB_FILE)
-    except ArtifactError:
+    """What a job was told to do at an earlier attempt; nothing if there was none.
+
+    Raises:
+        CampaignError: the file was changed since.
+    """
+    if not (place / JOB_FILE).exists():
         return {}
-    return dict(found) if isinstance(found, Mapping) else {}
+    try:
+        return read_sealed(place / JOB_FILE)
+    except ArtifactError as error:
+        raise CampaignError(f"{error}; or move {place} away, and its job runs again") from error

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from aletheia.errors import ArtifactError, CampaignError
-from aletheia.files import file_sha256, read_json, write_text
+from aletheia.files import file_sha256, is_full_disk, read_sealed, sealed_json, write_text
 from aletheia.lab.campaign.checks import JOBS, check_data_unchanged, check_earlier_jobs, data_files, told_before
 from aletheia.lab.campaign.executors import Executor
-from aletheia.lab.campaign.full_disk import full_disk, is_full_disk, stop_on_full_disk
+from aletheia.lab.campaign.full_disk import full_disk, stop_on_full_disk
 from aletheia.lab.campaign.grid import Job, Row, jobs
 from aletheia.lab.campaign.process import JOB_FILE, LOG_FILE, RESULT_FILE, Ending
 from aletheia.lab.campaign.spec import BehaviourCampaign, SpeedCampaign, parse_campaign
@@ -145,7 +145,7 @@ def _prepare(
         "data_dir": str(data_dir.resolve()),
         "folder": str(place.parent.parent),
     }
-    text = json.dumps(told, indent=1) + "\n"
+    text = sealed_json(told)
     if place.exists() and any(place.iterdir()) and not _is_same(told_before(place), json.loads(text)):
         aside = next(name for count in itertools.count(1) if not (name := Path(f"{place}.before-{count}")).exists())
         place.rename(aside)
@@ -169,8 +169,7 @@ def _outcome(job: Job, place: Path, why: str | None) -> list[Record]:
     found: dict[str, Any] = {}
     if why is None:
         try:
-            told = read_json(place / RESULT_FILE)
-            found = dict(told) if isinstance(told, Mapping) else {}
+            found = read_sealed(place / RESULT_FILE)
         except ArtifactError as error:
             why = str(error)
     return [_record(row, found.get(row.arm), why) for row in job.rows]

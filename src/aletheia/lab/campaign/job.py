@@ -1,6 +1,5 @@
 """``python -m aletheia.lab.campaign.job FOLDER``: run one job and leave ``result.json``. See ``process.py``."""
 
-import json
 import os
 import sys
 import threading
@@ -12,11 +11,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from aletheia.errors import AletheiaError
-from aletheia.files import write_text
-from aletheia.lab.campaign.full_disk import is_full_disk
+from aletheia.files import is_full_disk, read_sealed, sealed_json, write_text
 from aletheia.lab.campaign.grid import Row
 from aletheia.lab.campaign.process import DISK_FULL, JOB_FILE, RESULT_FILE
 from aletheia.lab.campaign.spec import SpeedCampaign, parse_campaign
+from aletheia.libraries import quiet_libraries
 
 ABANDONED = 75
 LOCK_SECONDS = 60  # for a copy to end whose Ray worker died
@@ -25,13 +24,14 @@ LOCK_SECONDS = 60  # for a copy to end whose Ray worker died
 def main(place: Path) -> int:
     """Run the job in ``place``; exit code 0, 2 with a line that says why not, or ``DISK_FULL``."""
     threading.Thread(target=_end_with_input, daemon=True).start()
+    quiet_libraries()  # or their last line would be told as the reason of a failure
     try:
         with FileLock(place / "job.lock", timeout=LOCK_SECONDS):
-            told = json.loads((place / JOB_FILE).read_text(encoding="utf-8"))
+            told = read_sealed(place / JOB_FILE)
             campaign = parse_campaign(told["campaign"], str(place / JOB_FILE))
             rows = [Row(*row) for row in told["rows"]]
             found = _run(campaign, rows, Path(told["data_dir"]), Path(told["folder"]), place)
-            write_text(place / RESULT_FILE, json.dumps(found, indent=1, allow_nan=False) + "\n")
+            write_text(place / RESULT_FILE, sealed_json(found))
     except Timeout:
         _say("error: another process runs this job; wait until it ends")
         return 2

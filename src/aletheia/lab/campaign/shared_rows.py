@@ -28,7 +28,7 @@ def _rows(campaign: SpeedCampaign | BehaviourCampaign, path: Path, tokenizer: An
         CampaignError: there are fewer.
         DataError: the file cannot be read.
     """
-    every = load_data(str(path), tokenizer, max_length=campaign.max_length + 1, skip_emptied=True)
+    every = load_data(str(path), tokenizer, max_length=campaign.max_length + 1, skip_unusable=True)
     fitting = [index for index, row in enumerate(every.examples) if len(row) <= campaign.max_length]
     if len(fitting) < start + count:
         raise CampaignError(

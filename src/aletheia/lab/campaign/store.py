@@ -1,5 +1,9 @@
-"""The store of a campaign: one SQLite file with a row per (model, arm, seed), one writer at a time. Torch-free."""
+"""The store of a campaign: one SQLite file with a row per (model, arm, seed), one writer at a time. Torch-free.
 
+SQLite has no checksums of its own, so each row carries the sha256 of what it says, as does the campaign.
+"""
+
+import hashlib
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,10 +20,10 @@ from aletheia.lab.campaign.grid import Row, jobs
 from aletheia.lab.campaign.spec import BehaviourCampaign, SpeedCampaign, parse_campaign
 
 STORE_FILE = "campaign.db"
-VERSION = 1
+VERSION = 2
 Status = Literal["pending", "done", "failed"]
 SCHEMA = """
-CREATE TABLE campaign (version INTEGER NOT NULL, spec TEXT NOT NULL);
+CREATE TABLE campaign (version INTEGER NOT NULL, spec TEXT NOT NULL, sha256 TEXT NOT NULL);
 CREATE TABLE rows (
     position INTEGER PRIMARY KEY,
     model TEXT NOT NULL,
@@ -28,6 +32,7 @@ CREATE TABLE rows (
     status TEXT NOT NULL DEFAULT 'pending' CHECK (status IN ('pending', 'done', 'failed')),
     reason TEXT,
     result TEXT,
+    sha256 TEXT NOT NULL,
     UNIQUE (model, arm, seed)
 );
 """
@@ -47,19 +52,25 @@ class Store:
     """The rows of one campaign. Every change is on disk when the call returns (WAL, synchronous=FULL)."""
 
     def __init__(self, path: Path) -> None:
-        """Open a store that is there, to read; see :meth:`writing` to change it."""
+        """Open a store that is there, to read; see :meth:`writing` to change it.
+
+        Raises:
+            CampaignError: there is none, it is of another release, or it was changed since it was written.
+        """
+        self._path = path
         try:
             if not path.is_file():
                 raise CampaignError(f"{path.parent} holds no campaign; run one there with 'aletheia campaign run'")
             self._connection = sqlite3.connect(path, timeout=30, isolation_level=None)
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
-            found = self._connection.execute("SELECT version, spec FROM campaign").fetchone()
-        except sqlite3.DatabaseError as error:
+            found = self._connection.execute("SELECT version FROM campaign").fetchone()
+            if found is None or found[0] != VERSION:
+                raise CampaignError(f"{path} has store version {found and found[0]!r}; this release reads {VERSION}")
+            self.campaign = parse_campaign(json.loads(self._checked_spec()), str(path))
+        except (sqlite3.DatabaseError, OSError) as error:
             raise CampaignError(f"{path} is no store of ours ({error}); choose another `out`") from error
-        if found is None or found[0] != VERSION:
-            raise CampaignError(f"{path} has store version {found and found[0]!r}; this release reads {VERSION}")
-        self.campaign = parse_campaign(json.loads(found[1]), str(path))
+        self.records()
 
     @classmethod
     @contextmanager
@@ -94,43 +105,62 @@ class Store:
 
     def record(self, records: Iterable[Record]) -> None:
         """Keep what came of rows, all of them or none; a row that is done stays as it is."""
-        values = [
-            (
-                record.status,
-                record.reason,
-                None if record.result is None else json.dumps(record.result, sort_keys=True, allow_nan=False),
-                record.row.model,
-                record.row.arm,
-                record.row.seed,
-            )
-            for record in records
-        ]
+        self._change(records, " AND status != 'done'")
+
+    def records(self) -> list[Record]:
+        """Every row, in the order of the campaign.
+
+        Raises:
+            CampaignError: a row is not as it was written, or rows are missing.
+        """
+        query = "SELECT model, arm, seed, status, reason, result, sha256 FROM rows ORDER BY position"
+        try:
+            found = self._connection.execute(query).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise self._damaged(str(error)) from error
+        expected = [row for job in jobs(self.campaign) for row in job.rows]
+        if len(found) != len(expected):
+            raise self._damaged(f"it has {len(found)} rows, the campaign {len(expected)}")
+        records = []
+        for row, (*told, digest) in zip(expected, found, strict=True):
+            if digest != _sha256(*told) or told[:3] != [row.model, row.arm, row.seed]:
+                raise self._damaged(f"the sha256 of {row.model}, {row.arm}, seed {row.seed} differs")
+            status, reason, result = told[3:]
+            records.append(Record(row, status, reason, None if result is None else json.loads(result)))
+        return records
+
+    def forget(self, rows: Iterable[Row]) -> None:
+        """Rows become pending again, all of them or none."""
+        self._change([Record(row, "pending", None, None) for row in rows])
+
+    def _change(self, records: Iterable[Record], where: str = "") -> None:
         change = (
-            "UPDATE rows SET status = ?, reason = ?, result = ? "
-            "WHERE model = ? AND arm = ? AND seed = ? AND status != 'done'"
+            f"UPDATE rows SET status = ?, reason = ?, result = ?, sha256 = ? "
+            f"WHERE model = ? AND arm = ? AND seed = ?{where}"
         )
+        values = [(*_told(record)[3:], _sha256(*_told(record)), *_told(record)[:3]) for record in records]
         with self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.executemany(change, values)
             self._connection.execute("COMMIT")
 
-    def records(self) -> list[Record]:
-        """Every row, in the order of the campaign."""
-        query = "SELECT model, arm, seed, status, reason, result FROM rows ORDER BY position"
-        return [
-            Record(Row(model, arm, seed), status, reason, None if result is None else json.loads(result))
-            for model, arm, seed, status, reason, result in self._connection.execute(query)
-        ]
+    def _checked_spec(self) -> str:
+        """The campaign as it was written, of a file whose pages, tables and indexes hold together."""
+        fault = self._connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
+        if fault != "ok":
+            raise self._damaged(str(fault))
+        if _schema(self._connection) != _schema_of_ours():
+            raise self._damaged("its tables are not those of a store")
+        rows = self._connection.execute("SELECT spec, sha256 FROM campaign").fetchall()
+        if len(rows) != 1 or rows[0][1] != _sha256(rows[0][0]):
+            raise self._damaged("the sha256 of the campaign differs")
+        return str(rows[0][0])
 
-    def forget(self, rows: Iterable[Row]) -> None:
-        """Rows become pending again, all of them or none."""
-        change = (
-            "UPDATE rows SET status = 'pending', reason = NULL, result = NULL WHERE model = ? AND arm = ? AND seed = ?"
+    def _damaged(self, fault: str) -> CampaignError:
+        return CampaignError(
+            f"{self._path} was changed after it was written ({' '.join(fault.split())}); put it back, or remove it: "
+            "'aletheia campaign run' makes it anew from what its jobs have left"
         )
-        with self._connection:
-            self._connection.execute("BEGIN IMMEDIATE")
-            self._connection.executemany(change, [(row.model, row.arm, row.seed) for row in rows])
-            self._connection.execute("COMMIT")
 
     def close(self) -> None:
         """Close the file."""
@@ -145,12 +175,38 @@ def _create(path: Path, campaign: SpeedCampaign | BehaviourCampaign) -> None:
     connection = sqlite3.connect(temporary)
     with connection:
         connection.executescript(SCHEMA)
-        connection.execute("INSERT INTO campaign VALUES (?, ?)", (VERSION, campaign.model_dump_json()))
+        spec = campaign.model_dump_json()
+        connection.execute("INSERT INTO campaign VALUES (?, ?, ?)", (VERSION, spec, _sha256(spec)))
+        told = [_told(Record(row, "pending", None, None)) for row in rows]
         connection.executemany(
-            "INSERT INTO rows (model, arm, seed) VALUES (?, ?, ?)", [(row.model, row.arm, row.seed) for row in rows]
+            "INSERT INTO rows (model, arm, seed, status, reason, result, sha256) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            [(*one, _sha256(*one)) for one in told],
         )
     connection.close()
     temporary.rename(path)
+
+
+def _told(record: Record) -> tuple[Any, ...]:
+    """What a row of the table says."""
+    row, result = record.row, record.result
+    text = None if result is None else json.dumps(result, sort_keys=True, allow_nan=False)
+    return row.model, row.arm, row.seed, record.status, record.reason, text
+
+
+def _sha256(*fields: Any) -> str:
+    return hashlib.sha256(json.dumps(fields, default=repr).encode()).hexdigest()
+
+
+def _schema(connection: sqlite3.Connection) -> list[tuple[Any, ...]]:
+    return connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_master ORDER BY name").fetchall()
+
+
+def _schema_of_ours() -> list[tuple[Any, ...]]:
+    connection = sqlite3.connect(":memory:")
+    connection.executescript(SCHEMA)
+    found = _schema(connection)
+    connection.close()
+    return found
 
 
 def check_same(

@@ -12,7 +12,7 @@ def compare(this: Evaluated, other: Evaluated) -> Comparison:
     the base's own score falls out of (base - this) - (base - other), so no evaluation of it is needed.
 
     Raises:
-        EvaluationError: no task in common, another base model, or items that are not the same.
+        EvaluationError: no task in common, another base model or tokenizer, or items that are not the same.
     """
     names = [task.name for task in this.evaluation.tasks if task.name in other.rows]
     if not names:
@@ -22,6 +22,9 @@ def compare(this: Evaluated, other: Evaluated) -> Comparison:
             f"{this.path} evaluates {this.evaluation.model}, {other.path} {other.evaluation.model}; "
             "expected the same base model"
         )
+    one, two = this.evaluation.tokenizer, other.evaluation.tokenizer
+    if one.vocabulary != two.vocabulary:
+        raise EvaluationError(f"{this.path} was made with the tokenizer {one}, {other.path} with {two}; expected one")
     tasks = {}
     for name in names:
         _check_items(name, this, other)

@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
-from aletheia.anatomy.access import text_config
+from aletheia.anatomy.access import input_weight, stop_ids_of, text_config
 from aletheia.anatomy.fingerprint import identify
 from aletheia.anatomy.load import Loaded
 from aletheia.anatomy.schema import ModelIdentity
 from aletheia.data.encode import load_data
+from aletheia.data.stops import with_valid_pad
+from aletheia.data.tokenizer import identify_tokenizer
 from aletheia.errors import ArtifactError, EvaluationError, SandboxError
 from aletheia.files import check_writable, file_sha256, package_versions
 from aletheia.lab.evaluation import humaneval, sandbox
@@ -41,6 +43,7 @@ from aletheia.lab.evaluation.record import (
 from aletheia.lab.evaluation.row_loss import HeldOut
 from aletheia.lab.evaluation.upstream import check_installed, load_tasks, quiet
 from aletheia.lab.evaluation.work import Benchmark, Row, Score, Work
+from aletheia.runs.saved import load_adapter, use_template_of
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -111,6 +114,20 @@ def claim(out: Path, settings: EvalSettings, overwrite: bool = False) -> Evaluat
     return None
 
 
+def with_adapter(base: Loaded, adapter: str | Path, settings: EvalSettings, allow_pickle: bool = False) -> Loaded:
+    """A base model with an adapter on it, whose chat template counts where the evaluation uses one.
+
+    Raises:
+        AletheiaError: as :func:`aletheia.load_adapter`.
+    """
+    use_template_of(adapter, base.tokenizer)
+    tokenizer = identify_tokenizer(base.tokenizer)
+    if not settings.chat and settings.eval_data is None:
+        tokenizer = tokenizer.without_template()
+    model: Any = load_adapter(base.model, adapter, allow_pickle, tokenizer)
+    return replace(base, model=model)
+
+
 def evaluate(
     base: Loaded,
     settings: EvalSettings,
@@ -142,7 +159,7 @@ def evaluate(
     if (finished := claim(out, settings, overwrite)) is not None:
         return finished
     origin = origin or Origin(identify(base.model))
-    identity = origin.identity
+    identity, tokenizer = origin.identity, identify_tokenizer(base.tokenizer)
     started = time.perf_counter()
     works = _prepare(base, settings, data_dir, unsafe_exec)
     dtype, device = str(base.model.dtype).removeprefix("torch."), str(base.model.device)
@@ -155,6 +172,7 @@ def evaluate(
         {
             "settings": settings.model_dump(mode="json"),
             "model": {"fingerprint": identity.fingerprint, "weights": identity.weights, "dtype": dtype},
+            "tokenizer": tokenizer.model_dump(mode="json", exclude={"name"}),
             "packages": packages,
             "prompts": {work.name: work.prompts_sha256 for work in works},
         },
@@ -169,11 +187,13 @@ def evaluate(
     _write_items(out / ITEMS_FILE, rows)
     evaluation = Evaluation(
         model=identity,
+        tokenizer=tokenizer,
         settings=settings,
         dtype=dtype,
         device=device,
         packages=packages,
         tasks=tuple(results),
+        items_sha256=file_sha256(out / ITEMS_FILE),
         seconds=EvalSeconds(load=origin.load_seconds, eval=time.perf_counter() - started),
     )
     evaluation.write(out / EVAL_FILE)
@@ -193,7 +213,7 @@ def language_model(model: nn.Module, tokenizer: Any, batch_size: int, context_le
 
         return HFLM(
             pretrained=model,
-            tokenizer=tokenizer,
+            tokenizer=with_valid_pad(tokenizer, input_weight(model).shape[0]),
             backend="causal",
             batch_size=batch_size,
             max_length=context_length,
@@ -209,7 +229,14 @@ def _prepare(base: Loaded, settings: EvalSettings, data_dir: Path | None, unsafe
             assert settings.eval_data is not None
             positions = getattr(text_config(base.model), "max_position_embeddings", None)
             length = min(settings.max_length, positions or settings.max_length)
-            rows = load_data(settings.eval_data, base.tokenizer, length, settings.skip_emptied, base.vocab_size)
+            rows = load_data(
+                settings.eval_data,
+                base.tokenizer,
+                length,
+                settings.skip_unusable,
+                base.vocab_size,
+                stop_ids_of(base.model),
+            )
             works.append(HeldOut(base.model, rows, settings.batch_size, settings.limit))
             continue
         lm = lm or language_model(base.model, base.tokenizer, settings.batch_size, settings.context_length)

@@ -1,7 +1,12 @@
-"""The answers of an evaluation that is under way, one line each, so that a killed one goes on where it stopped."""
+"""The answers of an evaluation that is under way, one line each, so that a killed one goes on where it stopped.
 
+Each line is JSON that ends with the sha256 of the line before it, taken together with its own text.
+"""
+
+import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +15,7 @@ from aletheia.errors import ArtifactError, EvaluationError
 from aletheia.lab.evaluation.record import differing
 
 JOURNAL_FILE = "answers.partial.jsonl"
+_LINE = re.compile(rb'(\{.*), "sha256": "([0-9a-f]{64})"\}', re.DOTALL)
 
 
 class OtherEvaluationError(EvaluationError):
@@ -21,21 +27,21 @@ class Journal:
 
     Raises:
         OtherEvaluationError: the file belongs to an evaluation of something else.
-        ArtifactError: it cannot be written.
+        ArtifactError: it cannot be written, or a line of it was changed.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
         """Open or begin the journal in ``folder``; ``header`` is JSON."""
         self.path = folder / JOURNAL_FILE
         self.answers: dict[tuple[str, int], Any] = {}
+        self._last = ""  # sha256 of the last line
         header = json.loads(json.dumps(header))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lines = self._whole_lines()
-            if lines:
-                self._check(json.loads(lines[0]), header)
-                for line in lines[1:]:
-                    entry = json.loads(line)
+            found = [self._entry(number, line) for number, line in enumerate(self._whole_lines(), 1)]
+            if found:
+                self._check(found[0], header)
+                for entry in found[1:]:
                     self.answers[entry["task"], entry["at"]] = entry["answer"]
             else:
                 self._append([header])
@@ -60,11 +66,35 @@ class Journal:
         whole = content.rfind(b"\n") + 1
         if whole < len(content):
             os.truncate(self.path, whole)
-        return content[:whole].splitlines()
+        return content[:whole].split(b"\n")[:-1]
+
+    def _entry(self, number: int, line: bytes) -> dict[str, Any]:
+        """What a line holds.
+
+        Raises:
+            ArtifactError: it, or one before it, was changed; names it.
+        """
+        parts = _LINE.fullmatch(line)
+        if parts is None or parts[2].decode() != self._sha256(parts[1]):
+            raise ArtifactError(
+                f"{self.path}:{number}: the line was changed after it was written (its sha256 differs); put the file "
+                "back, or pass `overwrite` to begin anew"
+            )
+        self._last = parts[2].decode()
+        found: dict[str, Any] = json.loads(parts[1] + b"}")
+        return found
+
+    def _sha256(self, text: bytes) -> str:
+        return hashlib.sha256(self._last.encode() + text).hexdigest()
 
     def _append(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        lines = []
+        for entry in entries:
+            text = json.dumps(entry)[:-1]
+            self._last = self._sha256(text.encode())
+            lines.append(f'{text}, "sha256": "{self._last}"}}\n')
         with open(self.path, "a", encoding="utf-8") as handle:
-            handle.writelines(json.dumps(entry) + "\n" for entry in entries)
+            handle.writelines(lines)
             handle.flush()
             os.fsync(handle.fileno())
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, FiniteFloat
 
-from aletheia.anatomy.schema import ModelIdentity
+from aletheia.anatomy.schema import ModelIdentity, TokenizerIdentity
 from aletheia.errors import ArtifactError
-from aletheia.files import Artifact, file_sha256
+from aletheia.files import DIGITS_SHOWN, Artifact, file_sha256
 
 EVAL_FILE = "eval.json"
 ITEMS_FILE = "items.parquet"
@@ -86,7 +86,7 @@ class EvalSettings(BaseModel):
     max_new_tokens: int | None = None
     context_length: int | None = None
     max_length: int = 1024
-    skip_emptied: bool = False
+    skip_unusable: bool = False
     batch_size: int = 8
     dtype: str = "auto"
     quantize: str | None = None
@@ -106,16 +106,18 @@ class EvalSeconds(BaseModel):
 
 
 class Evaluation(Artifact):
-    """Everything known about one evaluation but its items."""
+    """Everything known about one evaluation but its items, of which it has the file's sha256."""
 
     FORMAT: ClassVar[str] = "aletheia-evaluation"
 
     model: ModelIdentity
+    tokenizer: TokenizerIdentity
     settings: EvalSettings
     dtype: str
     device: str
     packages: dict[str, str]
     tasks: tuple[TaskResult, ...]
+    items_sha256: str
     seconds: EvalSeconds
 
 
@@ -141,12 +143,22 @@ class Evaluated:
         """Read what ``aletheia eval`` wrote.
 
         Raises:
-            ArtifactError: the folder holds no finished evaluation.
+            ArtifactError: the folder holds no finished evaluation, or a file of it was changed since.
         """
         path = Path(path)
         if not is_finished(path):
             raise ArtifactError(f"{path} holds no finished evaluation; give a folder written by 'aletheia eval'")
-        return cls(path, Evaluation.read(path / EVAL_FILE))
+        evaluation, items = Evaluation.read(path / EVAL_FILE), path / ITEMS_FILE
+        try:
+            found = file_sha256(items)
+        except OSError as error:
+            raise ArtifactError(f"cannot read {items}: {error.strerror}; run the evaluation again") from error
+        if found != evaluation.items_sha256:
+            raise ArtifactError(
+                f"{items} was changed after it was written: its sha256 is {found[:DIGITS_SHOWN]}, expected "
+                f"{evaluation.items_sha256[:DIGITS_SHOWN]}; put it back or run the evaluation again"
+            )
+        return cls(path, evaluation)
 
     @cached_property
     def rows(self) -> dict[str, list[dict[str, Any]]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from aletheia.data.templates import try_template
 from aletheia.errors import EvaluationError
 from aletheia.lab.evaluation.upstream import quiet, task_version
 
@@ -90,6 +91,8 @@ class Benchmark:
         """Build the requests; ``score`` runs HumanEval's programs."""
         if chat and not getattr(lm.tokenizer, "chat_template", None):
             raise EvaluationError("`chat` needs a chat template, which this tokenizer has not; leave `chat` away")
+        if chat:
+            try_template(lm.tokenizer)
         self.name, self.version = name, task_version(name, tasks)
         self._tasks, self._lm, self._score = tasks, lm, score
         places = [(subject, index) for subject, task in tasks.items() for index in range(len(task.eval_docs))]

@@ -1,0 +1,234 @@
+"""An ``adapter_config.json`` that somebody else wrote, checked before PEFT sees it.
+
+PEFT takes its patterns for regular expressions, some of its settings import modules or decompose every weight, and
+sizes are allocated as they stand there. Only plain LoRA passes, with names as names, and no larger than what is stored
+beside it: which modules are adapted, and at which rank, is read from the weights.
+"""
+
+import json
+import math
+import re
+import struct
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig
+from torch import nn
+
+from aletheia.anatomy import foreign
+from aletheia.anatomy.read import is_matrix
+from aletheia.errors import AdapterError, ModelError
+from aletheia.settings import LARGEST_RANK
+
+SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
+HEADER_BYTES = 100_000_000  # as safetensors has it
+MOST_NAMES = 20_000
+LONGEST = 300  # characters of a name or pattern
+
+_NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
+# what PEFT's and our savers write: a name, its dots escaped or not, from the beginning or after any other; linear
+_PATTERN = re.compile(r"\^?(\.\*\\?\.)?(?:[\w-]|\\?\.|\\-)+\$?")
+_HARMLESS = (True, False, None, "gaussian", "orthogonal", "eva")  # starts that leave the base as it is
+_IGNORED = ("peft_version", "auto_mapping", "inference_mode", "runtime_config", "megatron_core", "eva_config")
+_READ = (  # checked here, or of use only with what is refused here
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout"),
+    *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("rank_pattern", "alpha_pattern", "init_lora_weights", "fan_in_fan_out", "use_rslora", "ensure_weight_tying"),
+    *("qalora_group_size", "loftq_config"),
+)
+_LOADED_ONLY = ("bias", "modules_to_save", "trainable_token_indices", "use_dora", "lora_bias")
+
+
+def read_lora_config(folder: Path, allow_pickle: bool = False) -> LoraConfig:
+    """The configuration of an adapter folder, if it is one of LoRA that can be put on a model without surprise.
+
+    Raises:
+        AdapterError: what is refused, in one line; nothing was executed and no pattern matched.
+    """
+    try:
+        foreign.check_files(folder)
+        found = foreign.read_settings(folder / foreign.ADAPTER_CONFIG)
+    except ModelError as error:
+        raise AdapterError(str(error)) from error
+    try:
+        _check_kind(found)
+        _check_numbers(found)
+        _check_names(found)
+    except ValueError as error:
+        raise AdapterError(f"{folder / foreign.ADAPTER_CONFIG}: {error}") from None
+    _check_weights(folder, allow_pickle)
+    known = {one.name for one in fields(LoraConfig)} - {"peft_type", *_IGNORED}
+    kept = {name: value for name, value in found.items() if name in known and value is not None}
+    kept["init_lora_weights"] = True  # what is drawn is overwritten
+    if kept.get("fan_in_fan_out"):
+        kept["fan_in_fan_out"] = bool(kept["fan_in_fan_out"])
+    try:
+        return LoraConfig(**kept)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{folder / foreign.ADAPTER_CONFIG}: PEFT refuses it ({str(error)[:200]})") from error
+
+
+def as_stored(config: LoraConfig, folder: Path, model: nn.Module) -> LoraConfig:
+    """The same with every adapted module named in full and its rank as its weights have it, in place.
+
+    So no pattern has to be matched, and nothing is allocated that is not stored. Left as it is where the weights have
+    names that the model has not, as in adapters of older releases of its family, or where parameters are adapted.
+
+    Raises:
+        AdapterError: such an adapter names its modules by a pattern, or has a rank that none of its weights has.
+    """
+    ranks = stored_ranks(folder)
+    modules = dict(model.named_modules())
+    if not config.target_parameters and ranks and all(name in modules for name in ranks):
+        config.target_modules = sorted(ranks)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+        own = {name: rank for name, rank in ranks.items() if rank != config.r}
+        config.rank_pattern = {re.escape(name): rank for name, rank in own.items()}
+        if any(not is_matrix(modules[name]) and not isinstance(modules[name], nn.Embedding) for name in ranks):
+            raise AdapterError(f"{folder} adapts modules that are no matrices; expected LoRA on Linear layers")
+        return config
+    is_pattern = isinstance(config.target_modules, str) and config.target_modules != "all-linear"
+    if is_pattern or config.exclude_modules or config.layers_pattern:
+        raise AdapterError(
+            f"{folder} names its modules by a pattern, and its weights are of modules that this model has not; "
+            "expected an adapter trained on this base model"
+        )
+    most = max(ranks.values(), default=1)
+    if ranks and max((config.r, *(config.rank_pattern or {}).values())) > most:
+        raise AdapterError(f"{folder} says rank {config.r:,}, its weights have up to {most:,}; fetch it again")
+    return config
+
+
+def stored_ranks(folder: Path) -> dict[str, int]:
+    """Rank of every adapted module by full name, from the header of the weights; nothing from a pickle."""
+    path = folder / SAFETENSORS
+    if not path.is_file():
+        return {}
+    found = {}
+    for key, told in _header(path).items():
+        name, _, factor = key.removeprefix("base_model.model.").rpartition(".lora_")
+        shape = told.get("shape") if isinstance(told, dict) else None
+        if name and isinstance(shape, list) and shape and factor in ("A.weight", "embedding_A"):
+            found[name] = int(shape[0])
+    return found
+
+
+def not_trained_here(config: LoraConfig) -> str | None:
+    """What an adapter has beside plain LoRA, by name, which is loaded here but not trained on."""
+    plain = {one.name: one.default for one in fields(LoraConfig) if one.default is not MISSING}
+    return next((name for name in _LOADED_ONLY if getattr(config, name) and getattr(config, name) != plain[name]), None)
+
+
+def _check_kind(found: dict[str, Any]) -> None:
+    if found.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type is {_shown(found.get('peft_type'))}; expected LORA")
+    if found.get("task_type") not in ("CAUSAL_LM", None):
+        raise ValueError(f"task_type is {_shown(found['task_type'])}; expected CAUSAL_LM")
+    start = found.get("init_lora_weights", True)
+    if not isinstance(start, bool | str | None) or start not in _HARMLESS:
+        raise ValueError(
+            f"init_lora_weights is {_shown(start)}, a start that changes the base's weights; expected plain LoRA; "
+            "convert the adapter with PEFT's path_initial_model_for_weight_conversion"
+        )
+    plain = {one.name: one.default for one in fields(LoraConfig) if one.default is not MISSING}
+    for name, value in found.items():
+        if name in (*_READ, *_IGNORED, *_LOADED_ONLY) or value in (None, False, {}, []):
+            continue
+        if name not in plain or value != plain[name]:
+            raise ValueError(f"{_shown(name)} is {_shown(value)}; expected plain LoRA, without it")
+
+
+def _check_numbers(found: dict[str, Any]) -> None:
+    def check(name: str, value: Any, whole: bool, low: float, high: float) -> None:
+        kinds = int if whole else int | float
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, kinds)
+            or not math.isfinite(value)
+            or not low <= value <= high
+        ):
+            kind = "whole number" if whole else "number"
+            raise ValueError(f"{name} is {_shown(value)}; expected a {kind} from {low:g} to {high:,}")
+
+    check("r", found.get("r", 8), True, 1, LARGEST_RANK)
+    check("lora_alpha", found.get("lora_alpha", 8), False, 1e-6, 10**9)
+    check("lora_dropout", found.get("lora_dropout", 0.0), False, 0, 0.999)
+    for name, whole in (("rank_pattern", True), ("alpha_pattern", False)):
+        patterns = found.get(name) or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{name} is {_shown(patterns)}; expected names and numbers")
+        _check_count(name, patterns)
+        for key, value in patterns.items():
+            if len(key) > LONGEST or not _PATTERN.fullmatch(key):
+                raise ValueError(f"{name} has the pattern {_shown(key)}; expected names of modules, without operators")
+            check(f"{name} of {key}", value, whole, 1 if whole else 1e-6, LARGEST_RANK if whole else 10**9)
+
+
+def _check_names(found: dict[str, Any]) -> None:
+    """Lists hold names; a text is a pattern, which is not matched, see :func:`as_stored`."""
+    for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters"):
+        value = found.get(name)
+        if isinstance(value, str) and name not in ("modules_to_save", "target_parameters"):
+            continue
+        if value is not None and not isinstance(value, list):
+            raise ValueError(f"{name} is {_shown(value)}; expected a list of names")
+        _check_count(name, value or [])
+        for one in value or []:
+            if not isinstance(one, str) or len(one) > LONGEST or not _NAME.fullmatch(one):
+                raise ValueError(f"{name} has {_shown(one)}; expected names of modules")
+    layers = found.get("layers_to_transform")
+    indices = found.get("trainable_token_indices")
+    for name, value in (("layers_to_transform", layers), ("trainable_token_indices", indices)):
+        lists = (
+            list(value.values()) if isinstance(value, dict) else [value if isinstance(value, list) else [value or 0]]
+        )
+        for one in lists:
+            _check_count(name, one if isinstance(one, list) else [])
+            if not isinstance(one, list) or not all(type(index) is int and index >= 0 for index in one):
+                raise ValueError(f"{name} is {_shown(value)}; expected whole numbers")
+    for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out", "ensure_weight_tying"):
+        if not isinstance(found.get(name, False), bool | None):
+            raise ValueError(f"{name} is {_shown(found[name])}; expected true or false")
+    if found.get("bias", "none") not in ("none", "all", "lora_only", None):
+        raise ValueError(f"bias is {_shown(found['bias'])}; expected none, all or lora_only")
+
+
+def _check_count(name: str, values: Any) -> None:
+    if len(values) > MOST_NAMES:
+        raise ValueError(f"{name} has {len(values):,} entries; expected at most {MOST_NAMES:,}")
+
+
+def _check_weights(folder: Path, allow_pickle: bool) -> None:
+    if (folder / SAFETENSORS).is_file():
+        _header(folder / SAFETENSORS)
+        return
+    if not (folder / PICKLE).is_file():
+        raise AdapterError(f"{folder} holds no {SAFETENSORS}; expected the weights of an adapter beside its config")
+    if not allow_pickle:
+        raise AdapterError(
+            f"{folder / PICKLE} is a pickle, which can run code when it is read; expected {SAFETENSORS}, or "
+            "`allow_pickle` if you trust who made it"
+        )
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: names, dtypes, shapes."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > min(HEADER_BYTES, path.stat().st_size - 8):
+                raise AdapterError(f"{path} tells of a header of {length:,} bytes, more than it has; fetch it again")
+            found = json.loads(file.read(length))
+    except OSError as error:
+        raise AdapterError(f"cannot read {path}: {error.strerror}; fetch it again") from error
+    except (ValueError, RecursionError, struct.error) as error:
+        raise AdapterError(f"{path} is no safetensors file ({type(error).__name__}); fetch it again") from error
+    if not isinstance(found, dict):
+        raise AdapterError(f"{path} is no safetensors file; fetch it again")
+    found.pop("__metadata__", None)
+    return found
+
+
+def _shown(value: Any) -> str:
+    return repr(value)[:80]

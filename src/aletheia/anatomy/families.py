@@ -1,0 +1,60 @@
+"""What kind of model a config describes, and the class of transformers that it is built by: decided before any weight.
+
+Fine-tuned are decoders that predict the next token of a text, by themselves or inside a vision-language model, of which
+the language model alone is adapted. The rest is refused by name.
+"""
+
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+from aletheia.errors import ModelError
+
+EXPECTED = "expected a decoder that predicts the next token of a text, such as Llama, Qwen or Mistral"
+# marks in the config of the language model of layers that read the image itself, or of states beside the hidden states
+CROSS_ATTENTION = ("cross_attention_layers", "cross_layer_interval")
+
+
+def model_class(name: str, config: PretrainedConfig) -> Any:
+    """``AutoModelForCausalLM``, or ``AutoModelForImageTextToText`` for a vision-language model.
+
+    Args:
+        name: MODEL, for the error.
+        config: its config.
+
+    Raises:
+        ModelError: the config is that of an encoder, an encoder with a decoder, or of something else than text.
+    """
+    kind = str(config.model_type)
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):  # code of its own, which says what it is
+        return AutoModelForCausalLM
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{name} is an encoder-decoder model ({kind}); {EXPECTED}")
+    text = config.get_text_config()
+    if "diffusion" in kind:
+        raise ModelError(f"{name} is a diffusion model ({kind}); {EXPECTED}")
+    if is_wrapper(config):
+        if any(getattr(text, mark, None) for mark in CROSS_ATTENTION):
+            raise ModelError(
+                f"{name} is a vision-language model ({kind}) with layers that read the image alone; expected one whose "
+                "language model is a plain decoder, or a text model"
+            )
+        return AutoModelForImageTextToText
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        other = " (it reads images)" if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else ""
+        raise ModelError(f"{name} is a {kind} model{other}, not a causal language model; {EXPECTED}")
+    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise ModelError(f"{name} is an encoder ({kind}), whose positions see the tokens after them; {EXPECTED}")
+    if getattr(text, "use_bidirectional_attention", None) is True:
+        raise ModelError(f"{name} has bidirectional attention ({kind}): it is an encoder; {EXPECTED}")
+    return AutoModelForCausalLM
+
+
+def is_wrapper(config: PretrainedConfig) -> bool:
+    """Whether this is the config of a vision-language model, a language model beside a vision tower."""
+    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and config.get_text_config() is not config

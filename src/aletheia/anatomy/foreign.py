@@ -1,0 +1,226 @@
+"""A model folder that somebody else wrote, looked at before a library reads it: kinds of files, sizes, code, pickles.
+
+Nothing here builds, runs or unpickles anything. What is refused is told in one line.
+"""
+
+import json
+import mmap
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+from aletheia.anatomy.settings import Attention
+from aletheia.errors import ModelError
+from aletheia.settings import MOST_LAYERS, MOST_PARAMETERS, MOST_TOKENS, WIDEST
+
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+CONFIG_BYTES = 10_000_000  # of a file of settings; the largest seen are below 1 MB
+TOKENIZER_BYTES = 250_000_000  # of tokenizer.json and what else lies beside it; the largest seen are below 40 MB
+DEEPEST = 32  # levels of a config; real ones have 3 or 4
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+_LAYERS = re.compile(r"(^|_)(n|num|encoder|decoder|hidden|mtp|nextn)?_?(n_)?(layers?|blocks|depth)$")
+_COUNTED = ("num_hidden_layers", "n_layer", "n_layers", "hidden_size", "n_embd", "d_model", "vocab_size")
+_TOKENS = re.compile(r"vocab|position|n_ctx|context|seq_len|sequence_length")
+_WIDTH = re.compile(r"size|dim|heads?$|rank|experts?$|width|inner|n_embd|d_model|d_ff|ffn|channels|kernel|groups")
+_GGUF_KEYS = {
+    **dict.fromkeys(("block_count",), MOST_LAYERS),
+    **dict.fromkeys(("embedding_length", "feed_forward_length", "head_count", "expert_count"), WIDEST),
+    **dict.fromkeys(("vocab_size", "context_length"), MOST_TOKENS),
+}
+
+
+def check_files(folder: Path) -> None:
+    """Refuse what is no file (a pipe would be waited for without end), and files of settings that are too large.
+
+    Raises:
+        ModelError: names the file.
+    """
+    for path in sorted(folder.iterdir()):
+        try:
+            found = path.stat()
+        except OSError:  # a link to nothing
+            continue
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
+            raise ModelError(
+                f"{path} is no regular file; expected the files of a model; remove it or copy what it holds"
+            )
+        if path.suffix in (".json", ".model", ".txt", ".jinja"):
+            is_settings = path.name.endswith("config.json")
+            most = CONFIG_BYTES if is_settings else TOKENIZER_BYTES
+            if found.st_size > most:
+                raise ModelError(
+                    f"{path} has {found.st_size / 1e6:,.0f} MB; expected at most {most / 1e6:,.0f} MB of "
+                    f"{'settings' if is_settings else 'tokens or names'}; fetch the model again"
+                )
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A ``config.json`` or ``adapter_config.json`` as it stands there.
+
+    Raises:
+        ModelError: it cannot be read, is too large or nested too deeply, or is no JSON object.
+    """
+    try:
+        if not path.is_file():
+            raise ModelError(f"{path} is no regular file; expected JSON")
+        with path.open("rb") as file:
+            content = file.read(CONFIG_BYTES + 1)
+        if len(content) > CONFIG_BYTES:
+            raise ModelError(f"{path} is larger than {CONFIG_BYTES / 1e6:.0f} MB; expected settings alone")
+        found = json.loads(content)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}; fetch it again") from error
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, thousands of digits, endless nesting
+        raise ModelError(f"{path} is not JSON of settings ({type(error).__name__}); fetch it again") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} holds a {type(found).__name__}; expected an object of settings; fetch it again")
+    return found
+
+
+def check_config(config: dict[str, Any], name: str) -> None:
+    """Refuse a config whose model nobody can build, before it is built, even without weights.
+
+    Of the numbers by the words in their names: layers up to ``MOST_LAYERS``, sizes up to ``WIDEST``, tokens and
+    positions up to ``MOST_TOKENS``; and all that together up to ``MOST_PARAMETERS``. Code of a hub's that would compute
+    attention is refused, too.
+
+    Raises:
+        ModelError: names the setting, what it is and what it may be.
+    """
+    for key, value in _settings(config, name):
+        if "attn_implementation" in key or "experts_implementation" in key:
+            for one in value.values() if isinstance(value, dict) else (value,):
+                if one is not None and "/" in str(one):
+                    raise ModelError(
+                        f"{name}: {key} is {str(one)[:80]!r}, code from a hub; expected one of "
+                        f"{', '.join(get_args(Attention))}; remove it from config.json"
+                    )
+        if key == "transformers_weights" and value is not None and not is_plain_name(str(value), ".safetensors"):
+            raise ModelError(f"{name}: {key} is {str(value)[:80]!r}; expected a .safetensors file of the folder")
+        for number in value if isinstance(value, list) else (value,):
+            _check_number(key, number, name)
+    for inner in _parts(config):
+        _check_parameters(inner, name)
+
+
+def needs_code(config: dict[str, Any]) -> bool:
+    """Whether only code that comes with the model can make it: it names a class, and transformers has none."""
+    from transformers import CONFIG_MAPPING
+
+    return bool(config.get("auto_map")) and config.get("model_type") not in CONFIG_MAPPING
+
+
+def check_index(path: Path, allow_pickle: bool) -> None:
+    """Refuse an index of shards that leads out of its folder, or to pickles where those are not allowed.
+
+    Raises:
+        ModelError: names the shard.
+    """
+    try:
+        if path.stat().st_size > TOKENIZER_BYTES:
+            raise ModelError(f"{path} is larger than {TOKENIZER_BYTES / 1e6:.0f} MB; fetch it again")
+        shards = set(json.loads(path.read_bytes())["weight_map"].values())
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}; fetch it again") from error
+    except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
+        raise ModelError(f"{path} is no index of shards ({type(error).__name__}); fetch it again") from error
+    for shard in sorted(map(str, shards)):
+        if not is_plain_name(shard, "") or (not allow_pickle and not shard.endswith(".safetensors")):
+            raise ModelError(f"{path} names the shard {shard[:80]!r}; expected a .safetensors file of its folder")
+
+
+def pickled_weights(folder: Path) -> str | None:
+    """The name of a file of weights that is a pickle, where the folder has no safetensors."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    if any(name.endswith(".safetensors") for name in names):
+        return None
+    weights = [name for name in names if name.endswith(PICKLES) and not name.startswith(("training_args", "optimizer"))]
+    return weights[0] if weights else None
+
+
+def check_gguf(path: Path) -> None:
+    """Refuse a GGUF file whose header tells sizes that no model has.
+
+    Raises:
+        ModelError: names the setting.
+    """
+    try:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ModelError(f"{path} is no GGUF file; fetch it again")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                for key, most in _GGUF_KEYS.items():
+                    at = content.find(f".{key}".encode(), 0, TOKENIZER_BYTES)
+                    value = int.from_bytes(content[at + len(key) + 5 : at + len(key) + 9], "little") if at >= 0 else 0
+                    if value > most:
+                        raise ModelError(f"{path}: {key} is {value:,}; expected at most {most:,}; fetch it again")
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {path}: {error}; fetch it again") from error
+
+
+def is_plain_name(name: str, ending: str) -> bool:
+    """Whether a name is that of a file in the same folder, with this ending."""
+    return name == Path(name).name and name not in ("", ".", "..") and "\\" not in name and name.endswith(ending)
+
+
+def _settings(config: dict[str, Any], name: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """Every setting at every level, labels of classes left out."""
+    if depth > DEEPEST:
+        raise ModelError(f"{name}: its config is nested more than {DEEPEST} levels deep; fetch it again")
+    for key, value in config.items():
+        if key not in ("id2label", "label2id", "task_specific_params"):
+            yield key, value
+            for inner in value if isinstance(value, list) else (value,):
+                if isinstance(inner, dict):
+                    yield from _settings(inner, name, depth + 1)
+                elif isinstance(inner, list):
+                    _check_nesting(inner, name, depth + 1)
+
+
+def _check_nesting(value: Any, name: str, depth: int) -> None:
+    if depth > DEEPEST:
+        raise ModelError(f"{name}: its config is nested more than {DEEPEST} levels deep; fetch it again")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _check_nesting(inner, name, depth + 1)
+
+
+def _check_number(key: str, value: Any, name: str) -> None:
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if key in _COUNTED and value is not None and not is_count:
+        shown = repr(value)[:60]
+        raise ModelError(f"{name}: {key} is {shown}; expected a whole number of at least 1; fetch config.json again")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    for words, most in ((_LAYERS, MOST_LAYERS), (_TOKENS, MOST_TOKENS), (_WIDTH, WIDEST)):
+        if words.search(key):
+            if not value <= most:  # NaN, too
+                raise ModelError(f"{name}: {key} is {value:,}; expected at most {most:,}; fetch config.json again")
+            return
+
+
+def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield config
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _parts(value)
+
+
+def _check_parameters(config: dict[str, Any], name: str) -> None:
+    """By the width of the layers alone: what else they hold only adds to that."""
+
+    def first(*keys: str) -> int:
+        found = next((config[key] for key in keys if isinstance(config.get(key), int)), 0)
+        return int(found)
+
+    width, layers = first("hidden_size", "n_embd", "d_model"), first("num_hidden_layers", "n_layer", "n_layers")
+    inner = first("intermediate_size", "moe_intermediate_size", "n_inner", "ffn_dim")
+    experts = max(1, first("num_experts", "num_local_experts", "n_routed_experts"))
+    total = first("vocab_size") * width + layers * width * (2 * width + 2 * inner * experts)
+    if total > MOST_PARAMETERS:
+        raise ModelError(
+            f"{name}: its config tells of {total:.1e} parameters; expected at most {MOST_PARAMETERS:.0e}; "
+            "fetch config.json again"
+        )

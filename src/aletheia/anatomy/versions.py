@@ -1,0 +1,35 @@
+"""What computes hidden states beside the model itself: packages, kernels, this one's own sources, the processor."""
+
+import functools
+import hashlib
+from pathlib import Path
+
+import torch
+
+from aletheia.files import package_versions
+
+PACKAGES = (
+    *("aletheia-tune", "torch", "transformers", "peft", "accelerate", "bitsandbytes"),
+    *("triton", "kernels", "flash-attn", "flash-linear-attention", "causal-conv1d", "mamba-ssm", "liger-kernel"),
+)
+SOURCES = ("adapters", "anatomy", "execution", "prefix")  # floors of ours whose code has a part in a stored state
+
+
+@functools.cache
+def computing_versions() -> dict[str, str]:
+    """Versions of all that has a part in a stored state, ours by the sha256 of its sources, too.
+
+    So what another release computed is never used again, nor what was computed before an edit of these sources.
+    """
+    digest = hashlib.sha256()
+    home = Path(__file__).parent.parent
+    for path in sorted(path for floor in SOURCES for path in (home / floor).rglob("*.py")):
+        digest.update(path.relative_to(home).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return package_versions(PACKAGES) | {"torch build": str(torch.__version__), "sources": digest.hexdigest()}
+
+
+def processor(device: torch.device) -> str:
+    """The kind of processor behind a device, whose kernels decide the last digits."""
+    if device.type == "cuda":
+        return f"cuda {torch.cuda.get_device_name(device)}"
+    return f"cpu {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type

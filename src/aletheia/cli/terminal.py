@@ -1,0 +1,79 @@
+"""Standard output and error that can be closed, unread or of any encoding: none of that ends a command."""
+
+import codecs
+import io
+import os
+import sys
+from typing import Any, TextIO
+
+PLAIN = str.maketrans("█▏▎▍▌▋▊▉─●✗·→…", "#      #-*x.>~")
+
+
+def open_outputs() -> None:
+    """Make the three standard streams safe to use, whatever was done to them.
+
+    One that is closed leads nowhere: the next file that is opened would else take its number and what is printed.
+    Where a reader goes away (``| head -1``), the rest leads nowhere, too. What an encoding does not have is printed in
+    plain characters or as an escape.
+    """
+    codecs.register_error("plain", _plain)
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDONLY if descriptor == 0 else os.O_WRONLY)  # takes the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__", None):
+            setattr(sys, name, _safe(stream))
+
+
+def _safe(stream: io.TextIOWrapper) -> TextIO:
+    stream.flush()
+    kind = _Messages if stream.name == "<stderr>" else _Output
+    buffer = io.BufferedWriter(kind(stream.fileno(), "w", closefd=False))
+    by_line = stream.line_buffering or stream.name == "<stderr>"
+    return io.TextIOWrapper(buffer, stream.encoding, "plain", line_buffering=by_line)
+
+
+def lose_output() -> None:
+    """What stdout could not take leads nowhere, or the interpreter fails over it once more when it ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _lead_nowhere(sys.stdout.fileno())
+
+
+class _Output(io.FileIO):
+    """Goes on into nowhere when nobody reads any more."""
+
+    lost: tuple[type[OSError], ...] = (BrokenPipeError,)
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except self.lost:
+            _lead_nowhere(self.fileno())
+            return len(memoryview(data).cast("B"))
+
+
+class _Messages(_Output):
+    """No message is worth a run: whatever keeps one from being written, the command goes on."""
+
+    lost = (OSError,)
+
+
+def _lead_nowhere(descriptor: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)
+
+
+def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    """Instead of a character that the encoding does not have: one like it in ASCII, else an escape."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].translate(PLAIN)
+    return text.encode("ascii", "backslashreplace").decode(), error.end

@@ -1,0 +1,149 @@
+"""Chat templates: read from a file, and run on messages. A template is a program of its model's author."""
+
+import json
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from aletheia.data.contained import contained
+from aletheia.data.messages import Message, UnusableRowError
+from aletheia.data.sources import one_line
+from aletheia.errors import DataError
+
+LARGEST = 1_000_000  # characters of a template; the longest of known models have 30,000
+_ADDED, _GROWTH = 50_000, 10  # characters that a template may add to a row, and how often it may repeat one
+
+
+def read_template(path: str | Path) -> str:
+    """The chat template in a ``.jinja`` file, or in a ``tokenizer_config.json`` or ``chat_template.json``.
+
+    Raises:
+        DataError: the file cannot be read or holds no template.
+    """
+    file = Path(path)
+    expected = "expected a .jinja file, or a tokenizer_config.json or chat_template.json"
+    try:
+        if not file.is_file():
+            raise DataError(f"{path}: found no such file for `chat_template`; {expected}")
+        if file.stat().st_size > 50 * LARGEST:
+            raise DataError(f"{path}: found {file.stat().st_size / 1e6:.0f} MB; {expected}")
+        text = file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: found bytes that are no UTF-8; {expected}") from error
+    if file.suffix == ".json":
+        text = _from_json(text, path, expected)
+    if not text.strip():
+        raise DataError(f"{path}: found no chat template in it; {expected}")
+    check_size(text, str(path))
+    return text
+
+
+def _from_json(text: str, path: str | Path, expected: str) -> str:
+    try:
+        held = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: found invalid JSON ({one_line(error)}); {expected}") from error
+    found = held.get("chat_template") if isinstance(held, dict) else None
+    if isinstance(found, list):  # several, by name
+        found = {one.get("name"): one.get("template") for one in found if isinstance(one, dict)}
+    if isinstance(found, dict):
+        found = found.get("default")
+    return found if isinstance(found, str) else ""
+
+
+def check_size(template: object, name: str) -> None:
+    """Refuse a template that is too long to be one.
+
+    Raises:
+        DataError: it has more than ``LARGEST`` characters.
+    """
+    texts = template.values() if isinstance(template, dict) else (template,)
+    size = sum(len(text) for text in texts if isinstance(text, str))
+    if size > LARGEST:
+        raise DataError(
+            f"{name}: found a template of {size / 1e6:.1f} million characters, expected at most "
+            f"{LARGEST / 1e6:g} million; use another with `chat_template`"
+        )
+
+
+class ChatTemplate:
+    """A tokenizer's chat template as a function from messages to text."""
+
+    def __init__(self, tokenizer: Any, pulse: Callable[[], None] = lambda: None) -> None:
+        """``pulse`` is called after each rendering."""
+        self._tokenizer = tokenizer
+        self._pulse = pulse
+
+    def render(
+        self, messages: Sequence[Message], generation: bool, where: str, tools: Sequence[dict[str, Any]] = ()
+    ) -> str:
+        """The text of messages, with the opening of an answer behind it if ``generation``; "" for no messages.
+
+        Raises:
+            UnusableRowError: the template refuses the messages.
+        """
+        if not messages:
+            return ""
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=generation
+            )
+        except MemoryError:
+            raise
+        except Exception as error:  # a template is a program and may raise anything
+            raise _refused(messages, error, where) from error
+        self._pulse()
+        if len(text) > _ADDED and len(text) > _ADDED + _GROWTH * len(repr((messages, tools))):
+            raise UnusableRowError(
+                "messages that the chat template blows up",
+                f"{where}: found a chat template that makes {len(text) / 1e6:.1f} million characters of this row, "
+                "expected a text of about its length; use another with `chat_template`",
+            )
+        return text
+
+    @cached_property
+    def system_of_its_own(self) -> str:
+        """The text of the system turn that the template adds where there is none; empty if it adds none."""
+        user, system = ({"role": role, "content": f"the {role} says"} for role in ("user", "system"))
+        try:
+            bare = self.render([user], True, "")
+            given = self.render([system, user], True, "")
+        except UnusableRowError:
+            return ""
+        before, found, behind = given.partition(system["content"])
+        if not found or not before or not bare.startswith(before) or not bare.endswith(behind):
+            return ""
+        return bare[len(before) : len(bare) - len(behind)].strip() if len(bare) > len(before) + len(behind) else ""
+
+
+def try_template(tokenizer: Any) -> None:
+    """Run a tokenizer's chat template once in a process of its own, on a question.
+
+    Raises:
+        DataError: it refuses the question, is too long, does not end, or takes too much memory.
+    """
+    name = template_name(tokenizer)
+    check_size(tokenizer.chat_template, name)
+    question = [{"role": "user", "content": "What is it?"}]
+    list(contained(lambda pulse: [ChatTemplate(tokenizer, pulse).render(question, True, name)], name))
+
+
+def template_name(tokenizer: Any) -> str:
+    """What a message calls the chat template of a tokenizer."""
+    place = str(getattr(tokenizer, "name_or_path", ""))
+    return f"the chat template of {place}" if place else "the chat template"
+
+
+def _refused(messages: Sequence[Message], error: Exception, where: str) -> UnusableRowError:
+    roles = [message["role"] for message in messages]
+    twice = next((role for role, following in pairwise(roles) if role == following), None)
+    remedy = f"join the {twice} turns that follow each other into one" if twice else "change the roles"
+    return UnusableRowError(
+        "messages that the chat template refuses",
+        f"{where}: found messages the chat template refuses ({one_line(error)}), expected roles it knows "
+        f"(here: {', '.join(roles)}); {remedy} or use another with `chat_template`",
+    )

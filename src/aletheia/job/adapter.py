@@ -1,0 +1,103 @@
+"""MODEL is an adapter folder: its base model, and what a run goes on from."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from aletheia.anatomy.foreign import ADAPTER_CONFIG, read_settings
+from aletheia.anatomy.settings import LoadSettings
+from aletheia.errors import ModelError, SettingsError
+from aletheia.files import file_sha256
+from aletheia.job.settings import JobSettings
+from aletheia.planning.plan import Plan
+from aletheia.probing.scores import Scores
+from aletheia.runs.schema import PLAN_FILE, SCORES_FILE, StartingAdapter
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def adapter_folder(model: str) -> Path | None:
+    """The folder, if MODEL is one that holds an adapter."""
+    folder = Path(model)
+    return folder if folder.is_dir() and (folder / ADAPTER_CONFIG).exists() else None
+
+
+def base_settings(how: LoadSettings, folder: Path) -> LoadSettings:
+    """The same settings for the base model that the adapter names.
+
+    Raises:
+        ModelError: it names none, an adapter again, or something that is neither a hub id nor a folder that is there.
+    """
+    found = read_settings(folder / ADAPTER_CONFIG)
+    name = found.get("base_model_name_or_path")
+    shown = f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {str(name)[:120]!r}"
+    if not isinstance(name, str) or ".." in Path(name).parts or not (Path(name).exists() or _HUB_ID.fullmatch(name)):
+        raise ModelError(f"{shown}; expected a hub id or a folder that is there; correct it to where the base model is")
+    if adapter_folder(name) is not None:
+        raise ModelError(
+            f"{shown}, an adapter folder again; expected a base model; merge that adapter and save it first"
+        )
+    if found.get("revision") not in (None, "main"):
+        raise ModelError(
+            f"{folder / ADAPTER_CONFIG}: the base is at revision {str(found['revision'])[:60]!r}; expected none; "
+            "download that revision and name its folder instead"
+        )
+    if how.stream:
+        raise SettingsError(
+            "`stream` is given and MODEL is an adapter folder; expected its base to be loaded as a whole"
+        )
+    return LoadSettings(**how.model_dump(exclude_unset=True) | {"model": name, "stream": False, "fresh": False})
+
+
+@dataclass(frozen=True)
+class Start:
+    """An adapter that a run goes on with."""
+
+    folder: Path
+    base: LoadSettings
+
+    @classmethod
+    def of(cls, settings: JobSettings) -> "Start | None":
+        """Where MODEL is an adapter folder that is not to be merged first.
+
+        Raises:
+            ModelError: as :func:`base_settings`.
+            SettingsError: a setting contradicts going on with an adapter, or ``fresh`` is given without one.
+        """
+        how, folder = settings.model, adapter_folder(settings.model.model)
+        if folder is None:
+            if how.fresh:
+                raise SettingsError(
+                    f"`fresh` is given and {how.model} is no adapter folder; expected one to merge first"
+                )
+            return None
+        if how.fresh:
+            return None
+        chosen = sorted(settings.plan.model_fields_set)
+        if settings.plan.file is not None or chosen:
+            name = "plan" if settings.plan.file is not None else chosen[0]
+            raise SettingsError(
+                f"`{name}` is given and MODEL is an adapter folder, which has its plan; expected neither, or "
+                "`fresh` to merge the adapter first"
+            )
+        for name in ("init", "correct_quantization"):
+            if name in settings.training.model_fields_set:
+                raise SettingsError(
+                    f"`{name}` is given and MODEL is an adapter folder; expected its own weights to start"
+                )
+        return cls(folder, base_settings(how, folder))
+
+    @property
+    def record(self) -> StartingAdapter:
+        """What the run folder says of it."""
+        weights = next(self.folder / name for name in WEIGHTS if (self.folder / name).is_file())
+        return StartingAdapter(name=str(self.folder), sha256=file_sha256(weights))
+
+    @property
+    def own_plan(self) -> tuple[Scores | None, Plan] | None:
+        """Scores and plan of a run folder; None for an adapter of another program."""
+        if not (self.folder / PLAN_FILE).is_file():
+            return None
+        scores = self.folder / SCORES_FILE
+        return Scores.read(scores) if scores.is_file() else None, Plan.read(self.folder / PLAN_FILE)

@@ -1,0 +1,117 @@
+"""Before the probe: a few short passes that show whether a model can be trained and its prefix stored at all.
+
+A step must depend on its rows alone, a position on the tokens up to it, and the weights must stay as they are.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from aletheia.anatomy.layerwise import Call, hidden_states, with_hidden_states
+from aletheia.anatomy.modes import in_mode
+from aletheia.anatomy.read import find_layers
+from aletheia.data.batches import on_device_of
+from aletheia.data.examples import Examples
+from aletheia.errors import ModelError
+from aletheia.probing.tally import Batch
+
+TOKENS = 24  # of a trial row, at most
+SAME, SAME_IN_HALF = 1e-4, 0.25  # relative, of logits: half precision may route a token to another expert
+
+
+def check_passes(model: nn.Module, data: Examples) -> None:
+    """Refuse a model that cannot be trained as it is, by five short passes over the start of a row.
+
+    Raises:
+        ModelError: it does not run on text alone, keeps state from one pass to the next, changes its weights while it
+            runs, or lets positions see the tokens after them; the message says which and names the place.
+    """
+    name = model.config._name_or_path
+    row = max((example.input_ids for example in data.examples), key=len)[:TOKENS]
+    first = _batch(row)
+    other = _batch([*row[: len(row) // 2], *(row[0] for _ in row[len(row) // 2 :])])  # the same half, then otherwise
+    versions = {path: parameter._version for path, parameter in model.named_parameters()}
+    held = dict(_held_tensors(model))
+    with _explained(name):
+        once_BTV, changed_BTV = _logits(model, first), _logits(model, other)
+        for _ in range(2):
+            _train_pass(model, first)
+        again_BTV = _logits(model, first)
+    for path, parameter in model.named_parameters():
+        if parameter._version != versions[path]:
+            raise ModelError(
+                f"a forward pass of {name} writes into {path}, which adapters beside it would not follow; expected "
+                "weights that stay as they are (of RWKV: rescale_every 0 in its config.json)"
+            )
+    if _differ(once_BTV, again_BTV):
+        kept = [path for path, value in _held_tensors(model) if held.get(path) is not value]
+        where = f" (in {kept[0]})" if kept else ""
+        raise ModelError(
+            f"{name} keeps state from one forward pass to the next{where}, or draws at random: a row does not give the "
+            "same twice; expected a model whose output depends on its input alone"
+        )
+    half = len(row) // 2
+    if half and _differ(once_BTV[:, :half], changed_BTV[:, :half]):
+        raise ModelError(
+            f"positions of {name} see the tokens after them; expected a decoder, which sees those before alone"
+        )
+
+
+def _batch(ids: list[int]) -> Batch:
+    ids_BT = torch.tensor([ids])
+    return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "labels": ids_BT}
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
+    with in_mode(model, training=False):
+        logits_BTV: torch.Tensor = model(**on_device_of(model, batch), use_cache=False).logits
+    return logits_BTV
+
+
+def _train_pass(model: nn.Module, batch: Batch) -> None:
+    """Forward and backward as a training step takes them, down to the input of the first layer."""
+    leaf: list[torch.Tensor] = []
+
+    def start_graph(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Call:
+        leaf.append(hidden_states(args, kwargs).detach().requires_grad_(True))
+        return with_hidden_states(args, kwargs, leaf[0])
+
+    handle = find_layers(model)[1][0].register_forward_pre_hook(start_graph, with_kwargs=True)
+    try:
+        with in_mode(model, training=True), torch.random.fork_rng(), torch.enable_grad():
+            loss = model(**on_device_of(model, batch), use_cache=False).loss
+            torch.autograd.grad(loss, leaf)
+    finally:
+        handle.remove()
+
+
+def _held_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors that modules hold as plain attributes, neither parameters nor buffers, by full name."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                yield f"{path}.{name}", value
+
+
+def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Beyond rounding; values that are not finite are another check's."""
+    tolerance = SAME if one.dtype == torch.float32 else SAME_IN_HALF
+    return bool((one.float() - other.float()).norm() > tolerance * one.float().norm())
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """One line where a family fails in a way that nobody foresaw."""
+    try:
+        yield
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        told = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{name} cannot be trained on text alone: {told} ({type(error).__name__}); expected a decoder that takes "
+            "input_ids, attention_mask and labels"
+        ) from error

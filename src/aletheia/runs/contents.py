@@ -1,0 +1,90 @@
+"""What a finished run wrote, file by file, with the sha256 of each: ``manifest.json`` of the run folder. Torch-free.
+
+Files that came later are not looked at, and one that is gone is missed by whoever reads it. The card and the page are
+for people, who may rewrite them.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import ClassVar
+
+from aletheia.errors import ArtifactError
+from aletheia.files import Artifact, write_text
+from aletheia.runs.manifest import MANIFEST_FILE, FileRecord
+
+FOR_PEOPLE = ("README.md", "report.html")
+_FINISHED = "metrics.json"  # written last, sealed by itself, not in the manifest; see the schema, which imports this
+
+
+class Contents(Artifact):
+    """Every file of a run by its name in the folder."""
+
+    FORMAT: ClassVar[str] = "aletheia-run"
+
+    files: dict[str, FileRecord]
+
+
+def write_contents(folder: Path, names: Iterable[str]) -> None:
+    """Describe these files of ``folder`` as they are now; those that are not there are left out.
+
+    Raises:
+        ArtifactError: the manifest cannot be written.
+        OSError: a file cannot be read.
+    """
+    files = {name: FileRecord.of(folder / name) for name in sorted(set(names)) if (folder / name).is_file()}
+    write_text(folder / MANIFEST_FILE, Contents(files=files).to_json())
+
+
+def add_to_contents(folder: Path, names: Iterable[str]) -> None:
+    """Describe these files, too, and what was described before as it was.
+
+    Raises:
+        ArtifactError: the manifest cannot be read or written.
+        OSError: a file cannot be read.
+    """
+    found = Contents.read(folder / MANIFEST_FILE)
+    added = {name: FileRecord.of(folder / name) for name in names if (folder / name).is_file()}
+    write_text(folder / MANIFEST_FILE, Contents(files=dict(sorted((found.files | added).items()))).to_json())
+
+
+def check_contents(folder: Path) -> list[str]:
+    """Compare the files of a run folder with its manifest, if it has one.
+
+    Returns:
+        A line for each file for people that was changed.
+
+    Raises:
+        ArtifactError: another file was changed, or the manifest itself.
+    """
+    place = folder / MANIFEST_FILE
+    if not place.exists():
+        return []
+    notes = []
+    for name, record in Contents.read(place).files.items():
+        path = folder / name
+        fault = record.fault(path) if path.exists() else None
+        if fault and name in FOR_PEOPLE:
+            notes.append(f"{path} was changed after the run: it {fault}")
+        elif fault:
+            raise _changed(path, fault)
+    return notes
+
+
+def check_file(path: Path) -> None:
+    """Compare one file with the manifest of the run folder it lies in; any other file is fine.
+
+    Raises:
+        ArtifactError: it was changed after the run, or the manifest was.
+    """
+    place = path.parent / MANIFEST_FILE
+    if not place.is_file() or not (path.parent / _FINISHED).is_file():
+        return
+    record = Contents.read(place).files.get(path.name)
+    if record is not None and (fault := record.fault(path)):
+        raise ArtifactError(
+            f"{path} {fault}; expected it as the run left it, put it back or edit a copy in another folder"
+        )
+
+
+def _changed(path: Path, fault: str) -> ArtifactError:
+    return ArtifactError(f"{path} {fault}; expected it as the run left it, put it back or train again")

@@ -1,0 +1,28 @@
+"""What came of a run: the adapter as a whole, whether it learned anything, and whether that did harm."""
+
+import torch
+from peft import PeftModel
+from torch.distributed.tensor import DTensor
+
+from aletheia.runs.schema import Verdict
+
+
+def whole_adapter(model: PeftModel) -> dict[str, torch.Tensor] | None:
+    """The adapter's weights, gathered where they are sharded: all processes must call this; None: they are whole."""
+    own = {name: value for name, value in model.named_parameters() if "lora_" in name}
+    if not any(isinstance(value, DTensor) for value in own.values()):
+        return None
+    return {name: value.full_tensor().cpu() if isinstance(value, DTensor) else value for name, value in own.items()}
+
+
+def has_learned(model: PeftModel) -> bool:
+    """Whether any B is not zero any more, where it starts; all processes must call this."""
+    state = whole_adapter(model) or dict(model.named_parameters())
+    return any(bool(value.any()) for name, value in state.items() if "lora_B" in name)
+
+
+def verdict(learned: bool, before: float, after: float) -> Verdict:
+    """What a run came to: ``before`` and ``after`` are its held-out losses."""
+    if not learned:
+        return "nothing"
+    return "worse" if after > before else "learned"
