@@ -12,7 +12,9 @@ from aletheia.cli.wording import translate
 from aletheia.data.settings import DataSettings
 
 EXAMPLE = "aletheia preview Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl"
-WITHOUT_WEIGHTS = {"model", "dtype", "quantize", "attention", "stream", "max_memory"}  # nothing is computed
+WITHOUT_WEIGHTS = {  # settings of models that are computed with
+    *("model", "dtype", "quantize", "attention", "stream", "max_memory", "allow_pickle", "fresh"),
+}
 
 
 @from_settings(LoadSettings, DataSettings, leave_out=WITHOUT_WEIGHTS)

@@ -12,6 +12,7 @@ from aletheia.data.repeats import overlap
 from aletheia.data.rows import Row, Rows, load_rows
 from aletheia.data.settings import DataSettings
 from aletheia.errors import DataError
+from aletheia.job.adapter import adapter_folder, base_settings
 from aletheia.job.settings import JobSettings
 from aletheia.job.source import NOTE, count_notes, encode_for, split_for
 
@@ -28,7 +29,8 @@ def preview(
     The same as ``aletheia preview``. Rows that would stop a run are counted in ``left_out`` instead.
 
     Args:
-        model: hub id, folder or file, or :class:`aletheia.LoadSettings`; no weights are read.
+        model: hub id, folder or file, or :class:`aletheia.LoadSettings`; of an adapter folder its base. No weights are
+            read.
         data: rows to learn from, or :class:`aletheia.DataSettings`.
         rows: numbers of rows to show, from 1; by default three, of different roles or files where there are some.
 
@@ -39,7 +41,9 @@ def preview(
     asked = settings.data.model_copy(update={"skip_unusable": True})
     found = load_rows(asked.data, True)
     eval_rows = load_rows(asked.eval_data, True) if asked.eval_data else None
-    base = load_without_weights(settings.model.model)
+    how, folder = settings.model, adapter_folder(settings.model.model)
+    how = how if folder is None else base_settings(how, folder)
+    base = load_without_weights(how.model, how.trust_remote_code)
     said: list[str] = []
     examples = encode_for(base, found, asked, said.append)
     counted = count_notes(examples)
