@@ -69,10 +69,7 @@ CASES = {
     ),
     "no assistant": refused(rows(TALK, talk("user")), "rows.jsonl:2: found no assistant message", "or remove the row"),
     "labels fully masked": refused(
-        rows(TALK, talk("user", "assistant", weight=0)),
-        "rows.jsonl:2: ",
-        "without a token to learn",
-        "remove such rows",
+        rows(TALK, talk("user", "assistant", weight=0)), "rows.jsonl:2: found no answer that carries a loss", "remove"
     ),
     "rows truncated to the prompt": refused(
         rows(GOOD, GOOD | {"prompt": "p " * 2000}), "rows.jsonl:2: ", "without a token to learn", "raise --max-length"
