@@ -76,15 +76,18 @@ def _rows_to_show(rows: Rows, examples: Examples, asked: Sequence[int], tokenize
 
 
 def _different(rows: Sequence[Row], encoded: Mapping[str, Example]) -> list[int]:
-    """Numbers of three rows: the first of other roles, then of other files, then any."""
+    """Numbers of three rows: the first of other roles, then of other files, then of other content."""
     usable = [number for number, row in enumerate(rows, start=1) if row.where in encoded]
     by_roles: dict[tuple[str, ...], int] = {}
     by_file: dict[str, int] = {}
+    by_content: dict[bytes, int] = {}
     for number in usable:
         row = rows[number - 1]
         roles = [message["role"] for message in row.messages or ()]
         several = ("several answers",) if roles.count("assistant") > 1 else ()
         by_roles.setdefault((*dict.fromkeys(roles), *several), number)
         by_file.setdefault(re.sub(r"(:| row )\d+$", "", row.where), number)
-    chosen = dict.fromkeys((*by_roles.values(), *by_file.values(), *usable[:ROWS_SHOWN]))
+        if len(by_content) < ROWS_SHOWN:
+            by_content.setdefault(encoded[row.where].digest(), number)
+    chosen = dict.fromkeys((*by_roles.values(), *by_file.values(), *by_content.values()))
     return sorted(list(chosen)[:ROWS_SHOWN])
