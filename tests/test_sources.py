@@ -275,6 +275,19 @@ def test_patterns_are_expanded_in_order(tmp_path):
     assert note.endswith("2 files read (train-1.jsonl, train-2.jsonl); of no format that is read: train-0.txt")
 
 
+def test_patterns_follow_no_loops_and_find_no_hidden_names(tmp_path):
+    put(tmp_path / "in" / "a.jsonl")
+    put(tmp_path / ".cache" / "b.jsonl")
+    put(tmp_path / ".c.jsonl", OTHERS)
+    for name in ("loop", "again"):
+        (tmp_path / "in" / name).symlink_to(tmp_path)
+    (tmp_path / "in" / "link.jsonl").symlink_to(put(tmp_path / "other" / "d.json", OTHERS))
+    assert questions(tmp_path / "**" / "*.jsonl") == ["q0?", "q1?", "q2?", "other?"]
+    assert questions(tmp_path / ".*.jsonl") == ["other?"]
+    for pattern in ("**a/*.jsonl", "***/x", "[/*\0"):
+        refused(tmp_path / pattern, "found no")
+
+
 def test_a_pattern_without_a_match_names_what_is_near(tmp_path, monkeypatch):
     put(tmp_path / "train-1.jsonl")
     monkeypatch.chdir(tmp_path)

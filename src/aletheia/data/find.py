@@ -1,6 +1,5 @@
 """Which files a source names: one file, a pattern, or a folder with its splits. Nothing is read but names."""
 
-import glob
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from aletheia.data.formats import READERS, SUFFIXES, format_of
+from aletheia.data.sources import one_line
 from aletheia.data.unpack import PACKED
 from aletheia.errors import DataError
 
@@ -84,7 +84,7 @@ def _is_pattern(source: str) -> bool:
 
 
 def _matching(source: str) -> Found:
-    paths = [Path(match) for match in sorted(glob.glob(source, recursive=True))]
+    paths = _matches(source)
     files = [path for path in paths if path.is_file() and not _is_description(path)]
     data = [path for path in files if format_of(path) in READERS]
     if not data:
@@ -95,6 +95,22 @@ def _matching(source: str) -> Found:
         )
     passed = [path.name for path in files if path not in data]
     return Found(tuple(data), (_note(source, data, {}, passed),))
+
+
+def _matches(source: str) -> list[Path]:
+    """What matches a pattern, sorted; ``**`` follows no links, and hidden names match only patterns that begin so."""
+    parts = Path(source).parts
+    start = next(at for at, part in enumerate(parts) if _is_pattern(part))
+    folder, pattern = Path(*parts[:start]), parts[start:]
+    try:
+        found = sorted(folder.glob(str(Path(*pattern))))
+    except (OSError, ValueError, NotImplementedError) as error:
+        raise DataError(
+            f"{source}: found no valid pattern ({one_line(error)}); expected one such as *.jsonl"
+        ) from error
+    if any(part.startswith(".") for part in pattern):
+        return found
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def _near(path: Path) -> str:
@@ -167,7 +183,7 @@ def _contents(folder: Path) -> tuple[dict[str, list[Path]], list[str], list[str]
             for file in _visible(entry):
                 if file.is_file():
                     _sort_in(file, SPLITS.get(entry.name.lower()) or _split_of(file), splits, passed)
-        elif not entry.name.startswith("checkpoint") and any(_is_data(one) for one in _visible(entry)):
+        elif not entry.name.startswith("checkpoint") and _holds_data(entry):
             inner.append(entry.name)
     by_name = [path for path in splits.get(TRAIN, ()) if _begins_as_train(path)]
     if "" in splits and not by_name:  # 'gsm8k_train.jsonl' beside 'mine.jsonl': nobody set splits apart
@@ -183,6 +199,13 @@ def _is_data(path: Path) -> bool:
     if path.is_dir():
         return path.name in ("data", *SPLITS) or is_saved(path)
     return format_of(path) in READERS and not _is_description(path)
+
+
+def _holds_data(folder: Path) -> bool:
+    try:
+        return any(_is_data(one) for one in _visible(folder))
+    except OSError:  # not ours to read
+        return False
 
 
 def _is_description(path: Path) -> bool:
