@@ -145,7 +145,7 @@ def _counts(preview: Preview) -> Table:
 def _reasons(preview: Preview) -> str:
     if len(preview.left_out) == 1:
         return next(iter(preview.left_out))
-    return ", ".join(f"{count:,} {reason}" for reason, count in preview.left_out.items())
+    return ", ".join(f"{count:,} with {reason}" for reason, count in preview.left_out.items())
 
 
 def _notes(preview: Preview) -> list[Text]:
