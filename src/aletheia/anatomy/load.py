@@ -196,11 +196,11 @@ def load(
     """
     target = torch.device(device) if device else pick_device()
     chosen = pick(dtype, target)
-    config = load_config(name, trust_remote_code)
-    _check_weights(name, config, trust_remote_code, allow_pickle)
     settings: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if quantize is not None:
         settings["quantization_config"] = _quantization(name, quantize, chosen)
+    config = load_config(name, trust_remote_code)
+    _check_weights(name, config, trust_remote_code, allow_pickle)
     if quantize is not None or hasattr(config, "quantization_config"):
         settings["device_map"] = {"": target}  # quantized weights cannot be moved
     place = _place(name)

@@ -10,6 +10,7 @@ from aletheia.cli import cache, campaign, demo, doctor, eval, inspect, plan, pro
 from aletheia.cli.help import Command, Group
 from aletheia.cli.wording import learn, translate
 from aletheia.errors import AletheiaError
+from aletheia.names import printable
 
 app = typer.Typer(
     name="aletheia",
@@ -60,5 +61,5 @@ def main() -> None:
 
 def fail(message: str, code: int) -> NoReturn:
     """One line on stderr, then out."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)

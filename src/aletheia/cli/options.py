@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from aletheia.cli.wording import translate
+from aletheia.names import printable
 
 ModelArgument = Annotated[str, typer.Argument(help="Hub id, local folder or .gguf file.", metavar="MODEL")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -52,14 +53,14 @@ def print_rich(*renderables: Any) -> None:
     """Tables and text for people on stdout."""
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # names are no markup
     for renderable in renderables:
         console.print(renderable)
 
 
 def say(message: str) -> None:
     """One line of progress on stderr, its names in backticks as options, so that stdout stays clean for results."""
-    typer.echo(translate(message), err=True)
+    typer.echo(printable(translate(message)), err=True)
 
 
 def quiet_libraries() -> None:

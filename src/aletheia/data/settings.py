@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 from pydantic import field_validator, model_validator
 
-from aletheia.settings import Settings, option
+from aletheia.settings import LONGEST_ROW, MOST_ROWS, Settings, option
 
 GROUP = "Data"
 
@@ -20,13 +20,13 @@ class DataSettings(Settings):
         GROUP,
         min_length=1,
     )
-    max_length: int = option(1024, "Tokens per row; longer rows are cut on the right.", GROUP, ge=2)
+    max_length: int = option(1024, "Tokens per row; longer rows are cut on the right.", GROUP, ge=2, le=LONGEST_ROW)
     skip_emptied: bool = option(False, "Skip rows whose completion `max_length` cuts off, instead of stopping.", GROUP)
     eval_data: tuple[str, ...] = option((), "Held-out rows, in any form that `data` takes.", GROUP)
     eval_fraction: float | None = option(
         None, "Share of `data` held out where there is no `eval_data` (0.05 by default).", GROUP, gt=0, lt=1
     )
-    eval_rows: int = option(96, "Held-out rows used, at most.", GROUP, ge=1)
+    eval_rows: int = option(96, "Held-out rows used, at most.", GROUP, ge=1, le=MOST_ROWS)
 
     @field_validator("data", "eval_data", mode="before")
     @classmethod

@@ -15,6 +15,7 @@ from aletheia.data.rows import Rows
 from aletheia.data.settings import DataSettings
 from aletheia.errors import ModelError
 from aletheia.job.adapter import adapter_folder, base_settings
+from aletheia.names import printable
 from aletheia.planning.estimate import RESIDENT_SHARE
 from aletheia.probing.preflight import preflight
 from aletheia.runs.saved import merge_adapter
@@ -25,7 +26,7 @@ Source = Loaded | Checkpoint
 
 def to_stderr(line: str) -> None:
     """A line for people, so that stdout stays clean for results."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def is_streamed(how: LoadSettings, say: Say = to_stderr) -> bool:
