@@ -23,7 +23,7 @@ def read_yaml(path: Path) -> Any:
     """
     try:
         if path.exists() and not path.is_file():
-            raise SettingsError(f"{path} is no regular file; expected a YAML file")
+            raise SettingsError(f"cannot read {path} (no regular file); expected a YAML file")
         with path.open("rb") as file:
             content = file.read(LARGEST_BYTES + 1)
         text = content.decode("utf-8-sig")

@@ -80,7 +80,7 @@ def as_stored(config: LoraConfig, folder: Path, model: nn.Module) -> LoraConfig:
     """
     ranks = stored_ranks(folder)
     modules = dict(model.named_modules())
-    if not config.target_parameters and ranks and all(name in modules for name in ranks):
+    if not config.target_parameters and ranks and ranks.keys() <= modules.keys() & _meant(config, modules, ranks):
         config.target_modules = sorted(ranks)
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         own = {name: rank for name, rank in ranks.items() if rank != config.r}
@@ -98,6 +98,18 @@ def as_stored(config: LoraConfig, folder: Path, model: nn.Module) -> LoraConfig:
     if ranks and max((config.r, *(config.rank_pattern or {}).values())) > most:
         raise AdapterError(f"{folder} says rank {config.r:,}, its weights have up to {most:,}; fetch it again")
     return config
+
+
+def _meant(config: LoraConfig, modules: dict[str, nn.Module], ranks: dict[str, int]) -> set[str]:
+    """The modules that the config means: those stored, where it is a pattern; none where names and weights differ."""
+    targets = config.target_modules
+    if not isinstance(targets, list | set) or config.exclude_modules or config.layers_to_transform is not None:
+        return set(ranks)
+    ends = set(targets)
+    found = {
+        name for name in modules if any(".".join(name.split(".")[at:]) in ends for at in range(name.count(".") + 1))
+    }
+    return found if found == ranks.keys() else set()
 
 
 def stored_ranks(folder: Path) -> dict[str, int]:

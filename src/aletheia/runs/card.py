@@ -13,7 +13,7 @@ def model_card(run: Run) -> str:
     """Markdown with the front matter the hub reads: what was adapted, how it was trained, what it reached."""
     metrics, plan = run.metrics, run.plan
     data = metrics.data.name if metrics.data else "batches made in Python"
-    settings = metrics.settings
+    settings, name = metrics.settings, markdown(metrics.model.name)
     about = {
         "base_model": printable(metrics.model.name),
         "library_name": "peft",
@@ -24,7 +24,7 @@ def model_card(run: Run) -> str:
     return f"""---
 {front}---
 
-# LoRA on {len({adapter.layer for adapter in plan.adapters})} of {plan.layer_count} layers of {markdown(metrics.model.name)}
+# LoRA on {len({adapter.layer for adapter in plan.adapters})} of {plan.layer_count} layers of {name}
 
 Made with `aletheia-tune` {metrics.packages.get("aletheia-tune", "")}; the adapted modules were planned before training
 (policy `{plan.settings.policy}`).
