@@ -114,7 +114,8 @@ def _code(folder, base, model_type="pearlm", tokenizer=False, **auto):
     auto = auto or {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     changed(base, folder, model_type=model_type, auto_map=auto)
     evil = f"open({str(folder / 'canary')!r}, 'w')\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
-    evil += "class Config(LlamaConfig):\n    model_type = 'pearlm'\nclass Model(LlamaForCausalLM):\n    config_class = Config\n"
+    evil += "class Config(LlamaConfig):\n    model_type = 'pearlm'\n"
+    evil += "class Model(LlamaForCausalLM):\n    config_class = Config\n"
     (folder / "evil.py").write_text(evil)
     if tokenizer:
         told = json.loads((folder / "tokenizer_config.json").read_text())
@@ -247,20 +248,20 @@ BASES = (
 YAML = {
     "billion laughs": "a: &a [x, x]\nb: &b [*a, *a]\nc: &c [*b, *b]\nmodel: *c",
     "merge keys": "a: &a {x: 1}\nmodel:\n  <<: *a",
-    "merge keys a million times": "model: {" + "<<: {a: 1}, " * 10_000 + "}",
+    "merge keys 7,000 times": "model: {" + "<<: {a: 1}, " * 7_000 + "}",
     "python object": "model: !!python/object/apply:os.system ['touch canary']",
     "python name": "data: !!python/name:os.system",
     "python module": "plan: !!python/module:antigravity",
     "own tag": "model: !evil x",
     "binary": "model: !!binary aGk=",
-    "nested 60,000 deep": "model: " + "[" * 60_000,
+    "nested 40,000 deep": "model: " + "[" * 40_000,
     "mappings nested deep": "{a: " * 40_000,
     "100 MB": "#" * 10**8,
     "double key": "model: a\nmodel: b",
     "double setting": "training: {steps: 1, steps: 2}",
     "NaN": "training: {learning_rate: .nan}",
     "tagged NaN": "training: {learning_rate: !!float .nan}",
-    "a million digits": "training: {steps: " + "9" * 150_000 + "}",
+    "a million digits": "training: {steps: " + "9" * 90_000 + "}",
     "a time": "training: {steps: 2001-12-14t21:59:43.10-05:00}",
     "a key that is a list": "? [a, b]\n: c",
     "two documents": "model: a\n---\nmodel: b",
@@ -346,9 +347,8 @@ def artefacts(base, adapter, model, folder):
         add("campaign", name, lambda at, t=text: read_campaign(_file(at / "f.yaml", t)))
     for name, make in SETTINGS.items():
         add("setting", name, lambda at, m=make: m())
-    for name, text in {
-        "nested": nested(DEEP), "digits": '{"format": "aletheia-plan", "version": ' + "1" * 10**6 + "}", "foreign": "{}",
-    }.items():  # fmt: skip
+    digits = '{"format": "aletheia-plan", "version": ' + "1" * 10**6 + "}"
+    for name, text in {"nested": nested(DEEP), "digits": digits, "foreign": "{}"}.items():
         add("plan", name, lambda at, t=text: Plan.read(_file(at / "p.json", t)))
         add("scores", name, lambda at, t=text: Scores.read(_file(at / "s.json", t)))
     return cases

@@ -253,12 +253,12 @@ def test_a_wrong_value_of_the_file_is_named_with_its_section():
         assert str(caught.value).startswith(words)
 
 
-def test_a_file_is_read_up_to_200_kilobytes(tmp_path):
+def test_a_file_is_read_up_to_100_kilobytes(tmp_path):
     path = tmp_path / "run.yaml"
-    path.write_text("#" * 199_999 + "\n")
+    path.write_text("#" * 99_999 + "\n")
     assert read_config(path) == {}
-    path.write_text("#" * 200_001)
-    with pytest.raises(SettingsError, match="larger than 200 kB"):
+    path.write_text("#" * 100_001)
+    with pytest.raises(SettingsError, match="larger than 100 kB"):
         read_config(path)
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(SettingsError, match="not UTF-8"):

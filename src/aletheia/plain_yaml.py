@@ -12,7 +12,7 @@ import yaml
 
 from aletheia.errors import SettingsError
 
-LARGEST_BYTES = 200_000  # the parser takes seconds for more
+LARGEST_BYTES = 100_000  # the parser takes seconds for more
 
 
 def read_yaml(path: Path) -> Any:
@@ -64,6 +64,8 @@ class _Loader(yaml.SafeLoader):
             _refuse("found an anchor (&), expected the value alone", event)
         if getattr(event, "tag", None) is not None:
             _refuse(f"found a tag ({event.tag[-60:]}), expected a plain value", event)
+        if isinstance(event, yaml.ScalarEvent) and event.value == "<<" and event.implicit[0]:
+            _refuse("found a merge key (<<), expected the settings themselves", event)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -71,8 +73,6 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 _refuse("found a key that is no name", key)
-            if key.value == "<<":
-                _refuse("found a merge key (<<), expected the settings themselves", key)
             if key.value in keys:
                 _refuse(f"found {key.value[:60]} twice", key)
             keys.add(key.value)

@@ -375,6 +375,8 @@ def explained(name: str) -> Iterator[None]:
     except Exception as error:  # configs, checkpoints and tokenizers are foreign data: anything may be raised
         if "trust_remote_code=True" in str(error):
             raise ModelError(_CODE.format(name=name)) from error
+        if "Weights only load failed" in str(error):  # and advises to run it
+            raise ModelError(f"{name[:200]} holds a pickle of more than tensors; expected safetensors") from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines)[:300] if lines else "no reason given"
         raise ModelError(f"cannot load {name[:200]}: {reason} ({type(error).__name__})") from error
