@@ -138,7 +138,7 @@ def test_what_is_not_trained_here_is_refused_by_name(model_folder, data_file, tm
         ({}, {"percent": 25}, {}, "`percent` is given and MODEL is an adapter folder"),
         ({}, "plan.json", {}, "`plan` is given and MODEL is an adapter folder"),
         ({}, None, {"init": "gradient"}, "`init` is given and MODEL is an adapter folder"),
-        ({"stream": True}, None, {}, "`stream` is given and MODEL is an adapter folder"),
+        ({"stream": True}, None, {"cache": "auto"}, "`stream` is given and MODEL is an adapter folder"),
     ],
 )
 def test_what_contradicts_going_on_is_refused(foreign, data_file, tmp_path, model, plan, training, words):

@@ -104,12 +104,12 @@ class Job:
     def run(self, resume: Path | None = None) -> Run:
         """Load, probe, plan, adapt, train, report."""
         settings, folder = self.settings, self.folder
+        start = Start.of(settings)
         given = Plan.read(settings.plan.file) if settings.plan.file else None
         found = self._checkpoint(resume)
         rows = load_rows(settings.data.data)
         eval_rows = load_rows(settings.data.eval_data) if settings.data.eval_data else None
         self.say(f"load   {settings.model.model}")
-        start = Start.of(settings)
         with self._timed("load"):
             base, data = self._load(rows, start)
         data, held_out = self._split(base, data, eval_rows)

@@ -32,7 +32,7 @@ Made with `aletheia-tune` {metrics.packages.get("aletheia-tune", "")}; the adapt
 | | |
 |---|---|
 | base model | {markdown(str(metrics.model))} |
-| data | {markdown(data)} |
+| data | {markdown(data)} |{_before(run)}
 | adapted layers | {layer_ranges(plan.layers)}{_early(run)} |
 | ranks | {plan.settings.ranks}, {_rank_range(plan)}{_scale(plan)} |
 | trainable parameters | {plan.trainable_parameters:,} |
@@ -60,6 +60,11 @@ def _quantized(run: Run) -> str:
         kind = f"{settings.quantization}; half of each rank is a frozen correction of that, so it fits no other base"
         return f", base quantized ({kind})"
     return f", base quantized ({settings.quantization})" if settings.quantization else ""
+
+
+def _before(run: Run) -> str:
+    origin = run.metrics.went_on_from
+    return f"\n| goes on from | {markdown(origin.name)} (sha256 {origin.sha256[:12]}) |" if origin else ""
 
 
 def _early(run: Run) -> str:
