@@ -39,7 +39,9 @@ def main() -> NoReturn:
 
             traceback.print_exception(error)
         if message:
-            print(f"error: {' '.join(message.split())}", file=sys.stderr)
+            from aletheia.names import printable
+
+            print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
         from aletheia.cli.terminal import lose_output
 
         lose_output()

@@ -117,13 +117,13 @@ class Job:
     def run(self, resume: Path | None = None) -> Run:
         """Load, probe, plan, adapt, train, report."""
         settings, folder = self.settings, self.folder
+        start = Start.of(settings)
         given = self._given()
         found = self._checkpoint(resume)
         skip = settings.data.skip_unusable
         rows = load_rows(settings.data.data, skip)
         eval_rows = load_rows(settings.data.eval_data, skip) if settings.data.eval_data else None
         self.say(f"load   {settings.model.model}")
-        start = Start.of(settings)
         with self._timed("load"):
             base, data = self._load(rows, start)
         for line in quoted(shown_row(data[0], 1, base.tokenizer, data.max_length)):

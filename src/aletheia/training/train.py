@@ -28,6 +28,7 @@ from aletheia.errors import SettingsError, TrainingError
 from aletheia.execution.backend import entered, layer_ways
 from aletheia.execution.peak_memory import peak_memory_bytes, reset_peak_memory
 from aletheia.files import package_versions
+from aletheia.names import printable
 from aletheia.planning.plan import Plan, layer_ranges
 from aletheia.prefix.cache import DiskCache, PrefixCache, collate_with_prefix
 from aletheia.prefix.choose import CacheDecision, CachePlace, open_cache
@@ -374,7 +375,7 @@ class _Job:
 
     def _say(self, line: str) -> None:
         if self.show:
-            Console(stderr=True).print(line, highlight=False, soft_wrap=True)
+            Console(stderr=True).print(printable(line), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _owed(plan: Plan) -> dict[str, float]:
