@@ -189,8 +189,8 @@ def accepted_in_silence(name: str, kind: Kind, draw: random.Random, flips: int) 
         try:
             found = kind.read(kind.path)
         except AletheiaError as error:
-            assert "\n" not in str(error), error
-            assert str(error).strip(), what
+            if not str(error).strip() or "\n" in str(error):
+                accepted.append(f"{name}: {what}: told in more than a line or in none")
         else:
             same = is_part(found, expected) if kind.repairs else found == expected
             told = name in ("run/README.md", "run/report.html") and found[:2] == expected[:2] and len(found[2]) == 1
@@ -220,11 +220,11 @@ def test_no_damage_is_accepted_in_silence(made):
 
 @pytest.mark.slow
 def test_no_byte_of_any_file_is_accepted_in_silence(made):
-    """A bit of every byte of what is small, of 400 bytes of what is not."""
+    """A bit of every byte of what is small, of 300 bytes of what is not."""
     accepted = []
     for name, kind in kinds(made).items():
-        size = kind.path.stat().st_size
-        accepted += accepted_in_silence(name, kind, random.Random(name), min(size, 2000 if size < 4000 else 400))[1]
+        flips = 2000 if kind.path.stat().st_size < 4000 else 300
+        accepted += accepted_in_silence(name, kind, random.Random(name), flips)[1]
     assert accepted == []
 
 
