@@ -276,8 +276,7 @@ class Plan(Artifact):
         if difference := self.tokenizer.difference(tokenizer):
             raise PlanError(
                 f"the plan was made with the tokenizer {self.tokenizer}, these rows come from {tokenizer}: their "
-                f"{difference} differ; use that tokenizer, or make a plan with this one by 'aletheia probe' and "
-                "'aletheia plan'"
+                f"{difference} differ; use that tokenizer, or make a plan with this one"
             )
 
     def lora_config(self, model: "nn.Module") -> "LoraConfig":

@@ -289,8 +289,8 @@ class _Job:
         return {
             **settings,
             **self.prepared.about,
-            "tokenizer": str(self.data.tokenizer and self.data.tokenizer.vocabulary),
-            "template": str(self.data.tokenizer and self.data.tokenizer.chat_template),
+            "tokenizer_vocabulary": str(self.data.tokenizer and self.data.tokenizer.vocabulary),
+            "tokenizer_template": str(self.data.tokenizer and self.data.tokenizer.chat_template),
             "model_fingerprint": self.plan.model.fingerprint,
             "data_fingerprint": self.data.identity.fingerprint,
             "rows_fingerprint": _rows_sha256(self.data),
