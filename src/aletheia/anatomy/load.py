@@ -215,6 +215,7 @@ def load(
     if quantize is not None:
         settings["quantization_config"] = _quantization(name, quantize, chosen)
     config = load_config(name, trust_remote_code)
+    family = model_class(name, config)
     _check_weights(name, config, trust_remote_code, allow_pickle)
     if quantize is not None or hasattr(config, "quantization_config"):
         settings["device_map"] = {"": target}  # quantized weights cannot be moved

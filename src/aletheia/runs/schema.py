@@ -146,8 +146,8 @@ class Metrics(Artifact):
 class Run:
     """A finished run: where its folder is, what it measured and the plan it followed.
 
-    ``metrics.verdict`` tells whether it was any good, ``warning`` says so in a line, ``notes`` has a line for each file for
-    people that was changed after the run.
+    ``metrics.verdict`` tells whether it was any good, ``warning`` says so in a line, ``notes`` has a line for each file
+    for people that was changed after the run.
     """
 
     path: Path

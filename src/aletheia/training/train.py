@@ -40,7 +40,7 @@ from aletheia.runs.schema import Metrics, PhaseSeconds, Run, StartingAdapter, Us
 from aletheia.training.attach import Attachment, AttachSettings, prefix_computed_as
 from aletheia.training.checkpoints import trustworthy_checkpoints
 from aletheia.training.fast_steps import fast_steps
-from aletheia.training.interrupts import SaveInTime, interrupts
+from aletheia.training.interrupts import Interrupts, SaveInTime, interrupts
 from aletheia.training.learning_rate import default_learning_rate, warm_up_steps
 from aletheia.training.loop import (
     RowTrainer,
@@ -167,28 +167,35 @@ class _Job:
         if found is None and self.folder.resumes:
             found = newest_checkpoint(self.folder.checkpoints)
         reset_peak_memory(self.model.device)
-        with self.stack, self.correction, interrupts() as interrupted:
-            trainer.add_callback(interrupted)
-            trainer.add_callback(SaveInTime())
-            if found is not None:
-                self.recorder.restore(found.manifest.extra)
-                interrupted.saved_step = found.step
-                self._say(f"resume from step {found.step} of {trainer.args.max_steps}")
-            started = time.perf_counter()
-            self._start(trainer.args.max_steps, found is None)
-            self.seconds["init"] = time.perf_counter() - started
-            trainer.args.eval_on_start = found is None
-            try:
-                trainer.train(resume_from_checkpoint=None if found is None else str(found.path))
-            finally:
-                self.recorder.close()
-            is_done = interrupted.signal is None or trainer.state.global_step >= trainer.state.max_steps
-            self.has_learned = is_done and has_learned(self.model)
-        check_adapters(self.model, self.plan)
-        self.correction.fold(self.model, self.plan)
-        if not is_done:
-            raise interrupted.error(self._keep_so_far(trainer))
-        return self._finish(trainer, attachment)
+        with interrupts() as interrupted:
+            with self.stack, self.correction:
+                self._train(trainer, found, interrupted)
+                is_done = interrupted.signal is None or trainer.state.global_step >= trainer.state.max_steps
+                self.has_learned = is_done and has_learned(self.model)
+            check_adapters(self.model, self.plan)
+            with interrupted.put_off():
+                self.correction.fold(self.model, self.plan)
+                if is_done:
+                    return self._finish(trainer, attachment)
+                so_far = self._keep_so_far(trainer)
+        raise interrupted.error(so_far)
+
+    def _train(self, trainer: RowTrainer, found: TrainingCheckpoint | None, interrupted: Interrupts) -> None:
+        """From the start, or from the checkpoint ``found``, to the last step or a signal."""
+        trainer.add_callback(interrupted)
+        trainer.add_callback(SaveInTime())
+        if found is not None:
+            self.recorder.restore(found.manifest.extra)
+            interrupted.saved_step = found.step
+            self._say(f"resume from step {found.step} of {trainer.args.max_steps}")
+        started = time.perf_counter()
+        self._start(trainer.args.max_steps, found is None)
+        self.seconds["init"] = time.perf_counter() - started
+        trainer.args.eval_on_start = found is None
+        try:
+            trainer.train(resume_from_checkpoint=None if found is None else str(found.path))
+        finally:
+            self.recorder.close()
 
     def _keep_so_far(self, trainer: RowTrainer) -> str:
         """Leave the adapter of an interrupted run where it can be used; what is said of it."""
