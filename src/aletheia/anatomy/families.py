@@ -18,6 +18,7 @@ from aletheia.errors import ModelError
 EXPECTED = "expected a decoder that predicts the next token of a text, such as Llama, Qwen or Mistral"
 # marks in the config of the language model of layers that read the image itself, or of states beside the hidden states
 CROSS_ATTENTION = ("cross_attention_layers", "cross_layer_interval")
+SEE_AHEAD = ("paligemma",)  # without an image, too, every token is taken for a part of the prompt, which is seen whole
 
 
 def model_class(name: str, config: PretrainedConfig) -> Any:
@@ -43,6 +44,11 @@ def model_class(name: str, config: PretrainedConfig) -> Any:
             raise ModelError(
                 f"{name} is a vision-language model ({kind}) with layers that read the image alone; expected one whose "
                 "language model is a plain decoder, or a text model"
+            )
+        if kind in SEE_AHEAD:
+            raise ModelError(
+                f"{name} is a vision-language model ({kind}) whose tokens see those after them in rows of text alone; "
+                "expected one whose language model is a plain decoder, or a text model"
             )
         return AutoModelForImageTextToText
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
