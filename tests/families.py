@@ -132,7 +132,7 @@ WRAPPERS = {  # a language model beside a vision tower
     "aya_vision": {"text_config": {"model_type": "cohere2", "sliding_window": 16}, "vision_config": TOWER},
 }
 
-UNSTORED = ("zamba2",)  # upper layers read the embedding, too: no prefix cache
+UNSTORED = ("zamba", "zamba2")  # upper layers read the embedding, too: no prefix cache
 SHARED = ("zamba", "zamba2")  # layers share weights
 OFTEN = (  # tried in every test run, the others in the slow ones
     *STATE_SPACE,

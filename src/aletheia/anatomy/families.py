@@ -61,6 +61,11 @@ def model_class(name: str, config: PretrainedConfig) -> Any:
     return AutoModelForCausalLM
 
 
+def class_name(config: PretrainedConfig) -> str:
+    """The name of the class that loads a model of this config."""
+    return (AutoModelForImageTextToText if is_wrapper(config) else AutoModelForCausalLM).__name__
+
+
 def is_wrapper(config: PretrainedConfig) -> bool:
     """Whether this is the config of a vision-language model, a language model beside a vision tower."""
     return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and config.get_text_config() is not config
