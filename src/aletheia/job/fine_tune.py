@@ -160,9 +160,7 @@ class Job:
         """What a finished run has beside its adapter."""
         folder = self.folder.path
         write_text(folder / CONFIG_FILE, self.settings.to_yaml())
-        if (
-            self.settings.data.chat_template is not None
-        ):  # who serves the adapter needs the template it was trained with
+        if self.settings.data.chat_template is not None:  # whoever serves the adapter needs it
             tokenizer.save_pretrained(folder)
         if scores is not None:
             scores.write(folder / SCORES_FILE)

@@ -46,9 +46,9 @@ Made with `aletheia-tune` {metrics.packages.get("aletheia-tune", "")}; the adapt
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {settings.loaded_by}
 
-base = AutoModelForCausalLM.from_pretrained({_from_pretrained(metrics.model.name)})
+base = {settings.loaded_by}.from_pretrained({_from_pretrained(metrics.model.name)})
 model = PeftModel.from_pretrained(base, "this folder")
 ```
 """

@@ -21,6 +21,7 @@ from aletheia.adapters.correction import Correction
 from aletheia.adapters.initial import ROWS, align_with_gradient
 from aletheia.anatomy.access import base_of, text_config
 from aletheia.anatomy.checkpoint import Checkpoint
+from aletheia.anatomy.families import class_name
 from aletheia.anatomy.load import quantization_of
 from aletheia.data.batches import collate
 from aletheia.data.examples import Example, Examples
@@ -338,6 +339,7 @@ class _Job:
             gradient_checkpointing=settings.gradient_checkpointing,
             cache=attachment.decision.kind,
             init=settings.init if self.prepared.went_on_from is None else "adapter",
+            loaded_by=class_name(base_of(model).config),
             quantization=quantization_of(base_of(model)),
             quantization_corrected=bool(self.correction),
             attention=getattr(model.config, "_attn_implementation", None),
