@@ -112,11 +112,6 @@ WRAPPERS = {  # a language model beside a vision tower
     },
     "qwen3_5": {"text_config": {"rope_parameters": MROPE, **DELTA}, "vision_config": QWEN_TOWER},
     "gemma3": {"text_config": {"sliding_window": 16}, "vision_config": TOWER, "mm_tokens_per_image": 4},
-    "paligemma": {
-        "text_config": {"model_type": "gemma"},
-        "vision_config": {**TOWER, "projection_dim": 32},
-        "projection_dim": 32,
-    },
     "idefics3": {
         **{"text_config": {"model_type": "llama"}, "vision_config": TOWER},
         **{"scale_factor": 2, "image_token_id": 200},
@@ -137,10 +132,28 @@ WRAPPERS = {  # a language model beside a vision tower
     "aya_vision": {"text_config": {"model_type": "cohere2", "sliding_window": 16}, "vision_config": TOWER},
 }
 
+UNSTORED = ("zamba", "zamba2")  # upper layers read the embedding, too: no prefix cache
+SHARED = ("zamba", "zamba2")  # layers share weights
+OFTEN = (  # tried in every test run, the others in the slow ones
+    *STATE_SPACE,
+    *("granitemoe", "jetmoe", "mpt", "opt", "mistral3", "qwen2_5_vl", "gemma3", "llava", "smolvlm", "llama4"),
+)
+RARELY = tuple(family for family in (*OTHERS, *WRAPPERS) if family not in OFTEN)
+BESIDE_AN_IMAGE = {  # of vision-language models that are refused
+    "paligemma": {
+        **{"text_config": {"model_type": "gemma"}, "vision_config": {**TOWER, "projection_dim": 32}},
+        "projection_dim": 32,
+    },
+    "mllama": {
+        "text_config": {"cross_attention_layers": [1, 3]},
+        "vision_config": {**TOWER, "num_global_layers": 1, "vision_output_dim": 32, "intermediate_layers_indices": [0]},
+    },
+}
+
 
 def config_of(family: str):
     """The config of a tiny model of one of these families."""
-    own = (STATE_SPACE | OTHERS | WRAPPERS)[family]
+    own = (STATE_SPACE | OTHERS | WRAPPERS | BESIDE_AN_IMAGE)[family]
     if "text_config" in own:
         own = own | {"text_config": SIZES | own["text_config"]}
     elif not own.keys() >= BARE.keys():

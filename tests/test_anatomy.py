@@ -128,18 +128,22 @@ def test_a_checkpoint_with_gaps_is_not_trained_on_random_numbers(tmp_path, model
 
 
 @pytest.mark.parametrize(
-    ("file", "text"),
+    ("file", "text", "expected"),
     [
-        ("model.safetensors", ""),
-        ("config.json", "{"),
-        ("config.json", '{"model_type": "llama", "hidden_size": "abc"}'),
-        ("tokenizer.json", "{}"),
+        ("model.safetensors", "", "0.0 MB of weights|cannot load"),
+        ("config.json", "{", "config.json is not JSON of settings"),
+        (
+            "config.json",
+            '{"model_type": "llama", "hidden_size": "abc"}',
+            "hidden_size is 'abc'; expected a whole number",
+        ),
+        ("tokenizer.json", "{}", "cannot load"),
     ],
 )
-def test_a_damaged_folder_is_one_clear_line(tmp_path, model_folder, file, text):
+def test_a_damaged_folder_is_one_clear_line(tmp_path, model_folder, file, text, expected):
     shutil.copytree(model_folder, tmp_path / "damaged")
     (tmp_path / "damaged" / file).write_text(text)
-    with pytest.raises(ModelError, match="cannot load") as caught:
+    with pytest.raises(ModelError, match=expected) as caught:
         load(str(tmp_path / "damaged"))
     assert "\n" not in str(caught.value)
 

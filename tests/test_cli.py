@@ -143,7 +143,7 @@ def test_rows_that_are_cut_or_left_out_are_told(run, model_folder, tmp_path):
     metrics = json.loads(out)
     assert (metrics["rows_truncated"], metrics["rows_skipped"]) == (1, 2)
     assert "note: 1 of 10 rows are cut to 60 tokens (--max-length)" in err
-    assert "note: 2 rows are left out, with no token to learn within --max-length" in err
+    assert "note: 2 rows are left out: 2 with no token to learn within --max-length" in err
 
 
 def test_layers_below_learn_at_first(run, model_folder, data_file, tmp_path):
@@ -237,7 +237,7 @@ BAD = {
     "empty data": (("probe", "{model}", "--data", "empty.jsonl", "--out", "s.json"), "empty.jsonl"),
     "unknown columns": (("probe", "{model}", "--data", "columns.jsonl", "--out", "s.json"), "columns.jsonl:1"),
     "truncated JSON": (("train", "{model}", "--data", "torn.jsonl", "--out", "r"), "torn.jsonl:2"),
-    "emptied rows": (("train", "{model}", "--data", "{data}", "--out", "r", "--max-length", "20"), "--skip-emptied"),
+    "emptied rows": (("train", "{model}", "--data", "{data}", "--out", "r", "--max-length", "20"), "--skip-unusable"),
     "wrong model": (("train", "absent/folder/x", "--data", "{data}", "--out", "r"), "no folder absent/folder/x"),
     "unknown model": (("inspect", "nobody/nothing"), "cannot load nobody/nothing"),
     "other plan": (("train", "{model}", "--data", "{data}", "--out", "r", "--plan", "other.json"), "{model}"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from families import OFTEN, RARELY, UNSTORED
 from peft import PeftModel
 from tiny import FAMILIES, MIXTURES, MORE_FAMILIES, make_model
 from torch import nn
@@ -84,22 +85,32 @@ def make(family):
         return StrangeModel(StrangeConfig()).eval()
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES, "strange"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        *FAMILIES,
+        *MORE_FAMILIES,
+        "strange",
+        *OFTEN,
+        *(pytest.param(family, marks=pytest.mark.slow) for family in RARELY),
+    ],
+)
 def test_the_whole_chain(family, examples, tmp_path):
     model = make(family)
     anatomy = read_anatomy(model)
     scores = aletheia.probe(model, examples, batches=2)
     plan = aletheia.plan(scores, policy="last", percent=50, rank=4, ranks="by-role", mlp_rank=8)
     adapted = aletheia.adapt(model, plan)
-    planned = {module.name for module in anatomy.modules if module.layer >= 2 and module.role != "router"}
+    half = anatomy.layer_count // 2
+    planned = {module.name for module in anatomy.adaptable() if module.layer >= half}
     assert planned
     assert set(adapted_modules(adapted)) == planned
     run = aletheia.train(
         adapted, examples.subset(range(8)), plan, tmp_path / "run", examples.subset(range(8, 10)), steps=3,
-        learning_rate=0.01, cache="memory", show_progress=False,
+        learning_rate=0.01, cache="auto" if family in UNSTORED else "memory", show_progress=False,
     )  # fmt: skip
-    assert run.metrics.settings.cache == "memory"
-    batch = collate(examples.examples[:2], PAD)
+    assert run.metrics.settings.cache == ("off" if family in UNSTORED else "memory")
+    batch = collate(examples.examples[:2], PAD) | {"use_cache": False}
     with torch.no_grad():
         trained = adapted.eval()(**batch).logits
         again = PeftModel.from_pretrained(make(family), tmp_path / "run").eval()(**batch).logits

@@ -1,7 +1,9 @@
 """Labels are what the user meant: twelve kinds of chat templates by eight forms of data, and each trap by itself."""
 
 import json
+import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from aletheia.data.encode import NO_LOSS, Example, Examples, load_data
 from aletheia.data.forms import Row
+from aletheia.data.rows import load_rows
 from aletheia.data.scripts import Scripts
 from aletheia.data.templates import ChatTemplate
 from aletheia.errors import DataError
@@ -213,6 +216,36 @@ def test_no_text_of_an_answer_is_lost(answer, name):
     assert "Q?" not in labelled
     if not answer.lstrip().startswith("<think>"):
         assert "".join(answer.split()) in "".join(labelled.split())
+
+
+def published_templates() -> list[Path]:
+    """The chat templates of many models that TRL brings along."""
+    found = find_spec("trl")
+    folder = Path(found.origin).parent / "chat_templates" if found and found.origin else Path("absent")
+    return [path for path in sorted(folder.glob("*.jinja")) if not path.stem.endswith("_training")]
+
+
+@pytest.mark.parametrize("form", ["pair", "messages", "system and history", "thoughts", "calls"])
+def test_published_templates_learn_every_answer_or_name_what_is_lost(tmp_path, form):
+    row, answers, prompts = FORMS[form]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(row))
+    (made,) = load_rows(str(path)).rows
+    marks = re.compile(r"<\|[^|<]*\|>|</s>|<end_of_turn>|<turn\|>")
+    lost, refused = set(), set()
+    for template in published_templates():
+        scripts = Scripts(ChatTemplate(made_tokenizer(template.read_text(), "</s>", "<s>")), marks)
+        try:
+            script = scripts.of(made)
+        except DataError:
+            refused.add(template.stem)
+            continue
+        labelled = "".join(text for text, is_labelled in script.pieces if is_labelled)
+        assert not [prompt for prompt in prompts if prompt in labelled], template.stem
+        if [answer for answer in answers if answer not in labelled]:
+            lost.add(template.stem)
+    assert not lost
+    assert not refused or form == "calls"  # models that call no tools
 
 
 # --- the end ---------------------------------------------------------------------------------------------------

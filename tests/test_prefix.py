@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from families import OTHERS, RARELY, STATE_SPACE, UNSTORED, WRAPPERS
 from peft import LoraConfig, get_peft_model
 from tiny import FAMILIES, MORE_FAMILIES, make_model
 from transformers import Trainer, TrainingArguments
@@ -28,6 +29,12 @@ from aletheia.probing.logits import labelled_logits
 from aletheia.training.fast_steps import fast_steps
 
 BOUNDARY = 2
+SLOW = {*RARELY, *WRAPPERS} - {"mistral3", "llama4"}
+STORED = tuple(
+    pytest.param(family, marks=pytest.mark.slow) if family in SLOW else family
+    for family in (*STATE_SPACE, *OTHERS, *WRAPPERS)
+    if family not in UNSTORED
+)
 
 
 def adapted(family="llama", boundary=BOUNDARY, layers=4):
@@ -73,7 +80,7 @@ def rows(examples):
 # --- exactness
 
 
-@pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES + STORED)
 def test_every_fast_path_equals_the_plain_one(family, rows):
     model = adapted(family)
     batch = collate(rows, 0)
@@ -229,7 +236,7 @@ def obstacle(model, rows):
     return why_not_exact(model, BOUNDARY, rows, 0)[0]
 
 
-@pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES + STORED)
 def test_every_family_can_be_cached(family, rows):
     model = adapted(family)
     layers, state = list(find_layers(model)[1]), torch.get_rng_state()
@@ -247,6 +254,12 @@ def test_rotary_positions_that_depend_on_the_batch_are_seen(rows, kind):
     assert obstacle(model, rows) is None
     model.config.rope_parameters["original_max_position_embeddings"] = longest - 1
     assert (obstacle(model, rows) is None) == (kind == "linear")
+
+
+@pytest.mark.parametrize("family", ["paligemma", *UNSTORED])
+def test_a_prefix_that_cannot_be_stored_is_seen(family, rows):
+    told = "see the tokens after them" if family == "paligemma" else "read more than its hidden states"
+    assert told in obstacle(adapted(family), rows)
 
 
 def test_dropout_below_the_boundary_is_seen(rows):

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 import torch
+from families import OTHERS, SHARED, STATE_SPACE, WRAPPERS
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_families import StrangeBlock, StrangeConfig, StrangeModel, make
@@ -58,7 +59,14 @@ def same(streamed_scores, resident, rel=1e-5):
             assert norm == (None if expected is None else pytest.approx(expected, rel=rel, abs=1e-9))
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES, "strange"])
+SEPARATE = tuple(
+    family if family in ("mamba2", "mistral3") else pytest.param(family, marks=pytest.mark.slow)
+    for family in (*STATE_SPACE, *OTHERS, *WRAPPERS)
+    if family not in SHARED
+)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES, "strange", *SEPARATE])
 def test_scores_are_the_resident_ones(family, saved, examples):
     folder = saved(family)
     base = aletheia.load(str(folder), "float32")
@@ -327,13 +335,19 @@ def test_what_cannot_be_streamed_is_refused(saved, tmp_path):
         Checkpoint(str(folder))
 
 
+@pytest.mark.parametrize("family", SHARED)
+def test_layers_that_share_weights_are_not_read_one_by_one(saved, family):
+    with pytest.raises(ModelError, match=r"layers that share weights .*`stream=False`"):
+        Checkpoint(str(saved(family)))
+
+
 def without_prefix(folder, boundary):
     """A suffix of the checkpoint in the folder, and how many of its weights are there."""
     model = Checkpoint(str(folder), "float32").suffix(boundary)
     return model, sum(value.numel() for value in model.parameters() if not value.is_meta)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES, "strange"])
+@pytest.mark.parametrize("family", [*FAMILIES, *MORE_FAMILIES, "strange", *SEPARATE])
 def test_training_layer_by_layer_is_training(family, saved, examples, tmp_path):
     """The cache filled layer by layer and the suffix alone end where the whole model does."""
     folder = saved(family)
@@ -355,7 +369,7 @@ def test_training_layer_by_layer_is_training(family, saved, examples, tmp_path):
     assert run.metrics.held_out_loss_before == pytest.approx(expected.metrics.held_out_loss_before, rel=1e-6)
     assert run.metrics.held_out_loss_after == pytest.approx(expected.metrics.held_out_loss_after, rel=1e-5)
     again = aletheia.load(str(folder), "float32").model
-    batch = collate(examples.examples[:2], PAD)
+    batch = collate(examples.examples[:2], PAD) | {"use_cache": False}
     with torch.no_grad():
         one, other = (
             PeftModel.from_pretrained(copy.deepcopy(again), path).eval()(**batch).logits

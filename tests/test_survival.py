@@ -12,8 +12,10 @@ import time
 
 import pytest
 from conftest import count_rows
+from tiny import make_model
 
 from aletheia.runs.folder import RunFolder
+from aletheia.runs.saved import load_adapter
 
 # two epochs and more with early layers, a cache on disk and evaluations; a checkpoint every third step
 STEPS = 40
@@ -190,6 +192,78 @@ def test_a_signal_saves_and_says_how_to_go_on(place, model_folder, signum):
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_signals_at_many_moments(place, model_folder, signum, seed):
     stops_and_goes_on(place, model_folder, signum, seed)
+
+
+# where a signal comes outside of the steps: module, function and which of its calls
+MOMENTS = {
+    "rows": ("aletheia.job.fine_tune", "load_rows", 1),
+    "load": ("aletheia.job.fine_tune", "load_for", 1),
+    "probe": ("aletheia.probing.resident", "_score_batch", 3),
+    "plan": ("aletheia.job.fine_tune", "make_plan", 1),
+    "adapt": ("aletheia.job.fine_tune", "adapt", 1),
+    "start": ("aletheia.training.train", "align_with_gradient", 1),
+    "held-out loss": ("aletheia.training.loop", "held_out_loss", 2),
+    "checkpoint": ("aletheia.training.checkpoints", "write_manifest", 2),
+    "save": ("aletheia.training.train", "save", 1),
+    "report": ("aletheia.job.fine_tune", "report", 1),
+}
+SIGNAL = """
+import aletheia.job.fine_tune, importlib
+module = importlib.import_module({module!r})
+own, calls = getattr(module, {name!r}), 0
+def call(*given, **named):
+    global calls
+    calls += 1
+    if calls == {at}:
+        os.kill(os.getpid(), {signum})
+    return own(*given, **named)
+module.{name} = call
+"""
+QUICK = {("probe", signal.SIGINT), ("save", signal.SIGTERM)}
+GOES_ON = r"interrupted(.*); the same command (goes on from|begins anew)"
+
+
+@pytest.mark.parametrize(
+    ("moment", "signum"),
+    [
+        pytest.param(moment, signum, marks=() if (moment, signum) in QUICK else pytest.mark.slow)
+        for moment in MOMENTS
+        for signum in (signal.SIGTERM, signal.SIGINT)
+    ],
+)
+def test_a_signal_at_any_moment_says_how_to_go_on(place, model_folder, moment, signum):
+    """20 moments: before, between and after the steps. What is being written at the end is written."""
+    module, name, at = MOMENTS[moment]
+    out = f"at-{moment.replace(' ', '-')}-{signum}"
+    done = command(place, model_folder, out, patch=SIGNAL.format(module=module, name=name, at=at, signum=int(signum)))
+    assert "Traceback" not in done.stderr
+    if moment not in ("save", "report"):
+        assert done.returncode == 128 + signum, done.stderr
+        assert re.search(GOES_ON, done.stderr.strip().splitlines()[-1]), done.stderr
+        assert not (place / out / "metrics.json").exists()
+        has_steps = moment in ("held-out loss", "checkpoint")
+        assert ("goes on from" in done.stderr.splitlines()[-1]) is has_steps
+        assert (place / out / "adapter_model.safetensors").exists() is has_steps
+        assert (place / out).exists() is has_steps or (place / out / "checkpoints").exists()
+        done = command(place, model_folder, out)
+    assert done.returncode == 0, done.stderr
+    ends_the_same(place, out)
+    assert (place / out / "report.html").exists()
+
+
+def test_the_adapter_of_an_interrupted_run_can_be_used_and_the_run_goes_on(place, model_folder):
+    out, code, log = stopped(place, model_folder, signal.SIGINT, 7)
+    assert code == 130, log
+    assert log.strip().splitlines()[-1].endswith(f"; {out} holds the adapter so far")
+    adapted = load_adapter(make_model("llama"), place / out)
+    assert any(value.any() for name, value in adapted.named_parameters() if "lora_B" in name)
+    again = RunFolder.claim(place / out)
+    assert again.resumes
+    again.close()
+    done = command(place, model_folder, out, "--resume", "never", patch=SIGNAL.format(
+        module="aletheia.job.fine_tune", name="load_rows", at=1, signum=15))  # fmt: skip
+    assert done.returncode == 143, done.stderr
+    assert not (place / out / "adapter_model.safetensors").exists()  # it was begun anew
 
 
 FULL = """

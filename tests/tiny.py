@@ -4,7 +4,7 @@ import json
 import re
 
 import torch
-from families import OTHERS, STATE_SPACE, VOCABULARY, WRAPPERS, config_of
+from families import BESIDE_AN_IMAGE, OTHERS, STATE_SPACE, VOCABULARY, WRAPPERS, config_of
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from transformers import (
@@ -57,7 +57,7 @@ GPT2 = {"vocab_size": VOCABULARY, "n_embd": 32, "n_head": 4, "n_inner": 48, "bos
 
 def make_config(family: str, layers: int = 4):
     """The config of a tiny model of a family; ``layers`` counts for those of this file alone."""
-    if family in (STATE_SPACE | OTHERS | WRAPPERS):
+    if family in (STATE_SPACE | OTHERS | WRAPPERS | BESIDE_AN_IMAGE):
         return config_of(family)
     match family:
         case "llama":
@@ -144,7 +144,7 @@ def make_model(family: str = "llama", layers: int = 4, seed: int = 0):
     """A tiny random model; the same weights for a seed."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        kind = AutoModelForImageTextToText if family in WRAPPERS else AutoModelForCausalLM
+        kind = AutoModelForImageTextToText if family in (WRAPPERS | BESIDE_AN_IMAGE) else AutoModelForCausalLM
         model = kind.from_config(make_config(family, layers), dtype=torch.float32)
         for name, parameter in model.named_parameters():  # biases start at 0 and norms at 1: make them real
             if parameter.dim() == 1:

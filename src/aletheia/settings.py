@@ -20,7 +20,9 @@ MOST_PARAMETERS = 10**14
 LARGEST_RANK = 2**16
 MOST_ROWS = 2**20  # of a batch
 LONGEST_ROW = 2**24  # tokens
-MOST_STEPS = 10**9
+MOST_STEPS = 10**7
+MOST_EPOCHS = 10**4
+MOST_WORKERS = 256  # processes of a loader, or jobs
 
 LIMITS = {
     "greater_than_equal": ("at least", "ge"),

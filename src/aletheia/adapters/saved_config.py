@@ -9,6 +9,7 @@ import json
 import math
 import re
 import struct
+from collections.abc import Iterable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from aletheia.settings import LARGEST_RANK
 SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 HEADER_BYTES = 100_000_000  # as safetensors has it
 MOST_NAMES = 20_000
+MOST_MATCHED = 1_000  # patterns that PEFT matches with every module
 LONGEST = 300  # characters of a name or pattern
 
 _NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
@@ -80,13 +82,20 @@ def as_stored(config: LoraConfig, folder: Path, model: nn.Module) -> LoraConfig:
     """
     ranks = stored_ranks(folder)
     modules = dict(model.named_modules())
-    if not config.target_parameters and ranks and all(name in modules for name in ranks):
+    own_ranks, own_alphas = _resolved(config.rank_pattern, ranks), _resolved(config.alpha_pattern, ranks)
+    if not config.target_parameters and ranks and ranks.keys() <= modules.keys() & _meant(config, modules, ranks):
+        for name, rank in ranks.items():
+            if own_ranks.get(name, config.r) != rank:
+                raise AdapterError(
+                    f"{folder} does not fit itself: {name} has weights of rank {rank:,}, its config says "
+                    f"{own_ranks.get(name, config.r):,}; fetch it again"
+                )
+            if not is_matrix(modules[name]) and not isinstance(modules[name], nn.Embedding):
+                raise AdapterError(f"{folder} adapts {name}, which is no matrix; expected LoRA on Linear layers")
         config.target_modules = sorted(ranks)
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-        own = {name: rank for name, rank in ranks.items() if rank != config.r}
-        config.rank_pattern = {re.escape(name): rank for name, rank in own.items()}
-        if any(not is_matrix(modules[name]) and not isinstance(modules[name], nn.Embedding) for name in ranks):
-            raise AdapterError(f"{folder} adapts modules that are no matrices; expected LoRA on Linear layers")
+        config.rank_pattern = {re.escape(name): rank for name, rank in own_ranks.items()}
+        config.alpha_pattern = {re.escape(name): alpha for name, alpha in own_alphas.items()}
         return config
     is_pattern = isinstance(config.target_modules, str) and config.target_modules != "all-linear"
     if is_pattern or config.exclude_modules or config.layers_pattern:
@@ -94,10 +103,42 @@ def as_stored(config: LoraConfig, folder: Path, model: nn.Module) -> LoraConfig:
             f"{folder} names its modules by a pattern, and its weights are of modules that this model has not; "
             "expected an adapter trained on this base model"
         )
+    patterns = len(config.rank_pattern or ()) + len(config.alpha_pattern or ())
+    if patterns > MOST_MATCHED:
+        raise AdapterError(f"{folder} has {patterns:,} patterns of ranks and alphas; expected at most {MOST_MATCHED:,}")
     most = max(ranks.values(), default=1)
     if ranks and max((config.r, *(config.rank_pattern or {}).values())) > most:
         raise AdapterError(f"{folder} says rank {config.r:,}, its weights have up to {most:,}; fetch it again")
     return config
+
+
+def _resolved(patterns: dict[str, Any] | None, names: Iterable[str]) -> dict[str, Any]:
+    """The number that PEFT would find for each name, without its regular expressions: the first that fits wins."""
+    by_end: dict[str, tuple[int, Any]] = {}
+    for at, (pattern, value) in enumerate((patterns or {}).items()):
+        by_end.setdefault(re.sub(r"^\^?(\.\*\\?\.)?|\\|\$$", "", pattern), (at, value))
+    found = {}
+    for name in names:
+        fitting = [by_end[end] for end in _ends(name) if end in by_end]
+        if fitting:
+            found[name] = min(fitting, key=lambda one: one[0])[1]
+    return found
+
+
+def _ends(name: str) -> list[str]:
+    """``a.b.c``, ``b.c`` and ``c``."""
+    parts = name.split(".")
+    return [".".join(parts[at:]) for at in range(len(parts))]
+
+
+def _meant(config: LoraConfig, modules: dict[str, nn.Module], ranks: dict[str, int]) -> set[str]:
+    """The modules that the config means: those stored, where it is a pattern; none where names and weights differ."""
+    targets = config.target_modules
+    if not isinstance(targets, list | set) or config.exclude_modules or config.layers_to_transform is not None:
+        return set(ranks)
+    ends = set(targets)
+    found = {name for name in modules if not ends.isdisjoint(_ends(name))}
+    return found if found == ranks.keys() else set()
 
 
 def stored_ranks(folder: Path) -> dict[str, int]:

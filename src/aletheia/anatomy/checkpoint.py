@@ -79,6 +79,11 @@ class Checkpoint:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(name, trust_remote_code)
         self._whole, self._quantizer = self._empty(config, trust_remote_code)
         self.anatomy: Anatomy = read_anatomy(self._whole)
+        if self.anatomy.shared:
+            raise ModelError(
+                f"{name} has layers that share weights ({self.anatomy.shared[0].name}), which cannot be read one by "
+                "one; load it as a whole with `stream=False`"
+            )
         self.layer_path, layers = find_layers(self._whole)
         self._pristine = list(layers)
         self._names = names_of_parts(self._whole, self.layer_path, len(layers))

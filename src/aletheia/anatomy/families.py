@@ -18,6 +18,7 @@ from aletheia.errors import ModelError
 EXPECTED = "expected a decoder that predicts the next token of a text, such as Llama, Qwen or Mistral"
 # marks in the config of the language model of layers that read the image itself, or of states beside the hidden states
 CROSS_ATTENTION = ("cross_attention_layers", "cross_layer_interval")
+SEE_AHEAD = ("paligemma",)  # without an image, too, every token is taken for a part of the prompt, which is seen whole
 
 
 def model_class(name: str, config: PretrainedConfig) -> Any:
@@ -44,6 +45,11 @@ def model_class(name: str, config: PretrainedConfig) -> Any:
                 f"{name} is a vision-language model ({kind}) with layers that read the image alone; expected one whose "
                 "language model is a plain decoder, or a text model"
             )
+        if kind in SEE_AHEAD:
+            raise ModelError(
+                f"{name} is a vision-language model ({kind}) whose tokens see those after them in rows of text alone; "
+                "expected one whose language model is a plain decoder, or a text model"
+            )
         return AutoModelForImageTextToText
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         other = " (it reads images)" if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else ""
@@ -53,6 +59,11 @@ def model_class(name: str, config: PretrainedConfig) -> Any:
     if getattr(text, "use_bidirectional_attention", None) is True:
         raise ModelError(f"{name} has bidirectional attention ({kind}): it is an encoder; {EXPECTED}")
     return AutoModelForCausalLM
+
+
+def class_name(config: PretrainedConfig) -> str:
+    """The name of the class that loads a model of this config."""
+    return (AutoModelForImageTextToText if is_wrapper(config) else AutoModelForCausalLM).__name__
 
 
 def is_wrapper(config: PretrainedConfig) -> bool:

@@ -211,12 +211,12 @@ def load(
     """
     target = torch.device(device) if device else pick_device()
     chosen = pick(dtype, target)
-    config = load_config(name, trust_remote_code)
-    family = model_class(name, config)
-    _check_weights(name, config, trust_remote_code, allow_pickle)
     settings: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     if quantize is not None:
         settings["quantization_config"] = _quantization(name, quantize, chosen)
+    config = load_config(name, trust_remote_code)
+    family = model_class(name, config)
+    _check_weights(name, config, trust_remote_code, allow_pickle)
     if quantize is not None or hasattr(config, "quantization_config"):
         settings["device_map"] = {"": target}  # quantized weights cannot be moved
     place = _place(name)
@@ -393,6 +393,8 @@ def explained(name: str) -> Iterator[None]:
     except Exception as error:  # configs, checkpoints and tokenizers are foreign data: anything may be raised
         if "trust_remote_code=True" in str(error):
             raise ModelError(_CODE.format(name=name)) from error
+        if "Weights only load failed" in str(error):  # and advises to run it
+            raise ModelError(f"{name[:200]} holds a pickle of more than tensors; expected safetensors") from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = " ".join(lines)[:300] if lines else "no reason given"
         raise ModelError(f"cannot load {name[:200]}: {reason} ({type(error).__name__})") from error

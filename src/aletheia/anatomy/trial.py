@@ -56,7 +56,8 @@ def _read_past(model: nn.Module, matrices: Mapping[str, nn.Module]) -> list[str]
     found = []
     for name in matrices:
         path, _, own_name = name.rpartition(".")
-        if own_name in _weights_read(type(model.get_submodule(path))):
+        owner: Any = type(model.get_submodule(path))
+        if own_name in _weights_read(owner):
             found.append(name)
     return found
 

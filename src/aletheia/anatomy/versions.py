@@ -21,11 +21,16 @@ def computing_versions() -> dict[str, str]:
 
     So what another release computed is never used again, nor what was computed before an edit of these sources.
     """
+    ours = sources_sha256(Path(__file__).parent.parent)
+    return package_versions(PACKAGES) | {"torch build": str(torch.__version__), "sources": ours}
+
+
+def sources_sha256(package: Path) -> str:
+    """The sha256 of all sources that have a part in a stored state, by name, in the folder of this package."""
     digest = hashlib.sha256()
-    home = Path(__file__).parent.parent
-    for path in sorted(path for floor in SOURCES for path in (home / floor).rglob("*.py")):
-        digest.update(path.relative_to(home).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return package_versions(PACKAGES) | {"torch build": str(torch.__version__), "sources": digest.hexdigest()}
+    for path in sorted(path for floor in SOURCES for path in (package / floor).rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def processor(device: torch.device) -> str:

@@ -9,6 +9,7 @@ import typer
 
 from aletheia.cli.help import Command, Group
 from aletheia.cli.options import JsonOption, print_json, print_rich, say
+from aletheia.settings import MOST_WORKERS
 
 if TYPE_CHECKING:
     from aletheia.lab.campaign.coordinate import Watcher
@@ -40,7 +41,9 @@ def run(
     executor: Annotated[str, typer.Option("--executor", help="local or ray.")] = "local",
     workers: Annotated[
         int | None,
-        typer.Option("--workers", help="Jobs at a time on this machine, each with a GPU of its own (1).", min=1),
+        typer.Option(
+            "--workers", help="Jobs at a time on this machine, each with a GPU of its own (1).", min=1, max=MOST_WORKERS
+        ),
     ] = None,
     address: Annotated[
         str | None, typer.Option("--address", help="Ray cluster to join (by default one is started here).")
@@ -140,7 +143,7 @@ def _live_table() -> "Iterator[Watcher]":
 
     from aletheia.lab.reporting.campaign_terminal import status_table
 
-    console = Console(stderr=True, highlight=False)
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
     if console.is_terminal:
         with Live(console=console, auto_refresh=False) as live:
             yield lambda store, running: live.update(Group(*status_table(store.records(), running)), refresh=True)

@@ -12,12 +12,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from aletheia.anatomy.settings import LoadSettings
 from aletheia.cli.settings_options import Given, section_of
 from aletheia.data.settings import DataSettings
 from aletheia.errors import SettingsError
+from aletheia.plain_yaml import parse_yaml, read_yaml
 from aletheia.planning.plan import PlanSettings
 from aletheia.runs.contents import check_file
 from aletheia.settings import Settings
@@ -27,9 +26,9 @@ S = TypeVar("S", bound=Settings)
 
 _CLASSES: tuple[Any, ...] = (LoadSettings, DataSettings, PlanSettings, TrainSettings)
 SECTIONS: dict[str, Any] = {section_of(one): one for one in _CLASSES}
-LARGEST_BYTES = 1_000_000
 PLAN_FILE = "file"
 SHORT = {"model": "model", "data": "data"}  # the field that a section stands for where it is no mapping
+NEVER_FROM_A_FILE = ("trust_remote_code", "allow_pickle")  # alone
 # a flag for one of a pair puts aside what the file says of the other
 PAIRS = {"steps": "epochs", "epochs": "steps", "eval_data": "eval_fraction", "eval_fraction": "eval_data"}
 
@@ -38,39 +37,26 @@ def read_config(path: Path) -> Given:
     """The sections of a file, see :func:`parse_config`.
 
     Raises:
-        SettingsError: it cannot be read, is larger than 1 MB, or is not as expected.
+        SettingsError: it cannot be read, is too large, or is not as expected.
         ArtifactError: it lies in a run folder and was changed there.
     """
-    try:
-        with path.open("rb") as file:
-            content = file.read(LARGEST_BYTES + 1)
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise SettingsError(f"cannot read {path} ({error.strerror}); expected a YAML file for `config`") from error
-    except UnicodeDecodeError as error:
-        raise SettingsError(f"{path} is not UTF-8; expected a YAML file for `config`") from error
-    if len(content) > LARGEST_BYTES:
-        raise SettingsError(f"{path} is larger than 1 MB; expected a file of settings")
+    found = read_yaml(path)
     check_file(path)
-    return parse_config(text, str(path))
+    return _sections(found, str(path))
 
 
 def parse_config(text: str, name: str) -> Given:
     """The sections ``model``, ``data``, ``plan`` and ``training`` of a YAML text, each with its settings by name.
 
-    Numbers, true, false and null are read as in YAML 1.2 and JSON, so that ``off`` is a text. Values are checked
-    later, by :func:`build`.
+    Values are checked later, by :func:`build`.
 
     Raises:
         SettingsError: no YAML, an alias, merge key or double key, or a section or setting that is unknown.
     """
-    try:
-        found = yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise SettingsError(f"{name}{line}: {error.problem}; expected plain YAML") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise SettingsError(f"{name}: {' '.join(str(error).split())}; expected plain YAML") from None
+    return _sections(parse_yaml(text, name), name)
+
+
+def _sections(found: Any, name: str) -> Given:
     if found is None:
         return {}
     if not isinstance(found, dict):
@@ -105,6 +91,12 @@ def build(
         SettingsError: a value is refused; one that the file gave is named with its section, ``training.steps``.
     """
     section = section_of(settings)
+    for name in NEVER_FROM_A_FILE:
+        if file_sections.get(section, {}).get(name) and section == "model" and not given.get(section, {}).get(name):
+            raise SettingsError(
+                f"`{section}.{name}` is true in the file, which may be somebody else's; expected it to be given beside "
+                f"the file, as `{name}`"
+            )
     values = merge(file_sections, given).get(section, {})
     if section == "plan":
         values.pop(PLAN_FILE, None)
@@ -117,43 +109,6 @@ def build(
             return f"`{section}.{_written(section, match[1])}`" if match[1] in from_file else match[0]
 
         raise SettingsError(re.sub(r"`(\w+)`", named, str(error))) from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without aliases, merge keys and double keys, its plain words read as in YAML 1.2."""
-
-    yaml_implicit_resolvers = {}  # noqa: RUF012  # of PyYAML's making
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            self._refuse("found an alias (*), expected the value itself", self.peek_event())  # type: ignore[no-untyped-call]
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                self._refuse("found a key that is no name", key)
-            if key.value == "<<":
-                self._refuse("found a merge key (<<), expected the settings themselves", key)
-            if key.value in keys:
-                self._refuse(f"found {key.value} twice", key)
-            keys.add(key.value)
-        return super().construct_mapping(node, deep)
-
-    def _refuse(self, problem: str, at: Any) -> None:
-        raise yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
-
-
-for _tag, _pattern, _first in (
-    ("null", r"(~|null|)$", ["~", "n", ""]),
-    ("bool", r"(true|false)$", list("tf")),
-    ("int", r"[-+]?[0-9]+$", list("-+0123456789")),
-    ("float", r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)(e[-+]?[0-9]+)?$", list("-+.0123456789")),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern, re.IGNORECASE), _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
 
 
 def _section(section: Any, value: Any, name: str) -> dict[str, Any]:

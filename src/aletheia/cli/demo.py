@@ -16,6 +16,7 @@ from aletheia.cli.options import (
     say,
     timed,
 )
+from aletheia.settings import MOST_STEPS
 
 if TYPE_CHECKING:
     from aletheia.anatomy.load import Loaded
@@ -29,7 +30,7 @@ HELD_OUT_ROWS = 40
 
 def demo(
     out: Annotated[Path, typer.Option("--out", help="Folder for data, runs and report.")] = Path("demo-run"),
-    steps: Annotated[int, typer.Option("--steps", help="Optimizer steps per run.", min=1)] = STEPS,
+    steps: Annotated[int, typer.Option("--steps", help="Optimizer steps per run.", min=1, max=MOST_STEPS)] = STEPS,
     seed: SeedOption = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in --out.")] = False,
     as_json: JsonOption = False,

@@ -1,14 +1,14 @@
 """The command ``aletheia``: whatever happens, one line and an exit code. Little is imported before that holds."""
 
 import os
-import signal
 import sys
-import threading
-from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 DEBUG = "ALETHEIA_DEBUG"
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+INTERRUPTED = "interrupted; the same command goes on from what it has saved, or begins anew"
 
 
 def main() -> NoReturn:
@@ -17,32 +17,28 @@ def main() -> NoReturn:
     1 stands for results that are no success (failed rows, say) and for a fault of ours.
     """
     caught: list[int] = []
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        caught.append(signum)
-        raise KeyboardInterrupt
-
-    on_main_thread = threading.current_thread() is threading.main_thread()
-    earlier = {signum: signal.signal(signum, stop) for signum in SIGNALS} if on_main_thread else {}
+    earlier = {}
     try:
+        import signal
+        import threading
+
+        def stop(signum: int, frame: "FrameType | None") -> None:
+            caught.append(signum)
+            raise KeyboardInterrupt
+
+        if threading.current_thread() is threading.main_thread():
+            earlier = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
         from aletheia.cli.terminal import open_outputs
 
         open_outputs()
         code = _run()
+        if caught:  # the command-line library made an exit code of it
+            raise KeyboardInterrupt
         sys.stdout.flush()  # now, while a full disk can still be said
     except BaseException as error:
         for signum in earlier:  # a second Ctrl-C is to change nothing any more
             signal.signal(signum, signal.SIG_IGN)
-        message, code = _told(error, caught)
-        if os.environ.get(DEBUG) and not isinstance(error, SystemExit):
-            import traceback
-
-            traceback.print_exception(error)
-        if message:
-            print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        from aletheia.cli.terminal import lose_output
-
-        lose_output()
+        code = _end(error, caught)
     finally:
         for signum, handler in earlier.items():
             signal.signal(signum, handler)
@@ -52,8 +48,7 @@ def main() -> NoReturn:
 def _run() -> int:
     from aletheia.libraries import quiet_libraries
 
-    arguments = sys.argv[1:]
-    if arguments[:1] == ["--debug"]:
+    if sys.argv[1:2] == ["--debug"]:
         os.environ[DEBUG] = "1"
     if not os.environ.get(DEBUG):
         quiet_libraries()
@@ -62,14 +57,30 @@ def _run() -> int:
     return run()
 
 
+def _end(error: BaseException, caught: list[int]) -> int:
+    """Say what ended the command, in one line; returns its exit code."""
+    from aletheia.cli.terminal import lose_output
+
+    message, code = _told(error, caught)
+    if os.environ.get(DEBUG) and not isinstance(error, SystemExit):
+        import traceback
+
+        traceback.print_exception(error)
+    if message:
+        from aletheia.names import printable
+
+        print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    lose_output()
+    return code
+
+
 def _told(error: BaseException, caught: list[int]) -> tuple[str, int]:
     """The line and the exit code of what ended the command."""
     if isinstance(error, SystemExit):
         return "", error.code if isinstance(error.code, int) else int(error.code is not None)
-    if caught and getattr(error, "exit_code", None) is None:  # a library may have turned it into an error of its own
-        return "interrupted; the same command goes on or begins anew", 128 + caught[0]
-    if isinstance(error, KeyboardInterrupt):
-        return "interrupted; the same command goes on or begins anew", 130
+    has_own_code = getattr(error, "exit_code", None) is not None
+    if isinstance(error, KeyboardInterrupt) or (caught and not has_own_code):  # or what a library made of it
+        return INTERRUPTED, 128 + (caught[0] if caught else 2)
     from aletheia.cli.faults import told
 
     return told(error)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from aletheia.cli.wording import translate
+from aletheia.names import printable
 
 if TYPE_CHECKING:
     from aletheia.runs.schema import Run
@@ -70,7 +71,7 @@ def print_rich(*renderables: Any) -> None:
     """Tables and text for people on stdout."""
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # names are no markup
     for renderable in renderables:
         console.print(renderable)
 
@@ -80,4 +81,4 @@ def say(message: str) -> None:
 
     Its names in backticks become options, but an indented line is a quotation of data and stays as it is.
     """
-    typer.echo(message if message.startswith("    ") else translate(message), err=True)
+    typer.echo(printable(message if message.startswith("    ") else translate(message)), err=True)

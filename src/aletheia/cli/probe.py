@@ -16,6 +16,7 @@ from aletheia.cli.options import (
 )
 from aletheia.cli.settings_options import Given, from_settings
 from aletheia.data.settings import DataSettings
+from aletheia.settings import MOST_ROWS, MOST_STEPS
 
 if TYPE_CHECKING:
     from aletheia.anatomy.load import Loaded
@@ -29,12 +30,17 @@ EXAMPLE = "aletheia probe Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --out sc
 def probe(
     model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", help="Scores file to write.")],
-    batches: Annotated[int, typer.Option("--batches", help="Probe batches.", min=1)] = 5,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per probe batch.", min=1)] = 1,
+    batches: Annotated[int, typer.Option("--batches", help="Probe batches.", min=1, max=MOST_STEPS)] = 5,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per probe batch.", min=1, max=MOST_ROWS)] = 1,
     score: Annotated[str, typer.Option("--score", help="What is measured: gradient-norm.")] = "gradient-norm",
     train_batch_size: Annotated[
         int,
-        typer.Option("--train-batch-size", help="Rows per training step, for which step times are measured.", min=1),
+        typer.Option(
+            "--train-batch-size",
+            help="Rows per training step, for which step times are measured.",
+            min=1,
+            max=MOST_ROWS,
+        ),
     ] = 4,
     calibrated: Annotated[
         bool, typer.Option("--calibrate/--no-calibrate", help="Measure step times, so that plans predict seconds.")

@@ -115,7 +115,7 @@ def tool_list(value: object, name: str, where: str) -> tuple[dict[str, Any], ...
     Raises:
         UnusableRowError: anything else.
     """
-    value = from_json(value)
+    value = from_json(_plain(value))
     if value is None or value == "" or value == []:
         return ()
     tools = [_object(tool) for tool in (value if isinstance(value, list) else [value])]
@@ -223,7 +223,7 @@ def _part(part: object, name: str, where: str) -> str:
 
 def _tool_calls(value: object, name: str, where: str) -> list[dict[str, Any]]:
     """Tool calls as templates expect them: each with a function that has a name and an object of arguments."""
-    value = from_json(value)
+    value = from_json(_plain(value))
     if value is None or value == [] or value == "":
         return []
     calls = []
@@ -244,22 +244,20 @@ def _tool_calls(value: object, name: str, where: str) -> list[dict[str, Any]]:
 
 def _function_call(value: object) -> list[dict[str, Any]]:
     """The call of OpenAI's older form, one a message."""
-    value = from_json(value)
+    value = from_json(_plain(value))
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return []
-    return _tool_calls([value], "function_call", "")
+    return _tool_calls(json.dumps([value]), "function_call", "")
 
 
 def _object(value: object) -> dict[str, Any]:
     """An object, or JSON text of one; anything else is an empty one."""
     held = from_json(value)
-    if not isinstance(held, dict):
-        return {}
-    return held if held is not value else _plain(held)  # a null that was written as text is meant
+    return held if isinstance(held, dict) else {}
 
 
 def _plain(value: Any) -> Any:
-    """Without the nulls that columnar files put where a key is absent in a row."""
+    """Without the nulls that columnar files put where a key is absent in a row; a null written as text is meant."""
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items() if one is not None}
     return [_plain(one) for one in value] if isinstance(value, list) else value

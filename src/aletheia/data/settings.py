@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
-from aletheia.settings import Settings, option
+from aletheia.settings import LONGEST_ROW, MOST_ROWS, Settings, option
 
 GROUP = "Data"
 
@@ -23,7 +23,7 @@ class DataSettings(Settings):
         GROUP,
         min_length=1,
     )
-    max_length: int = option(1024, "Tokens per row; longer rows are cut on the right.", GROUP, ge=2)
+    max_length: int = option(1024, "Tokens per row; longer rows are cut on the right.", GROUP, ge=2, le=LONGEST_ROW)
     skip_unusable: bool = option(
         False,
         "Leave out rows without an answer, or whose answer `max_length` cuts off, and count them by reason, instead of "
@@ -41,7 +41,7 @@ class DataSettings(Settings):
     eval_fraction: float | None = option(
         None, "Share of `data` held out where there is no `eval_data` (0.05 by default).", GROUP, gt=0, lt=1
     )
-    eval_rows: int = option(96, "Held-out rows used, at most.", GROUP, ge=1)
+    eval_rows: int = option(96, "Held-out rows used, at most.", GROUP, ge=1, le=MOST_ROWS)
 
     @field_validator("data", "eval_data", mode="before")
     @classmethod

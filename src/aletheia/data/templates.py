@@ -89,9 +89,7 @@ class ChatTemplate:
         if not messages:
             return ""
         try:
-            text: str = self._tokenizer.apply_chat_template(
-                list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=generation
-            )
+            text = self._apply(messages, generation, tools, self._wants_parts)
         except MemoryError:
             raise
         except Exception as error:  # a template is a program and may raise anything
@@ -104,6 +102,30 @@ class ChatTemplate:
                 "expected a text of about its length; use another with `chat_template`",
             )
         return text
+
+    def _apply(
+        self, messages: Sequence[Message], generation: bool, tools: Sequence[dict[str, Any]], as_parts: bool
+    ) -> str:
+        if as_parts:
+            messages = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        text: str = self._tokenizer.apply_chat_template(
+            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=generation
+        )
+        return text
+
+    @cached_property
+    def _wants_parts(self) -> bool:
+        """Whether the template takes content as a list of parts alone, as those of vision models do."""
+        question = [{"role": "user", "content": "what the user says"}]
+        for as_parts in (False, True):
+            try:
+                if question[0]["content"] in self._apply(question, True, (), as_parts):
+                    return as_parts
+            except MemoryError:
+                raise
+            except Exception:  # the rows will tell
+                continue
+        return False
 
     @cached_property
     def system_of_its_own(self) -> str:

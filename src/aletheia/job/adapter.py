@@ -32,7 +32,12 @@ def base_settings(how: LoadSettings, folder: Path) -> LoadSettings:
     found = read_settings(folder / ADAPTER_CONFIG)
     name = found.get("base_model_name_or_path")
     shown = f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {str(name)[:120]!r}"
-    if not isinstance(name, str) or ".." in Path(name).parts or not (Path(name).exists() or _HUB_ID.fullmatch(name)):
+    if (
+        not isinstance(name, str)
+        or not name
+        or ".." in Path(name).parts
+        or not (Path(name).exists() or _HUB_ID.fullmatch(name))
+    ):
         raise ModelError(f"{shown}; expected a hub id or a folder that is there; correct it to where the base model is")
     if adapter_folder(name) is not None:
         raise ModelError(

@@ -56,7 +56,7 @@ from aletheia.runs.folder import CONFIG_FILE, RunFolder
 from aletheia.runs.manifest import TrainingCheckpoint, check_same_run, newest_checkpoint, verified
 from aletheia.runs.saved import continue_adapter, plan_of_adapter
 from aletheia.runs.schema import PLAN_FILE, REPORT_FILE, SCORES_FILE, Run
-from aletheia.training.interrupts import interrupts
+from aletheia.training.interrupts import Interrupts, interrupts
 from aletheia.training.loop import rows_of_steps, rows_per_step, training_arguments
 from aletheia.training.processes import Launch, say_nothing
 from aletheia.training.settings import TrainSettings
@@ -97,10 +97,11 @@ def fine_tune(
     training_arguments(settings.training, "")  # Trainer's own checks
     told = say or to_stderr
     with ExitStack() as stack:
-        stack.enter_context(interrupts())
+        interrupted = stack.enter_context(interrupts())
         launch = stack.enter_context(Launch.join())
         folder = stack.enter_context(launch.claim(out, overwrite, "never" if resume == "never" else "auto"))
-        job = Job(settings, folder, launch, told if launch.is_first else say_nothing)
+        interrupted.checkpoints = folder.checkpoints
+        job = Job(settings, folder, launch, told if launch.is_first else say_nothing, interrupted)
         return job.run(None if resume in ("auto", "never") else Path(resume))
 
 
@@ -112,18 +113,19 @@ class Job:
     folder: RunFolder
     launch: Launch
     say: Say
+    interrupted: Interrupts
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self, resume: Path | None = None) -> Run:
         """Load, probe, plan, adapt, train, report."""
         settings, folder = self.settings, self.folder
+        start = Start.of(settings)
         given = self._given()
         found = self._checkpoint(resume)
         skip = settings.data.skip_unusable
         rows = load_rows(settings.data.data, skip)
         eval_rows = load_rows(settings.data.eval_data, skip) if settings.data.eval_data else None
         self.say(f"load   {settings.model.model}")
-        start = Start.of(settings)
         with self._timed("load"):
             base, data = self._load(rows, start)
         for line in quoted(shown_row(data[0], 1, base.tokenizer, data.max_length)):
@@ -149,15 +151,21 @@ class Job:
         prepared = Prepared(prefix, unquantized, self.seconds, about, record, found)
         run = train(adapted, data, plan, folder, held_out, settings.training, prepared)
         if self.launch.is_first:
-            write_text(folder.path / CONFIG_FILE, settings.to_yaml())
-            if settings.data.chat_template is not None:  # who serves the adapter needs the template it was trained with
-                base.tokenizer.save_pretrained(folder.path)
-            if scores is not None:
-                scores.write(folder.path / SCORES_FILE)
-            report([run], folder.path / REPORT_FILE)
-            add_to_contents(folder.path, [CONFIG_FILE, SCORES_FILE, REPORT_FILE])
+            with self.interrupted.put_off():
+                self._complete(base.tokenizer, scores, run)
             self._push(run)
         return run
+
+    def _complete(self, tokenizer: Any, scores: Scores | None, run: Run) -> None:
+        """What a finished run has beside its adapter."""
+        folder = self.folder.path
+        write_text(folder / CONFIG_FILE, self.settings.to_yaml())
+        if self.settings.data.chat_template is not None:  # whoever serves the adapter needs it
+            tokenizer.save_pretrained(folder)
+        if scores is not None:
+            scores.write(folder / SCORES_FILE)
+        report([run], folder / REPORT_FILE)
+        add_to_contents(folder, [CONFIG_FILE, SCORES_FILE, REPORT_FILE])
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

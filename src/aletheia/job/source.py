@@ -19,6 +19,7 @@ from aletheia.data.settings import DataSettings
 from aletheia.data.templates import read_template
 from aletheia.errors import ModelError
 from aletheia.job.adapter import adapter_folder, base_settings
+from aletheia.names import printable
 from aletheia.planning.estimate import RESIDENT_SHARE
 from aletheia.probing.passes import check_passes
 from aletheia.probing.preflight import preflight
@@ -31,7 +32,7 @@ NOTE = "note: "
 
 def to_stderr(line: str) -> None:
     """A line for people, so that stdout stays clean for results."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def is_streamed(how: LoadSettings, say: Say = to_stderr) -> bool:

@@ -11,7 +11,7 @@ from aletheia.anatomy.schema import DataIdentity, ModelIdentity, Role, Tokenizer
 from aletheia.errors import PlanError
 from aletheia.files import Artifact
 from aletheia.probing.scores import ProbeSettings
-from aletheia.settings import Settings, option
+from aletheia.settings import LARGEST_RANK, MOST_EPOCHS, MOST_LAYERS, Settings, option
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -34,9 +34,9 @@ class Adapter(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
-    layer: int = Field(ge=0)
+    layer: int = Field(ge=0, lt=MOST_LAYERS)
     role: Role
-    rank: int = Field(ge=1)
+    rank: int = Field(ge=1, le=LARGEST_RANK)
     alpha: FiniteFloat = Field(gt=0)
     fused: bool = False
     parameters: int = Field(ge=1, description="trainable parameters of this adapter")
@@ -56,15 +56,19 @@ class PlanSettings(Settings):
         le=100,
         **FINITE,
     )
-    rank: int = option(16, "LoRA rank; for by-score it sets the number of parameters.", GROUP, ge=1)
+    rank: int = option(16, "LoRA rank; for by-score it sets the number of parameters.", GROUP, ge=1, le=LARGEST_RANK)
     ranks: RankMode = option(
         "uniform", "The same rank everywhere, one for attention and one for the rest, or by score.", GROUP
     )
     attention_rank: int | None = option(
-        None, "Rank of attention modules; implies by-role (then `rank` by default).", GROUP, ge=1
+        None, "Rank of attention modules; implies by-role (then `rank` by default).", GROUP, ge=1, le=LARGEST_RANK
     )
     mlp_rank: int | None = option(
-        None, f"Rank of all other modules; implies by-role (then {PAPER_MLP_RANK} by default).", GROUP, ge=1
+        None,
+        f"Rank of all other modules; implies by-role (then {PAPER_MLP_RANK} by default).",
+        GROUP,
+        ge=1,
+        le=LARGEST_RANK,
     )
     alpha: float | None = option(
         None, "Alpha at `rank`; alpha / rank is the same everywhere (2 x rank by default).", GROUP, gt=0, **FINITE
@@ -95,6 +99,7 @@ class PlanSettings(Settings):
         "Passes that the time is counted for; later ones read the prefix cache (those of the run, or 1).",
         GROUP,
         gt=0,
+        le=MOST_EPOCHS,
         **FINITE,
     )
     seed: int = option(0, "Seed of the random policy.", GROUP, ge=0, le=2**32 - 1)
@@ -198,7 +203,7 @@ class Plan(Artifact):
     probe: ProbeSettings
     packages: dict[str, str]
     settings: PlanSettings
-    layer_count: int
+    layer_count: int = Field(ge=1, le=MOST_LAYERS)
     layers: tuple[int, ...]
     predicted: Prediction
     layer_scores: tuple[FiniteFloat, ...]
@@ -271,8 +276,7 @@ class Plan(Artifact):
         if difference := self.tokenizer.difference(tokenizer):
             raise PlanError(
                 f"the plan was made with the tokenizer {self.tokenizer}, these rows come from {tokenizer}: their "
-                f"{difference} differ; use that tokenizer, or make a plan with this one by 'aletheia probe' and "
-                "'aletheia plan'"
+                f"{difference} differ; use that tokenizer, or make a plan with this one"
             )
 
     def lora_config(self, model: "nn.Module") -> "LoraConfig":

@@ -1,5 +1,6 @@
 """Whether stored hidden states give what the layers themselves would: tried on the model at hand."""
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -27,9 +28,9 @@ def why_not_exact(
 
     Twice in training mode, the prefix must give the same (no dropout, no noise), and the same when evaluating, which
     reads what training stored (8-bit layers compute otherwise then). Other tokens at the end must leave the start as it
-    is, since padding is such. Started from its output, with an embedding of zeros, the model must give the logits it
-    gives from the start (nothing above reads anything else). The model's own hooks are not called, so this may be called
-    from one.
+    is, since padding is such. Started from its output, with an embedding of NaN, the model must give the logits it
+    gives from the start (nothing above reads anything else). The model's own hooks are not called, so this may be
+    called from one.
     """
     embedding = base_of(model).get_input_embeddings()
     dtype = input_weight(model).dtype
@@ -56,7 +57,7 @@ def why_not_exact(
                     dtype,
                 )
             plain = model.forward(**batch, use_cache=False).logits
-            blank = embedding.register_forward_hook(lambda *called: torch.zeros_like(called[2]))
+            blank = embedding.register_forward_hook(lambda *called: torch.full_like(called[2], math.nan))
             stack.callback(blank.remove)
             shortcut = Shortcut(model, boundary)
             stack.callback(shortcut.close)
@@ -65,7 +66,8 @@ def why_not_exact(
     except Exception as error:  # whatever a family of tomorrow does with its layers
         told = str(error).splitlines()[0] if str(error) else ""
         return f"{type(model).__name__} does not start at layer {boundary} ({type(error).__name__}: {told})", dtype
-    if hidden_BTD.dim() != 3 or _differ(plain, stored):
+    reads_more = bool(torch.isfinite(plain).all()) and not torch.isfinite(stored).all()
+    if hidden_BTD.dim() != 3 or reads_more or _differ(plain, stored):
         return "the layers above the boundary read more than its hidden states", dtype
     return None, hidden_BTD.dtype
 

@@ -28,7 +28,7 @@ def check_passes(model: nn.Module, data: Examples) -> None:
         ModelError: it does not run on text alone, keeps state from one pass to the next, changes its weights while it
             runs, or lets positions see the tokens after them; the message says which and names the place.
     """
-    name = model.config._name_or_path
+    name = str(getattr(model.config, "_name_or_path", "")) or type(model).__name__
     row = max((example.input_ids for example in data.examples), key=len)[:TOKENS]
     first = _batch(row)
     other = _batch([*row[: len(row) // 2], *(row[0] for _ in row[len(row) // 2 :])])  # the same half, then otherwise

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from aletheia.errors import ArtifactError
+from aletheia.names import printable
 from aletheia.planning.plan import layer_ranges
 from aletheia.reporting.format import (
     NOTHING,
@@ -14,7 +15,6 @@ from aletheia.reporting.format import (
     human_percent,
     human_ratio,
     human_seconds,
-    printable,
     rank_summary,
 )
 from aletheia.runs.schema import PHASES, HeldOutPoint, Metrics, Run, UsedSettings

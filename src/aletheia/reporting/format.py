@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
+from aletheia.names import printable
 from aletheia.planning.plan import Adapter, PlanSettings
 
 NOTHING = "\N{EN DASH}"
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 def human_count(number: int) -> str:
@@ -66,12 +66,6 @@ def _three_digits(value: float) -> str:
     rounded = float(f"{value:.3g}")
     decimals = 2 if abs(rounded) < 10 else 1 if abs(rounded) < 100 else 0
     return f"{rounded:.{decimals}f}"
-
-
-def printable(text: str) -> str:
-    """The text with control characters, line ends and broken characters replaced, so that no name can
-    move a terminal's cursor or make the page's XML invalid."""
-    return "".join(char if char.isprintable() else _REPLACEMENT for char in text)
 
 
 def shorten(text: str, width: int) -> str:

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from aletheia.anatomy.schema import DataIdentity
 from aletheia.errors import ArtifactError
 from aletheia.files import write_text
+from aletheia.names import printable
 from aletheia.planning.plan import Plan, layer_ranges
 from aletheia.reporting import figures
 from aletheia.reporting.comparison import (
@@ -34,7 +35,6 @@ from aletheia.reporting.format import (
     human_percent,
     human_ratio,
     human_seconds,
-    printable,
     rank_summary,
 )
 from aletheia.reporting.svg import run_css_color

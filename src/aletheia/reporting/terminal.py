@@ -6,6 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from aletheia.names import printable
 from aletheia.planning.plan import Adapter, Plan, PlanSettings, Prediction, layer_ranges
 from aletheia.probing.scores import ProbeSettings, Scores
 from aletheia.probing.timings import Timings
@@ -27,7 +28,6 @@ from aletheia.reporting.format import (
     human_percent,
     human_ratio,
     human_seconds,
-    printable,
     rank_summary,
     shorten,
 )

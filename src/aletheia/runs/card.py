@@ -1,8 +1,10 @@
 """The model card of a run: README.md of the adapter folder."""
 
-import json
 from pathlib import Path
 
+import yaml
+
+from aletheia.names import markdown, printable
 from aletheia.planning.plan import Plan, layer_ranges
 from aletheia.runs.schema import Run
 
@@ -11,26 +13,26 @@ def model_card(run: Run) -> str:
     """Markdown with the front matter the hub reads: what was adapted, how it was trained, what it reached."""
     metrics, plan = run.metrics, run.plan
     data = metrics.data.name if metrics.data else "batches made in Python"
-    settings = metrics.settings
-    base = json.dumps(metrics.model.name)  # a JSON string is a YAML string, and a Python one in the example
+    settings, name = metrics.settings, markdown(metrics.model.name)
+    about = {
+        "base_model": printable(metrics.model.name),
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["lora", "aletheia"],
+    }
+    front = yaml.safe_dump(about, sort_keys=False, width=10_000)
     return f"""---
-base_model: {base}
-library_name: peft
-pipeline_tag: text-generation
-tags:
-- lora
-- aletheia
----
+{front}---
 
-# LoRA on {len({adapter.layer for adapter in plan.adapters})} of {plan.layer_count} layers of {metrics.model.name}
+# LoRA on {len({adapter.layer for adapter in plan.adapters})} of {plan.layer_count} layers of {name}
 
 Made with `aletheia-tune` {metrics.packages.get("aletheia-tune", "")}; the adapted modules were planned before training
 (policy `{plan.settings.policy}`).
 
 | | |
 |---|---|
-| base model | {metrics.model} |
-| data | {data} |
+| base model | {markdown(str(metrics.model))} |
+| data | {markdown(data)} |{_before(run)}
 | adapted layers | {layer_ranges(plan.layers)}{_early(run)} |
 | ranks | {plan.settings.ranks}, {_rank_range(plan)}{_scale(plan)} |
 | trainable parameters | {plan.trainable_parameters:,} |
@@ -44,9 +46,9 @@ Made with `aletheia-tune` {metrics.packages.get("aletheia-tune", "")}; the adapt
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {settings.loaded_by}
 
-base = AutoModelForCausalLM.from_pretrained({_from_pretrained(metrics.model.name)})
+base = {settings.loaded_by}.from_pretrained({_from_pretrained(metrics.model.name)})
 model = PeftModel.from_pretrained(base, "this folder")
 ```
 """
@@ -60,6 +62,11 @@ def _quantized(run: Run) -> str:
     return f", base quantized ({settings.quantization})" if settings.quantization else ""
 
 
+def _before(run: Run) -> str:
+    origin = run.metrics.went_on_from
+    return f"\n| goes on from | {markdown(origin.name)} (sha256 {origin.sha256[:12]}) |" if origin else ""
+
+
 def _early(run: Run) -> str:
     layers = run.plan.early_layers
     return f", and {layer_ranges(layers)} in the first {run.metrics.early_steps} steps" if layers else ""
@@ -69,8 +76,8 @@ def _from_pretrained(name: str) -> str:
     """Arguments that load the base model; a GGUF file is named by folder and file."""
     path = Path(name)
     if path.suffix == ".gguf":
-        return f"{json.dumps(str(path.parent))}, gguf_file={json.dumps(path.name)}"
-    return json.dumps(name)
+        return f"{str(path.parent)!a}, gguf_file={path.name!a}"
+    return ascii(name)
 
 
 def _scale(plan: Plan) -> str:

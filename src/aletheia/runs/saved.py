@@ -131,6 +131,8 @@ def _put_on(
         expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
         stored = set(load_peft_weights(str(folder), device="cpu"))
     except Exception as error:  # a foreign folder: PEFT raises whatever its parts raise
+        if "Weights only load failed" in str(error):  # and advises to run it
+            raise AdapterError(f"{folder} holds a pickle of more than tensors; expected safetensors") from error
         raise AdapterError(
             f"{folder} does not fit this model ({one_line(error)}); expected an adapter trained on this base model"
         ) from error

@@ -79,6 +79,7 @@ class UsedSettings(BaseModel):
     gradient_checkpointing: Literal["off", "selective", "full"] = "off"
     cache: Literal["memory", "disk", "off"] = "off"
     init: Literal["gradient", "random", "adapter"] = "random"
+    loaded_by: str = "AutoModelForCausalLM"  # class of transformers that loads the base
     quantization: str | None = None  # of the base's matrices
     quantization_corrected: bool = False  # by a frozen part of the adapters, which doubles their rank
     attention: str | None = None
@@ -146,8 +147,8 @@ class Metrics(Artifact):
 class Run:
     """A finished run: where its folder is, what it measured and the plan it followed.
 
-    ``metrics.verdict`` tells whether it was any good, ``warning`` says so in a line, ``notes`` has a line for each file for
-    people that was changed after the run.
+    ``metrics.verdict`` tells whether it was any good, ``warning`` says so in a line, ``notes`` has a line for each file
+    for people that was changed after the run.
     """
 
     path: Path

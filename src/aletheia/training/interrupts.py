@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from aletheia.errors import Interrupted
+from aletheia.runs.manifest import checkpoint_folders, step_of
 from aletheia.training.processes import Agreement
 
 AT_MOST_SECONDS = 600.0  # of work that a killed run loses
@@ -75,13 +77,14 @@ class Interrupts(TrainerCallback):
     """A signal that came: during training the step is ended and saved first. See :func:`interrupts`.
 
     ``signal`` is its number, or None. ``saved_step`` is that of the newest checkpoint; set it where a run goes on from
-    an earlier one.
+    an earlier one, or set ``checkpoints``, the folder in which there may be one.
     """
 
     def __init__(self) -> None:
         """No signal yet."""
         self.signal: int | None = None
         self.saved_step: int | None = None
+        self.checkpoints: Path | None = None
         self._step = self._steps = 0
         self._is_training = False
         self._owner = os.getpid()
@@ -89,13 +92,24 @@ class Interrupts(TrainerCallback):
 
     def error(self, more: str = "") -> Interrupted:
         """The error to raise after ``trainer.train()`` has returned and ``signal`` is set; says how to go on."""
+        if self.saved_step is None and self.checkpoints is not None:
+            self.saved_step = max(map(step_of, checkpoint_folders(self.checkpoints)), default=None)
         where = f"interrupted after step {self._step} of {self._steps}" if self._step else "interrupted"
         if self.saved_step is None:
             text = f"{where} before the first checkpoint; the same command begins anew"
         else:
-            there = "there" if self.saved_step == self._step else f"step {self.saved_step}"
+            there = "there" if self.saved_step == self._step > 0 else f"step {self.saved_step}"
             text = f"{where}; the same command goes on from {there}"
         return Interrupted(text + more, self.signal or signal.SIGINT)
+
+    @contextmanager
+    def put_off(self) -> Iterator[None]:
+        """While what is done is being written, a signal is only noted: that takes moments, and stopping it more."""
+        self._is_training = True
+        try:
+            yield
+        finally:
+            self._is_training = False
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Take a signal."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, model_validator
 
-from aletheia.settings import Settings, option
+from aletheia.settings import MOST_EPOCHS, MOST_ROWS, MOST_STEPS, MOST_WORKERS, Settings, option
 
 TRAINING, CACHE, SAVING, LOGGING = "Training", "Frozen prefix", "Checkpoints", "Logging and hub"
 
@@ -86,11 +86,17 @@ class TrainSettings(Settings):
     SECTION: ClassVar[str] = "training"
     model_config = ConfigDict(extra="allow")
 
-    steps: int | None = option(None, "Optimizer steps.", TRAINING, ge=1)
-    epochs: float | None = option(None, "Passes over the data (1 by default).", TRAINING, gt=0, allow_inf_nan=False)
-    batch_size: int = option(4, "Rows per device and pass through the model.", TRAINING, ge=1)
+    steps: int | None = option(None, "Optimizer steps.", TRAINING, ge=1, le=MOST_STEPS)
+    epochs: float | None = option(
+        None, "Passes over the data (1 by default).", TRAINING, gt=0, le=MOST_EPOCHS, allow_inf_nan=False
+    )
+    batch_size: int = option(4, "Rows per device and pass through the model.", TRAINING, ge=1, le=MOST_ROWS)
     gradient_accumulation_steps: int = option(
-        1, "Batches per optimizer step: each step sees this many times `batch_size` rows per device.", TRAINING, ge=1
+        1,
+        "Batches per optimizer step: each step sees this many times `batch_size` rows per device.",
+        TRAINING,
+        ge=1,
+        le=MOST_ROWS,
     )
     learning_rate: float | None = option(
         None, "Peak learning rate (by default from width, steps and `init`).", TRAINING, gt=0, allow_inf_nan=False
@@ -115,7 +121,7 @@ class TrainSettings(Settings):
         TRAINING,
     )
     seed: int = option(0, "Seed of everything that is drawn.", TRAINING, ge=0, le=2**32 - 1)
-    evaluations: int = option(4, "How often the held-out loss is taken during training.", TRAINING, ge=1)
+    evaluations: int = option(4, "How often the held-out loss is taken during training.", TRAINING, ge=1, le=MOST_STEPS)
     keep: Literal["last", "best"] = option(
         "last", "Which point of the run is kept: the last one, or that of the lowest held-out loss.", TRAINING
     )
@@ -159,6 +165,9 @@ class TrainSettings(Settings):
             raise ValueError("`free_prefix` is given with `cache` off; expected a cache to train from")
         if (self.model_extra or {}).get("eval_strategy") == "no":
             raise ValueError("`eval_strategy` is 'no'; expected steps or epoch: a run ends with a held-out loss")
+        workers = (self.model_extra or {}).get("dataloader_num_workers", 0)
+        if isinstance(workers, int) and workers > MOST_WORKERS:
+            raise ValueError(f"`dataloader_num_workers` is {workers:,}; expected at most {MOST_WORKERS}")
         for name in self.model_extra or {}:
             if name in NOT_TAKEN:
                 raise ValueError(f"`{name}` is given; expected it to be left out: {NOT_TAKEN[name]}")

@@ -21,6 +21,7 @@ from aletheia.adapters.correction import Correction
 from aletheia.adapters.initial import ROWS, align_with_gradient
 from aletheia.anatomy.access import base_of, text_config
 from aletheia.anatomy.checkpoint import Checkpoint
+from aletheia.anatomy.families import class_name
 from aletheia.anatomy.load import quantization_of
 from aletheia.data.batches import collate
 from aletheia.data.examples import Example, Examples
@@ -28,6 +29,7 @@ from aletheia.errors import SettingsError, TrainingError
 from aletheia.execution.backend import entered, layer_ways
 from aletheia.execution.peak_memory import peak_memory_bytes, reset_peak_memory
 from aletheia.files import package_versions
+from aletheia.names import printable
 from aletheia.planning.plan import Plan, layer_ranges
 from aletheia.prefix.cache import DiskCache, PrefixCache, collate_with_prefix
 from aletheia.prefix.choose import CacheDecision, CachePlace, open_cache
@@ -39,7 +41,7 @@ from aletheia.runs.schema import Metrics, PhaseSeconds, Run, StartingAdapter, Us
 from aletheia.training.attach import Attachment, AttachSettings, prefix_computed_as
 from aletheia.training.checkpoints import trustworthy_checkpoints
 from aletheia.training.fast_steps import fast_steps
-from aletheia.training.interrupts import SaveInTime, interrupts
+from aletheia.training.interrupts import Interrupts, SaveInTime, interrupts
 from aletheia.training.learning_rate import default_learning_rate, warm_up_steps
 from aletheia.training.loop import (
     RowTrainer,
@@ -166,28 +168,35 @@ class _Job:
         if found is None and self.folder.resumes:
             found = newest_checkpoint(self.folder.checkpoints)
         reset_peak_memory(self.model.device)
-        with self.stack, self.correction, interrupts() as interrupted:
-            trainer.add_callback(interrupted)
-            trainer.add_callback(SaveInTime())
-            if found is not None:
-                self.recorder.restore(found.manifest.extra)
-                interrupted.saved_step = found.step
-                self._say(f"resume from step {found.step} of {trainer.args.max_steps}")
-            started = time.perf_counter()
-            self._start(trainer.args.max_steps, found is None)
-            self.seconds["init"] = time.perf_counter() - started
-            trainer.args.eval_on_start = found is None
-            try:
-                trainer.train(resume_from_checkpoint=None if found is None else str(found.path))
-            finally:
-                self.recorder.close()
-            is_done = interrupted.signal is None or trainer.state.global_step >= trainer.state.max_steps
-            self.has_learned = is_done and has_learned(self.model)
-        check_adapters(self.model, self.plan)
-        self.correction.fold(self.model, self.plan)
-        if not is_done:
-            raise interrupted.error(self._keep_so_far(trainer))
-        return self._finish(trainer, attachment)
+        with interrupts() as interrupted:
+            with self.stack, self.correction:
+                self._train(trainer, found, interrupted)
+                is_done = interrupted.signal is None or trainer.state.global_step >= trainer.state.max_steps
+                self.has_learned = is_done and has_learned(self.model)
+            check_adapters(self.model, self.plan)
+            with interrupted.put_off():
+                self.correction.fold(self.model, self.plan)
+                if is_done:
+                    return self._finish(trainer, attachment)
+                so_far = self._keep_so_far(trainer)
+        raise interrupted.error(so_far)
+
+    def _train(self, trainer: RowTrainer, found: TrainingCheckpoint | None, interrupted: Interrupts) -> None:
+        """From the start, or from the checkpoint ``found``, to the last step or a signal."""
+        trainer.add_callback(interrupted)
+        trainer.add_callback(SaveInTime())
+        if found is not None:
+            self.recorder.restore(found.manifest.extra)
+            interrupted.saved_step = found.step
+            self._say(f"resume from step {found.step} of {trainer.args.max_steps}")
+        started = time.perf_counter()
+        self._start(trainer.args.max_steps, found is None)
+        self.seconds["init"] = time.perf_counter() - started
+        trainer.args.eval_on_start = found is None
+        try:
+            trainer.train(resume_from_checkpoint=None if found is None else str(found.path))
+        finally:
+            self.recorder.close()
 
     def _keep_so_far(self, trainer: RowTrainer) -> str:
         """Leave the adapter of an interrupted run where it can be used; what is said of it."""
@@ -288,8 +297,8 @@ class _Job:
         return {
             **settings,
             **self.prepared.about,
-            "tokenizer": str(self.data.tokenizer and self.data.tokenizer.vocabulary),
-            "template": str(self.data.tokenizer and self.data.tokenizer.chat_template),
+            "tokenizer_vocabulary": str(self.data.tokenizer and self.data.tokenizer.vocabulary),
+            "tokenizer_template": str(self.data.tokenizer and self.data.tokenizer.chat_template),
             "model_fingerprint": self.plan.model.fingerprint,
             "data_fingerprint": self.data.identity.fingerprint,
             "rows_fingerprint": _rows_sha256(self.data),
@@ -330,6 +339,7 @@ class _Job:
             gradient_checkpointing=settings.gradient_checkpointing,
             cache=attachment.decision.kind,
             init=settings.init if self.prepared.went_on_from is None else "adapter",
+            loaded_by=class_name(base_of(model).config),
             quantization=quantization_of(base_of(model)),
             quantization_corrected=bool(self.correction),
             attention=getattr(model.config, "_attn_implementation", None),
@@ -374,7 +384,7 @@ class _Job:
 
     def _say(self, line: str) -> None:
         if self.show:
-            Console(stderr=True).print(line, highlight=False, soft_wrap=True)
+            Console(stderr=True).print(printable(line), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def _owed(plan: Plan) -> dict[str, float]:

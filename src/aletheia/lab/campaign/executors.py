@@ -10,7 +10,7 @@ from pydantic import model_validator
 
 from aletheia.errors import CampaignError
 from aletheia.lab.campaign.process import COMMAND, Ending, run_process, stop_processes
-from aletheia.settings import Settings, option
+from aletheia.settings import MOST_WORKERS, Settings, option
 
 RETRIES = 3  # of a job whose Ray worker died
 
@@ -19,7 +19,9 @@ class ExecutorSettings(Settings):
     """Where the jobs of a campaign run."""
 
     executor: Literal["local", "ray"] = option("local", "On this machine, or on a Ray cluster.")
-    workers: int | None = option(None, "Jobs at a time on this machine, each with a GPU of its own (1).", ge=1)
+    workers: int | None = option(
+        None, "Jobs at a time on this machine, each with a GPU of its own (1).", ge=1, le=MOST_WORKERS
+    )
     address: str | None = option(None, "Ray cluster to join (by default one is started here).")
     gpus: float | None = option(None, "GPUs per job on a Ray cluster (0: it sees none).", ge=0)
     cpus: float | None = option(None, "CPUs per job on a Ray cluster (1).", ge=0)

@@ -17,8 +17,9 @@ from transformers import (
 )
 
 from aletheia.anatomy.demo import demo_checkpoint
+from aletheia.anatomy.foreign import check_config
 from aletheia.anatomy.load import load
-from aletheia.errors import CampaignError
+from aletheia.errors import CampaignError, ModelError
 from aletheia.lab.campaign.spec import ModelEntry
 
 DEMO = "demo"  # the model of 'aletheia demo', from a Python package
@@ -75,6 +76,10 @@ def build(entry: ModelEntry, tokenizer: PreTrainedTokenizerBase, device: str = "
     Raises:
         CampaignError: transformers knows no such config.
     """
+    try:
+        check_config(entry.config or {}, f"model {entry.name}")
+    except ModelError as error:
+        raise CampaignError(str(error)) from error
     special = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": tokenizer.eos_token_id}
     try:
         config = AutoConfig.for_model(**special | (entry.config or {}))

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from aletheia.errors import CampaignError
+from aletheia.errors import CampaignError, SettingsError
+from aletheia.plain_yaml import read_yaml
 from aletheia.planning.plan import FREEZE_AFTER, Policy, RankMode
+from aletheia.settings import LARGEST_RANK, LONGEST_ROW, MOST_ROWS, MOST_STEPS
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)]
 BASE = "base"  # the arm that is not trained
@@ -41,7 +42,7 @@ class Arm(_Strict):
     name: Name
     policy: Policy
     percent: float = Field(default=50, gt=0, le=100)
-    rank: int = Field(default=16, ge=1)
+    rank: int = Field(default=16, ge=1, le=LARGEST_RANK)
     ranks: RankMode = "uniform"
     freeze_after: float = Field(default=0.0, ge=0, lt=1)
     init: Literal["random", "gradient"] = "random"
@@ -84,16 +85,16 @@ class _Campaign(_Strict):
     name: Name
     models: tuple[ModelEntry, ...] = Field(min_length=1)
     arms: tuple[Annotated[Arm, BeforeValidator(_filled_in)], ...] = Field(min_length=1)
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0, le=2**32 - 1)], ...] = Field(min_length=1)
     data_dir: str = Field(
         default=".",
         description="folder of the data; the command line may name another",
     )
     data: str = Field(description="rows to train on")
-    rows: int = Field(default=640, ge=1, description="rows used, the first that fit into max_length")
-    max_length: int = Field(default=256, ge=2, description="tokens; longer rows are left out")
-    batch_size: int = Field(default=4, ge=1)
-    steps: int = Field(default=200, ge=1)
+    rows: int = Field(default=640, ge=1, le=10**8, description="rows used, the first that fit into max_length")
+    max_length: int = Field(default=256, ge=2, le=LONGEST_ROW, description="tokens; longer rows are left out")
+    batch_size: int = Field(default=4, ge=1, le=MOST_ROWS)
+    steps: int = Field(default=200, ge=1, le=MOST_STEPS)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     baseline: str = "uniform"
     comparisons: tuple[tuple[str, str], ...] = Field(default=(), description="pairs of arms whose difference is asked")
@@ -126,14 +127,16 @@ class SpeedCampaign(_Campaign):
     """Step times of all arms, interleaved in one process per model and seed, as ratios to the baseline."""
 
     kind: Literal["speed"]
-    rounds: int = Field(default=12, ge=2, description="steps timed of each arm; the run's time is put together of them")
+    rounds: int = Field(
+        default=12, ge=2, le=MOST_STEPS, description="steps timed of each arm; the run's time is put together of them"
+    )
 
 
 class TaskSettings(_Strict):
     """How much of a benchmark is run, and the margin within which an arm counts as not worse."""
 
     limit: int | None = Field(default=None, ge=1, description="items")
-    max_new_tokens: int | None = Field(default=None, ge=1)
+    max_new_tokens: int | None = Field(default=None, ge=1, le=LONGEST_ROW)
     seeds: tuple[int, ...] | None = Field(default=None, description="seeds whose rows run it; all by default")
     margin: float | None = Field(
         default=None,
@@ -148,14 +151,14 @@ class BehaviourCampaign(_Campaign):
 
     kind: Literal["behaviour"]
     held_out: str | None = Field(default=None, description="rows for the held-out loss; by default those after rows")
-    held_out_rows: int = Field(default=96, ge=1)
-    evaluations: int = Field(default=4, ge=1, description="held-out losses during training, evenly")
+    held_out_rows: int = Field(default=96, ge=1, le=10**8)
+    evaluations: int = Field(default=4, ge=1, le=MOST_STEPS, description="held-out losses during training, evenly")
     held_out_margin: float | None = Field(default=None, gt=0, description="nats per token that count as no loss")
     match: Literal["steps", "compute"] = Field(
         default="steps", description="compute: an arm takes as many steps as cost what the baseline's cost, in FLOPs"
     )
     tasks: dict[BenchmarkName, TaskSettings] = {}
-    eval_batch_size: int = Field(default=8, ge=1)
+    eval_batch_size: int = Field(default=8, ge=1, le=MOST_ROWS)
     unsafe_exec: bool = Field(default=False, description="run generated code without bubblewrap")
 
 
@@ -176,15 +179,9 @@ def read_campaign(path: str | Path) -> SpeedCampaign | BehaviourCampaign:
     """
     path = Path(path)
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CampaignError(f"cannot read {path}: {error.strerror}; expected a campaign file") from error
-    except UnicodeDecodeError as error:
-        raise CampaignError(f"{path}: not a text file; expected YAML") from error
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise CampaignError(f"{where}: not YAML ({getattr(error, 'problem', None) or error})") from error
+        found = read_yaml(path)
+    except SettingsError as error:
+        raise CampaignError(str(error)) from error
     if not isinstance(found, dict):
         raise CampaignError(f"{path}: found {type(found).__name__}, expected a mapping with kind, name, models, arms")
     return parse_campaign(found, str(path))

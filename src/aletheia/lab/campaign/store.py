@@ -21,6 +21,7 @@ from aletheia.lab.campaign.spec import BehaviourCampaign, SpeedCampaign, parse_c
 
 STORE_FILE = "campaign.db"
 VERSION = 2
+DAMAGE = (sqlite3.Error, OSError, UnicodeDecodeError)  # SQLite's messages quote what it found, whatever that is
 Status = Literal["pending", "done", "failed"]
 SCHEMA = """
 CREATE TABLE campaign (version INTEGER NOT NULL, spec TEXT NOT NULL, sha256 TEXT NOT NULL);
@@ -68,7 +69,7 @@ class Store:
             if found is None or found[0] != VERSION:
                 raise CampaignError(f"{path} has store version {found and found[0]!r}; this release reads {VERSION}")
             self.campaign = parse_campaign(json.loads(self._checked_spec()), str(path))
-        except (sqlite3.DatabaseError, OSError) as error:
+        except DAMAGE as error:
             raise CampaignError(f"{path} is no store of ours ({error}); choose another `out`") from error
         self.records()
 
@@ -116,7 +117,7 @@ class Store:
         query = "SELECT model, arm, seed, status, reason, result, sha256 FROM rows ORDER BY position"
         try:
             found = self._connection.execute(query).fetchall()
-        except sqlite3.DatabaseError as error:
+        except DAMAGE as error:
             raise self._damaged(str(error)) from error
         expected = [row for job in jobs(self.campaign) for row in job.rows]
         if len(found) != len(expected):

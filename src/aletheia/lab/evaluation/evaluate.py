@@ -44,6 +44,7 @@ from aletheia.lab.evaluation.row_loss import HeldOut
 from aletheia.lab.evaluation.upstream import check_installed, load_tasks, quiet
 from aletheia.lab.evaluation.work import Benchmark, Row, Score, Work
 from aletheia.runs.saved import load_adapter, use_template_of
+from aletheia.settings import LONGEST_ROW, MOST_ROWS
 
 if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
@@ -76,9 +77,13 @@ def eval_settings(data_dir: Path | None, adapter: Path | None, **settings: Any) 
         )
     if ("heldout" in names) != (settings.get("eval_data") is not None):
         raise EvaluationError("the task heldout and `eval_data` belong together; give both or neither")
-    for name, least in (("limit", 1), ("num_fewshot", 0), ("max_new_tokens", 1), ("batch_size", 1)):
-        if (value := settings.get(name)) is not None and value < least:
-            raise EvaluationError(f"`{name}` is {value}; expected at least {least}")
+    for name, least, most in (
+        ("limit", 1, 10**9), ("num_fewshot", 0, 1000), ("max_new_tokens", 1, LONGEST_ROW), ("batch_size", 1, MOST_ROWS),
+        ("context_length", 1, LONGEST_ROW),
+    ):  # fmt: skip
+        if (value := settings.get(name)) is not None and not least <= value <= most:
+            bound = f"at least {least}" if value < least else f"at most {most:,}"
+            raise EvaluationError(f"`{name}` is {value}; expected {bound}")
     if any(name in FILES for name in names):
         check_installed()
     hashes = {} if data_dir is None else {k: v for name in names for k, v in data_hashes(name, data_dir).items()}

@@ -17,8 +17,8 @@ from aletheia.lab.campaign.spec import SpeedCampaign
 from aletheia.lab.campaign.store import Record, Store
 from aletheia.lab.reporting.behaviour_page import behaviour_page
 from aletheia.lab.reporting.speed_page import speed_page
+from aletheia.names import markdown, printable
 from aletheia.reporting.blocks import Block, Figure, Page, Pre, Table
-from aletheia.reporting.format import printable
 from aletheia.reporting.page import page_environment, refuse_foreign
 
 HTML, MARKDOWN, CSV = "report.html", "report.md", "report.csv"
@@ -84,31 +84,25 @@ def to_html(page: Page) -> str:
 
 def to_markdown(page: Page) -> str:
     """Tables and text of the page; figures are left out."""
-    lines = [f"# {_cell(page.title)}", "", page.verdict, ""]
-    lines += [f"- {_cell(card.name)}: {_cell(card.value)} ({_cell(card.note)})" for card in page.cards]
+    lines = [f"# {markdown(page.title)}", "", page.verdict, ""]
+    lines += [f"- {markdown(card.name)}: {markdown(card.value)} ({markdown(card.note)})" for card in page.cards]
     for block in page.blocks:
         if isinstance(block, Figure):
             continue
-        lines += ["", f"## {_cell(block.title)}", ""]
+        lines += ["", f"## {markdown(block.title)}", ""]
         if isinstance(block, Pre):
             fence = "`" * (3 + max(map(len, re.findall("`+", block.text)), default=0))  # no value can close it
             lines += [fence, *map(printable, block.text.rstrip().splitlines()), fence]
             continue
         if block.note:
-            lines += [_cell(block.note), ""]
+            lines += [markdown(block.note), ""]
         if block.rows:
             lines += [_line(block.columns), _line(["---"] * len(block.columns)), *map(_line, block.rows)]
     return "\n".join(lines) + "\n"
 
 
 def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(_cell(cell) for cell in cells)} |"
-
-
-def _cell(text: str) -> str:
-    """Text that stays in its cell, whatever a name holds."""
-    escaped = printable(text).replace("\\", "\\\\").replace("|", "\\|")
-    return escaped.replace("<", "&lt;").replace("`", "\\`").replace("[", "\\[")
+    return f"| {' | '.join(markdown(cell) for cell in cells)} |"
 
 
 def to_csv(records: Sequence[Record]) -> str:

@@ -8,7 +8,8 @@ from rich.text import Text
 
 from aletheia.lab.campaign.grid import Forecast, Job
 from aletheia.lab.campaign.store import Record
-from aletheia.reporting.format import human_bytes, printable
+from aletheia.names import printable
+from aletheia.reporting.format import human_bytes
 
 MARKS = {"done": ("●", "green"), "failed": ("✗", "red"), "pending": ("·", "dim")}
 SHOWN_FAILURES = 10

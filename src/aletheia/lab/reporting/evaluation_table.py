@@ -4,7 +4,8 @@ from rich import box
 from rich.table import Table
 
 from aletheia.lab.evaluation.record import Comparison, Evaluation, single_answer
-from aletheia.reporting.format import NOTHING, human_seconds, printable
+from aletheia.names import printable
+from aletheia.reporting.format import NOTHING, human_seconds
 
 PLACES = 4
 

@@ -1,0 +1,300 @@
+"""One conversation under a chat template: where its answers stand, and what the template does to them.
+
+What a chat template drops, doubles or adds is mended where that can be done exactly, and remarked on in any case.
+"""
+
+import contextlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from aletheia.data.messages import Message, UnusableRowError
+from aletheia.data.remarks import (
+    ADDED,
+    CALLS_LOST,
+    LOST,
+    LOST_FOR_GOOD,
+    ONE_OF_SEVERAL,
+    OPENED,
+    OPENED_TWICE,
+    PROMPT_LOST,
+    REASONING_LOST,
+    SYSTEM_ADDED,
+    SYSTEM_MERGED,
+    TOOLS_LOST,
+    WHITE_SPACE,
+)
+from aletheia.data.templates import ChatTemplate
+
+Piece = tuple[str, bool]  # a text, and whether it carries a loss
+
+_STAND_IN = "here stands what the assistant says"
+_THINK, _THOUGHT = "<think>", "</think>"
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+class Conversation:
+    """One conversation under a chat template."""
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        messages: tuple[Message, ...],
+        tools: tuple[dict[str, Any], ...],
+        where: str,
+        remark: Callable[..., None],
+        marks: re.Pattern[str] | None,
+    ) -> None:
+        """``remark`` takes a sentence and its example; ``marks`` finds special tokens in a text."""
+        self._template, self._tools, self._where, self._remark, self._marks = template, tools, where, remark, marks
+        self.messages = messages
+        self._rendered: dict[tuple[int, bool], str] = {}
+
+    def _render(self, messages: Sequence[Message], generation: bool) -> str:
+        return self._template.render(messages, generation, self._where, self._tools)
+
+    def _until(self, at: int, generation: bool = False) -> str:
+        """The first ``at`` messages as text, with the opening of an answer behind them if ``generation``."""
+        if (at, generation) not in self._rendered:
+            self._rendered[at, generation] = self._render(self.messages[:at], generation)
+        return self._rendered[at, generation]
+
+    def _before(self, at: int) -> str:
+        """The text in front of the answer at ``at`` without its opening, and without the end that some put there."""
+        bare, opened = self._until(at), self._until(at, True)
+        ends = [found.span() for found in self._marks.finditer(bare)] if self._marks else []
+        if not opened.startswith(bare) and ends and ends[-1][1] == len(bare) and opened.startswith(bare[: ends[-1][0]]):
+            return bare[: ends[-1][0]]
+        return bare
+
+    def is_rendered(self) -> str:
+        """The opening of an answer, if a prompt and its answer hold it already; else empty."""
+        messages = self.messages
+        if [message["role"] for message in messages] != ["user", "assistant"]:
+            return ""
+        opening = self._until(1, True).removeprefix(self._until(1)).strip()
+        return opening if opening and messages[0]["content"].rstrip().endswith(opening) else ""
+
+    def pieces(self, turns: list[int]) -> list[Piece]:
+        """Prompt and answer of each of ``turns``; all that the template rewrites later are left without a loss."""
+        self._settle_calls(turns[-1])
+        turns = self._settle_system(turns)
+        prompt, answer = self._answer(turns[-1])
+        self._check_prompt(prompt, turns[-1])
+        pieces: list[Piece] = []
+        done = 0
+        for at in turns[:-1]:
+            region = self._earlier(prompt, at)
+            if region is None or region[0] < done:
+                self._check_fields(self.messages[at], self._until(at + 1).removeprefix(self._before(at)))
+                self._remark(ONE_OF_SEVERAL)
+                continue
+            self._check_fields(self.messages[at], prompt[region[0] : region[1]])
+            pieces += [(prompt[done : region[0]], False), (prompt[region[0] : region[1]], True)]
+            done = region[1]
+        return [*pieces, (prompt[done:], False), (answer, True)]
+
+    # --- the prompt
+
+    def _settle_calls(self, last: int) -> None:
+        """Write the arguments of tool calls as JSON text where the template does not take objects."""
+        if not any(message.get("tool_calls") for message in self.messages[: last + 1]):
+            return
+        try:
+            self._until(last + 1)
+        except UnusableRowError:
+            as_text = tuple(_with_text_arguments(message) for message in self.messages)
+            with contextlib.suppress(UnusableRowError):
+                self._render(as_text[: last + 1], False)
+                self.messages, self._rendered = as_text, {}
+
+    def _settle_system(self, turns: list[int]) -> list[int]:
+        """Put the system turn into the first user turn where the template does not take it."""
+        first = self.messages[0]
+        if first["role"] not in ("system", "developer"):
+            if self._template.system_of_its_own:
+                self._remark(SYSTEM_ADDED, self._template.system_of_its_own)
+            return turns
+        try:
+            if _holds(self._until(turns[0], True), first["content"]):
+                return turns
+            refusal = None
+        except UnusableRowError as error:
+            refusal = error
+        user = next((at for at, message in enumerate(self.messages) if message["role"] == "user"), None)
+        if user is not None:
+            text = f"{first['content']}\n\n{self.messages[user]['content']}"
+            merged = (*self.messages[1:user], self.messages[user] | {"content": text}, *self.messages[user + 1 :])
+            try:
+                if _holds(
+                    self._template.render(merged[: turns[0] - 1], True, self._where, self._tools), first["content"]
+                ):
+                    self._remark(SYSTEM_MERGED)
+                    self.messages, self._rendered = merged, {}
+                    return [at - 1 for at in turns]
+            except UnusableRowError:
+                pass
+        if refusal is not None:
+            raise refusal
+        return turns
+
+    def _check_prompt(self, prompt: str, last: int) -> None:
+        """Remark on what the template leaves out of the prompt."""
+        for message in self.messages[:last]:
+            if message["role"] != "assistant" and not _holds(prompt, message["content"]):
+                self._remark(PROMPT_LOST, message["role"])
+        if self._tools:
+            name = str(self._tools[0].get("function", self._tools[0]).get("name", ""))
+            if name not in prompt:
+                self._remark(TOOLS_LOST, name)
+
+    # --- the answer
+
+    def _answer(self, at: int) -> tuple[str, str]:
+        """The prompt of the answer at ``at`` as generation has it, and the answer with its end of turn."""
+        message = self.messages[at]
+        content = message["content"]
+        prompt, answered = self._until(at, True), self._until(at + 1)
+        appends = answered.startswith(prompt) and answered != prompt
+        self._check_fields(message, answered[len(prompt) :] if appends else answered)
+        opened = _opened_twice(prompt, content)  # the prompt ends with what the answer begins with
+        twice = opened and (not appends or _opened_twice(prompt, answered[len(prompt) :]))
+        if appends and not twice and answered.startswith(content, len(prompt)):
+            return prompt, answered[len(prompt) :]
+        bare = self._before(at)
+        if not answered.startswith(bare):
+            raise self._rewritten()
+        header, body = prompt.removeprefix(bare) if prompt.startswith(bare) else "", answered[len(bare) :]
+        head, tail = frame = self._frame(at) or ("", "")
+        start = len(header) if appends else _common(header, body)
+        start = min(start, len(head)) if head and not appends else start
+        written = body[start:].removesuffix(tail)
+        if twice or not _holds(written, content.lstrip().removeprefix(_THINK) if opened else content):
+            if mended := self._mended(prompt, bare, content, frame):
+                self._remark(OPENED_TWICE if twice and _holds(written, content) else LOST, content)
+                return mended
+            if not appends:
+                raise self._rewritten()
+            self._remark(LOST_FOR_GOOD, content)
+        elif not opened and content not in written:
+            self._remark(WHITE_SPACE, content)
+        lead = head.removeprefix(header).strip() if head.startswith(header) else ""
+        if lead and lead in written and not any(message.get(name) for name in _REASONING):
+            self._remark(ADDED, lead)
+        if not appends and header[start:]:
+            self._remark(OPENED, header[start:] if header[start:].strip() else header.splitlines(keepends=True)[-1])
+        if not body[start:]:
+            raise self._rewritten()
+        return bare + body[:start], body[start:]
+
+    def _frame(self, at: int) -> tuple[str, str] | None:
+        """What the template puts in front of the answer at ``at`` and behind it, found with a text of another kind."""
+        bare = self._before(at)
+        other = self._render([*self.messages[:at], {"role": "assistant", "content": _STAND_IN}], False)
+        if not other.startswith(bare) or other.count(_STAND_IN, len(bare)) != 1:
+            return None
+        head, _, tail = other[len(bare) :].partition(_STAND_IN)
+        return head, tail
+
+    def _check_fields(self, message: Message, answered: str) -> None:
+        """Remark on tool calls and reasoning that the template leaves out."""
+        calls = message.get("tool_calls") or ()
+        for call in calls:
+            if call["function"]["name"] not in answered:
+                self._remark(CALLS_LOST, call["function"]["name"])
+                if not message["content"].strip():
+                    raise UnusableRowError(
+                        "tool calls that the chat template does not write",
+                        f"{self._where}: found an answer of tool calls alone, which the chat template does not write; "
+                        "use another with `chat_template`",
+                    )
+        for name in _REASONING:
+            if message.get(name) and not _holds(answered, message[name]):
+                self._remark(REASONING_LOST, name)
+
+    def _mended(self, prompt: str, bare: str, content: str, frame: tuple[str, str]) -> tuple[str, str] | None:
+        """The answer as it was written, between the opening and the end that the template gives another text."""
+        head, tail = frame
+        if not head and not tail:
+            return None
+        header = prompt.removeprefix(bare)
+        if _opened_twice(prompt, content):
+            space = header[len(header.rstrip()) :]
+            content = content.lstrip().removeprefix(_THINK).removeprefix(space)
+        elif header.startswith(head):
+            opening = header[len(head) :].strip()
+            if opening and not (opening == _THINK and _THOUGHT in content):
+                self._remark(OPENED, opening)
+                header = head
+        elif not head.startswith(header):
+            return None
+        return bare + header, content + tail
+
+    def _earlier(self, prompt: str, at: int) -> tuple[int, int] | None:
+        """Where an earlier answer stands in the prompt of the last one, whole and with its end of turn; or None."""
+        content = self.messages[at]["content"]
+        opened, answered = self._until(at, True), self._until(at + 1)
+        if prompt.startswith(answered) and answered.startswith(opened) and _holds(answered[len(opened) :], content):
+            return len(opened), len(answered)
+        bare, start = self._before(at), len(opened)
+        head, tail = self._frame(at) or ("", "")
+        if prompt.startswith(answered) and answered.startswith(bare):  # without all that the generation prompt opens
+            body = answered[len(bare) :]
+            begin = _common(opened.removeprefix(bare), body)
+            begin = min(begin, len(head)) if head else begin
+            if _holds(body[begin:], content):
+                return len(bare) + begin, len(answered)
+        if prompt.startswith(opened):  # the answer is written with less around it, or with another end
+            lead = (bare + head).removeprefix(opened) if (bare + head).startswith(opened) else ""
+            written = answered.removeprefix(opened).removeprefix(lead)
+            for found in (written, written[: self._end_of(written, content)], f"{lead}{content}" if content else ""):
+                if found and prompt.startswith(found, start):
+                    return start, start + len(found)
+        start = prompt.find(content, len(bare)) if content and tail and prompt.startswith(bare) else -1
+        while start >= 0 and opened.removeprefix(bare).startswith(prompt[len(bare) : start]):  # a shorter opening
+            if prompt.startswith(tail, start + len(content)):
+                return start, start + len(content) + len(tail)
+            start = prompt.find(content, start + 1)
+        return None
+
+    def _end_of(self, written: str, content: str) -> int:
+        """Where the first special token behind an answer ends, or 0."""
+        found = self._marks.search(written, len(content)) if self._marks and written.startswith(content) else None
+        return found.end() if found else 0
+
+    def _rewritten(self) -> UnusableRowError:
+        return UnusableRowError(
+            "an answer that cannot be told from its prompt",
+            f"{self._where}: found a chat template that rewrites the prompt once it is answered, so its completion "
+            "cannot be told apart; expected one that appends; use another with `chat_template`, or the text form",
+        )
+
+
+def _with_text_arguments(message: Message) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append(call | {"function": call["function"] | {"arguments": arguments}})
+    return message | {"tool_calls": calls}
+
+
+def _holds(text: str, part: str) -> bool:
+    """Whether a text holds another, white space aside."""
+    return part in text or "".join(part.split()) in "".join(text.split())
+
+
+def _opened_twice(prompt: str, content: str) -> bool:
+    return prompt.rstrip().endswith(_THINK) and content.lstrip().startswith(_THINK)
+
+
+def _common(one: str, other: str) -> int:
+    """How many characters two texts have in common at their beginning."""
+    length = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
