@@ -19,8 +19,6 @@ from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import ModelIdentity
 from aletheia.anatomy.settings import LoadSettings
 from aletheia.data.examples import Example, Examples
-from aletheia.data.preview import shown_row
-from aletheia.data.repeats import overlap
 from aletheia.data.rows import Rows, load_rows
 from aletheia.data.settings import DataSettings
 from aletheia.data.sources import one_line
@@ -29,7 +27,6 @@ from aletheia.files import is_sealed, write_text
 from aletheia.job.adapter import Start
 from aletheia.job.settings import JobSettings
 from aletheia.job.source import (
-    NOTE,
     Say,
     Source,
     checkpoint_as_asked,
@@ -37,6 +34,7 @@ from aletheia.job.source import (
     is_streamed,
     load_for,
     note_unusual,
+    show_first,
     split_for,
     to_stderr,
 )
@@ -50,7 +48,6 @@ from aletheia.probing import resident
 from aletheia.probing import streamed as by_layer
 from aletheia.probing.scores import Scores
 from aletheia.reporting.page import report
-from aletheia.reporting.preview import quoted
 from aletheia.runs.contents import add_to_contents
 from aletheia.runs.folder import CONFIG_FILE, RunFolder
 from aletheia.runs.manifest import TrainingCheckpoint, check_same_run, newest_checkpoint, verified
@@ -128,11 +125,8 @@ class Job:
         self.say(f"load   {settings.model.model}")
         with self._timed("load"):
             base, data = self._load(rows, start)
-        for line in quoted(shown_row(data[0], 1, base.tokenizer, data.max_length)):
-            self.say(line)
+        show_first(data, base.tokenizer, self.say)
         data, held_out = split_for(base, data, eval_rows, settings.data, settings.training.seed, self.say)
-        for note in overlap(data, held_out).notes():
-            self.say(NOTE + note)
         if start is None:
             scores, plan = self._plan(base, data, given, found)
             prefix = self._prefix(base, plan, data, held_out)

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from aletheia.anatomy.access import stop_ids_of, text_config
 from aletheia.anatomy.checkpoint import Checkpoint
@@ -13,7 +14,8 @@ from aletheia.anatomy.settings import LoadSettings
 from aletheia.anatomy.shards import weights_bytes
 from aletheia.data.encode import encode
 from aletheia.data.examples import Examples, split_held_out
-from aletheia.data.repeats import duplicates
+from aletheia.data.preview import shown_row
+from aletheia.data.repeats import duplicates, overlap
 from aletheia.data.rows import Rows
 from aletheia.data.settings import DataSettings
 from aletheia.data.templates import read_template
@@ -23,6 +25,7 @@ from aletheia.names import printable
 from aletheia.planning.estimate import RESIDENT_SHARE
 from aletheia.probing.passes import check_passes
 from aletheia.probing.preflight import preflight
+from aletheia.reporting.preview import quoted
 from aletheia.runs.saved import merge_adapter
 
 Say = Callable[[str], None]
@@ -92,12 +95,22 @@ def count_notes(examples: Examples) -> list[str]:
 def split_for(
     base: Source, data: Examples, eval_rows: Rows | None, asked: DataSettings, seed: int, say: Say = to_stderr
 ) -> tuple[Examples, Examples]:
-    """Rows to learn from and held-out rows: those of ``eval_rows``, else a share of the data."""
+    """Rows to learn from and held-out rows: those of ``eval_rows``, else a share of the data. Says what both share."""
     if eval_rows is None:
         fraction = 0.05 if asked.eval_fraction is None else asked.eval_fraction
-        return split_held_out(data, fraction, seed, asked.eval_rows)
-    held_out = encode_for(base, eval_rows, asked, lambda line: say(line.replace(NOTE, f"{NOTE}held-out rows: ", 1)))
-    return data, held_out.subset(range(min(asked.eval_rows, len(held_out))))
+        train, held_out = split_held_out(data, fraction, seed, asked.eval_rows)
+    else:
+        found = encode_for(base, eval_rows, asked, lambda line: say(line.replace(NOTE, f"{NOTE}held-out rows: ", 1)))
+        train, held_out = data, found.subset(range(min(asked.eval_rows, len(found))))
+    for note in overlap(train, held_out).notes():
+        say(NOTE + note)
+    return train, held_out
+
+
+def show_first(data: Examples, tokenizer: Any, say: Say) -> None:
+    """Say how the model will see the first row, in a few lines."""
+    for line in quoted(shown_row(data[0], 1, tokenizer, data.max_length)):
+        say(line)
 
 
 def load_for(how: LoadSettings, rows: Rows, data: DataSettings, say: Say = to_stderr) -> tuple[Loaded, Examples]:

@@ -5,7 +5,8 @@ from rich.table import Table
 from rich.text import Text
 
 from aletheia.data.preview import Piece, Preview, ShownRow
-from aletheia.reporting.format import human_percent, printable
+from aletheia.names import printable
+from aletheia.reporting.format import human_percent
 
 WIDTH = 80
 INDENT = "    "
