@@ -233,7 +233,10 @@ def test_published_templates_learn_every_answer_or_name_what_is_lost(tmp_path, f
     (made,) = load_rows(str(path)).rows
     marks = re.compile(r"<\|[^|<]*\|>|</s>|<end_of_turn>|<turn\|>")
     lost, refused = set(), set()
-    for template in published_templates():
+    templates = published_templates()
+    if not templates:
+        pytest.skip("TRL is not installed")
+    for template in templates:
         scripts = Scripts(ChatTemplate(made_tokenizer(template.read_text(), "</s>", "<s>")), marks)
         try:
             script = scripts.of(made)

@@ -62,7 +62,7 @@ def contained(
         return
     reading, writing = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # other threads: the child runs Python alone and no lock
+        warnings.simplefilter("ignore", DeprecationWarning)  # of other threads: the child waits for none of them
         child = os.fork()
     if child == 0:
         os.close(reading)
@@ -72,9 +72,9 @@ def contained(
         yield from _received(reading, what, seconds, memory)
     finally:
         os.close(reading)
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+            os.waitpid(child, 0)
 
 
 def _received(reading: int, what: str, seconds: float, memory: int) -> Iterator[Any]:
