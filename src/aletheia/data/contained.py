@@ -115,12 +115,13 @@ def _child(work: Callable[[Callable[[], None]], Iterable[Any]], writing: int, me
                 view = view[os.write(writing, view) :]
 
         results: list[Any] = []
+        sent = time.monotonic()
         try:
             for result in work(Pulse(send)):
                 results.append(result)
-                if len(results) == _BLOCK:
+                if len(results) == _BLOCK or time.monotonic() - sent > _BEAT_EVERY / 2:
                     send(results)
-                    results = []
+                    results, sent = [], time.monotonic()
             send(results)
             send("end")
         except MemoryError:
