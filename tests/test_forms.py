@@ -167,3 +167,11 @@ def test_rows_left_out_anywhere_are_counted_together(tmp_path):
         "no answer that carries a loss": 1,
         "no token to learn within `max_length`": 1,
     }
+
+
+def test_fields_that_a_csv_holds_as_text_mean_the_same(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('prompt,completion,weight,history\nq,a,1,"[[""q0"", ""a0""]]"\nq,a,0,\n')
+    rows = load_rows(str(path), skip_unusable=True)
+    assert [message["content"] for message in rows.rows[0].messages] == ["q0", "a0", "q", "a"]
+    assert rows.left_out == {"weight 0": 1}

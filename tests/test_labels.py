@@ -13,12 +13,15 @@ from tiny import CHATML
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from aletheia.anatomy.load import load
 from aletheia.data.encode import NO_LOSS, Example, Examples, load_data
 from aletheia.data.forms import Row
 from aletheia.data.rows import load_rows
 from aletheia.data.scripts import Scripts
+from aletheia.data.settings import DataSettings
 from aletheia.data.templates import ChatTemplate
 from aletheia.errors import DataError
+from aletheia.job.source import encode_for
 
 SPECIAL = (
     *("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "<|begin|>", "<|start|>", "<|stop|>", "<|eot|>"),
@@ -233,7 +236,10 @@ def test_published_templates_learn_every_answer_or_name_what_is_lost(tmp_path, f
     (made,) = load_rows(str(path)).rows
     marks = re.compile(r"<\|[^|<]*\|>|</s>|<end_of_turn>|<turn\|>")
     lost, refused = set(), set()
-    for template in published_templates():
+    templates = published_templates()
+    if not templates:
+        pytest.skip("TRL is not installed")
+    for template in templates:
         scripts = Scripts(ChatTemplate(made_tokenizer(template.read_text(), "</s>", "<s>")), marks)
         try:
             script = scripts.of(made)
@@ -412,3 +418,12 @@ def test_weights_between_are_named(tmp_path):
     notes = "\n".join(encoded(tmp_path, tokenizer, row).notes)
     assert "such as '0.5'" in notes
     assert "such as '0.25'" in notes
+
+
+def test_the_function_gives_the_rows_of_the_command_which_says_each_note_once(model_folder, data_file):
+    base = load(str(model_folder))
+    lines: list[str] = []
+    rows = load_rows(str(data_file))
+    found = encode_for(base, rows, DataSettings(data=str(data_file), max_length=128), lines.append)
+    assert found.examples == load_data(str(data_file), base.tokenizer, 128).examples
+    assert lines == [f"note: {note}" for note in found.notes]

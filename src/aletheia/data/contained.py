@@ -62,7 +62,7 @@ def contained(
         return
     reading, writing = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # other threads: the child runs Python alone and no lock
+        warnings.simplefilter("ignore", DeprecationWarning)  # of other threads: the child waits for none of them
         child = os.fork()
     if child == 0:
         os.close(reading)
@@ -72,9 +72,9 @@ def contained(
         yield from _received(reading, what, seconds, memory)
     finally:
         os.close(reading)
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
             os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+            os.waitpid(child, 0)
 
 
 def _received(reading: int, what: str, seconds: float, memory: int) -> Iterator[Any]:
@@ -115,12 +115,13 @@ def _child(work: Callable[[Callable[[], None]], Iterable[Any]], writing: int, me
                 view = view[os.write(writing, view) :]
 
         results: list[Any] = []
+        sent = time.monotonic()
         try:
             for result in work(Pulse(send)):
                 results.append(result)
-                if len(results) == _BLOCK:
+                if len(results) == _BLOCK or time.monotonic() - sent > _BEAT_EVERY / 2:
                     send(results)
-                    results = []
+                    results, sent = [], time.monotonic()
             send(results)
             send("end")
         except MemoryError:

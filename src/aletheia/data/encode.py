@@ -147,9 +147,14 @@ def _scripts(rows: Rows, tokenizer: Any, train_on: str) -> Iterator[Script | Unu
     return contained(work, name)
 
 
+def _added(tokenizer: Any) -> dict[int, Any]:
+    """The tokens that were added to the vocabulary, by id; not every tokenizer tells."""
+    return getattr(tokenizer, "added_tokens_decoder", None) or {}
+
+
 def _marks(tokenizer: Any) -> re.Pattern[str] | None:
     """Finds the tokenizer's special tokens in a text."""
-    special = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special = {str(token.content) for token in _added(tokenizer).values() if token.special}
     special |= {token for token in tokenizer.all_special_tokens if token.strip()}
     return (
         re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))) if special else None
@@ -186,7 +191,7 @@ class _Closing:
     _blank: dict[int, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        added = self.tokenizer.added_tokens_decoder
+        added = _added(self.tokenizer)
         self.special = {*self.tokenizer.all_special_ids, *self.stops, *(at for at in added if added[at].special)}
 
     def learned(self, ids: list[int]) -> int:

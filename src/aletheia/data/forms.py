@@ -8,7 +8,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from aletheia.data.messages import Message, UnusableRowError, checked, loss_share, message_list, text_of, tool_list
+from aletheia.data.messages import (
+    Message,
+    UnusableRowError,
+    checked,
+    from_json,
+    loss_share,
+    message_list,
+    text_of,
+    tool_list,
+)
 from aletheia.data.notes import Notes
 from aletheia.data.sources import Table, shown_columns
 from aletheia.errors import DataError
@@ -160,7 +169,7 @@ def _row(record: dict[str, Any], form: str, where: str, notes: Notes) -> Row:
 
 
 def _row_weight(record: dict[str, Any], where: str, notes: Notes) -> None:
-    share = record.get("weight")
+    share = from_json(record.get("weight"))
     if not isinstance(share, int | float) or share == 1:
         return
     if share == 0:
@@ -212,7 +221,7 @@ def _before(record: dict[str, Any], messages: tuple[Message, ...], where: str, n
             continue
         before.append({"role": "system", "content": text})
         notes.add(f"the column {name!r} is used as a system turn", where)
-    history = record.get("history")
+    history = from_json(record.get("history"))
     if history:
         before += _history(history, where)
         notes.add("the column 'history' is used as earlier turns", where)
