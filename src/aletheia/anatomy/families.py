@@ -36,9 +36,12 @@ def model_class(name: str, config: PretrainedConfig) -> Any:
         return AutoModelForCausalLM
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder model ({kind}); {EXPECTED}")
-    text = config.get_text_config()
     if "diffusion" in kind:
         raise ModelError(f"{name} is a diffusion model ({kind}); {EXPECTED}")
+    try:
+        text = config.get_text_config()
+    except ValueError as error:
+        raise ModelError(f"{name} holds several language models ({kind}); {EXPECTED}") from error
     if is_wrapper(config):
         if any(getattr(text, mark, None) for mark in CROSS_ATTENTION):
             raise ModelError(
@@ -51,9 +54,13 @@ def model_class(name: str, config: PretrainedConfig) -> Any:
                 "expected one whose language model is a plain decoder, or a text model"
             )
         return AutoModelForImageTextToText
+    if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and getattr(config, "vision_config", None) is not None:
+        raise ModelError(
+            f"{name} is a vision-language model ({kind}) without a language model of its own; expected one that has "
+            "one, or a text model"
+        )
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        other = " (it reads images)" if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else ""
-        raise ModelError(f"{name} is a {kind} model{other}, not a causal language model; {EXPECTED}")
+        raise ModelError(f"{name} ({kind}) is no causal language model; {EXPECTED}")
     if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
         raise ModelError(f"{name} is an encoder ({kind}), whose positions see the tokens after them; {EXPECTED}")
     if getattr(text, "use_bidirectional_attention", None) is True:
