@@ -47,10 +47,10 @@ REFUSED = {
     "whisper": ({"vocab_size": 259, "d_model": 32}, "encoder-decoder model (whisper)"),
     "bert": ({**SIZES}, "is an encoder (bert)"),
     "roberta": ({**SIZES}, "is an encoder (roberta)"),
-    "modernbert": ({**SIZES, "global_attn_every_n_layers": 2}, "is a modernbert model"),
-    "vit": ({**TOWER}, "is a vit model"),
-    "clip": ({}, "is a clip model"),
-    "wav2vec2": ({}, "is a wav2vec2 model"),
+    "modernbert": ({**SIZES, "global_attn_every_n_layers": 2}, "(modernbert) is no causal"),
+    "vit": ({**TOWER}, "(vit) is no causal"),
+    "clip": ({}, "(clip) is no causal"),
+    "wav2vec2": ({}, "(wav2vec2) is no causal"),
     "gemma3_text": ({**SIZES, "use_bidirectional_attention": True}, "bidirectional attention"),
     "diffusion_gemma": ({}, "is a diffusion model (diffusion_gemma)"),
 }
@@ -174,6 +174,21 @@ def test_a_wrapper_that_cannot_work_is_refused_by_name(family, told, tmp_path, r
         assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("kind", ["musicgen", "git", "gemma4_text"])
+def test_an_unusual_config_is_read_or_refused_in_one_line(kind, tmp_path):
+    config = AutoConfig.for_model(kind)
+    if kind == "gemma4_text":  # heads of two sizes
+        assert inspect_config(config, tmp_path).attention_width > 0
+    else:
+        with pytest.raises(ModelError, match=r"several language models|encoder-decoder|without a language model"):
+            inspect_config(config, tmp_path)
+
+
+def inspect_config(config, folder):
+    config.save_pretrained(folder)
+    return inspect(str(folder))
+
+
 def test_a_diffusion_pipeline_is_refused(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(ModelError, match="is a diffusion pipeline"):
@@ -200,7 +215,7 @@ def with_norm(model, made):
 
 
 def test_state_kept_from_one_pass_to_the_next_is_refused(examples):
-    with pytest.raises(ModelError, match=r"LlamaForCausalLM (cannot be trained|keeps state from one forward pass)"):
+    with pytest.raises(ModelError, match=r"LlamaForCausalLM (is not to be trained|keeps state from one forward pass)"):
         check_passes(with_norm(make_model("llama"), Keeping()), examples)
 
 
@@ -213,6 +228,21 @@ def test_state_without_a_graph_is_named(examples):
 
     with pytest.raises(ModelError, match=r"keeps state from one forward pass to the next \(in model\.norm\.1\.seen\)"):
         check_passes(with_norm(make_model("llama"), Detached()), examples)
+
+
+def test_layers_that_run_twice_are_refused(examples, tmp_path):
+    """Adapters in the upper layers would change what enters the lower ones the second time."""
+    model = make_model("llama")
+    inner = model.model
+
+    def looped(*args, **kwargs):
+        inner_forward(*args, **kwargs)
+        return inner_forward(*args, **kwargs)
+
+    inner_forward = inner.forward
+    inner.forward = looped
+    with pytest.raises(ModelError, match=r"calls model\.layers\.0 after model\.layers\.3; expected .* each layer once"):
+        check_passes(model, examples)
 
 
 def test_positions_that_see_ahead_are_refused(examples):
@@ -236,7 +266,7 @@ def test_a_model_that_fails_on_text_alone_is_one_line(examples):
         def forward(self, hidden_BTD):
             raise ValueError("pixel_values\nare needed")
 
-    with pytest.raises(ModelError, match=r"cannot be trained on text alone: pixel_values are needed \(ValueError\)"):
+    with pytest.raises(ModelError, match=r"is not to be trained on text alone: pixel_values are needed \(ValueError\)"):
         check_passes(with_norm(make_model("llama"), Failing()), examples)
 
 

@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +28,16 @@ from transformers.utils import logging
 
 from aletheia.anatomy.families import model_class
 from aletheia.anatomy.fingerprint import configuration, identity, sample_embedding, sample_layer
-from aletheia.anatomy.layerwise import Call, NoEmbedding, PassThrough, layer_call, replace_module
+from aletheia.anatomy.layerwise import (
+    Call,
+    NoEmbedding,
+    PassThrough,
+    called_layers,
+    check_order,
+    explained_pass,
+    layer_call,
+    replace_module,
+)
 from aletheia.anatomy.load import explained, keep_gradients, load_config, load_tokenizer, pick, pick_device
 from aletheia.anatomy.parts import Part, by, names_of_parts, stored_parts
 from aletheia.anatomy.read import find_layers, read_anatomy
@@ -203,8 +212,9 @@ class Checkpoint:
         Raises:
             ModelError: the layer is never called, or gets something else that a layer or the embedding computes.
         """
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        found = layer_call(self.model, self.layers[index], inputs)
+        inputs = inputs_of(batch)
+        with self._run_alone():
+            found = layer_call(self.model, self.layers[index], inputs)
         if found is None:
             raise ModelError(f"{type(self.model).__name__} does not call layer {index}; it cannot be streamed")
         self._check_alone(index, *found)
@@ -223,8 +233,14 @@ class Checkpoint:
         try:
             for index in range(self.layer_count):
                 self.call(index, batch)
+            with self._run_alone():
+                order = called_layers(self.model, self.layers, inputs_of(batch))
+            check_order(self.name, self.layer_path, order)
         finally:
             self._blank.value = 0.0
+
+    def _run_alone(self) -> AbstractContextManager[None]:
+        return explained_pass(f"{self.name} does not run layer by layer", "load it as a whole with `stream=False`")
 
     def _check_alone(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         others = [*args[1:], *(value for name, value in kwargs.items() if args or name != "hidden_states")]
@@ -361,6 +377,11 @@ class Checkpoint:
                 raise ModelError(f"{name} in {self.name} was not loaded ({reason}); convert the checkpoint again")
             if value.is_floating_point() and value.numel() and not all(map(torch.isfinite, torch.aminmax(value))):
                 raise ModelError(f"{name} in {self.name} holds values that are not finite; fetch the checkpoint again")
+
+
+def inputs_of(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of a batch goes into a forward pass without a loss."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 def _copied(module: _Module) -> _Module:

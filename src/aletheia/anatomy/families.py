@@ -6,11 +6,13 @@ the language model alone is adapted. The rest is refused by name.
 
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
 )
 
 from aletheia.errors import ModelError
@@ -36,9 +38,12 @@ def model_class(name: str, config: PretrainedConfig) -> Any:
         return AutoModelForCausalLM
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder model ({kind}); {EXPECTED}")
-    text = config.get_text_config()
     if "diffusion" in kind:
         raise ModelError(f"{name} is a diffusion model ({kind}); {EXPECTED}")
+    try:
+        text = config.get_text_config()
+    except ValueError as error:
+        raise ModelError(f"{name} holds several language models ({kind}); {EXPECTED}") from error
     if is_wrapper(config):
         if any(getattr(text, mark, None) for mark in CROSS_ATTENTION):
             raise ModelError(
@@ -51,10 +56,14 @@ def model_class(name: str, config: PretrainedConfig) -> Any:
                 "expected one whose language model is a plain decoder, or a text model"
             )
         return AutoModelForImageTextToText
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        other = " (it reads images)" if kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES else ""
-        raise ModelError(f"{name} is a {kind} model{other}, not a causal language model; {EXPECTED}")
-    if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and getattr(config, "vision_config", None) is not None:
+        raise ModelError(
+            f"{name} is a vision-language model ({kind}) without a language model of its own; expected one that has "
+            "one, or a text model"
+        )
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ModelError(f"{name} ({kind}) is no causal language model; {EXPECTED}")
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
         raise ModelError(f"{name} is an encoder ({kind}), whose positions see the tokens after them; {EXPECTED}")
     if getattr(text, "use_bidirectional_attention", None) is True:
         raise ModelError(f"{name} has bidirectional attention ({kind}): it is an encoder; {EXPECTED}")
@@ -68,4 +77,4 @@ def class_name(config: PretrainedConfig) -> str:
 
 def is_wrapper(config: PretrainedConfig) -> bool:
     """Whether this is the config of a vision-language model, a language model beside a vision tower."""
-    return config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES and config.get_text_config() is not config
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and config.get_text_config() is not config

@@ -3,11 +3,15 @@
 Shapes: B rows of the batch, T tokens of its longest row, D model width.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
+
+from aletheia.errors import ModelError
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and named arguments of a layer
 
@@ -46,6 +50,53 @@ def layer_call(forward: Callable[..., object], layer: nn.Module, batch: Mapping[
     finally:
         handle.remove()
     return None
+
+
+def called_layers(forward: Callable[..., object], layers: nn.ModuleList, batch: Mapping[str, Any]) -> list[int]:
+    """The indices of the layers in the order in which a forward pass calls them."""
+    order: list[int] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda *_, index=index: order.append(index))
+        for index, layer in enumerate(layers)
+    ]
+    try:
+        forward(**batch, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return order
+
+
+@contextmanager
+def explained_pass(begin: str, remedy: str) -> Iterator[None]:
+    """One line, from ``begin`` to ``remedy``, where a family fails in a way that nobody foresaw.
+
+    Raises:
+        ModelError: whatever was raised but ours and the lack of memory.
+    """
+    try:
+        yield
+    except (ModelError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        told = " ".join(str(error).split())[:200]
+        raise ModelError(f"{begin}: {told} ({type(error).__name__}); {remedy}") from error
+
+
+def check_order(name: str, path: str, order: list[int]) -> None:
+    """Refuse a model that does not call its layers once each, from the first to the last.
+
+    What enters a layer would depend on adapters in layers above it, which a frozen prefix takes for granted not to be.
+
+    Raises:
+        ModelError: names the first layer out of order.
+    """
+    for before, index in pairwise(order):
+        if index <= before:
+            raise ModelError(
+                f"{name} calls {path}.{index} after {path}.{before}; expected a model that runs each layer once, from "
+                "the first to the last"
+            )
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

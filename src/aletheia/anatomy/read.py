@@ -143,15 +143,18 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     modules, left_out = _modules(model, path, text)
     if not any(not module.refused for module in modules):
         raise ModelError(f"{path} of {type(model).__name__} holds no Linear or Conv1D module that LoRA can adapt")
-    heads = getattr(text, "num_attention_heads", None)
-    head_size = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else 0)
+    hidden_size = _largest(text, "hidden_size")
+    if not hidden_size:
+        raise ModelError(f"the config of {type(model).__name__} has no hidden_size; expected a plain decoder")
+    heads = _largest(text, "num_attention_heads")
+    head_size = _largest(text, "head_dim") or (hidden_size // heads if heads else 0)
     return Anatomy(
         model_type=str(config.model_type),
         layer_count=len(layers),
         layer_path=path,
-        hidden_size=int(text.hidden_size),
+        hidden_size=hidden_size,
         vocab_size=int(embedding.weight.shape[0]),
-        attention_width=int((heads or 0) * head_size),
+        attention_width=heads * head_size,
         parameters=_parameters(model),
         embedding_parameters=_parameters(embedding),
         layer_parameters=tuple(_parameters(layer) for layer in layers),
@@ -159,6 +162,14 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         left_out=left_out,
         shared=_shared(model, path),
     )
+
+
+def _largest(config: Any, name: str) -> int:
+    """A size in a config, of the layer where it is largest if they differ; 0 where there is none."""
+    try:
+        return int(getattr(config, name, None) or 0)
+    except Exception:  # transformers raises where layers differ
+        return max(int(getattr(own, name, None) or 0) for own in config.per_layer_config)
 
 
 def layer_index(name: str, layer_path: str) -> int:

@@ -4,12 +4,22 @@ A step must depend on its rows alone, a position on the tokens up to it, and the
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 
-from aletheia.anatomy.layerwise import Call, hidden_states, with_hidden_states
+from aletheia.anatomy.access import base_of
+from aletheia.anatomy.families import is_wrapper
+from aletheia.anatomy.layerwise import (
+    Call,
+    called_layers,
+    check_order,
+    explained_pass,
+    hidden_states,
+    with_hidden_states,
+)
+from aletheia.anatomy.load import quantization_of
 from aletheia.anatomy.modes import in_mode
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import on_device_of
@@ -18,42 +28,54 @@ from aletheia.errors import ModelError
 from aletheia.probing.tally import Batch
 
 TOKENS = 24  # of a trial row, at most
-SAME, SAME_IN_HALF = 1e-4, 0.25  # relative, of logits: half precision may route a token to another expert
+SAME, ALIKE = (
+    1e-4,
+    0.25,
+)  # relative, of logits: half precision may route a token to another expert, int8 round otherwise
 
 
 def check_passes(model: nn.Module, data: Examples) -> None:
     """Refuse a model that cannot be trained as it is, by five short passes over the start of a row.
 
     Raises:
-        ModelError: it does not run on text alone, keeps state from one pass to the next, changes its weights while it
-            runs, or lets positions see the tokens after them; the message says which and names the place.
+        ModelError: it does not run on text alone, runs its layers more than once or in another order, keeps state from
+            one pass to the next, changes its weights while it runs, or lets positions see the tokens after them; the
+            message says which and names the place.
     """
     name = str(getattr(model.config, "_name_or_path", "")) or type(model).__name__
     row = max((example.input_ids for example in data.examples), key=len)[:TOKENS]
     first = _batch(row)
     other = _batch([*row[: len(row) // 2], *(row[0] for _ in row[len(row) // 2 :])])  # the same half, then otherwise
-    versions = {path: parameter._version for path, parameter in model.named_parameters()}
+    versions = {weight: parameter._version for weight, parameter in model.named_parameters()}
     held = dict(_held_tensors(model))
-    with _explained(name):
-        once_BTV, changed_BTV = _logits(model, first), _logits(model, other)
+    path, layers = find_layers(model)
+    once: list[torch.Tensor] = []
+    with _explained(name, model):
+        order = called_layers(lambda **_: once.append(_logits(model, first)), layers, {})
+    check_order(name, path, order)
+    [once_BTV] = once
+    with _explained(name, model):
+        changed_BTV = _logits(model, other)
         for _ in range(2):
             _train_pass(model, first)
         again_BTV = _logits(model, first)
-    for path, parameter in model.named_parameters():
-        if parameter._version != versions[path]:
+    for weight, parameter in model.named_parameters():
+        if parameter._version != versions[weight]:
             raise ModelError(
-                f"a forward pass of {name} writes into {path}, which adapters beside it would not follow; expected "
+                f"a forward pass of {name} writes into {weight}, which adapters beside it would not follow; expected "
                 "weights that stay as they are (of RWKV: rescale_every 0 in its config.json)"
             )
-    if _differ(once_BTV, again_BTV):
-        kept = [path for path, value in _held_tensors(model) if held.get(path) is not value]
+    is_exact = once_BTV.dtype == torch.float32 and quantization_of(model) is None
+    tolerance = SAME if is_exact else ALIKE
+    if _differ(once_BTV, again_BTV, tolerance):
+        kept = [place for place, value in _held_tensors(model) if held.get(place) is not value]
         where = f" (in {kept[0]})" if kept else ""
         raise ModelError(
             f"{name} keeps state from one forward pass to the next{where}, or draws at random: a row does not give the "
             "same twice; expected a model whose output depends on its input alone"
         )
     half = len(row) // 2
-    if half and _differ(once_BTV[:, :half], changed_BTV[:, :half]):
+    if half and _differ(once_BTV[:, :half], changed_BTV[:, :half], tolerance):
         raise ModelError(
             f"positions of {name} see the tokens after them; expected a decoder, which sees those before alone"
         )
@@ -96,22 +118,12 @@ def _held_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{path}.{name}", value
 
 
-def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _differ(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
     """Beyond rounding; values that are not finite are another check's."""
-    tolerance = SAME if one.dtype == torch.float32 else SAME_IN_HALF
     return bool((one.float() - other.float()).norm() > tolerance * one.float().norm())
 
 
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """One line where a family fails in a way that nobody foresaw."""
-    try:
-        yield
-    except (ModelError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        told = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"{name} cannot be trained on text alone: {told} ({type(error).__name__}); expected a decoder that takes "
-            "input_ids, attention_mask and labels"
-        ) from error
+def _explained(name: str, model: nn.Module) -> AbstractContextManager[None]:
+    kind = f"a vision-language model ({model.config.model_type}), " if is_wrapper(base_of(model).config) else ""
+    remedy = "expected a decoder that takes input_ids, attention_mask and labels"
+    return explained_pass(f"{name} is {kind}not to be trained on text alone", remedy)
