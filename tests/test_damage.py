@@ -20,7 +20,7 @@ from aletheia.errors import AletheiaError, ArtifactError
 from aletheia.files import is_sealed, read_sealed, sealed_json
 from aletheia.lab.campaign.job import main as run_job
 from aletheia.lab.campaign.spec import parse_campaign
-from aletheia.lab.campaign.store import STORE_FILE, Record, Row, Store
+from aletheia.lab.campaign.store import SEAL_FILE, STORE_FILE, Record, Row, Store
 from aletheia.lab.evaluation.evaluate import eval_settings, evaluate
 from aletheia.lab.evaluation.journal import JOURNAL_FILE, Journal
 from aletheia.lab.evaluation.record import Evaluated
@@ -74,6 +74,8 @@ def made(tmp_path_factory, model_folder, data_file, examples):
     with Store.writing(home / "campaign", CAMPAIGN) as store:
         store.record([Record(Row("m0", "paper", 0), "done", None, {"step_seconds": [0.5, 0.25]})])
         store.record([Record(Row("m0", "uniform", 1), "failed", "no luck", None)])
+    shutil.copytree(home / "campaign", home / "killed")
+    (home / "killed" / SEAL_FILE).unlink()
     (home / "job.json").write_text(sealed_json({"rows": [["m0", "paper", 0]], "data_dir": "."}))
     cache = DiskCache(home / "cache", INFO)
     for number, row in enumerate(ROWS):
@@ -144,6 +146,8 @@ def kinds(home: Path) -> dict[str, Kind]:
     found |= {
         "journal": Kind(home / "journal" / JOURNAL_FILE, read_journal, repairs=True),
         "store": Kind(home / "campaign" / STORE_FILE, read_store),
+        "its seal": Kind(home / "campaign" / SEAL_FILE, lambda path: read_store(path.with_name(STORE_FILE))),
+        "store of a killed one": Kind(home / "killed" / STORE_FILE, read_store),
         "job": Kind(home / "job.json", read_sealed),
         "cache/cache.json": Kind(cache / "cache.json", read_cache, repairs=True),
         "cache/bin": Kind(next(cache.glob("*.bin")), read_cache, repairs=True),
@@ -194,8 +198,8 @@ def accepted_in_silence(name: str, kind: Kind, draw: random.Random, flips: int) 
         else:
             same = is_part(found, expected) if kind.repairs else found == expected
             told = name in ("run/README.md", "run/report.html") and found[:2] == expected[:2] and len(found[2]) == 1
-            # a store has bytes that mean nothing, and one journal is as good as its beginning
-            harmless = same and (kind.repairs or name == "store")
+            # SQLite's file has bytes that mean nothing, and the beginning of a journal is as good as the whole
+            harmless = same and (kind.repairs or name == "store of a killed one")
             if not (told or harmless):
                 accepted.append(f"{name}: {what}")
         finally:
@@ -359,8 +363,11 @@ def test_a_store_that_lost_a_row_or_an_index_is_refused(copy):
         with sqlite3.connect(place) as connection:
             connection.execute(change)
         connection.close()
-        with pytest.raises(AletheiaError, match="was changed after it was written"):
-            Store(place)
+        for seal in (True, False):
+            if not seal:
+                place.with_name(SEAL_FILE).unlink(missing_ok=True)
+            with pytest.raises(AletheiaError, match="was changed after it was written"):
+                Store(place)
         place.write_bytes(kept)
 
 
