@@ -298,6 +298,16 @@ def test_a_run_without_its_manifest_is_no_adapter_of_ours(copy):
         aletheia.load_adapter(make_model(), copy / "run")
 
 
+def test_a_folder_of_others_may_have_files_of_these_names(copy):
+    """A PEFT adapter beside a manifest and metrics of other programs, and a file of settings there."""
+    (copy / "run" / "plan.json").unlink()
+    for name in ("manifest.json", "metrics.json"):
+        (copy / "run" / name).write_text('{"name": "not ours"}')
+    flip(copy / "run" / "README.md")
+    assert aletheia.load_adapter(make_model(), copy / "run")
+    assert read_config(copy / "run" / "config.yaml")["training"]["steps"] == 2
+
+
 def test_plain_peft_loads_a_run_with_its_manifest(copy, model_folder):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
