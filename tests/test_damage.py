@@ -224,10 +224,10 @@ def test_no_damage_is_accepted_in_silence(made):
 
 @pytest.mark.slow
 def test_no_byte_of_any_file_is_accepted_in_silence(made):
-    """A bit of every byte of what is small, of 300 bytes of what is not."""
+    """A bit of every byte of what is small, of 200 bytes of what is not."""
     accepted = []
     for name, kind in kinds(made).items():
-        flips = 2000 if kind.path.stat().st_size < 4000 else 300
+        flips = 2000 if kind.path.stat().st_size < 2000 else 200
         accepted += accepted_in_silence(name, kind, random.Random(name), flips)[1]
     assert accepted == []
 

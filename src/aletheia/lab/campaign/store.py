@@ -75,7 +75,8 @@ class Store:
                 raise CampaignError(f"{path} has store version {version!r}; expected {VERSION}, choose another `out`")
             self.campaign = parse_campaign(json.loads(self._checked_spec()), str(path))
         except DAMAGE as error:
-            raise CampaignError(f"{path} is no store of ours ({error}); choose another `out`") from error
+            told = " ".join(str(error).split())
+            raise CampaignError(f"{path} is no store of ours ({told}); choose another `out`") from error
         self.records()
 
     @classmethod
