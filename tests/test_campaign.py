@@ -369,7 +369,7 @@ def test_another_campaign_in_the_folder_is_refused(tmp_path, scripts):
     with pytest.raises(CampaignError, match=r"holds a campaign with rounds = 2, the file says 3"):
         run_campaign(campaign(rounds=3), tmp_path, pool(scripts))
     (tmp_path / STORE_FILE).write_bytes(b"no database" * 100)
-    with pytest.raises(CampaignError, match="is no store of ours"):
+    with pytest.raises(CampaignError, match="was changed after it was written"):
         run_campaign(campaign(), tmp_path, pool(scripts))
 
 

@@ -1,5 +1,7 @@
 """The probe: exact norms, labels and padding, a model given back unchanged, and what it refuses."""
 
+from typing import get_args
+
 import pytest
 import torch
 from aletheia_lora.probe import gradient_probe
@@ -8,6 +10,9 @@ from tiny import FAMILIES, make_model
 from aletheia.anatomy.read import adaptable_modules, find_layers
 from aletheia.data.batches import collate
 from aletheia.errors import ProbeError
+from aletheia.lab.campaign.speed_summary import chosen_layers
+from aletheia.planning.make import plan
+from aletheia.planning.plan import Policy
 from aletheia.probing.ghost import LayerInput, ghost_norm
 from aletheia.probing.resident import probe
 from aletheia.probing.scores import Scores
@@ -210,6 +215,23 @@ def test_the_same_seed_draws_the_same_rows_and_the_file_survives(examples, tmp_p
     assert first.layers != other.layers
     assert first.data == examples.identity
     assert Scores.read(first.write(tmp_path / "scores.json")) == first
+
+
+def test_the_same_seed_gives_the_same_plan(examples):
+    """Probed twice from loading on: layers, ranks and predictions are the same, for every policy."""
+    first, again = (probe(make_model("llama"), examples, seed=3) for _ in range(2))
+    for settings in ({"policy": policy} for policy in get_args(Policy)):
+        one, other = (plan(scores, ranks="by-score", seed=3, **settings) for scores in (first, again))
+        assert (one.adapters, one.early_layers, one.predicted) == (other.adapters, other.early_layers, other.predicted)
+
+
+def test_the_stability_of_a_choice_is_the_mean_jaccard_index_over_pairs_of_seeds():
+    chosen = {0: {2, 3}, 1: {2, 3}, 2: {1, 3}}
+    results = {seed: {"layers": sorted(layers), "layer_count": 4} for seed, layers in chosen.items()}
+    pairs = [(chosen[0], chosen[1]), (chosen[0], chosen[2]), (chosen[1], chosen[2])]
+    expected = sum(len(one & other) / len(one | other) for one, other in pairs) / 3
+    assert chosen_layers("paper", "tiny", results).stability == pytest.approx(expected)
+    assert chosen_layers("paper", "tiny", {0: results[0]}).stability is None
 
 
 def test_collated_rows_are_probed_like_single_ones(examples):

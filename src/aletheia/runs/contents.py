@@ -13,7 +13,7 @@ from aletheia.files import Artifact, write_text
 from aletheia.runs.manifest import MANIFEST_FILE, FileRecord
 
 FOR_PEOPLE = ("README.md", "report.html")
-_FINISHED = "metrics.json"  # written last, sealed by itself, not in the manifest; see the schema, which imports this
+_OF_A_RUN = ("metrics.json", "plan.json", MANIFEST_FILE)  # the first is written last and not in the manifest
 
 
 class Contents(Artifact):
@@ -76,10 +76,9 @@ def check_file(path: Path) -> None:
     Raises:
         ArtifactError: it was changed after the run, or the manifest was.
     """
-    place = path.parent / MANIFEST_FILE
-    if not place.is_file() or not (path.parent / _FINISHED).is_file():
+    if not all((path.parent / name).is_file() for name in _OF_A_RUN):
         return
-    record = Contents.read(place).files.get(path.name)
+    record = Contents.read(path.parent / MANIFEST_FILE).files.get(path.name)
     if record is not None and (fault := record.fault(path)):
         raise ArtifactError(
             f"{path} {fault}; expected it as the run left it, put it back or edit a copy in another folder"

@@ -116,15 +116,11 @@ def _put_on(
         raise AdapterError(f"{folder} holds no {ADAPTER_CONFIG}; expected a run folder or a PEFT adapter folder")
     if isinstance(model, PeftModel):
         raise AdapterError("the model carries an adapter already; expected a base model (merge or unload it first)")
-    metrics = Metrics.read(folder / METRICS_FILE) if (folder / METRICS_FILE).is_file() else None
-    if metrics is not None and not (folder / MANIFEST_FILE).is_file():
-        raise ArtifactError(f"{folder} has no {MANIFEST_FILE}; expected the run as it was written, put it back")
     plan = Plan.read(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
+    metrics = None
     if plan is not None:
         plan.check_model(identify(model))
-    check_contents(folder)
-    if metrics is not None:
-        metrics.check_tokenizer(tokenizer)
+        metrics = _checked_metrics(folder, tokenizer)
     config = as_stored(read_lora_config(folder, allow_pickle), folder, model)
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
@@ -157,6 +153,18 @@ def use_template_of(folder: str | Path, tokenizer: Any) -> None:
     template = Path(folder) / TEMPLATE_FILE
     if template.is_file():
         tokenizer.chat_template = read_template(template)
+
+
+def _checked_metrics(folder: Path, tokenizer: TokenizerIdentity | None) -> Metrics | None:
+    """The metrics of a run whose files are as it left them; None where only plan and adapter were taken along."""
+    if not (folder / METRICS_FILE).is_file():
+        return None
+    metrics = Metrics.read(folder / METRICS_FILE)
+    if not (folder / MANIFEST_FILE).is_file():
+        raise ArtifactError(f"{folder} has no {MANIFEST_FILE}; expected the run as it was written, put it back")
+    check_contents(folder)
+    metrics.check_tokenizer(tokenizer)
+    return metrics
 
 
 def _check_plan(model: PeftModel, plan: Plan, folder: Path, is_corrected: bool) -> None:

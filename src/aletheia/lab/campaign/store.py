@@ -1,25 +1,28 @@
 """The store of a campaign: one SQLite file with a row per (model, arm, seed), one writer at a time. Torch-free.
 
-SQLite has no checksums of its own, so each row carries the sha256 of what it says, as does the campaign.
+SQLite has no checksums of its own, so each row carries the sha256 of what it says, as does the campaign. While no
+coordinator is at work, the sha256 of the whole file lies beside it; one that was killed leaves none, and the next one
+that ends as it should does.
 """
 
 import hashlib
 import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from aletheia.errors import CampaignError
-from aletheia.files import check_writable
+from aletheia.errors import ArtifactError, CampaignError
+from aletheia.files import check_writable, file_sha256, write_text
 from aletheia.lab.campaign.grid import Row, jobs
 from aletheia.lab.campaign.spec import BehaviourCampaign, SpeedCampaign, parse_campaign
 
 STORE_FILE = "campaign.db"
+SEAL_FILE = STORE_FILE + ".sha256"
 VERSION = 2
 DAMAGE = (sqlite3.Error, OSError, UnicodeDecodeError)  # SQLite's messages quote what it found, whatever that is
 Status = Literal["pending", "done", "failed"]
@@ -62,15 +65,18 @@ class Store:
         try:
             if not path.is_file():
                 raise CampaignError(f"{path.parent} holds no campaign; run one there with 'aletheia campaign run'")
+            self._check_seal()
             self._connection = sqlite3.connect(path, timeout=30, isolation_level=None)
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
             found = self._connection.execute("SELECT version FROM campaign").fetchone()
             if found is None or found[0] != VERSION:
-                raise CampaignError(f"{path} has store version {found and found[0]!r}; this release reads {VERSION}")
+                version = found and found[0]
+                raise CampaignError(f"{path} has store version {version!r}; expected {VERSION}, choose another `out`")
             self.campaign = parse_campaign(json.loads(self._checked_spec()), str(path))
         except DAMAGE as error:
-            raise CampaignError(f"{path} is no store of ours ({error}); choose another `out`") from error
+            told = " ".join(str(error).split())
+            raise CampaignError(f"{path} is no store of ours ({told}); choose another `out`") from error
         self.records()
 
     @classmethod
@@ -94,13 +100,15 @@ class Store:
         try:
             path = folder / STORE_FILE
             if not path.exists():
+                (folder / SEAL_FILE).unlink(missing_ok=True)
                 _create(path, campaign)
             store = cls(path)
             check_same(store.campaign, campaign, folder)
+            (folder / SEAL_FILE).unlink(missing_ok=True)
             try:
                 yield store
             finally:
-                store.close()
+                store._seal()
         finally:
             lock.release()
 
@@ -166,6 +174,22 @@ class Store:
     def close(self) -> None:
         """Close the file."""
         self._connection.close()
+
+    def _seal(self) -> None:
+        """Close the file and leave its sha256 beside it, unless someone reads it just now."""
+        with closing(self._connection), suppress(sqlite3.Error):
+            is_busy, *_ = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+            if not is_busy:  # nothing is left to be moved into the file later
+                with suppress(OSError, ArtifactError):  # no room: all rows are kept, and have a sha256 of their own
+                    write_text(self._path.with_name(SEAL_FILE), file_sha256(self._path) + "\n")
+
+    def _check_seal(self) -> None:
+        place = self._path.with_name(SEAL_FILE)
+        if not place.exists():
+            return
+        kept = place.read_bytes()
+        if kept.decode("ascii", "replace") != file_sha256(self._path) + "\n" and place.exists():
+            raise self._damaged(f"its sha256 is not that in {SEAL_FILE}")  # no coordinator began meanwhile
 
 
 def _create(path: Path, campaign: SpeedCampaign | BehaviourCampaign) -> None:
