@@ -128,6 +128,12 @@ def verified(folder: str | Path) -> TrainingCheckpoint:
         raise TrainingError(f"{folder} is no folder; expected a checkpoint")
     manifest = read_manifest(folder)
     for name, record in manifest.files.items():
+        if (
+            Path(name).is_absolute()
+            or ".." in Path(name).parts
+            or ((folder / name).exists() and not (folder / name).is_file())
+        ):
+            raise TrainingError(f"{folder / MANIFEST_FILE} names {name[:80]!r}, which is no file of this checkpoint")
         if fault := _fault(folder / name, record):
             raise TrainingError(f"{folder / name} {fault}; go on from another checkpoint")
     return TrainingCheckpoint(folder, manifest)

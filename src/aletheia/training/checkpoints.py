@@ -11,8 +11,10 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
@@ -316,3 +318,15 @@ def is_write_fault(error: BaseException) -> bool:
 def told_by_system(error: BaseException) -> str:
     """What went wrong, in the words of the operating system where it has some."""
     return getattr(error, "strerror", None) or one_line(error)
+
+
+def refused_pickle(checkpoint: Path) -> Path:
+    """The file of a checkpoint that torch will not unpickle, which Trainer leaves unsaid."""
+    random = sorted(checkpoint.glob("rng_state*.pth"))
+    for path in sorted({*checkpoint.glob("*.pt"), *checkpoint.glob("*.bin")}):
+        if path.name != "training_args.bin":
+            try:
+                torch.load(path, map_location="cpu", weights_only=True)
+            except UnpicklingError:
+                return path
+    return random[0] if random else checkpoint

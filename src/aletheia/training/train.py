@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -39,7 +40,7 @@ from aletheia.runs.folder import RunFolder, save
 from aletheia.runs.manifest import TrainingCheckpoint, newest_checkpoint
 from aletheia.runs.schema import Metrics, PhaseSeconds, Run, StartingAdapter, UsedSettings
 from aletheia.training.attach import Attachment, AttachSettings, prefix_computed_as
-from aletheia.training.checkpoints import trustworthy_checkpoints
+from aletheia.training.checkpoints import refused_pickle, trustworthy_checkpoints
 from aletheia.training.fast_steps import fast_steps
 from aletheia.training.interrupts import SaveInTime, interrupts
 from aletheia.training.learning_rate import default_learning_rate
@@ -170,6 +171,13 @@ class _Job:
             trainer.args.eval_on_start = found is None
             try:
                 trainer.train(resume_from_checkpoint=None if found is None else str(found.path))
+            except UnpicklingError as error:
+                if found is None:
+                    raise
+                raise TrainingError(
+                    f"{refused_pickle(found.path)} holds more than tensors and numbers; expected a checkpoint "
+                    "that this program wrote"
+                ) from error
             finally:
                 self.recorder.close()
             if interrupted.signal is not None and trainer.state.global_step < trainer.state.max_steps:
