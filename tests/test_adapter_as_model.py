@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import aletheia
 from aletheia.adapters.saved_config import as_stored, read_lora_config
-from aletheia.errors import AdapterError, AletheiaError, SettingsError
+from aletheia.errors import AdapterError, AletheiaError, ModelError, SettingsError
 from aletheia.files import file_sha256
 from aletheia.planning.plan import Plan
 from aletheia.training.train import Prepared
@@ -183,3 +183,17 @@ def test_an_adapter_that_changed_is_not_gone_on_with(foreign, data_file, tmp_pat
     (foreign / "adapter_config.json").write_text(json.dumps(values | {"r": 3}))
     with pytest.raises(AdapterError, match="its config says 3"):
         fine_tune(foreign, data_file, tmp_path / "again")
+
+
+def test_going_on_with_a_quantized_base(foreign, data_file, tmp_path):
+    run = fine_tune(foreign, data_file, tmp_path / "on", None, {"quantize": "nf4"}, steps=1)
+    assert run.metrics.settings.quantization == "nf4"
+    assert run.metrics.went_on_from is not None
+    with pytest.raises(AdapterError, match="is quantized"):
+        fine_tune(foreign, data_file, tmp_path / "merged", None, {"quantize": "nf4", "fresh": True})
+
+
+def test_a_base_that_would_be_streamed_is_refused(foreign, data_file, tmp_path):
+    for more in ({}, {"fresh": True}):
+        with pytest.raises(ModelError, match="takes over half the memory"):
+            fine_tune(foreign, data_file, tmp_path / "on", None, {"max_memory": 1000} | more)

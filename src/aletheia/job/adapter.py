@@ -52,7 +52,7 @@ def base_settings(how: LoadSettings, folder: Path) -> LoadSettings:
         raise SettingsError(
             "`stream` is given and MODEL is an adapter folder; expected its base to be loaded as a whole"
         )
-    return LoadSettings(**how.model_dump(exclude_unset=True) | {"model": name, "stream": False, "fresh": False})
+    return LoadSettings(**how.model_dump(exclude_unset=True) | {"model": name, "fresh": False})
 
 
 @dataclass(frozen=True)

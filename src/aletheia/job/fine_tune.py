@@ -28,7 +28,16 @@ from aletheia.errors import TrainingError
 from aletheia.files import write_text
 from aletheia.job.adapter import Start
 from aletheia.job.settings import JobSettings
-from aletheia.job.source import Say, Source, checkpoint_as_asked, encode_for, is_streamed, load_for, to_stderr
+from aletheia.job.source import (
+    Say,
+    Source,
+    check_whole,
+    checkpoint_as_asked,
+    encode_for,
+    is_streamed,
+    load_for,
+    to_stderr,
+)
 from aletheia.planning.make import every_layer_fits
 from aletheia.planning.make import plan as make_plan
 from aletheia.planning.memory import training_bytes
@@ -184,7 +193,10 @@ class Job:
     # --- load
 
     def _load(self, rows: Rows, start: Start | None) -> tuple[Source, Examples]:
-        how = self.settings.model if start is None else start.base
+        if start is not None:
+            check_whole(start.base)
+            return load_for(start.base, rows, self.settings.data, self.say)
+        how = self.settings.model
         if is_streamed(how, self.say):
             self.settings.check_streamed()
             checkpoint = checkpoint_as_asked(how)
