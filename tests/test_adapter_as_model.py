@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 import aletheia
 from aletheia.adapters.saved_config import as_stored, read_lora_config
-from aletheia.errors import AdapterError, AletheiaError, SettingsError
+from aletheia.errors import AdapterError, AletheiaError, ModelError, SettingsError
 from aletheia.files import file_sha256
 from aletheia.planning.plan import Plan
 from aletheia.training.train import Prepared
@@ -137,7 +137,7 @@ def test_what_is_not_trained_here_is_refused_by_name(model_folder, data_file, tm
     [
         ({}, {"percent": 25}, {}, "`percent` is given and MODEL is an adapter folder"),
         ({}, "plan.json", {}, "`plan` is given and MODEL is an adapter folder"),
-        ({}, None, {"init": "gradient"}, "`init` is given and MODEL is an adapter folder"),
+        ({}, None, {"init": "random"}, "`init` is given and MODEL is an adapter folder"),
         ({"stream": True}, None, {"cache": "auto"}, "`stream` is given and MODEL is an adapter folder"),
     ],
 )
@@ -183,3 +183,46 @@ def test_an_adapter_that_changed_is_not_gone_on_with(foreign, data_file, tmp_pat
     (foreign / "adapter_config.json").write_text(json.dumps(values | {"r": 3}))
     with pytest.raises(AdapterError, match="its config says 3"):
         fine_tune(foreign, data_file, tmp_path / "again")
+
+
+def test_going_on_with_a_quantized_base(foreign, data_file, tmp_path):
+    run = fine_tune(foreign, data_file, tmp_path / "on", None, {"quantize": "nf4"}, steps=1)
+    assert run.metrics.settings.quantization == "nf4"
+    assert run.metrics.went_on_from is not None
+    with pytest.raises(AdapterError, match="is quantized"):
+        fine_tune(foreign, data_file, tmp_path / "merged", None, {"quantize": "nf4", "fresh": True})
+
+
+def test_a_base_that_would_be_streamed_is_refused(foreign, data_file, tmp_path):
+    for more in ({}, {"fresh": True}):
+        with pytest.raises(ModelError, match="takes over half the memory"):
+            fine_tune(foreign, data_file, tmp_path / "on", None, {"max_memory": 1000} | more)
+
+
+def test_the_command_line_goes_on_with_an_adapter(foreign, data_file, tmp_path, run):
+    asked = (
+        "train",
+        foreign,
+        "--data",
+        data_file,
+        "--max-length",
+        64,
+        "--dtype",
+        "float32",
+        "--steps",
+        1,
+        "--out",
+        "run",
+    )
+    code, _, err = run(*asked, "--freeze-after", 0, "--seed", 3, "--cache", "off", "--eval-rows", 1)
+    assert code == 0, err
+    assert f"go on  with {foreign} on " in err
+    assert "goes on from" in (tmp_path / "run" / "README.md").read_text()
+    first = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    code, _, err = run(*asked[:-2], "--config", "run/config.yaml", "--out", "again", "--cache", "off")
+    assert code == 0, err
+    again = json.loads((tmp_path / "again" / "metrics.json").read_text())
+    assert again["held_out_loss_after"] == first["held_out_loss_after"]
+    code, _, err = run(*asked[:-1], "other", "--freeze-after", 0.5)
+    assert code == 2
+    assert "--freeze-after is given and MODEL is an adapter folder" in err

@@ -4,16 +4,19 @@ import io
 import json
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import hostile_artefacts
 import pytest
+import torch
 from tiny import make_tokenizer
 
 import aletheia
-from aletheia.errors import ModelError
+from aletheia.errors import ModelError, TrainingError
+from aletheia.runs.manifest import FileRecord, Manifest, read_manifest, verified, write_manifest
 
 COMMANDS = {
     "inspect": ("inspect", "{model}"),
@@ -137,7 +140,6 @@ def test_a_model_that_transformers_knows_is_loaded_without_its_code(tmp_path, mo
 
 
 def test_pickles_are_read_only_where_they_are_allowed(tmp_path, model_folder):
-    import torch
     from tiny import make_model
 
     make_model().save_pretrained(tmp_path / "m")
@@ -148,3 +150,37 @@ def test_pickles_are_read_only_where_they_are_allowed(tmp_path, model_folder):
         aletheia.load(str(tmp_path / "m"))
     loaded = aletheia.load(str(tmp_path / "m"), "float32", allow_pickle=True)
     assert torch.equal(loaded.model.lm_head.weight, make_model().lm_head.weight)
+
+
+def test_pickles_in_somebody_elses_checkpoint_run_nothing(run, model_folder, data_file, tmp_path):
+    asked = ("train", model_folder, "--data", data_file, "--max-length", 64, "--dtype", "float32", "--save-steps", 1)
+    asked = (*asked, "--steps", 2, "--evaluations", 1, "--init", "random", "--freeze-after", 0, "--eval-rows", 1)
+    code, _, err = run(*asked, "--out", "run")
+    assert code == 0, err
+    whole = tmp_path / "run" / "checkpoints" / "checkpoint-1"
+    about = read_manifest(whole)
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.bin"):
+        checkpoint = tmp_path / name / "checkpoints" / "checkpoint-1"
+        shutil.copytree(whole.parent, checkpoint.parent)
+        torch.save({"a": hostile_artefacts.Canary(tmp_path / "canary")}, checkpoint / name)
+        torch.save({"a": hostile_artefacts.Canary(tmp_path / "canary")}, checkpoint / "training_args.bin")
+        if name == "adapter_model.bin":
+            (checkpoint / "adapter_model.safetensors").unlink()
+        write_manifest(checkpoint, about.step, about.about, about.extra)
+        code, _, err = run(*asked, "--out", f"on-{name}", "--resume", checkpoint)
+        assert code == 2
+        assert err.splitlines()[-1].startswith("error: ")
+        assert name in err.splitlines()[-1]
+        assert not (tmp_path / "canary").exists()
+
+
+def test_a_manifest_leads_nowhere_else(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe")
+    nothing = {"size_bytes": 0, "sha256": "0" * 64}
+    for name in ("/dev/zero", "../../../../../dev/zero", "pipe"):
+        files = {name: FileRecord(**nothing)}
+        (folder / "manifest.json").write_text(Manifest(step=1, files=files, about={}, extra={}).sealed().to_json())
+        with pytest.raises(TrainingError, match="no file of this checkpoint"):
+            verified(folder)

@@ -21,6 +21,7 @@ TOKENIZER_BYTES = 250_000_000  # of tokenizer.json and what else lies beside it;
 DEEPEST = 32  # levels of a config; real ones have 3 or 4
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")
 _LAYERS = re.compile(r"(^|_)(n|num|encoder|decoder|hidden|mtp|nextn)?_?(n_)?(layers?|blocks|depth)$")
 _COUNTED = ("num_hidden_layers", "n_layer", "n_layers", "hidden_size", "n_embd", "d_model", "vocab_size")
 _TOKENS = re.compile(r"vocab|position|n_ctx|context|seq_len|sequence_length")
@@ -106,6 +107,26 @@ def check_config(config: dict[str, Any], name: str) -> None:
         _check_parameters(inner, name)
 
 
+def base_of_adapter(folder: Path) -> str:
+    """What the config of a PEFT adapter names as its base.
+
+    Raises:
+        ModelError: the config cannot be read.
+    """
+    return str(read_settings(folder / ADAPTER_CONFIG).get("base_model_name_or_path"))[:200]
+
+
+def found_file(name: str, file: str) -> Path | None:
+    """A file of a folder or hub id; None where there is none, as far as can be known."""
+    if (folder := Path(name)).is_dir():
+        return folder / file if (folder / file).exists() else None
+    from transformers.utils.hub import cached_file
+
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+    found = cached_file(name, file, **quiet)
+    return None if found is None else Path(found)
+
+
 def needs_code(config: dict[str, Any]) -> bool:
     """Whether only code that comes with the model can make it: it names a class, and transformers has none."""
     from transformers import CONFIG_MAPPING
@@ -132,13 +153,25 @@ def check_index(path: Path, allow_pickle: bool) -> None:
             raise ModelError(f"{path} names the shard {shard[:80]!r}; expected a .safetensors file of its folder")
 
 
-def pickled_weights(folder: Path) -> str | None:
-    """The name of a file of weights that is a pickle, where the folder has no safetensors."""
-    names = sorted(path.name for path in folder.iterdir() if path.is_file())
-    if any(name.endswith(".safetensors") for name in names):
-        return None
-    weights = [name for name in names if name.endswith(PICKLES) and not name.startswith(("training_args", "optimizer"))]
-    return weights[0] if weights else None
+def stored_bytes(path: Path, allow_pickle: bool) -> int | None:
+    """The size of the weights in a folder or file; None where there is none, such as for a hub id.
+
+    Raises:
+        ModelError: they are pickles, which are not allowed, or their index leads elsewhere.
+    """
+    if not path.is_dir():
+        return path.stat().st_size if path.is_file() else None
+    files = sorted(file for file in path.iterdir() if file.is_file())
+    pickles = [file for file in files if file.suffix in PICKLES and not file.name.startswith(_NO_WEIGHTS)]
+    safe = [file for file in files if file.suffix == ".safetensors"]
+    if pickles and not safe and not allow_pickle:
+        raise ModelError(
+            f"{pickles[0]} is a pickle, which can run code when it is read; expected safetensors, or `allow_pickle` if "
+            "you trust who made it"
+        )
+    for index in path.glob("*.index.json"):
+        check_index(index, allow_pickle)
+    return sum(file.stat().st_size for file in (*safe, *pickles))
 
 
 def check_gguf(path: Path) -> None:

@@ -20,7 +20,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import GENERATION_CONFIG_NAME
-from transformers.utils.hub import cached_file
 
 from aletheia.anatomy import foreign
 from aletheia.anatomy.families import EXPECTED, model_class
@@ -135,9 +134,9 @@ def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
     if "gguf_file" in place:
         foreign.check_gguf(Path(name))
     with explained(name):
-        if "gguf_file" not in place and (adapter := _hub_file(name, foreign.ADAPTER_CONFIG)) is not None:
-            raise ModelError(_ADAPTER.format(name=name, base=base_of_adapter(adapter.parent)))
-        if "gguf_file" not in place and (file := _hub_file(name, foreign.CONFIG)) is not None:
+        if "gguf_file" not in place and (adapter := foreign.found_file(name, foreign.ADAPTER_CONFIG)) is not None:
+            raise ModelError(_ADAPTER.format(name=name, base=foreign.base_of_adapter(adapter.parent)))
+        if "gguf_file" not in place and (file := foreign.found_file(name, foreign.CONFIG)) is not None:
             found = foreign.read_settings(file)
             foreign.check_config(found, name)
             if foreign.needs_code(found) and not trust_remote_code:
@@ -292,22 +291,8 @@ def _on_meta(name: str, config: PretrainedConfig, trust_remote_code: bool) -> Pr
 
 def _check_weights(name: str, config: PretrainedConfig, trust_remote_code: bool, allow_pickle: bool) -> None:
     """Refuse pickles that are not allowed, and weights that are far too few for the config: gaps would be filled."""
-    path = Path(name)
-    if path.is_dir():
-        pickled = foreign.pickled_weights(path)
-        if pickled is not None and not allow_pickle:
-            raise ModelError(
-                f"{path / pickled} is a pickle, which can run code when it is read; expected safetensors, or "
-                "`allow_pickle` if you trust who made it"
-            )
-        for index in path.glob("*.index.json"):
-            foreign.check_index(index, allow_pickle)
-        stored = sum(
-            file.stat().st_size for file in path.iterdir() if file.suffix in (".safetensors", *foreign.PICKLES)
-        )
-    elif path.is_file():
-        stored = path.stat().st_size
-    else:
+    stored = foreign.stored_bytes(Path(name), allow_pickle)
+    if stored is None:
         return  # a hub id, of which only the config is here yet
     if trust_remote_code or hasattr(config, "quantization_config"):
         return  # code may do anything, and packed weights may be of any form
@@ -352,7 +337,7 @@ def _place(name: str) -> dict[str, Any]:
     if path.is_dir():
         foreign.check_files(path)
         if (path / foreign.ADAPTER_CONFIG).exists():
-            raise ModelError(_ADAPTER.format(name=name, base=base_of_adapter(path)))
+            raise ModelError(_ADAPTER.format(name=name, base=foreign.base_of_adapter(path)))
         if (path / "model_index.json").is_file():
             raise ModelError(f"{name} is a diffusion pipeline, which makes images; {EXPECTED}")
         if not (path / "config.json").is_file():
@@ -363,24 +348,6 @@ def _place(name: str) -> dict[str, Any]:
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ModelError(f"no folder {name}; expected a hub id, a model folder or a .gguf file")
     return {"pretrained_model_name_or_path": name}
-
-
-def base_of_adapter(folder: Path) -> str:
-    """What the config of a PEFT adapter names as its base.
-
-    Raises:
-        ModelError: the config cannot be read.
-    """
-    return str(foreign.read_settings(folder / foreign.ADAPTER_CONFIG).get("base_model_name_or_path"))[:200]
-
-
-def _hub_file(name: str, file: str) -> Path | None:
-    """A file of a folder or hub id; None where there is none, as far as can be known."""
-    if (folder := Path(name)).is_dir():
-        return folder / file if (folder / file).exists() else None
-    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
-    found = cached_file(name, file, **quiet)
-    return None if found is None else Path(found)
 
 
 @contextmanager

@@ -12,8 +12,10 @@ from aletheia.job.settings import JobSettings
 from aletheia.planning.plan import Plan
 from aletheia.probing.scores import Scores
 from aletheia.runs.schema import PLAN_FILE, SCORES_FILE, StartingAdapter
+from aletheia.settings import Settings
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+OF_A_RUN = {"seed", "epochs"}  # settings of a plan that a run has under the same names
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
@@ -52,7 +54,7 @@ def base_settings(how: LoadSettings, folder: Path) -> LoadSettings:
         raise SettingsError(
             "`stream` is given and MODEL is an adapter folder; expected its base to be loaded as a whole"
         )
-    return LoadSettings(**how.model_dump(exclude_unset=True) | {"model": name, "stream": False, "fresh": False})
+    return LoadSettings(**how.model_dump(exclude_unset=True) | {"model": name, "fresh": False})
 
 
 @dataclass(frozen=True)
@@ -79,15 +81,17 @@ class Start:
             return None
         if how.fresh:
             return None
-        chosen = sorted(settings.plan.model_fields_set)
-        if settings.plan.file is not None or chosen:
-            name = "plan" if settings.plan.file is not None else chosen[0]
+        chosen = [name for name in _changed(settings.plan) if name not in OF_A_RUN]  # the file of a run has all of them
+        if settings.plan.freeze_after == 0 and not _learns_early(folder):
+            chosen = [name for name in chosen if name != "freeze_after"]
+        if chosen:
+            name = "plan" if "file" in chosen else chosen[0]
             raise SettingsError(
                 f"`{name}` is given and MODEL is an adapter folder, which has its plan; expected neither, or "
                 "`fresh` to merge the adapter first"
             )
         for name in ("init", "correct_quantization"):
-            if name in settings.training.model_fields_set:
+            if name in _changed(settings.training):
                 raise SettingsError(
                     f"`{name}` is given and MODEL is an adapter folder; expected its own weights to start"
                 )
@@ -106,3 +110,14 @@ class Start:
             return None
         scores = self.folder / SCORES_FILE
         return Scores.read(scores) if scores.is_file() else None, Plan.read(self.folder / PLAN_FILE)
+
+
+def _changed(settings: Settings) -> list[str]:
+    """The settings that are not at their defaults, by name."""
+    fields = type(settings).model_fields
+    return sorted(name for name, field in fields.items() if getattr(settings, name) != field.default)
+
+
+def _learns_early(folder: Path) -> bool:
+    """Whether the plan of a run folder has layers that learn at first only."""
+    return (folder / PLAN_FILE).is_file() and bool(Plan.read(folder / PLAN_FILE).early_layers)

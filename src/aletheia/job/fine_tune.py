@@ -29,6 +29,7 @@ from aletheia.job.settings import JobSettings
 from aletheia.job.source import (
     Say,
     Source,
+    check_whole,
     checkpoint_as_asked,
     encode_for,
     is_streamed,
@@ -211,7 +212,10 @@ class Job:
     # --- load
 
     def _load(self, rows: Rows, start: Start | None) -> tuple[Source, Examples]:
-        how = self.settings.model if start is None else start.base
+        if start is not None:
+            check_whole(start.base)
+            return load_for(start.base, rows, self.settings.data, self.say)
+        how = self.settings.model
         if is_streamed(how, self.say):
             self.settings.check_streamed()
             checkpoint = checkpoint_as_asked(how)

@@ -45,8 +45,7 @@ def is_streamed(how: LoadSettings, say: Say = to_stderr) -> bool:
         ModelError: MODEL cannot be found or read; an adapter's base would have to be streamed.
     """
     if how.fresh and (folder := adapter_folder(how.model)) is not None:
-        if is_streamed(base_settings(how, folder).model_copy(update={"stream": None}), say):
-            raise ModelError(f"the base of {folder} takes over half the memory; expected it to fit, to be merged into")
+        check_whole(base_settings(how, folder))
         return False
     if how.stream is not None or how.quantize:
         return bool(how.stream)
@@ -57,6 +56,19 @@ def is_streamed(how: LoadSettings, say: Say = to_stderr) -> bool:
         return False
     say(f"stream {needed / 1e9:.1f} GB of weights, {limit / 1e9:.1f} GB of memory: layer by layer")
     return True
+
+
+def check_whole(base: LoadSettings) -> None:
+    """Refuse an adapter's base that would have to be streamed: what it gets is put on all of its layers.
+
+    Raises:
+        ModelError: it takes most of the memory.
+    """
+    if is_streamed(base, lambda line: None):
+        raise ModelError(
+            f"{base.model} takes over half the memory; expected the base of an adapter folder to fit as a whole; "
+            "`quantize` makes it smaller"
+        )
 
 
 def encode_for(base: Source, rows: Rows, data: DataSettings, say: Say = to_stderr) -> Examples:

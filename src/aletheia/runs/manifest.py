@@ -137,6 +137,9 @@ def verified(folder: str | Path) -> TrainingCheckpoint:
         raise TrainingError(f"{folder} is no folder; expected a checkpoint")
     manifest = read_manifest(folder)
     for name, record in manifest.files.items():
+        here = Path(name)
+        if here.is_absolute() or ".." in here.parts or ((folder / name).exists() and not (folder / name).is_file()):
+            raise TrainingError(f"{folder / MANIFEST_FILE} names {name[:80]!r}, which is no file of this checkpoint")
         if fault := record.fault(folder / name):
             raise TrainingError(f"{folder / name} {fault}; go on from another checkpoint")
     return TrainingCheckpoint(folder, manifest)

@@ -79,7 +79,11 @@ def merge_adapter(model: nn.Module, folder: str | Path, allow_pickle: bool = Fal
         raise AdapterError(
             f"the base of {folder} is quantized ({kind}); expected plain weights to merge an adapter into"
         )
-    merged: PreTrainedModel = load_adapter(model, folder, allow_pickle).merge_and_unload(safe_merge=True)
+    adapted = load_adapter(model, folder, allow_pickle)
+    try:
+        merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    except ValueError as error:  # of weights that are not finite
+        raise AdapterError(f"{folder} cannot be merged: {one_line(error)}; expected finite weights") from error
     merged.config._name_or_path = merged.name_or_path = str(folder)
     return merged
 

@@ -11,8 +11,10 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import nn
@@ -159,8 +161,21 @@ class TrustworthyCheckpoints:
         return Launch.here().processes > 1
 
     def _train(self, resume_from_checkpoint: Any = None, *given: Any, **named: Any) -> Any:
-        """Trainer's ``train``, from a checkpoint that is whole; by itself it takes the highest number."""
-        return self._original["train"](self.resume_path(resume_from_checkpoint), *given, **named)
+        """Trainer's ``train``, from a checkpoint that is whole; by itself it takes the highest number.
+
+        Raises:
+            TrainingError: a pickle of the checkpoint holds more than tensors and numbers.
+        """
+        path = self.resume_path(resume_from_checkpoint)
+        try:
+            return self._original["train"](path, *given, **named)
+        except UnpicklingError as error:
+            if path is None:
+                raise
+            raise TrainingError(
+                f"{_refused_pickle(Path(path))} holds more than tensors and numbers; expected a checkpoint that this "
+                "program wrote"
+            ) from error
 
     def _run_epoch(self, *given: Any, **named: Any) -> None:
         """Trainer's epoch, unless all steps are done: resumed after the last step, Trainer takes one more."""
@@ -316,3 +331,15 @@ def is_write_fault(error: BaseException) -> bool:
 def told_by_system(error: BaseException) -> str:
     """What went wrong, in the words of the operating system where it has some."""
     return getattr(error, "strerror", None) or one_line(error)
+
+
+def _refused_pickle(checkpoint: Path) -> Path:
+    """The file of a checkpoint that torch will not unpickle, which Trainer leaves unsaid."""
+    random = sorted(checkpoint.glob("rng_state*.pth"))
+    for path in sorted({*checkpoint.glob("*.pt"), *checkpoint.glob("*.bin")}):
+        if path.name != "training_args.bin":
+            try:
+                torch.load(path, map_location="cpu", weights_only=True)
+            except UnpicklingError:
+                return path
+    return random[0] if random else checkpoint
