@@ -7,7 +7,6 @@ EXAMPLE = "aletheia inspect Qwen/Qwen2.5-0.5B-Instruct"
 
 def inspect(model: ModelArgument, as_json: JsonOption = False) -> None:
     """Show a model's layers and modules: role, shape, parameters, FLOPs. Reads the config alone."""
-
     from aletheia.anatomy.load import inspect as read
     from aletheia.reporting.anatomy import anatomy_view
 

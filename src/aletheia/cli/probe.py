@@ -48,9 +48,10 @@ def probe(
     from aletheia.anatomy.checkpoint import Checkpoint
     from aletheia.data.rows import load_rows
     from aletheia.errors import ProbeError
-    from aletheia.files import check_writable
+    from aletheia.files import beside
     from aletheia.job.source import encode_for, is_streamed, load_for
     from aletheia.probing.resident import probe as run_probe
+    from aletheia.probing.scores import Scores
     from aletheia.probing.streamed import probe_streamed
     from aletheia.probing.tally import SCORE
     from aletheia.reporting.terminal import render
@@ -59,13 +60,13 @@ def probe(
         raise ProbeError(f"unknown --score {score!r}; expected {SCORE}")
     loading = LoadSettings(model=model, **given["model"])
     data = DataSettings(**given["data"])
-    check_writable(out.parent)
+    Scores.check_out(out)
     rows = load_rows(data.data)
     if is_streamed(loading, say):
         checkpoint = Checkpoint(model, loading.dtype, attention=loading.attention)
         examples = encode_for(checkpoint, rows, data, say)
         say(f"probe  {batches} batches of {batch_size}, layer by layer; plans will count operations, not seconds")
-        work = out.with_name(f"{out.name}.partial")
+        work = beside(out, ".partial")
         scores = probe_streamed(checkpoint, examples, batches, batch_size, seed, work, loading.max_memory)
     else:
         say(f"load   {model}")

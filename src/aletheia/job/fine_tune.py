@@ -25,7 +25,7 @@ from aletheia.data.rows import Rows, load_rows
 from aletheia.data.settings import DataSettings
 from aletheia.data.sources import one_line
 from aletheia.errors import TrainingError
-from aletheia.files import write_text
+from aletheia.files import beside, write_text
 from aletheia.job.settings import JobSettings
 from aletheia.job.source import Say, Source, encode_for, is_streamed, load_for, to_stderr
 from aletheia.planning.make import every_layer_fits
@@ -230,7 +230,7 @@ class Job:
         self.say("probe  5 batches of 1")
         seed = self.settings.training.seed
         if isinstance(base, Checkpoint):
-            work = self.folder.path.with_name(f"{self.folder.path.name}.partial")
+            work = beside(self.folder.path, ".partial")
             return by_layer.probe_streamed(base, data, seed=seed, work=work, max_memory=self.settings.model.max_memory)
         return resident.probe(base.model, data, seed=seed)
 
