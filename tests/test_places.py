@@ -303,6 +303,44 @@ def test_files_follow_the_umask(run, model_folder, tmp_path, umask):
         assert path.stat().st_mode & 0o777 == expected, (path, oct(path.stat().st_mode))
 
 
+# --- what libraries say
+
+
+def test_libraries_say_nothing_while_they_are_imported():
+    code = (
+        "from aletheia.libraries import quiet_libraries as quiet\nquiet()\nimport torch, transformers, peft, datasets"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
+OURS = re.compile(r"(load|probe|plan|cache|train|heldout|wrote|note:|warning:|error:|step \d|resume|time) ?.*")
+
+
+@pytest.mark.slow
+def test_no_command_lets_libraries_speak(model_folder, data_file, tmp_path):
+    rows = ("--data", data_file)
+    for arguments, codes in (
+        (("inspect", model_folder), (0,)),
+        (("doctor",), (0,)),
+        (("probe", model_folder, *rows, "--out", "s.json"), (0,)),
+        (("plan", "s.json", "--out", "p.json"), (0,)),
+        (("train", model_folder, *rows, "--out", "run", *TRAIN), (0,)),
+        (("report", "run", "--out", "page.html"), (0,)),
+        (("show", "run"), (0,)),
+        (
+            ("eval", model_folder, "--adapter", "run", "--tasks", "heldout", "--eval-data", data_file, "--out", "e"),
+            (0,),
+        ),
+        (("train", "nowhere/at/all", *rows, "--out", "none"), (2,)),
+        (("campaign", "status", "nowhere"), (2,)),
+    ):
+        done = call(*arguments, cwd=tmp_path, text=True)
+        assert done.returncode in codes, done.stderr
+        foreign = [line for line in done.stderr.splitlines() if line.strip() and not OURS.match(line)]
+        assert foreign == [], arguments
+
+
 # --- whatever else ends a command
 
 
