@@ -53,7 +53,15 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         ArtifactError: the folder cannot be written; on a full disk, with the bytes needed and free.
     """
-    data = text.encode("utf-8", "surrogateescape")  # a file name of any bytes may stand in it
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))  # a file name of any bytes may stand in it
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """As :func:`write_text`, for bytes.
+
+    Raises:
+        ArtifactError: as there.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=".aletheia-")
@@ -62,7 +70,7 @@ def write_text(path: Path, text: str) -> None:
                 handle.write(data)
                 handle.flush()
                 os.fsync(handle.fileno())  # or a power cut after the rename leaves an empty file
-            os.chmod(temporary, 0o666 & ~_umask())
+            follow_umask(Path(temporary))
             os.replace(temporary, path)
         except BaseException:
             os.unlink(temporary)
@@ -105,10 +113,15 @@ def beside(path: Path, ending: str) -> Path:
     return path.with_name(hashlib.sha256(name).hexdigest()[:32] + ending)
 
 
-def _umask() -> int:
+def follow_umask(file: Path) -> None:
+    """Give a file the rights that a new one has: some libraries write files for their owner alone.
+
+    Raises:
+        OSError: it is not there, or another user's.
+    """
     current = os.umask(0)
     os.umask(current)
-    return current
+    os.chmod(file, 0o666 & ~current)
 
 
 def sync(path: Path) -> None:
@@ -213,10 +226,25 @@ class Artifact(BaseModel):
             ArtifactError: the path holds something else or cannot be written.
         """
         path = Path(path)
-        if path.exists() and artifact_format(path) != self.FORMAT:
-            raise ArtifactError(f"{path} exists and is no {self.FORMAT} file; choose another `out` or remove it first")
+        self.check_out(path)
         write_text(path, self.to_json())
         return path
+
+    @classmethod
+    def check_out(cls, path: str | Path) -> None:
+        """Whether :meth:`write` may write there; ask before the work that is to be written.
+
+        Raises:
+            ArtifactError: the path holds something else, or its folder cannot be written.
+        """
+        path = Path(path)
+        try:
+            is_there = path.exists()
+        except OSError as error:  # a name that is too long
+            raise not_written(path, error) from error
+        if is_there and artifact_format(path) != cls.FORMAT:
+            raise ArtifactError(f"{path} exists and is no {cls.FORMAT} file; choose another `out` or remove it first")
+        check_writable(path.parent)
 
     @classmethod
     def read(cls, path: str | Path) -> Self:

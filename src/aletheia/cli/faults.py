@@ -22,6 +22,11 @@ def told(error: BaseException) -> tuple[str, int]:
         return usage, INPUT
     if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         return translate(f"there is not enough memory ({_first_line(error)}); {LESS}"), INPUT
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return (
+            f"{error.object[:300]!r} is no text in UTF-8, which a library asks for; give the file another name",
+            INPUT,
+        )
     if isinstance(error, OSError) and error.errno is not None:
         return _of_system(error), INPUT
     what = f"{type(error).__name__}: {_first_line(error)}" if str(error) else type(error).__name__

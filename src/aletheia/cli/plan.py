@@ -57,12 +57,15 @@ def plan(
     from aletheia.errors import PlanError
     from aletheia.planning.make import plan as make_plan
     from aletheia.planning.make import plan_frontier
+    from aletheia.planning.plan import Plan
     from aletheia.probing.scores import Scores
     from aletheia.reporting.frontier import check_plot, frontier_view, plot_frontier
     from aletheia.reporting.terminal import render
 
     if out is None and not show_frontier and plot is None and not show_estimate:
         raise PlanError("nothing to do: expected --out plan.json, --frontier, --plot, --estimate, or several of them")
+    if out is not None:
+        Plan.check_out(out)
     if plot is not None:
         check_plot(plot)
     settings, room = PlanSettings(**given["plan"]), parse_memory(max_memory)

@@ -53,9 +53,10 @@ def probe(
     """Score layers and modules by the gradient norm they receive on a few batches; nothing is trained."""
     from aletheia.data.rows import load_rows
     from aletheia.errors import ProbeError
-    from aletheia.files import check_writable
+    from aletheia.files import beside
     from aletheia.job.source import checkpoint_as_asked, encode_for, is_streamed, load_for, note_unusual
     from aletheia.probing.resident import probe as run_probe
+    from aletheia.probing.scores import Scores
     from aletheia.probing.streamed import probe_streamed
     from aletheia.probing.tally import SCORE
     from aletheia.reporting.terminal import render
@@ -64,14 +65,14 @@ def probe(
         raise ProbeError(f"unknown --score {score!r}; expected {SCORE}")
     loading = LoadSettings(model=model, **given["model"])
     data = DataSettings(**given["data"])
-    check_writable(out.parent)
+    Scores.check_out(out)
     rows = load_rows(data.data, data.skip_unusable)
     if is_streamed(loading, say):
         checkpoint = checkpoint_as_asked(loading)
         note_unusual(checkpoint.anatomy, say)
         examples = encode_for(checkpoint, rows, data, say)
         say(f"probe  {batches} batches of {batch_size}, layer by layer; plans will count operations, not seconds")
-        work = out.with_name(f"{out.name}.partial")
+        work = beside(out, ".partial")
         scores = probe_streamed(checkpoint, examples, batches, batch_size, seed, work, loading.max_memory)
     else:
         say(f"load   {model}")

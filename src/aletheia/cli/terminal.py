@@ -25,16 +25,15 @@ def open_outputs() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(descriptor, "w" if descriptor else "r", closefd=False))  # noqa: SIM115
     for name in ("stdout", "stderr"):
-        stream: Any = getattr(sys, name)
-        if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__", None):
-            setattr(sys, name, _safe(stream))
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__") and isinstance(stream, io.TextIOWrapper):
+            setattr(sys, name, _safe(stream, _Messages if name == "stderr" else _Output))
 
 
-def _safe(stream: io.TextIOWrapper) -> TextIO:
+def _safe(stream: io.TextIOWrapper, kind: "type[_Output]") -> TextIO:
     stream.flush()
-    kind = _Messages if stream.name == "<stderr>" else _Output
     buffer = io.BufferedWriter(kind(stream.fileno(), "w", closefd=False))
-    by_line = stream.line_buffering or stream.name == "<stderr>"
+    by_line = stream.line_buffering or kind is _Messages
     return io.TextIOWrapper(buffer, stream.encoding, "plain", line_buffering=by_line)
 
 

@@ -23,7 +23,7 @@ from aletheia.data.rows import Rows, load_rows
 from aletheia.data.settings import DataSettings
 from aletheia.data.sources import one_line
 from aletheia.errors import TrainingError
-from aletheia.files import is_sealed, write_text
+from aletheia.files import beside, is_sealed, write_text
 from aletheia.job.adapter import Start
 from aletheia.job.settings import JobSettings
 from aletheia.job.source import (
@@ -275,7 +275,7 @@ class Job:
         self.say("probe  5 batches of 1")
         seed = self.settings.training.seed
         if isinstance(base, Checkpoint):
-            work = self.folder.path.with_name(f"{self.folder.path.name}.partial")
+            work = beside(self.folder.path, ".partial")
             return by_layer.probe_streamed(base, data, seed=seed, work=work, max_memory=self.settings.model.max_memory)
         return resident.probe(base.model, data, seed=seed)
 

@@ -1,6 +1,7 @@
 """The frontier in the terminal and as a picture: predicted step time against captured importance."""
 
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -9,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aletheia.errors import PlanError
+from aletheia.files import check_writable, write_bytes
 from aletheia.planning.frontier import FrontierPoint
 from aletheia.planning.plan import Plan
 
@@ -63,17 +65,21 @@ def check_plot(path: Path) -> None:
     """Refuse a picture that cannot be drawn, before anything is computed.
 
     Raises:
-        PlanError: an unknown suffix.
+        PlanError: an unknown suffix, or a folder.
+        ArtifactError: its folder cannot be written.
     """
     if path.suffix not in (".svg", ".png", ".pdf"):
         raise PlanError(f"`plot` is {path}; expected a file that ends with .svg, .png or .pdf")
+    if path.is_dir():
+        raise PlanError(f"`plot` is {path}, a folder; expected a file")
+    check_writable(path.parent)
 
 
 def plot_frontier(points: Sequence[FrontierPoint], chosen: Plan, path: Path) -> None:
     """Draw step time, first epoch and from a filled cache, against captured importance; the suffix says the format.
 
     Raises:
-        PlanError: a place that cannot be written.
+        ArtifactError: a place that cannot be written.
     """
     seconds = chosen.predicted.baseline_step_seconds
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
@@ -100,7 +106,6 @@ def plot_frontier(points: Sequence[FrontierPoint], chosen: Plan, path: Path) -> 
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     axes.set_title(f"{chosen.model.name}: large dots are the plan, {chosen.settings.policy}", fontsize=10)
-    try:
-        figure.savefig(path, dpi=144)
-    except OSError as error:
-        raise PlanError(f"cannot write {path}: {error.strerror or error}; choose another `plot`") from error
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=144, format=path.suffix[1:])
+    write_bytes(path, drawn.getvalue())

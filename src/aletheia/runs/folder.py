@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from filelock import FileLock, Timeout
 
 from aletheia.errors import ArtifactError
-from aletheia.files import artifact_format, free_bytes, not_written, sync, write_text
+from aletheia.files import artifact_format, follow_umask, free_bytes, not_written, sync, write_text
 from aletheia.runs.card import model_card
 from aletheia.runs.contents import write_contents
 from aletheia.runs.manifest import MANIFEST_FILE, Manifest, checkpoint_folders
@@ -143,9 +143,13 @@ def folder_state(out: Path) -> FolderState:
 
 def _check(out: Path, overwrite: bool) -> FolderState:
     """The folder's state, if a run may go there."""
-    if out.exists() and not out.is_dir():
-        raise ArtifactError(f"{out} is a file; expected a folder for the run, choose another `out`")
     try:
+        os.fspath(out.absolute()).encode()
+    except UnicodeEncodeError as error:  # nor do the libraries that write adapters take such a name
+        raise ArtifactError(f"{out} is no name in UTF-8; choose another `out`") from error
+    try:
+        if out.exists() and not out.is_dir():
+            raise ArtifactError(f"{out} is a file; expected a folder for the run, choose another `out`")
         state = folder_state(out)
     except OSError as error:
         raise ArtifactError(f"cannot read {out}: {error.strerror}; choose another `out`") from error
@@ -175,8 +179,7 @@ def _lock(out: Path) -> FileLock:
             raise ArtifactError(_in_use(out, holder)) from error
         raise ArtifactError(_in_use(out, "")) from error
     except (OSError, NotImplementedError) as error:
-        told = getattr(error, "strerror", None) or error
-        raise ArtifactError(f"cannot write to {out}: {told}; choose another `out`") from error
+        raise not_written(out, error) from error
     return lock
 
 
@@ -217,6 +220,7 @@ def _write_beside(
             write_text(temporary / CARD_FILE, card)
         files = sorted(temporary.iterdir())
         for file in files:
+            follow_umask(file)
             sync(file)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)

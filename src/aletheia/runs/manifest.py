@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from aletheia.errors import ArtifactError, TrainingError
-from aletheia.files import Artifact, file_sha256, sync, write_text
+from aletheia.files import Artifact, file_sha256, follow_umask, sync, write_text
 
 MANIFEST_FILE = "manifest.json"
 PARTIAL = "_partial"  # where checkpoints are written; an underscore keeps Trainer's uploads of its folder out of it
@@ -99,6 +99,8 @@ def write_manifest(folder: Path, step: int, about: Mapping[str, Any], extra: Map
     """
     files = {}
     for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            follow_umask(path)
         sync(path)
         if path.is_file() and path != folder / MANIFEST_FILE:
             files[path.relative_to(folder).as_posix()] = FileRecord.of(path)
