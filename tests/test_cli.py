@@ -265,7 +265,7 @@ BAD = {
     "eval rows": (("train", "{model}", "--data", "{data}", "--out", "r", "--eval-rows", 0), "--eval-rows"),
     "eval fraction 0": (("train", "{model}", "--data", "{data}", "--out", "r", "--eval-fraction", 0), "fraction"),
     "seed": (("train", "{model}", "--data", "{data}", "--out", "r", "--seed", -1), "--seed"),
-    "unwritable": (("train", "{model}", "--data", "{data}", "--out", "/proc/none/r"), "cannot write to /proc/none/r"),
+    "unwritable": (("train", "{model}", "--data", "{data}", "--out", "/proc/none/r"), "cannot write /proc/none/r"),
     "unwritable scores": (("probe", "{model}", "--data", "{data}", "--out", "/proc/none/s.json"), "cannot write"),
     "steps 0": (("train", "{model}", "--data", "{data}", "--out", "r", "--steps", 0), "--steps is 0"),
     "no run": (("report", "full", "--out", "x.html"), "holds no finished run"),
