@@ -12,7 +12,7 @@ from families import OTHERS, SHARED, STATE_SPACE, WRAPPERS
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from test_families import StrangeBlock, StrangeConfig, StrangeModel, make
-from tiny import FAMILIES, MORE_FAMILIES, make_tokenizer
+from tiny import FAMILIES, MORE_FAMILIES, make_config, make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -333,6 +333,15 @@ def test_what_cannot_be_streamed_is_refused(saved, tmp_path):
         path.unlink()
     with pytest.raises(ModelError, match="holds neither"):
         Checkpoint(str(folder))
+
+
+def test_a_model_that_does_more_with_its_layers_than_call_them_is_one_line(tmp_path, examples):
+    config = make_config("rwkv")
+    config.rescale_every = 2
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"does not run layer by layer: .*`stream=False`"):
+        probe_streamed(Checkpoint(str(tmp_path), "float32"), examples, 1, show_progress=False)
 
 
 @pytest.mark.parametrize("family", SHARED)
