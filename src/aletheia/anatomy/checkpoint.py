@@ -7,11 +7,9 @@ The parts are the decoder layers, by index, the ``embedding``, the ``head``, and
 import copy
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -43,7 +41,7 @@ from aletheia.anatomy.parts import Part, by, names_of_parts, stored_parts
 from aletheia.anatomy.read import find_layers, read_anatomy
 from aletheia.anatomy.schema import Anatomy, ModelIdentity
 from aletheia.anatomy.settings import Attention
-from aletheia.anatomy.shards import STREAMED_QUANTIZERS, Buffers, Cast, opened, sampled_sha256
+from aletheia.anatomy.shards import STREAMED_QUANTIZERS, Buffers, Cast, opened, shard_state
 from aletheia.anatomy.versions import computing_versions, processor
 from aletheia.errors import ModelError
 
@@ -131,17 +129,10 @@ class Checkpoint:
 
     @property
     def state(self) -> str:
-        """What hidden states depend on besides the tokens: shards, settings, versions.
-
-        A shard is known by its name, size, time of change (ns) and a sample of its bytes: archives and images give all
-        files one time.
-        """
+        """What hidden states depend on besides the tokens: shards, settings, versions."""
         paths = sorted({stored.path for part in self._stored.values() for stored in part})
-        shards = [
-            (Path(path).name, os.stat(path).st_size, os.stat(path).st_mtime_ns, sampled_sha256(path)) for path in paths
-        ]
         about = configuration(self.model) | {
-            "shards": shards,
+            "shards": [shard_state(path) for path in paths],
             "dtype": str(self.dtype),
             "device": processor(self.device),
             "float32_products": torch.get_float32_matmul_precision(),

@@ -79,6 +79,15 @@ def sampled_sha256(path: str, blocks: int = 256) -> str:
     return digest.hexdigest()
 
 
+def shard_state(path: str) -> tuple[str, int, int, str]:
+    """What a shard is known by: name, size in bytes, time of change in ns, and a sample of its bytes.
+
+    The sample, since archives and images give all files one time.
+    """
+    found = os.stat(path)
+    return Path(path).name, found.st_size, found.st_mtime_ns, sampled_sha256(path)
+
+
 def checksum(tensors: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> str:
     """CRC-32 of tensors on the CPU and what a file says of them, for files that a killed job goes on from."""
     value = zlib.crc32(repr(sorted(about.items())).encode())

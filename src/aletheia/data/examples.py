@@ -80,6 +80,10 @@ class Examples:
         """The example at ``index``; IndexError beyond the end."""
         return self.examples[index]
 
+    def digest(self) -> str:
+        """A hash of the tokens and labels of all examples in order."""
+        return hashlib.sha256(b"".join(example.digest() for example in self.examples)).hexdigest()
+
     def subset(self, indices: Iterable[int]) -> "Examples":
         """The examples at ``indices``, in that order."""
         return replace(self, examples=tuple(self.examples[index] for index in indices))

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from aletheia.anatomy.foreign import ADAPTER_CONFIG, read_settings
 from aletheia.anatomy.settings import LoadSettings
+from aletheia.data.settings import DataSettings
 from aletheia.errors import ModelError, SettingsError
 from aletheia.files import file_sha256
 from aletheia.job.settings import JobSettings
 from aletheia.planning.plan import Plan
 from aletheia.probing.scores import Scores
+from aletheia.runs.saved import TEMPLATE_FILE
 from aletheia.runs.schema import PLAN_FILE, SCORES_FILE, StartingAdapter
 from aletheia.settings import Settings
 
@@ -102,6 +104,13 @@ class Start:
         """What the run folder says of it."""
         weights = next(self.folder / name for name in WEIGHTS if (self.folder / name).is_file())
         return StartingAdapter(name=str(self.folder), sha256=file_sha256(weights))
+
+    def data(self, asked: DataSettings) -> DataSettings:
+        """The same settings, with the chat template that the adapter was trained with where none is asked for."""
+        template = self.folder / TEMPLATE_FILE
+        if asked.chat_template is not None or not template.is_file():
+            return asked
+        return asked.model_copy(update={"chat_template": template})
 
     @property
     def own_plan(self) -> tuple[Scores | None, Plan] | None:

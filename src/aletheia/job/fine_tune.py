@@ -9,8 +9,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from huggingface_hub import HfApi
-
 from aletheia.adapters.adapt import adapt
 from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.fingerprint import identify
@@ -21,7 +19,6 @@ from aletheia.anatomy.settings import LoadSettings
 from aletheia.data.examples import Example, Examples
 from aletheia.data.rows import Rows, load_rows
 from aletheia.data.settings import DataSettings
-from aletheia.data.sources import one_line
 from aletheia.errors import TrainingError
 from aletheia.files import beside, is_sealed, write_text
 from aletheia.job.adapter import Start
@@ -39,6 +36,7 @@ from aletheia.job.source import (
     split_for,
     to_stderr,
 )
+from aletheia.job.upload import push
 from aletheia.planning.make import every_layer_fits
 from aletheia.planning.make import plan as make_plan
 from aletheia.planning.memory import training_bytes
@@ -148,7 +146,7 @@ class Job:
         if self.launch.is_first:
             with self.interrupted.put_off():
                 self._complete(base.tokenizer, scores, run)
-            self._push(run)
+            push(run, settings.training, self.say)
         return run
 
     def _complete(self, tokenizer: Any, scores: Scores | None, run: Run) -> None:
@@ -214,7 +212,7 @@ class Job:
     def _load(self, rows: Rows, start: Start | None) -> tuple[Source, Examples]:
         if start is not None:
             check_whole(start.base)
-            return load_for(start.base, rows, self.settings.data, self.say)
+            return load_for(start.base, rows, start.data(self.settings.data), self.say)
         how = self.settings.model
         if is_streamed(how, self.say):
             self.settings.check_streamed()
@@ -254,7 +252,7 @@ class Job:
         assert not isinstance(base, Checkpoint), "a base to go on from is loaded as a whole"
         own = start.own_plan
         scores = self.launch.computed_by_first(partial(self._probe, base, data)) if own is None else own[0]
-        adapted = continue_adapter(base.model, start.folder, self.settings.model.allow_pickle)
+        adapted = continue_adapter(base.model, start.folder, self.settings.model.allow_pickle, data.tokenizer)
         plan = plan_of_adapter(adapted, scores) if own is None else own[1]  # type: ignore[arg-type]
         self.say(f"go on  with {start.folder} on {start.base.model}")
         return scores, plan, adapted
@@ -350,29 +348,6 @@ class Job:
             cap = self.settings.model.max_memory
             fill_streamed(base, plan.boundary, used, cache, training.batch_size, data.pad_token_id, cap)
         return cache
-
-    def _push(self, run: Run) -> None:
-        """Upload the finished folder, if asked to; the run is on disk whatever the hub says."""
-        training = self.settings.training
-        if not training.push_to_hub:
-            return
-        extra = training.model_extra or {}
-        repository = training.hub_model_id or run.path.resolve().name
-        try:
-            api = HfApi()
-            made = api.create_repo(repository, exist_ok=True, private=extra.get("hub_private_repo", True))
-            api.upload_folder(
-                repo_id=made.repo_id,
-                folder_path=str(run.path),
-                revision=extra.get("hub_revision"),
-                ignore_patterns=[".lock", "checkpoints/*"],
-            )
-        except Exception as error:  # network, rights, names: the hub's client has many
-            raise TrainingError(
-                f"{run.path} is complete, but uploading it to {repository} failed: {one_line(error, 300)}; "
-                "log in with 'hf auth login' and upload the folder with 'hf upload'"
-            ) from error
-        self.say(f"pushed {made.repo_id}")
 
 
 def _about_plan(plan: Plan, cache: str) -> str:

@@ -1,7 +1,5 @@
 """Our own training: adapters start, a Trainer with everything attached runs, a run folder is left."""
 
-import hashlib
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -301,8 +299,8 @@ class _Job:
             "tokenizer_template": str(self.data.tokenizer and self.data.tokenizer.chat_template),
             "model_fingerprint": self.plan.model.fingerprint,
             "data_fingerprint": self.data.identity.fingerprint,
-            "rows_fingerprint": _rows_sha256(self.data),
-            "held_out_fingerprint": _rows_sha256(self.held_out),
+            "rows_fingerprint": self.data.digest(),
+            "held_out_fingerprint": self.held_out.digest(),
             "plan_fingerprint": self.plan.fingerprint,
             "steps_in_all": trainer.args.max_steps,
             "peak_learning_rate": trainer.args.learning_rate,
@@ -390,11 +388,6 @@ class _Job:
 def _owed(plan: Plan) -> dict[str, float]:
     """What was spent before this call: a plan that looked at scores owes its probe, whenever that was."""
     return {"load": 0.0, "probe": plan.probe.seconds if plan.uses_scores else 0.0, "plan": 0.0}
-
-
-def _rows_sha256(rows: Examples) -> str:
-    told = json.dumps([[row.input_ids, row.labels] for row in rows.examples])
-    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _first_rows(batches: list[list[Example]]) -> list[Example]:
