@@ -11,7 +11,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_reporting import make_data, make_model, make_run, shown
 
-from aletheia.cli.main import fail
 from aletheia.cli.options import print_rich, say
 from aletheia.names import markdown, printable
 from aletheia.reporting.page import report
@@ -82,15 +81,17 @@ def test_a_name_moves_no_cursor_and_is_no_markup_of_the_terminal(name):
 
 
 @pytest.mark.parametrize("name", NASTY)
-def test_lines_and_errors_show_names_as_they_are(name, capsys):
+def test_lines_and_errors_show_names_as_they_are(name, capsys, run):
     print_rich(f"model {printable(name)}")
     say(f"load   {name}")
-    with pytest.raises(SystemExit):
-        fail(f"no folder {name}", 2)
     out, err = capsys.readouterr()
     assert not CONTROL.search(out + err)
     assert out.replace("\n", "") == f"model {printable(name)}".replace("\n", "")
-    assert err.count("\n") == 2
+    assert err.count("\n") == 1
+    code, out, err = run("show", f"no {name}")
+    assert (code, out) == (2, "")
+    assert not CONTROL.search(err)
+    assert err.count("\n") == 1
 
 
 def test_a_page_shows_every_nasty_name_as_text(tmp_path):

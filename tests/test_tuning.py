@@ -141,6 +141,7 @@ def test_training_learns_and_leaves_a_complete_folder(examples, scores, tmp_path
         "README.md",
         "plan.json",
         "metrics.json",
+        "manifest.json",
     }
     assert Run.read(tmp_path / "run") == run
     assert metrics.steps == 12
@@ -267,7 +268,7 @@ def test_another_run_is_never_overwritten_unasked(examples, scores, tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_training(examples, scores):
-    with pytest.raises(ArtifactError, match="cannot write to /proc/aletheia/run"):
+    with pytest.raises(ArtifactError, match="cannot write /proc/aletheia/run"):
         trained(examples, scores, Path("/proc/aletheia/run"))
 
 
