@@ -52,7 +52,9 @@ def test_a_run_that_learned_nothing_says_so(run, model_folder, few, tmp_path):
 
 
 def test_a_run_that_did_harm_says_so_and_may_be_allowed(run, model_folder, data_file, tmp_path):
-    harm = ("--data", data_file, *PLAIN, "--learning-rate", 3, "--steps", 6, "--warmup-steps", 0)
+    others = [{"prompt": f"say red {number} times", "completion": "@%&" * 5} for number in range(4)]
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
+    harm = ("--data", data_file, "--eval-data", "others.jsonl", *PLAIN, "--learning-rate", 0.05, "--steps", 6)
     code, out, err = run("train", model_folder, *harm, "--out", "run", "--json")
     metrics = json.loads(out)
     assert (code, metrics["verdict"]) == (3, "worse"), err
