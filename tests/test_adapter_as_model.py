@@ -1,11 +1,12 @@
 """An adapter folder as MODEL: trained on from where it is, or merged first."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import aletheia
 from aletheia.adapters.saved_config import as_stored, read_lora_config
@@ -226,3 +227,14 @@ def test_the_command_line_goes_on_with_an_adapter(foreign, data_file, tmp_path, 
     code, _, err = run(*asked[:-1], "other", "--freeze-after", 0.5)
     assert code == 2
     assert "--freeze-after is given and MODEL is an adapter folder" in err
+
+
+def test_weights_beside_the_adapter_are_not_lost_in_silence(foreign, model_folder, data_file, tmp_path):
+    folder = tmp_path / "beside"
+    shutil.copytree(foreign, folder)
+    weights = load_file(folder / "adapter_model.safetensors")
+    embedding = load_file(model_folder / "model.safetensors")["model.embed_tokens.weight"]
+    weights["base_model.model.model.embed_tokens.weight"] = embedding + 1
+    save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(AdapterError, match=r"embed_tokens\.weight beside its adapter, which would be lost"):
+        aletheia.fine_tune(str(folder), str(data_file), tmp_path / "run", training={"steps": 1})

@@ -47,7 +47,7 @@ def test_a_run_that_learned_nothing_says_so(run, model_folder, few, tmp_path):
     nothing = ("--lr-scheduler-type", "constant", "--learning-rate", 1e-300)
     code, _, err = run("train", model_folder, *few, "--out", "run", *PLAIN, *nothing, "--allow-worse")
     assert code == 3
-    assert err.splitlines()[-1].startswith("warning: nothing was learned: every B of the adapters is still zero")
+    assert err.splitlines()[-1].startswith("warning: nothing was learned: after")
     assert "--learning-rate" in err.splitlines()[-1]
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
 
@@ -85,3 +85,18 @@ def test_a_rate_beyond_all_bounds_never_passes(run, model_folder, data_file):
     assert code in (2, 3)
     assert err.splitlines()[-1].startswith(("warning: the held-out loss rose", "error: "))
     assert "Traceback" not in err
+
+
+def test_going_on_with_an_adapter_that_stays_as_it_was_is_nothing(run, model_folder, few, tmp_path):
+    options = (*few, *PLAIN, "--steps", 4)
+    assert run("train", model_folder, *options, "--out", "first", "--allow-worse")[0] == 0
+    code, _, err = run("train", "first", *options, "--learning-rate", 1e-300, "--out", "second")
+    assert code == 3
+    assert err.splitlines()[-1].startswith("warning: nothing was learned")
+
+
+def test_many_passes_over_few_rows_are_no_setting_of_anybody(run, model_folder, few):
+    code, _, err = run(
+        "train", model_folder, *few, "--steps", 2, "--batch-size", 10**6, "--freeze-after", 0, "--out", "run"
+    )
+    assert code in (0, 3), err

@@ -150,6 +150,12 @@ class ModelIdentity(BaseModel):
         known = self.weights is not None and other.weights is not None
         return self.fingerprint == other.fingerprint and (not known or self.weights == other.weights)
 
+    def difference(self, other: "ModelIdentity") -> str:
+        """What of the matrices differs where the fingerprints do not; empty where they do."""
+        if self.fingerprint != other.fingerprint or not self.weights or not other.weights:
+            return ""
+        return f", with other weights ({self.weights[:12]}, {other.weights[:12]})"
+
     def __str__(self) -> str:
         """``name (first 12 digits of the fingerprint)``."""
         return f"{self.name} ({self.fingerprint[:12]})"

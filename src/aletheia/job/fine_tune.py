@@ -52,6 +52,7 @@ from aletheia.runs.folder import CONFIG_FILE, RunFolder
 from aletheia.runs.manifest import TrainingCheckpoint, check_same_run, newest_checkpoint, verified
 from aletheia.runs.saved import continue_adapter, plan_of_adapter
 from aletheia.runs.schema import PLAN_FILE, REPORT_FILE, SCORES_FILE, Run
+from aletheia.settings import MOST_EPOCHS
 from aletheia.training.interrupts import Interrupts, interrupts
 from aletheia.training.loop import rows_of_steps, rows_per_step, training_arguments
 from aletheia.training.processes import Launch, say_nothing
@@ -307,7 +308,7 @@ class Job:
             return 1.0
         if training.steps is None:
             return training.epochs or 1.0
-        return training.steps * rows_per_step(training, self.launch.processes) / len(data)
+        return min(training.steps * rows_per_step(training, self.launch.processes) / len(data), MOST_EPOCHS)
 
     def _check_plan(self, plan: Plan, base: Source, data: Examples) -> None:
         """Whether a plan that was given belongs to the model and fits in memory; other data are only noted."""

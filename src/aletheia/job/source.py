@@ -79,6 +79,7 @@ def encode_for(base: Source, rows: Rows, data: DataSettings, say: Say = to_stder
     if data.chat_template is not None:
         base.tokenizer.chat_template = read_template(data.chat_template)
     positions = getattr(text_config(base.model), "max_position_embeddings", None) or data.max_length
+    positions = positions if positions > 0 else data.max_length  # -1: without bounds
     if positions < data.max_length:
         say(f"{NOTE}the model has {positions} positions; `max_length` {data.max_length} is lowered to that")
     length = min(data.max_length, positions)

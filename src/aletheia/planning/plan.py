@@ -261,7 +261,7 @@ class Plan(Artifact):
         """
         if not self.model.is_same_model(model):
             raise PlanError(
-                f"the plan was made for {self.model}, this model is {model}; "
+                f"the plan was made for {self.model}, this model is {model}{self.model.difference(model)}; "
                 "make a plan for this model with 'aletheia probe' and 'aletheia plan'"
             )
 

@@ -156,5 +156,5 @@ def _check_finite(
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     raise ProbeError(
         f"{what} is not finite in probe batch {number}, computed in {dtype}; "
-        "try `dtype` bfloat16 or float32, or check the checkpoint"
+        f"check the checkpoint{'' if dtype == 'float32' else ', or try `dtype` float32'}"
     )

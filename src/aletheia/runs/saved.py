@@ -143,6 +143,11 @@ def _put_on(
             f"{folder} does not fit this model: {len(absent)} weight(s) are only on one side, first {absent[0]}; "
             "expected an adapter trained on this base model"
         )
+    if is_trainable and (beside := sorted(stored - expected)):
+        raise AdapterError(
+            f"{folder} holds {beside[0]} beside its adapter, which would be lost; expected plain LoRA; `fresh` "
+            "merges it"
+        )
     if plan is not None:
         _check_plan(adapted, plan, folder, metrics is not None and metrics.settings.quantization_corrected)
     return adapted

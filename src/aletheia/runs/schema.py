@@ -167,8 +167,8 @@ class Run:
         metrics = self.metrics
         if metrics.verdict == "nothing":
             return (
-                f"nothing was learned: every B of the adapters is still zero after {metrics.steps} step(s); take more "
-                "`steps`, or a `learning_rate` and a schedule above 0"
+                f"nothing was learned: after {metrics.steps} step(s) the adapters, or the held-out loss, are as they "
+                "began; take more `steps`, or a `learning_rate` and a schedule above 0"
             )
         if metrics.verdict == "worse":
             return (

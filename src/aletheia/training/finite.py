@@ -89,9 +89,9 @@ class Finite(TrainerCallback):
             outputs = (broken_output(model, dict(batch)) for batch in batches)
             what += next((f": {output} is not finite" for output in outputs if output), "")
         dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
+        remedy = "try a lower `learning_rate`" if step else "check the weights of the model and of the adapter"
         raise TrainingError(
-            f"{what}, at step {step}, computed in {dtype}; it was not saved; try a lower `learning_rate` or `dtype` "
-            "float32"
+            f"{what}, at step {step}, computed in {dtype}; it was not saved; {remedy} or `dtype` float32"
         )
 
 

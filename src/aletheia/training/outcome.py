@@ -1,5 +1,7 @@
 """What came of a run: the adapter as a whole, whether it learned anything, and whether that did harm."""
 
+import hashlib
+
 import torch
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
@@ -15,14 +17,17 @@ def whole_adapter(model: PeftModel) -> dict[str, torch.Tensor] | None:
     return {name: value.full_tensor().cpu() if isinstance(value, DTensor) else value for name, value in own.items()}
 
 
-def has_learned(model: PeftModel) -> bool:
-    """Whether any B is not zero any more, where it starts; all processes must call this."""
+def digest_of_b(model: PeftModel) -> str:
+    """A hash of every B: as it was at the start, a run has learned nothing. All processes must call this."""
     state = whole_adapter(model) or dict(model.named_parameters())
-    return any(bool(value.any()) for name, value in state.items() if "lora_B" in name)
+    digest = hashlib.sha256()
+    for value in (value for name, value in state.items() if "lora_B" in name):
+        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def verdict(learned: bool, before: float, after: float) -> Verdict:
-    """What a run came to: ``before`` and ``after`` are its held-out losses."""
-    if not learned:
+    """What a run came to: ``before`` and ``after`` are its held-out losses, which a rate near 0 leaves the same."""
+    if not learned or after == before:
         return "nothing"
     return "worse" if after > before else "learned"

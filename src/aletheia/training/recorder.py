@@ -25,6 +25,7 @@ class Recorder(TrainerCallback):
         self.held_out_curve: list[HeldOutPoint] = []
         self.train_seconds = 0.0
         self.eval_seconds = 0.0
+        self.start = ""  # a hash of where the adapters began
         self._evaluations, self._show = evaluations, show_progress
         self._resumed_at = 0.0
         self._evaluating_since: float | None = None
@@ -38,6 +39,7 @@ class Recorder(TrainerCallback):
             "held_out_curve": [point.model_dump() for point in self.held_out_curve],
             "train_seconds": self.train_seconds,
             "eval_seconds": self.eval_seconds,
+            "start": self.start,
         }
 
     def restore(self, kept: Mapping[str, Any]) -> None:
@@ -45,6 +47,7 @@ class Recorder(TrainerCallback):
         self.train_curve = [TrainPoint(**point) for point in kept["train_curve"]]
         self.held_out_curve = [HeldOutPoint(**point) for point in kept["held_out_curve"]]
         self.train_seconds, self.eval_seconds = kept["train_seconds"], kept["eval_seconds"]
+        self.start = kept["start"]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -49,7 +49,7 @@ from aletheia.training.loop import (
     steps_per_epoch,
     training_arguments,
 )
-from aletheia.training.outcome import has_learned, verdict, whole_adapter
+from aletheia.training.outcome import digest_of_b, verdict, whole_adapter
 from aletheia.training.processes import Launch
 from aletheia.training.recorder import Recorder
 from aletheia.training.settings import WITHOUT_INFLUENCE, TrainSettings
@@ -152,7 +152,8 @@ class _Job:
         self.model, self.data, self.plan, self.held_out = model, data, plan, held_out
         self.settings, self.prepared, self.folder, self.show = settings, prepared, folder, show_progress
         self.recorder = Recorder(0 if evaluates_by_itself(settings) else settings.evaluations, show_progress)
-        self.seconds = dict(_owed(plan) | dict(prepared.seconds))
+        probe = plan.probe.seconds if plan.uses_scores else 0.0  # a plan that looked at scores owes it, whenever it was
+        self.seconds = {"load": 0.0, "probe": probe, "plan": 0.0} | dict(prepared.seconds)
         self.processes = Launch.here().processes
         self.correction = Correction()
         self.stack = ExitStack()  # closed when the run is over
@@ -170,7 +171,7 @@ class _Job:
             with self.stack, self.correction:
                 self._train(trainer, found, interrupted)
                 is_done = interrupted.signal is None or trainer.state.global_step >= trainer.state.max_steps
-                self.has_learned = is_done and has_learned(self.model)
+                self.has_learned = is_done and digest_of_b(self.model) != self.recorder.start
             check_adapters(self.model, self.plan)
             with interrupted.put_off():
                 self.correction.fold(self.model, self.plan)
@@ -189,6 +190,7 @@ class _Job:
             self._say(f"resume from step {found.step} of {trainer.args.max_steps}")
         started = time.perf_counter()
         self._start(trainer.args.max_steps, found is None)
+        self.recorder.start = self.recorder.start or digest_of_b(self.model)
         self.seconds["init"] = time.perf_counter() - started
         trainer.args.eval_on_start = found is None
         try:
@@ -383,11 +385,6 @@ class _Job:
     def _say(self, line: str) -> None:
         if self.show:
             Console(stderr=True).print(printable(line), highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-def _owed(plan: Plan) -> dict[str, float]:
-    """What was spent before this call: a plan that looked at scores owes its probe, whenever that was."""
-    return {"load": 0.0, "probe": plan.probe.seconds if plan.uses_scores else 0.0, "plan": 0.0}
 
 
 def _first_rows(batches: list[list[Example]]) -> list[Example]:
