@@ -161,7 +161,12 @@ def load_for(how: LoadSettings, rows: Rows, data: DataSettings, say: Say = to_st
     note_unusual(read_anatomy(base.model), say)
     if folder is not None:
         base = replace(base, model=merge_adapter(base.model, folder, how.allow_pickle))
-        say(f"merge  {folder} into {base_settings(how, folder).model}")
+        into = base_settings(how, folder).model
+        say(f"merge  {folder} into {into}")
+        say(
+            f"{NOTE}what is trained now fits {into} with {folder} merged into it, not {into} alone; "
+            "merge them with PEFT and save that to use it; the README of the run has the code"
+        )
     return base, examples
 
 
