@@ -22,6 +22,7 @@ from aletheia.training.attach import attach, reads
 from aletheia.training.phases import Phase, is_last_epoch, phase_at, phases, rows_come_back
 
 STEPS, ROWS, RATE = 18, 24, 5e-3
+EPSILON = 1e-4  # or Adam takes a whole step along a gradient that is nothing but rounding
 
 # what is tried on SFTTrainer, and what it is given for it
 TRAINERS = {
@@ -83,6 +84,7 @@ def sft(examples, tokenizer, plan, folder, **settings):
     """TRL's trainer over tiny rows: adapted, but nothing attached."""
     trl = pytest.importorskip("trl")
     ours = {"max_steps": STEPS, "per_device_train_batch_size": 4, "learning_rate": RATE, "logging_steps": 1}
+    ours |= {"adam_epsilon": EPSILON}
     config = trl.SFTConfig(
         output_dir=str(folder), report_to="none", use_cpu=True, bf16=False, disable_tqdm=True, save_strategy="no",
         **ours | settings,

@@ -69,6 +69,7 @@ def job(out, plan_file, data_file, way="DDP", processes=2, **more):
         "eval_strategy": "steps",
         "eval_steps": 6,
         "save_strategy": "no",
+        "adam_epsilon": 1e-4,  # or Adam takes a whole step along a gradient that is nothing but rounding
     } | more.pop("arguments", {})
     places = {"out": str(out), "plan": str(plan_file), "data": str(data_file), "cache_dir": str(out / "cache")}
     return places | {"rows": 40, "fsdp": WAYS[way], "arguments": arguments} | more

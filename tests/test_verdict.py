@@ -1,10 +1,11 @@
 """A run that learned nothing, or did harm, says so in its last line and its exit code."""
 
 import json
+import shutil
 
 import pytest
 from conftest import count_rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from aletheia.training.learning_rate import warm_up_steps
 
@@ -52,8 +53,20 @@ def test_a_run_that_learned_nothing_says_so(run, model_folder, few, tmp_path):
 
 
 def test_a_run_that_did_harm_says_so_and_may_be_allowed(run, model_folder, data_file, tmp_path):
-    harm = ("--data", data_file, *PLAIN, "--learning-rate", 3, "--steps", 6, "--warmup-steps", 0)
-    code, out, err = run("train", model_folder, *harm, "--out", "run", "--json")
+    sharp = tmp_path / "sharp"  # a model that can be sure of something
+    shutil.copytree(model_folder, sharp)
+    weights = load_file(sharp / "model.safetensors")
+    save_file(
+        {name: 20 * value if "embed" in name else value for name, value in weights.items()},
+        sharp / "model.safetensors",
+        {"format": "pt"},
+    )
+    options = (*PLAIN, "--learning-rate", 0.05, "--steps", 20)
+    assert run("train", sharp, "--data", data_file, *options, "--out", "first")[0] == 0
+    others = [{"prompt": f"say red {number} times", "completion": "@%&"} for number in range(8)]
+    (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
+    harm = ("first", "--data", "others.jsonl", "--eval-data", data_file, *options)
+    code, out, err = run("train", *harm, "--out", "run", "--json")
     metrics = json.loads(out)
     assert (code, metrics["verdict"]) == (3, "worse"), err
     assert metrics["held_out_loss_after"] > metrics["held_out_loss_before"]
@@ -62,7 +75,7 @@ def test_a_run_that_did_harm_says_so_and_may_be_allowed(run, model_folder, data_
     assert "the adapter is kept in run" in last
     assert "--allow-worse" in last
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
-    code, _, err = run("train", model_folder, *harm, "--out", "allowed", "--allow-worse")
+    code, _, err = run("train", *harm, "--out", "allowed", "--allow-worse")
     assert code == 0
     assert err.splitlines()[-1].startswith("note: the held-out loss rose from ")
 
