@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import aletheia
 from aletheia.adapters.saved_config import as_stored, read_lora_config
-from aletheia.errors import AdapterError, AletheiaError, ModelError, SettingsError
+from aletheia.errors import AdapterError, AletheiaError, ModelError, PlanError, SettingsError
 from aletheia.files import file_sha256
 from aletheia.planning.plan import Plan
 from aletheia.training.train import Prepared
@@ -101,6 +101,32 @@ def test_fresh_merges_the_adapter_and_adapts_what_that_gives(foreign, model_fold
     )
     assert code == 0, err
     assert (tmp_path / "s.json").exists()
+
+
+def test_the_card_of_a_merged_start_has_code_that_loads_it(foreign, model_folder, data_file, tmp_path):
+    said = []
+    data = {"data": str(data_file), "max_length": 64}
+    model = {"model": str(foreign), "dtype": "float32", "fresh": True}
+    run = aletheia.fine_tune(model, data, tmp_path / "run", {"policy": "last", "rank": 2}, TRAINING, say=said.append)
+    notes = [line for line in said if f"fits {model_folder} with {foreign} merged into it" in line]
+    assert len(notes) == 1
+    code = (run.path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    names = {}
+    exec(code.replace("this folder", str(run.path)), names)
+    base = aletheia.load(str(model_folder), "float32")
+    _, held_out = aletheia.split_held_out(aletheia.load_data(str(data_file), base.tokenizer, max_length=64))
+    loss = aletheia.held_out_loss(names["model"].float().eval(), held_out, 2)
+    assert loss == pytest.approx(run.metrics.held_out_loss_after, rel=1e-4)
+
+    merged = PeftModel.from_pretrained(base.model, foreign).merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    base.tokenizer.save_pretrained(tmp_path / "merged")
+    ours = aletheia.load_adapter(aletheia.load(str(tmp_path / "merged"), "float32").model, run.path)
+    assert aletheia.held_out_loss(ours, held_out, 2) == pytest.approx(loss, rel=1e-4)
+    with pytest.raises(PlanError):  # the base without the first adapter
+        aletheia.load_adapter(aletheia.load(str(model_folder), "float32").model, run.path)
+    with pytest.raises(ModelError, match="an adapter folder again; expected a base model; merge that adapter"):
+        fine_tune(run.path, data_file, tmp_path / "on")
 
 
 @pytest.mark.parametrize("command", ["probe", "inspect", "eval"])

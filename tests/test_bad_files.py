@@ -60,7 +60,7 @@ CASES = {
     "white space only": refused(rows(GOOD, GOOD | {"completion": " \n"}), "rows.jsonl:2: found only white space in"),
     "10 MB row": used(
         rows({"text": "word " * 200_000, "note": "x" * 9_000_000}, {"text": "b"}),
-        "1 of 2 rows are cut to",
+        "1 of 2 rows is cut to",
         "--max-length",
     ),
     "unknown role": refused(rows(TALK, talk("user", "robot")), "rows.jsonl:2: found the role 'robot' in messages[1]"),

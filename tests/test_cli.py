@@ -142,7 +142,7 @@ def test_rows_that_are_cut_or_left_out_are_told(run, model_folder, tmp_path):
     assert code == 0, err
     metrics = json.loads(out)
     assert (metrics["rows_truncated"], metrics["rows_skipped"]) == (1, 2)
-    assert "note: 1 of 10 rows are cut to 60 tokens (--max-length)" in err
+    assert "note: 1 of 10 rows is cut to 60 tokens (--max-length)" in err
     assert "note: 2 rows are left out: 2 with no token to learn within --max-length" in err
 
 

@@ -74,6 +74,7 @@ def test_long_rows_are_shortened_in_the_middle():
     assert "[... 21 pieces ...]" in texts
     assert texts[-1] == "9" * 30
     assert row.shortened(5000, 99) == row
+    assert row.shortened(5000, 9) == row  # a remark would take the place of one piece
 
 
 # --- the library
@@ -109,6 +110,29 @@ def test_rows_that_would_stop_a_run_are_counted(model_folder, tmp_path):
     for number, words in ((0, "from 1 to 4"), (5, "from 1 to 4"), (2, "rows.jsonl:2 is left out")):
         with pytest.raises(AletheiaError, match=words):
             aletheia.preview(str(model_folder), data, rows=[number])
+
+
+def test_held_out_rows_that_would_stop_a_run_are_told_of(model_folder, talks, tmp_path):
+    held_out = write(tmp_path / "held_out.jsonl", talk("p", "a"), {"messages": []})
+    data = {"data": str(talks), "eval_data": str(held_out)}
+    found = aletheia.preview(str(model_folder), data)
+    assert dict(found.left_out) == {}
+    assert any(note.startswith("held-out rows: 1 row is left out: 1 with ") for note in found.notes)
+    assert any("a run stops at the first of the rows" in note for note in found.notes)
+    found = aletheia.preview(str(model_folder), data | {"skip_unusable": True})
+    assert not any("a run stops" in note for note in found.notes)
+
+
+def test_what_the_notes_on_the_data_say_is_not_said_again_for_held_out_rows(model_folder, talks, tmp_path):
+    rows = [talk("p", "o") | {"weight": 0.5, "topic": "t"}, talk("r", "o") | {"weight": 0.5, "topic": "t"}]
+    train, held_out = write(tmp_path / "train.jsonl", *rows, talk("s", "t")), write(tmp_path / "test.jsonl", rows[0])
+    data = {"data": str(train), "eval_data": str(held_out), "max_length": 100_000}
+    notes = aletheia.preview(str(model_folder), data).notes
+    assert any("(2 rows, first" in note for note in notes)
+    assert sum("is lowered to that" in note for note in notes) == 1
+    assert not any("held-out rows: " in note for note in notes), notes
+    alone = aletheia.preview(str(model_folder), data | {"data": str(talks)}).notes
+    assert any(note.startswith("held-out rows: ") for note in alone)
 
 
 def test_a_single_row_has_no_held_out_rows(model_folder, tmp_path):

@@ -35,7 +35,7 @@ def test_overlap_counts_whole_rows_and_prompts_apart():
     found = overlap(train, held_out)
     assert found == Overlap(5, same=1, same_prompt=2)
     assert found.notes() == [
-        "1 of the 5 held-out rows also stand in the rows to learn from",
+        "1 of the 5 held-out rows also stands in the rows to learn from",
         "2 more of the 5 held-out rows have the prompt of a row to learn from, with another answer",
     ]
     assert overlap(train, made(([6], [6]))).notes() == []
@@ -98,7 +98,7 @@ def test_a_run_says_what_is_duplicated_and_shared_once(model_folder, data_file, 
     assert notes == [
         f"note: 3 of 15 rows are duplicates of an earlier one ({train})",
         "note: 2 of the 3 held-out rows also stand in the rows to learn from",
-        "note: 1 more of the 3 held-out rows have the prompt of a row to learn from, with another answer",
+        "note: 1 more of the 3 held-out rows has the prompt of a row to learn from, with another answer",
     ]
 
 
@@ -107,4 +107,4 @@ def test_the_probe_says_what_is_duplicated(run, model_folder, data_file, tmp_pat
     train.write_text(data_file.read_text() + data_file.read_text()[:200].split("\n")[0] + "\n")
     code, _, err = run("probe", model_folder, "--data", train, "--out", "s.json", "--no-calibrate", "--batches", 1)
     assert code == 0, err
-    assert err.count("1 of 61 rows are duplicates of an earlier one") == 1
+    assert err.count("1 of 61 rows is a duplicate of an earlier one") == 1

@@ -205,8 +205,10 @@ def test_of_a_folder_of_splits_only_the_train_split_is_learned_from(tmp_path, la
     found = [row.messages[0]["content"].split()[0] for row in rows.rows]
     assert found == ["train"] * sum("train" in name or "mine" in name for name in LAYOUTS[layout])
     [note] = rows.notes
-    assert "; not read: " in note
-    assert f"`eval_data={tmp_path}:test`" in note
+    assert "; not part of it: " in note
+    assert f"({tmp_path}:test)" in note
+    [of_test] = load_rows(f"{tmp_path}:test").notes
+    assert "not part of it" not in of_test
     assert {row.split()[0] for row in questions(f"{tmp_path}:test")} == {"held"}
     assert questions(f"{tmp_path}::test") == questions(f"{tmp_path}:test")
 
@@ -236,8 +238,16 @@ def test_one_inner_folder_is_taken(tmp_path):
 def test_splits_of_the_hubs_naming_must_be_chosen_where_none_is_train(tmp_path):
     for split in ("train_sft", "test_sft", "train_gen"):
         put(tmp_path / "data" / f"{split}-00000-of-00001.parquet", [{"question": split, "answer": "a"}])
-    refused(tmp_path, "found the splits test_sft, train_gen, train_sft", f"name a split, as {tmp_path}:test_sft")
+    refused(tmp_path, "found the splits test_sft, train_gen, train_sft", f"name a split, as {tmp_path}:train_gen")
     assert questions(f"{tmp_path}:train_sft") == ["train_sft"]
+
+
+def test_the_only_split_with_train_in_its_name_is_learned_from(tmp_path):
+    saved = {"test_sft": datasets.Dataset.from_list(OTHERS), "train_sft": datasets.Dataset.from_list(ROWS)}
+    datasets.DatasetDict(saved).save_to_disk(tmp_path / "talks")
+    assert questions(tmp_path / "talks") == ["q0?", "q1?", "q2?"]
+    datasets.DatasetDict({"test_sft": saved["test_sft"], "test_gen": saved["test_sft"]}).save_to_disk(tmp_path / "held")
+    refused(tmp_path / "held", "found only held-out rows (test_gen, test_sft)")
 
 
 def test_held_out_rows_alone_are_not_learned_from(tmp_path):
@@ -273,6 +283,29 @@ def test_patterns_are_expanded_in_order(tmp_path):
     assert questions(tmp_path / "**" / "train-?.jsonl") == ["train-4", "train-3", "train-1", "train-2"]
     [note] = load_rows(str(tmp_path / "train-*")).notes
     assert note.endswith("2 files read (train-1.jsonl, train-2.jsonl); of no format that is read: train-0.txt")
+
+
+def test_a_pattern_reads_held_out_rows_only_where_it_names_them(tmp_path):
+    names = ("0.jsonl", "my_train.jsonl", "my_test.jsonl", "dev-1.jsonl", "test_sft-00000-of-00001.jsonl",
+             "in/test/0.jsonl", "in/train/0.jsonl")  # fmt: skip
+    for name in names:
+        put(tmp_path / name, [{"question": name, "answer": "a"}])
+    assert questions(tmp_path / "*.jsonl") == ["0.jsonl", "my_train.jsonl"]
+    [note] = load_rows(str(tmp_path / "*.jsonl")).notes
+    assert note.endswith(
+        "2 files read (0.jsonl, my_train.jsonl); not part of it: dev-1.jsonl (validation), "
+        "my_test.jsonl, test_sft-00000-of-00001.jsonl (test)"
+    )
+    assert questions(tmp_path / "in" / "**" / "*.jsonl") == ["in/train/0.jsonl"]
+    assert questions(tmp_path / "in" / "t*" / "0.jsonl") == ["in/train/0.jsonl"]
+    assert questions(tmp_path / "*test*.jsonl") == ["my_test.jsonl", "test_sft-00000-of-00001.jsonl"]
+    assert questions(tmp_path / "*_test.jsonl") == ["my_test.jsonl"]
+    assert questions(tmp_path / "dev-*.jsonl") == ["dev-1.jsonl"]
+    assert questions(tmp_path / "**" / "test" / "*.jsonl") == ["in/test/0.jsonl"]
+    assert questions(tmp_path / "in" / "test" / "*.jsonl") == ["in/test/0.jsonl"]
+    put(tmp_path / "test" / "test-1.jsonl", OTHERS)
+    assert questions(tmp_path / "test" / "*.jsonl") == ["other?"]
+    refused(tmp_path / "d*.jsonl", "found only held-out rows (dev-1.jsonl)", "to read these, name the files")
 
 
 def test_patterns_follow_no_loops_and_find_no_hidden_names(tmp_path):
@@ -349,10 +382,7 @@ def test_a_saved_dict_has_splits(tmp_path):
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "dict")
     rows = load_rows(f"{tmp_path}/dict")
     assert len(rows.rows) == 3
-    assert (
-        f"1 file read (train); not read: test (test); to test on it, give `eval_data={tmp_path}/dict:test`"
-        in rows.notes[0]
-    )
+    assert rows.notes[0].endswith(f"1 file read (train); not part of it: test ({tmp_path}/dict:test)")
     assert questions(f"{tmp_path}/dict:test") == ["other?"]
     refused(f"{tmp_path}/dict:dev", "found no split or folder of that name; expected one of test, train")
     assert find(f"{tmp_path}/dict/test").paths == (tmp_path / "dict" / "test",)

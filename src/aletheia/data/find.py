@@ -16,6 +16,7 @@ TRAIN = "train"
 SPLITS = dict.fromkeys(("train", "training"), TRAIN)
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation", "heldout"), "test")
+HELD_OUT = ("test", "validation")
 _SHARD = re.compile(r"(?P<split>.+)-\d+-of-\d+$")  # as the hub names the files of a split
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _PAPERS = ("readme", "license", "licence", "citation", "changelog")
@@ -33,7 +34,8 @@ class Found:
 def find(source: str) -> Found | None:
     """The files of a path, a pattern (``train-*.jsonl``, ``**``), or a folder as ``FOLDER[:config][:split]``.
 
-    Of a folder with splits the one named ``train`` is taken. None where ``source`` can only be a hub data set.
+    Of a folder with splits the one named ``train`` is taken, of a pattern all but held-out rows that it does not name.
+    None where ``source`` can only be a hub data set.
 
     Raises:
         DataError: nothing is there, or a folder holds no data, several sets of data, or only held-out rows.
@@ -94,21 +96,48 @@ def _matching(source: str) -> Found:
             f"check the pattern (looked in {Path.cwd()}{_near(Path(source))})"
         )
     passed = [path.name for path in files if path not in data]
-    return Found(tuple(data), (_note(source, data, {}, passed),))
+    folder, pattern = _parts_of(source)
+    asked = {SPLITS[word] for word in _words(str(pattern)) if word in SPLITS}
+    held_out: dict[str, list[Path]] = {}
+    for path in data:
+        if (split := _held_out_split(path.relative_to(folder))) and split not in asked:
+            held_out.setdefault(split, []).append(path)
+    if sum(map(len, held_out.values())) == len(data):  # 'test/*.jsonl': the folder names them
+        held_out.pop(SPLITS.get(folder.name.lower(), ""), None)
+    read = [path for path in data if not any(path in paths for paths in held_out.values())]
+    if not read:
+        raise DataError(
+            f"{source}: found only held-out rows ({_names(path.name for path in data)}), expected rows to learn from; "
+            "to read these, name the files"
+        )
+    left = [f"{_names(path.name for path in paths)} ({split})" for split, paths in held_out.items()]
+    return Found(tuple(read), (_note(source, read, left, passed),))
+
+
+def _parts_of(source: str) -> tuple[Path, Path]:
+    """The folder that a pattern begins with, and the rest of it."""
+    parts = Path(source).parts
+    start = next(at for at, part in enumerate(parts) if _is_pattern(part))
+    return Path(*parts[:start]), Path(*parts[start:])
+
+
+def _held_out_split(path: Path) -> str:
+    """The split of held-out rows that a file or a folder above it is named after, if it is one."""
+    above = (SPLITS.get(part.lower(), "") for part in reversed(path.parent.parts))
+    named = next((split for split in (_meaning(_split_of(path)), *above) if split), "")
+    return named if named in HELD_OUT else ""
 
 
 def _matches(source: str) -> list[Path]:
     """What matches a pattern, sorted; ``**`` follows no links, and hidden names match only patterns that begin so."""
-    parts = Path(source).parts
-    start = next(at for at, part in enumerate(parts) if _is_pattern(part))
-    folder, pattern = Path(*parts[:start]), parts[start:]
+    folder, pattern = _parts_of(source)
     try:
-        found = sorted(folder.glob(str(Path(*pattern))))
+        found = sorted(folder.glob(str(pattern)))
     except (OSError, ValueError, NotImplementedError) as error:
         raise DataError(
             f"{source}: found no valid pattern ({one_line(error)}); expected one such as *.jsonl"
         ) from error
-    if any(part.startswith(".") for part in pattern):
+    if any(part.startswith(".") for part in pattern.parts):
         return found
     return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
@@ -157,7 +186,15 @@ def _in_folder(folder: Path, config: str = "", split: str = "") -> Found:
     chosen = _split_named(split, splits) if split else _to_learn_from(folder, splits)
     if chosen not in splits:
         raise _no_such(folder, split, splits, inner)
-    left = {name: paths for name, paths in splits.items() if name != chosen}
+    left = (
+        []
+        if split
+        else [
+            f"{_names(path.name for path in paths)} ({f'{folder}:{name}' if name else 'no split'})"
+            for name, paths in splits.items()
+            if name != chosen
+        ]
+    )
     return Found(tuple(splits[chosen]), (_note(f"{folder}", splits[chosen], left, passed),))
 
 
@@ -232,12 +269,21 @@ def _split_of(path: Path) -> str:
     stem = _stem(path)
     if shard := _SHARD.match(stem):
         return SPLITS.get(shard["split"].lower(), shard["split"])
-    words = re.findall(r"[a-z]+", stem.lower().replace("held_out", "heldout").replace("held-out", "heldout"))
+    return _meaning(stem)
+
+
+def _meaning(name: str) -> str:
+    """The split that a name means, by its first or last word: ``train_sft`` is a ``train``; empty if none."""
+    words = _words(name)
     return next((SPLITS[word] for word in (*words[:1], *words[-1:]) if word in SPLITS), "")
 
 
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z]+", name.lower().replace("held_out", "heldout").replace("held-out", "heldout"))
+
+
 def _begins_as_train(path: Path) -> bool:
-    words = re.findall(r"[a-z]+", _stem(path).lower())
+    words = _words(_stem(path))
     return SPLITS.get(path.parent.name.lower()) == TRAIN or (bool(words) and SPLITS.get(words[0]) == TRAIN)
 
 
@@ -247,12 +293,15 @@ def _split_named(split: str, splits: Mapping[str, object]) -> str:
 
 
 def _to_learn_from(folder: Path, splits: Mapping[str, Sequence[Path]]) -> str:
-    others = [name for name in splits if name not in SPLITS.values()]
     if TRAIN in splits:
         return TRAIN
+    others = [name for name in splits if _meaning(name) not in HELD_OUT]
+    of_train = [name for name in others if _meaning(name) == TRAIN]
+    if len(of_train) == 1:
+        return of_train[0]
     if len(splits) == 1 and others:
         return others[0]
-    first = (others or list(splits))[0]
+    first = (of_train or others or list(splits))[0]
     found = f"the splits {_names(splits)}" if others else f"only held-out rows ({_names(splits)})"
     raise DataError(f"{folder}: found {found}, expected rows to learn from; name a split, as {folder}:{first}")
 
@@ -262,14 +311,10 @@ def _no_such(folder: Path, asked: str, splits: Mapping[str, object], inner: Sequ
     return DataError(f"{folder}:{asked}: found no split or folder of that name; expected one of {_names(known)}")
 
 
-def _note(source: str, read: Sequence[Path], left: Mapping[str, Sequence[Path]], passed: Sequence[str]) -> str:
+def _note(source: str, read: Sequence[Path], left: Sequence[str], passed: Sequence[str]) -> str:
     files = "1 file" if len(read) == 1 else f"{len(read)} files"
     text = f"{source}: {files} read ({_names(path.name for path in read)})"
-    if left:
-        several = [f"{_names(path.name for path in paths)} ({name or 'no split'})" for name, paths in left.items()]
-        text += f"; not read: {', '.join(several)}"
-        if held_out := next((name for name in ("test", "validation") if name in left), None):
-            text += f"; to test on it, give `eval_data={source}:{held_out}`"
+    text += f"; not part of it: {', '.join(left)}" if left else ""
     return text + (f"; of no format that is read: {_names(passed)}" if passed else "")
 
 

@@ -38,9 +38,10 @@ class ShownRow:
     is_longest_allowed: bool = False
 
     def shortened(self, characters: int, most: int) -> "ShownRow":
-        """The same row with at most ``characters`` of each piece and ``most`` pieces, the middle cut out."""
+        """The same row with about ``characters`` of each piece and ``most`` pieces, the middle cut out."""
         pieces = [part for piece in self.pieces for part in _shortened(piece, characters)]
-        if len(pieces) > most:
+        # a remark instead of a few words helps nobody, here and in _shortened
+        if len(pieces) > most * 4 // 3:
             head, tail = most - most // 2, most // 2
             between = Piece(f"[... {len(pieces) - most} pieces ...]", labelled=False, left_out=True)
             pieces = [*pieces[:head], between, *pieces[len(pieces) - tail :]]
@@ -126,7 +127,7 @@ def _decoded(ids: list[int], tokenizer: Any) -> str:
 
 
 def _shortened(piece: Piece, characters: int) -> list[Piece]:
-    if len(piece.text) <= characters * 4 // 3:  # a remark instead of a few words helps nobody
+    if len(piece.text) <= characters * 4 // 3:
         return [piece]
     head, tail = characters - characters // 3, characters // 3
     cut = Piece(f" [... {len(piece.text) - head - tail:,} characters ...] ", piece.labelled, left_out=True)

@@ -21,11 +21,13 @@ class Overlap:
         """What a person should know, one line each."""
         notes = []
         if self.same:
-            notes.append(f"{self.same} of the {self.rows} held-out rows also stand in the rows to learn from")
+            stand = "stands" if self.same == 1 else "stand"
+            notes.append(f"{self.same} of the {self.rows} held-out rows also {stand} in the rows to learn from")
         if self.same_prompt:
             more = " more" if self.same else ""
+            have = "has" if self.same_prompt == 1 else "have"
             notes.append(
-                f"{self.same_prompt}{more} of the {self.rows} held-out rows have the prompt of a row to learn from, "
+                f"{self.same_prompt}{more} of the {self.rows} held-out rows {have} the prompt of a row to learn from, "
                 "with another answer"
             )
         return notes

@@ -45,7 +45,8 @@ def base_settings(how: LoadSettings, folder: Path) -> LoadSettings:
         raise ModelError(f"{shown}; expected a hub id or a folder that is there; correct it to where the base model is")
     if adapter_folder(name) is not None:
         raise ModelError(
-            f"{shown}, an adapter folder again; expected a base model; merge that adapter and save it first"
+            f"{shown}, an adapter folder again; expected a base model; merge that adapter into its own, save "
+            "it, and name that folder there"
         )
     if found.get("revision") not in (None, "main"):
         raise ModelError(

@@ -46,12 +46,14 @@ def preview(
     base = load_without_weights(how.model, how.trust_remote_code)
     said: list[str] = []
     examples = encode_for(base, found, asked, said.append)
-    if examples.left_out and not settings.data.skip_unusable:
-        said.append("a run stops at the first of the rows that are left out here, unless `skip_unusable` is given")
     shared = None
+    left_out = examples.skipped
     if eval_rows is not None or len(examples) > 1:
         train, held_out = split_for(base, examples, eval_rows, asked, settings.training.seed, said.append)
         shared = overlap(train, held_out)
+        left_out += held_out.skipped
+    if left_out and not settings.data.skip_unusable:
+        said.append("a run stops at the first of the rows that are left out here, unless `skip_unusable` is given")
     counted = [*count_notes(examples), *(shared.notes() if shared else ())]
     notes = list(dict.fromkeys(line.removeprefix(NOTE) for line in said if line.removeprefix(NOTE) not in counted))
     return Preview.of(examples, _rows_to_show(found, examples, rows, base.tokenizer), shared, notes)

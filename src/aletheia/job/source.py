@@ -1,5 +1,6 @@
 """The model of a job and its rows: resident, or read layer by layer where it does not fit."""
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,6 +32,8 @@ from aletheia.runs.saved import merge_adapter
 Say = Callable[[str], None]
 Source = Loaded | Checkpoint
 NOTE = "note: "
+_LOWERED = " is lowered to that"
+_HOW_MANY = re.compile(r" \(\d+ rows?, first .*\)$")  # how many rows a note is of, and where the first stands
 
 
 def to_stderr(line: str) -> None:
@@ -81,7 +84,7 @@ def encode_for(base: Source, rows: Rows, data: DataSettings, say: Say = to_stder
     positions = getattr(text_config(base.model), "max_position_embeddings", None) or data.max_length
     positions = positions if positions > 0 else data.max_length  # -1: without bounds
     if positions < data.max_length:
-        say(f"{NOTE}the model has {positions} positions; `max_length` {data.max_length} is lowered to that")
+        say(f"{NOTE}the model has {positions} positions; `max_length` {data.max_length}{_LOWERED}")
     length = min(data.max_length, positions)
     stops = stop_ids_of(base.model)
     examples = encode(rows, base.tokenizer, length, data.skip_unusable, base.vocab_size, stops, data.train_on)
@@ -94,30 +97,45 @@ def count_notes(examples: Examples) -> list[str]:
     """How many rows are cut, left out or there already, where there are any."""
     notes = []
     if examples.truncated:
+        are = "is" if examples.truncated == 1 else "are"
         notes.append(
-            f"{examples.truncated} of {len(examples)} rows are cut to {examples.max_length} tokens (`max_length`)"
+            f"{examples.truncated} of {len(examples)} rows {are} cut to {examples.max_length} tokens (`max_length`)"
         )
     if examples.skipped:
         reasons = ", ".join(f"{count} with {reason}" for reason, count in examples.left_out.items())
-        notes.append(f"{examples.skipped} rows are left out: {reasons}")
+        are = "row is" if examples.skipped == 1 else "rows are"
+        notes.append(f"{examples.skipped} {are} left out: {reasons}")
     if twice := duplicates(examples):
-        notes.append(f"{twice} of {len(examples)} rows are duplicates of an earlier one ({examples.identity.name})")
+        are = "is a duplicate" if twice == 1 else "are duplicates"
+        notes.append(f"{twice} of {len(examples)} rows {are} of an earlier one ({examples.identity.name})")
     return notes
 
 
 def split_for(
     base: Source, data: Examples, eval_rows: Rows | None, asked: DataSettings, seed: int, say: Say = to_stderr
 ) -> tuple[Examples, Examples]:
-    """Rows to learn from and held-out rows: those of ``eval_rows``, else a share of the data. Says what both share."""
+    """Rows to learn from and held-out rows: those of ``eval_rows``, else a share of the data. Says what both share.
+
+    What the notes on the data say is not said again for held-out rows.
+    """
     if eval_rows is None:
         fraction = 0.05 if asked.eval_fraction is None else asked.eval_fraction
         train, held_out = split_held_out(data, fraction, seed, asked.eval_rows)
     else:
-        found = encode_for(base, eval_rows, asked, lambda line: say(line.replace(NOTE, f"{NOTE}held-out rows: ", 1)))
+        known = {_without_count(note) for note in data.notes}
+        lines: list[str] = []
+        found = encode_for(base, eval_rows, asked, lines.append)
+        for note in (line.removeprefix(NOTE) for line in lines):
+            if _without_count(note) not in known and not note.endswith(_LOWERED):
+                say(f"{NOTE}held-out rows: {note}")
         train, held_out = data, found.subset(range(min(asked.eval_rows, len(found))))
     for note in overlap(train, held_out).notes():
         say(NOTE + note)
     return train, held_out
+
+
+def _without_count(note: str) -> str:
+    return _HOW_MANY.sub("", note)
 
 
 def show_first(data: Examples, tokenizer: Any, say: Say) -> None:
@@ -144,7 +162,12 @@ def load_for(how: LoadSettings, rows: Rows, data: DataSettings, say: Say = to_st
     note_unusual(read_anatomy(base.model), say)
     if folder is not None:
         base = replace(base, model=merge_adapter(base.model, folder, how.allow_pickle))
-        say(f"merge  {folder} into {base_settings(how, folder).model}")
+        into = base_settings(how, folder).model
+        say(f"merge  {folder} into {into}")
+        say(
+            f"{NOTE}what is trained now fits {into} with {folder} merged into it, not {into} alone; "
+            "merge them with PEFT and save that to use it; the README of the run has the code"
+        )
     return base, examples
 
 

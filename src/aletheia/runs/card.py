@@ -4,6 +4,8 @@ from pathlib import Path
 
 import yaml
 
+from aletheia.anatomy.foreign import ADAPTER_CONFIG, read_settings
+from aletheia.errors import ModelError
 from aletheia.names import markdown, printable
 from aletheia.planning.plan import Plan, layer_ranges
 from aletheia.runs.schema import Run
@@ -44,14 +46,30 @@ Made with `aletheia-tune` {metrics.packages.get("aletheia-tune", "")}; the adapt
 
 `plan.json` names every adapted module with its rank and alpha; `metrics.json` holds the loss curves.
 
-```python
-from peft import PeftModel
-from transformers import {settings.loaded_by}
-
-base = {settings.loaded_by}.from_pretrained({_from_pretrained(metrics.model.name)})
-model = PeftModel.from_pretrained(base, "this folder")
-```
+{_loading(run)}
 """
+
+
+def _loading(run: Run) -> str:
+    """Code that loads the model with the adapter; a base model that is an adapter folder is merged first."""
+    loaded_by, name = run.metrics.settings.loaded_by, run.metrics.model.name
+    lines = ["from peft import PeftModel", f"from transformers import {loaded_by}", ""]
+    merged = _merged_into(name)
+    lines.append(f"base = {loaded_by}.from_pretrained({_from_pretrained(merged or name)})")
+    if merged is not None:
+        lines.append(f"base = PeftModel.from_pretrained(base, {name!a}).merge_and_unload()")
+    code = "\n".join([*lines, 'model = PeftModel.from_pretrained(base, "this folder")'])
+    return f"```python\n{code}\n```"
+
+
+def _merged_into(name: str) -> str | None:
+    """The base model of the adapter folder that was merged before the run, if ``name`` is one."""
+    config = Path(name) / ADAPTER_CONFIG
+    try:
+        found = read_settings(config).get("base_model_name_or_path") if config.exists() else None
+    except (ModelError, OSError):  # changed, or a name that is no path
+        return None
+    return found if isinstance(found, str) else None
 
 
 def _quantized(run: Run) -> str:
