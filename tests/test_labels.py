@@ -427,3 +427,107 @@ def test_the_function_gives_the_rows_of_the_command_which_says_each_note_once(mo
     found = encode_for(base, rows, DataSettings(data=str(data_file), max_length=128), lines.append)
     assert found.examples == load_data(str(data_file), base.tokenizer, 128).examples
     assert lines == [f"note: {note}" for note in found.notes]
+
+
+# --- answers and prompts that a template writes in more than one way ---------------------------------------------
+
+CALLS_ALONE = (
+    "{{ '<|im_start|>' + m.role + '\n' }}{% if m.tool_calls %}{{ 'call ' + m.tool_calls[0].function.name }}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}"
+)
+
+
+def test_a_tool_call_is_learned_where_the_template_drops_the_text_beside_it(tmp_path):
+    tokenizer = made_tokenizer(each(CALLS_ALONE, "<|im_start|>assistant\n"), "<|im_end|>")
+    answer = said("assistant", "I look it up.") | {"tool_calls": [CALL]}
+    for later in ([], [said("tool", "5"), said("assistant", "Five.")]):
+        examples = encoded(tmp_path, tokenizer, {"messages": [said("user", "q"), answer, *later]})
+        text = learned(examples[0], tokenizer)
+        assert text == "call add_up<|im_end|>" + ("Five.<|im_end|>" if later else "")
+        assert any("such as 'I look it up.', which is not learned" in note for note in examples.notes)
+
+
+ANALYSIS = (
+    "{% if m.role == 'assistant' and m.thinking and (loop.last or messages[-1].role != 'assistant') %}"
+    "{{ '<|start|>thought<|stop|>' + m.thinking + '<|end|>' }}{% endif %}"
+    "{{ '<|start|>' + m.role + '<|stop|>' }}{{ m.tool_calls[0].function.name if m.tool_calls else m.content }}"
+    "{{ '<|end|>' }}"
+)
+SYSTEM_LAST = (
+    "{% if messages[0].role == 'system' %}{% set s = messages[0].content %}{% set messages = messages[1:] %}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' }}{% if loop.last and s %}{{ s + '\n' }}{% endif %}"
+    "{{ m.content + '<|end|>' }}{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_prompt_that_the_template_changes_once_it_is_answered_is_that_of_generation(tmp_path):
+    tokenizer = made_tokenizer(each(ANALYSIS, "<|start|>"), "<|end|>")
+    call = said("assistant", "") | {"thinking": "I need it.", "tool_calls": [CALL]}
+    examples = encoded(
+        tmp_path, tokenizer, {"messages": [said("user", "q"), call, said("tool", "5"), said("assistant", "Five.")]}
+    )
+    assert learned(examples[0], tokenizer) == (
+        "thought<|stop|>I need it.<|end|><|start|>assistant<|stop|>add_up<|end|>assistant<|stop|>Five.<|end|>"
+    )
+    assert any("changes prompts once they are answered" in note for note in examples.notes)
+    tokenizer = made_tokenizer(SYSTEM_LAST, "</s>")
+    examples = encoded(tmp_path, tokenizer, FORMS["messages"][0])
+    assert (
+        tokenizer.decode(examples[0].input_ids)
+        == "<|user|>Who?<|end|> Ann did.</s><|user|>Be kind.\nWhen?<|end|> At noon.</s>"
+    )
+    assert learned(examples[0], tokenizer) == " At noon.</s>"
+    assert any("earlier assistant turns carry no loss" in note for note in examples.notes)
+
+
+THINKS = (
+    "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}"
+)
+
+
+@pytest.mark.parametrize("opening", ["<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"])
+def test_thoughts_are_not_doubled(tmp_path, opening):
+    tokenizer = made_tokenizer(each(THINKS, opening), "<|im_end|>")
+    examples = encoded(tmp_path, tokenizer, {"prompt": "q", "completion": "<think>\nsunny\n</think>\n\nyes"})
+    text = tokenizer.decode(examples[0].input_ids)
+    assert text.rstrip().endswith("assistant\n<think>\nsunny\n</think>\n\nyes<|im_end|>")
+    assert learned(examples[0], tokenizer).endswith("sunny\n</think>\n\nyes<|im_end|>")
+    assert not any("in front of answers" in note for note in examples.notes)
+
+
+def test_an_empty_thought_that_is_opened_in_another_way_is_named_as_learned(tmp_path):
+    body = THINKS.replace("'<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n'", "'<think></think>'")
+    tokenizer = made_tokenizer(each(body, "<|im_start|>assistant\n<think>\n"), "<|im_end|>")
+    examples = encoded(tmp_path, tokenizer, {"prompt": "q", "completion": "yes"})
+    assert learned(examples[0], tokenizer) == "</think>yes<|im_end|>"
+    (note,) = examples.notes
+    assert "puts '</think>' in front of answers, which is learned" in note
+
+
+def test_an_earlier_answer_without_its_thoughts_carries_no_loss_however_they_are_given(tmp_path):
+    body = THINKS.replace("m.role == 'assistant' %}", "m.role == 'assistant' and loop.last %}", 1)
+    tokenizer = made_tokenizer(each(body, "<|im_start|>assistant\n"), "<|im_end|>")
+    messages = [said("user", "q"), said("assistant", "4"), said("user", "r"), said("assistant", "6")]
+    thinking = [message | ({"reasoning_content": "Easy."} if at % 2 else {}) for at, message in enumerate(messages)]
+    examples = encoded(tmp_path, tokenizer, {"messages": thinking})
+    assert learned(examples[0], tokenizer) == "<think>\nEasy.\n</think>\n\n6<|im_end|>"
+    assert any("earlier assistant turns carry no loss" in note for note in examples.notes)
+    assert learned(encoded(tmp_path, tokenizer, {"messages": messages})[0], tokenizer).startswith("4<|im_end|>")
+
+
+def test_calls_and_tools_that_are_dropped_are_named_though_the_text_says_their_name(tmp_path):
+    tokenizer = made_tokenizer(CHATML, "<|im_end|>")
+    answer = said("assistant", "I use add_up.") | {"tool_calls": [CALL]}
+    row = {"messages": [said("user", "Call add_up."), answer], "tools": [TOOL]}
+    notes = "\n".join(encoded(tmp_path, tokenizer, row).notes)
+    for part in ("tool calls, such as 'add_up'", "the tools, such as 'add_up'"):
+        assert part in notes
+
+
+def test_a_system_turn_that_the_question_says_again_is_not_lost(tmp_path):
+    body = "{% if m.role != 'system' %}{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endif %}"
+    tokenizer = made_tokenizer(each(body, "<|assistant|>"), "</s>")
+    row = {"messages": [said("system", "Be kind."), said("user", "Be kind. Who?"), said("assistant", "Ann.")]}
+    examples = encoded(tmp_path, tokenizer, row)
+    assert tokenizer.decode(examples[0].input_ids).startswith("<|user|>Be kind.\n\nBe kind. Who?</s>")
