@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -531,3 +532,12 @@ def test_a_system_turn_that_the_question_says_again_is_not_lost(tmp_path):
     row = {"messages": [said("system", "Be kind."), said("user", "Be kind. Who?"), said("assistant", "Ann.")]}
     examples = encoded(tmp_path, tokenizer, row)
     assert tokenizer.decode(examples[0].input_ids).startswith("<|user|>Be kind.\n\nBe kind. Who?</s>")
+
+
+def test_a_date_that_the_template_writes_is_that_of_the_settings_and_said(tmp_path):
+    before = "{{ 'Today is ' + strftime_now(\"%d %b %Y\") + '<|end|>' }}"
+    tokenizer = made_tokenizer(before + CHATML, "<|im_end|>")
+    examples = encoded(tmp_path, tokenizer, FORMS["pair"][0], template_date=date(2024, 2, 29))
+    assert tokenizer.decode(examples[0].input_ids).startswith("Today is 29 Feb 2024<|end|>")
+    assert any("writes the date, '2024-02-29': `template_date` gives another" in note for note in examples.notes)
+    assert any(date.today().isoformat() in note for note in encoded(tmp_path, tokenizer, FORMS["pair"][0]).notes)

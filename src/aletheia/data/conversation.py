@@ -195,7 +195,7 @@ class Conversation:
             self._remark(WHITE_SPACE, content)
         same = _common(head, header)
         lead = head[same:].strip() if not header[same:].strip() else ""
-        if written.lstrip().startswith(lead or "\0") and lead not in content and not _has_reasoning(message):
+        if lead and written.lstrip().startswith(lead) and lead not in content and not _has_reasoning(message):
             self._remark(ADDED, lead)
         if not appends and header[start:].strip():
             self._remark(OPENED, header[start:])
@@ -219,7 +219,7 @@ class Conversation:
 
     def _doubles_thoughts(self, message: Message, answered: str) -> bool:
         """Whether the template puts thoughts of its own in front of those that the answer begins with."""
-        content = message["content"].lstrip()
+        content: str = message["content"].lstrip()
         if not content.startswith(_THINK) or _has_reasoning(message):
             return False
         return answered.count(_THINK) > content.count(_THINK)
@@ -345,7 +345,7 @@ def _holds(text: str, part: str) -> bool:
 
 
 def _has_reasoning(message: Message) -> bool:
-    return any(message.get(name) for name in _REASONING)
+    return any(bool(message.get(name)) for name in _REASONING)
 
 
 def _opened_twice(prompt: str, content: str) -> bool:

@@ -8,6 +8,7 @@ that put a space in front of every text (SentencePiece's dummy prefix) do so for
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from typing import Any
 
 from aletheia.data.contained import contained
@@ -42,6 +43,7 @@ def load_data(
     vocab_size: int | None = None,
     stops: Collection[int] = (),
     train_on: TrainOn = "all",
+    template_date: date | None = None,
 ) -> Examples:
     """Read files or hub data sets and tokenise them: ``load_rows``, then ``encode``.
 
@@ -49,7 +51,7 @@ def load_data(
         DataError: as these two.
     """
     rows = load_rows(data, skip_unusable)
-    return encode(rows, tokenizer, max_length, skip_unusable, vocab_size, stops, train_on)
+    return encode(rows, tokenizer, max_length, skip_unusable, vocab_size, stops, train_on, template_date)
 
 
 def encode(
@@ -60,6 +62,7 @@ def encode(
     vocab_size: int | None = None,
     stops: Collection[int] = (),
     train_on: TrainOn = "all",
+    template_date: date | None = None,
 ) -> Examples:
     """Tokenise rows, label them and cut them on the right to ``max_length`` tokens.
 
@@ -73,6 +76,7 @@ def encode(
         vocab_size: tokens that the model has an embedding for; others are refused, and none is added.
         stops: ids at which generation stops beside the tokenizer's end token and those in the model's folder.
         train_on: ``all`` answers of a conversation carry a loss, or the ``last`` alone.
+        template_date: the date that a chat template writes, where it writes one; by default that of today.
 
     Raises:
         DataError: max_length below 2, an unusable row, no row left, a token id beyond ``vocab_size``, or a chat
@@ -81,7 +85,7 @@ def encode(
     if max_length < 2:
         raise DataError(f"found a maximum length of {max_length}, expected at least 2; raise `max_length`")
     notes, left_out = Notes(), dict(rows.left_out)
-    usable, scripts = _usable(rows, tokenizer, train_on, skip_unusable, notes, left_out)
+    usable, scripts = _usable(rows, _scripts(rows, tokenizer, train_on, template_date), skip_unusable, notes, left_out)
     closing = _Closing(tokenizer, stop_ids(tokenizer, stops, vocab_size), notes)
     kept: list[Example] = []
     emptied: list[tuple[str, int | None]] = []
@@ -105,13 +109,17 @@ def encode(
 
 
 def _usable(
-    rows: Rows, tokenizer: Any, train_on: str, skip_unusable: bool, notes: Notes, left_out: dict[str, int]
+    rows: Rows,
+    made: Iterator[Script | UnusableRowError],
+    skip_unusable: bool,
+    notes: Notes,
+    left_out: dict[str, int],
 ) -> tuple[list[Row], list[Script]]:
     """The rows that have a script, and their scripts; fills ``notes``, and ``left_out`` with the other rows."""
     usable: list[Row] = []
     scripts: list[Script] = []
     first: UnusableRowError | None = None
-    for row, script in zip(rows.rows, _scripts(rows, tokenizer, train_on), strict=True):
+    for row, script in zip(rows.rows, made, strict=True):
         if isinstance(script, UnusableRowError):
             if not skip_unusable:
                 raise DataError(f"{script}; `skip_unusable=True` leaves such rows out")
@@ -127,7 +135,9 @@ def _usable(
     return usable, scripts
 
 
-def _scripts(rows: Rows, tokenizer: Any, train_on: str) -> Iterator[Script | UnusableRowError]:
+def _scripts(
+    rows: Rows, tokenizer: Any, train_on: str, template_date: date | None
+) -> Iterator[Script | UnusableRowError]:
     """The script of each row, or why there is none; a chat template runs in a process of its own."""
     marks = _marks(tokenizer)
     template = getattr(tokenizer, "chat_template", None)
@@ -135,7 +145,7 @@ def _scripts(rows: Rows, tokenizer: Any, train_on: str) -> Iterator[Script | Unu
     check_size(template, name)
 
     def work(pulse: Callable[[], None]) -> Iterator[Script | UnusableRowError]:
-        makes = Scripts(ChatTemplate(tokenizer, pulse) if template else None, marks, train_on)
+        makes = Scripts(ChatTemplate(tokenizer, pulse, template_date) if template else None, marks, train_on)
         for row in rows.rows:
             try:
                 yield makes.of(row)

@@ -20,3 +20,4 @@ SYSTEM_ADDED = "the chat template adds a system turn of its own where there is n
 SYSTEM_MERGED = "system turns are put in front of the first user turn, since the chat template does not take them"
 PROMPT_REWRITTEN = "the chat template changes prompts once they are answered; rows have them as generation does"
 THOUGHTS_ADDED = "the chat template puts thoughts in front of those of answers, which are learned as they are written"
+DATED = "the chat template writes the date, {}: `template_date` gives another"

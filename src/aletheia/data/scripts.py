@@ -11,6 +11,7 @@ from aletheia.data.conversation import Conversation, Piece
 from aletheia.data.forms import Row
 from aletheia.data.messages import UnusableRowError
 from aletheia.data.remarks import (
+    DATED,
     MARKS_IN_TEXT,
     NO_TEMPLATE,
     ONE_WITHOUT,
@@ -80,6 +81,8 @@ class Scripts:
         if mark and (opening := chat.is_rendered()):
             self._remark(RENDERED, opening)
             return [(row.messages[0]["content"], False), (row.messages[1]["content"], True)], True
+        if self.template.date is not None:
+            self._remark(DATED, self.template.date.isoformat())
         return chat.pieces(turns), False
 
     def _mark(self, text: str) -> str:

@@ -1,7 +1,9 @@
 """Chat templates: read from a file, and run on messages. A template is a program of its model's author."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
+from datetime import date
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +15,7 @@ from aletheia.data.sources import one_line
 from aletheia.errors import DataError
 
 LARGEST = 1_000_000  # characters of a template; the longest of known models have 30,000
+_DATE = re.compile(r"""strftime_now\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
 _ADDED, _GROWTH = 50_000, 10  # characters that a template may add to a row, and how often it may repeat one
 
 
@@ -73,10 +76,13 @@ def check_size(template: object, name: str) -> None:
 class ChatTemplate:
     """A tokenizer's chat template as a function from messages to text."""
 
-    def __init__(self, tokenizer: Any, pulse: Callable[[], None] = lambda: None) -> None:
-        """``pulse`` is called after each rendering."""
+    def __init__(
+        self, tokenizer: Any, pulse: Callable[[], None] = lambda: None, template_date: date | None = None
+    ) -> None:
+        """``pulse`` is called after each rendering; ``template_date`` is what the template takes for today."""
         self._tokenizer = tokenizer
         self._pulse = pulse
+        self.date = (template_date or date.today()) if writes_date(tokenizer) else None
 
     def render(
         self, messages: Sequence[Message], generation: bool, where: str, tools: Sequence[dict[str, Any]] = ()
@@ -108,8 +114,13 @@ class ChatTemplate:
     ) -> str:
         if as_parts:
             messages = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        given = list(tools) or None
+        template = None
+        if (today := self.date) is not None:
+            template = self._tokenizer.get_chat_template(None, given)
+            template = _DATE.sub(lambda found: json.dumps(today.strftime(found[1] or found[2] or "")), template)
         text: str = self._tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=generation
+            list(messages), given, chat_template=template, tokenize=False, add_generation_prompt=generation
         )
         return text
 
@@ -140,6 +151,11 @@ class ChatTemplate:
         if not found or not before or not bare.startswith(before) or not bare.endswith(behind):
             return ""
         return bare[len(before) : len(bare) - len(behind)].strip() if len(bare) > len(before) + len(behind) else ""
+
+
+def writes_date(tokenizer: Any) -> bool:
+    """Whether the chat template of a tokenizer writes the date of the day."""
+    return _DATE.search(str(getattr(tokenizer, "chat_template", None) or "")) is not None
 
 
 def try_template(tokenizer: Any) -> None:
