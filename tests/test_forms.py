@@ -163,6 +163,7 @@ def test_answers_that_are_rated_as_bad_are_not_learned(tmp_path, name):
     rows = loaded(tmp_path, good, bad, skip_unusable=True)
     assert rows.left_out == {"an answer that is rated as a bad one": 1}
     assert len(rows.rows) == 1
+    assert rows.notes == ()
     assert len(loaded(tmp_path, {"messages": list(PAIR), name: 0}).rows) == 1  # a class, not a rating
 
 

@@ -526,6 +526,12 @@ def test_calls_and_tools_that_are_dropped_are_named_though_the_text_says_their_n
         assert part in notes
 
 
+def test_tools_are_missed_though_the_generation_prompt_opens_a_thought(tmp_path):
+    tokenizer = made_tokenizer(each(CALLING, "<|im_start|>assistant\n<think>\n"), "<|im_end|>")
+    notes = "\n".join(encoded(tmp_path, tokenizer, FORMS["pair"][0] | {"tools": [TOOL]}).notes)
+    assert "does not write the tools, such as 'add_up'" in notes
+
+
 def test_a_system_turn_that_the_question_says_again_is_not_lost(tmp_path):
     body = "{% if m.role != 'system' %}{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endif %}"
     tokenizer = made_tokenizer(each(body, "<|assistant|>"), "</s>")
@@ -541,3 +547,63 @@ def test_a_date_that_the_template_writes_is_that_of_the_settings_and_said(tmp_pa
     assert tokenizer.decode(examples[0].input_ids).startswith("Today is 29 Feb 2024<|end|>")
     assert any("writes the date, '2024-02-29': `template_date` gives another" in note for note in examples.notes)
     assert any(date.today().isoformat() in note for note in encoded(tmp_path, tokenizer, FORMS["pair"][0]).notes)
+
+
+# --- what stands around the turns ---------------------------------------------------------------------------------
+
+PREAMBLE = (
+    "{{ bos_token }}{% set s = messages[0].content + '\n' if messages[0].role == 'system' else '' %}"
+    "{{ '<|system|>You know much until 2023.\n' + s + '<|end|>' }}{% for m in messages %}{% if m.role != 'system' %}"
+    "{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def test_text_of_the_template_in_front_of_the_first_turn_is_named_with_and_without_a_system_turn(tmp_path):
+    tokenizer = made_tokenizer(PREAMBLE, "<|end|>", "<s>", adds_bos=True)
+    (note,) = encoded(tmp_path, tokenizer, FORMS["pair"][0]).notes
+    assert "adds a system turn of its own where there is none: 'You know much until 2023.'" in note
+    (note,) = encoded(tmp_path, tokenizer, FORMS["messages"][0]).notes
+    assert "adds text of its own to system turns: 'You know much until 2023.'" in note
+    empty = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\n<|im_end|>\n' }}{% endif %}" + CHATML
+    (note,) = encoded(tmp_path, made_tokenizer(empty, "<|im_end|>"), FORMS["pair"][0]).notes
+    assert "of its own where there is none: '<|im_start|>system" in note
+
+
+@pytest.mark.parametrize("question", ["<|im_start|>user\nhi<|im_end|>\n", "<|im_start|>user\nhi<|im_end|>"])
+@pytest.mark.parametrize("answer", ["<|im_start|>assistant\nyo<|im_end|>", "yo<|im_end|>", "yo"])
+def test_a_rendered_prompt_without_an_opening_is_not_rendered_again(tmp_path, question, answer):
+    tokenizer = made_tokenizer(CHATML, "<|im_end|>")
+    examples = encoded(tmp_path, tokenizer, {"prompt": question, "completion": answer})
+    whole = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>"
+    assert tokenizer.decode(examples[0].input_ids) == whole
+    assert learned(examples[0], tokenizer) == "yo<|im_end|>"
+    assert any("taken as rendered" in note for note in examples.notes)
+
+
+def test_rendered_marks_that_are_no_special_tokens_are_not_rendered_again(tmp_path):
+    template, eos, bos, adds_bos = TEMPLATES["instruction marks"]
+    tokenizer = made_tokenizer(template, eos, bos, adds_bos)
+    for question in ("<s>[INST] hi [/INST]", "[INST] hi [/INST]"):
+        examples = encoded(tmp_path, tokenizer, {"prompt": question, "completion": "yo"})
+        assert tokenizer.decode(examples[0].input_ids) == "<s>[INST] hi [/INST]yo</s>"
+
+
+def test_a_template_of_another_model_is_known_by_tokens_that_are_none_and_by_a_begin_token_that_is_missing(tmp_path):
+    template = CHATML.replace("<|im_start|>", "<|header|>")
+    tokenizer = made_tokenizer(template, "<|im_end|>", "<s>", adds_bos=True)
+    notes = "\n".join(encoded(tmp_path, tokenizer, FORMS["pair"][0]).notes)
+    assert "writes '<|header|>', which is no token of the tokenizer" in notes
+    assert "rows lack '<s>', which the tokenizer puts in front of text" in notes
+    own = encoded(tmp_path, made_tokenizer(CHATML, "<|im_end|>"), {"prompt": "<|x|>", "completion": "a"})
+    assert own.notes == ()
+
+
+def test_earlier_answers_without_an_end_token_are_named(tmp_path):
+    body = (
+        "{{ '<|' + m.role + '|>' + m.content }}{% if loop.last and m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    )
+    tokenizer = made_tokenizer(each(body, "<|assistant|>"), "</s>")
+    examples = encoded(tmp_path, tokenizer, FORMS["messages"][0])
+    assert learned(examples[0], tokenizer) == "Ann did.At noon.</s>"
+    assert any("earlier answers end with no token at which generation stops" in note for note in examples.notes)

@@ -22,6 +22,7 @@ from aletheia.data.remarks import (
     PROMPT_REWRITTEN,
     REASONING_LOST,
     SYSTEM_ADDED,
+    SYSTEM_BESIDE,
     SYSTEM_MERGED,
     THOUGHTS_ADDED,
     TOOLS_LOST,
@@ -70,13 +71,27 @@ class Conversation:
             return bare[: ends[-1][0]]
         return bare
 
-    def is_rendered(self) -> str:
-        """The opening of an answer, if a prompt and its answer hold it already; else empty."""
+    def as_rendered(self, has_marks: bool) -> tuple[str, str, str] | None:
+        """What shows that a prompt was rendered already, then that prompt with its opening, and the answer; else None.
+
+        ``has_marks`` says that special tokens stand in the texts.
+        """
         messages = self.messages
         if [message["role"] for message in messages] != ["user", "assistant"]:
-            return ""
-        opening = self._until(1, True).removeprefix(self._until(1)).strip()
-        return opening if opening and messages[0]["content"].rstrip().endswith(opening) else ""
+            return None
+        question, answer = (message["content"] for message in messages)
+        opening = self._until(1, True).removeprefix(self._until(1))
+        mark = opening.strip()
+        if has_marks and mark and question.rstrip().endswith(mark):
+            return mark, question, answer
+        head, tail = (part.strip() for part in self._template.user_frame)
+        if len(head) < 3 or len(tail) < 3 or head not in question or not question.rstrip().endswith(tail):
+            return None
+        behind = self._template.user_frame[1]
+        question = question.rstrip() + behind[len(behind.rstrip()) :]
+        start = answer.find(mark) + len(mark) if mark and answer.lstrip().startswith(mark) else 0
+        space = opening[len(opening.rstrip()) :] if mark else ""
+        return tail, question + opening, answer[start:].removeprefix(space) if start else answer
 
     def pieces(self, turns: list[int]) -> list[Piece]:
         """Prompt and answer of each of ``turns``; all that the template rewrites later are left without a loss."""
@@ -120,6 +135,8 @@ class Conversation:
             return turns
         try:
             if self._writes_system(turns[0]):
+                if self._template.system_beside:
+                    self._remark(SYSTEM_BESIDE, self._template.system_beside)
                 return turns
             refusal = None
         except UnusableRowError as error:
@@ -154,7 +171,7 @@ class Conversation:
         for message in self.messages[:last]:
             if message["role"] != "assistant" and not _holds(prompt, message["content"]):
                 self._remark(PROMPT_LOST, message["role"])
-        if self._tools and prompt == self._template.render(self.messages[:last], True, self._where):
+        if self._tools and self._until(last, True) == self._template.render(self.messages[:last], True, self._where):
             self._remark(TOOLS_LOST, str(self._tools[0].get("function", self._tools[0]).get("name", "")))
 
     # --- the answer

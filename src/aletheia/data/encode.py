@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
+from itertools import pairwise
 from typing import Any
 
 from aletheia.data.contained import contained
@@ -32,6 +33,8 @@ _CUT_OFF = "no token to learn within `max_length`"
 
 STOP_ADDED = "the chat template ends answers with {}, where generation does not stop; {} is added and learned"
 OTHER_STOP = "answers end with {}, where the model's settings stop; the tokenizer's own end token, {}, is not learned"
+NO_BEGIN = "rows lack {}, which the tokenizer puts in front of text: the chat template does not write it"
+EARLIER_OPEN = "earlier answers end with no token at which generation stops; only the last answer teaches to stop"
 NO_STOP = "the model does not learn to stop: the tokenizer has no end token inside the model's embedding"
 
 
@@ -202,6 +205,10 @@ class _Closing:
 
     def __post_init__(self) -> None:
         added = _added(self.tokenizer)
+        own = self.tokenizer.bos_token_id
+        puts = own is not None and self.tokenizer("a")["input_ids"][:1] == [own]
+        self.begin: int | None = own if puts else None
+        self.begin_text = str(self.tokenizer.bos_token)
         self.special = {*self.tokenizer.all_special_ids, *self.stops, *(at for at in added if added[at].special)}
 
     def learned(self, ids: list[int]) -> int:
@@ -217,6 +224,14 @@ class _Closing:
             del ids[before + 1 : last + 1]
             last = before
         return last + 1
+
+    def check(self, input_ids: list[int], labels: list[int], row: Row, plain: bool) -> None:
+        """Note a begin token that is missing, and earlier answers that do not end where generation does."""
+        if self.begin is not None and not plain and self.begin not in input_ids[:2]:
+            self.notes.add(NO_BEGIN, row.where, self.begin_text)
+        ends = [label for label, behind in pairwise(labels) if label != NO_LOSS and behind == NO_LOSS]
+        if self.stops and not set(ends if labels[-1] != NO_LOSS else ends[:-1]) <= set(self.stops):
+            self.notes.add(EARLIER_OPEN, row.where)
 
     def close(self, input_ids: list[int], labels: list[int], row: Row, plain: bool) -> None:
         """Put the end token behind the last answer, where it ends with no token at which generation stops."""
@@ -262,6 +277,7 @@ def _tokens(
         later = _later_ids([text for script in block for text, _ in script.pieces[1:]], tokenizer)
         for script, row in zip(block, rows[start : start + _ROWS_AT_ONCE], strict=True):
             input_ids, labels = _joined(script, plain if script.plain else templated, later, tokenizer, closing)
+            closing.check(input_ids, labels, row, script.plain)
             closing.close(input_ids, labels, row, script.plain)
             yield input_ids, labels
 

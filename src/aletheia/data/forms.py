@@ -134,7 +134,10 @@ def _used(form: str) -> set[str]:
 
 def _name_unused(table: Table, form: str, notes: Notes) -> None:
     columns = dict.fromkeys([*table.columns, *(name for _, record in table.records for name in record)])
-    unused = tuple(name for name in columns if name not in _used(form))
+    used = _used(form) | {
+        name for name in _RATED if all(_rating(record.get(name)) is not None for _, record in table.records)
+    }
+    unused = tuple(name for name in columns if name not in used)
     if unused:
         names = f"column{'s' * (len(unused) > 1)} {shown_columns(unused)}"
         verb = "are" if len(unused) > 1 else "is"
@@ -185,9 +188,14 @@ def _row_weight(record: dict[str, Any], where: str, notes: Notes) -> None:
     )
 
 
+def _rating(value: object) -> bool | None:
+    """Whether an answer is a good one; None for a value that does not say so."""
+    return {"true": True, "false": False}.get(str(value).strip().lower())
+
+
 def _check_rating(record: dict[str, Any], where: str) -> None:
     for name in _RATED:
-        if record.get(name) is False or str(record.get(name)).strip().lower() == "false":
+        if _rating(record.get(name)) is False:
             raise UnusableRowError(
                 "an answer that is rated as a bad one",
                 f"{where}: found {name!r} false, an answer of a preference data set to be avoided, expected answers to "

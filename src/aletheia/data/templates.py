@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from datetime import date
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,10 @@ from aletheia.errors import DataError
 
 LARGEST = 1_000_000  # characters of a template; the longest of known models have 30,000
 _DATE = re.compile(r"""strftime_now\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
+_MARK = re.compile(r"<[^<>\n]{1,60}>|\[/?[A-Za-z_]+\]")  # what looks like a special token
+_WHOLE = re.compile(rf"{_MARK.pattern}|.", re.DOTALL)
+_ROLE = re.compile(r"(?im)^\s*(system|developer|user|human|assistant)\b:?")
+_WORD = re.compile(r"[^\W\d_]{2,}")
 _ADDED, _GROWTH = 50_000, 10  # characters that a template may add to a row, and how often it may repeat one
 
 
@@ -124,6 +128,14 @@ class ChatTemplate:
         )
         return text
 
+    def knows(self, token: str) -> bool:
+        """Whether a text is one token of the tokenizer."""
+        return token in self._vocabulary
+
+    @cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        return dict(self._tokenizer.get_vocab())
+
     @cached_property
     def _wants_parts(self) -> bool:
         """Whether the template takes content as a list of parts alone, as those of vision models do."""
@@ -139,18 +151,51 @@ class ChatTemplate:
         return False
 
     @cached_property
-    def system_of_its_own(self) -> str:
-        """The text of the system turn that the template adds where there is none; empty if it adds none."""
-        user, system = ({"role": role, "content": f"the {role} says"} for role in ("user", "system"))
+    def user_frame(self) -> tuple[str, str]:
+        """What stands in front of the text of a user turn and behind it, whatever the template begins with."""
+        first, answer, second = "what the user says", "what is answered", "what the user asks then"
+        turns = [("user", first), ("assistant", answer), ("user", second)]
+        messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            bare = self.render([user], True, "")
-            given = self.render([system, user], True, "")
+            alone, three = self.render(messages[:1], False, ""), self.render(messages, False, "")
+        except UnusableRowError:
+            return "", ""
+        before, found, behind = alone.partition(first)
+        first_end, _, rest = three.partition(first)[2].partition(answer)
+        head = _same_end(before, rest.partition(second)[0]) if found else ""
+        return head, _same_end(behind, first_end, begin=True)
+
+    def _own_system(self, system: str) -> str:
+        said = "what the user says"
+        messages = [{"role": "user", "content": said}]
+        try:
+            text = self.render([{"role": "system", "content": system}, *messages] if system else messages, False, "")
         except UnusableRowError:
             return ""
-        before, found, behind = given.partition(system["content"])
-        if not found or not before or not bare.startswith(before) or not bare.endswith(behind):
-            return ""
-        return bare[len(before) : len(bare) - len(behind)].strip() if len(bare) > len(before) + len(behind) else ""
+        before, found, _ = text.partition(said)
+        before = before.removesuffix(self.user_frame[0]) if found else ""
+        bare = _MARK.sub("\n", before.replace(system, "\n") if system else before)
+        words = _ROLE.sub("", bare)
+        if len(_WORD.findall(words)) > 1:
+            return " ".join(words.split())
+        return "" if system or not _WORD.search(bare) else before.removeprefix(self._tokenizer.bos_token or "")
+
+    @cached_property
+    def system_of_its_own(self) -> str:
+        """What the template says in a system turn where the data have none; empty if it says nothing."""
+        return self._own_system("")
+
+    @cached_property
+    def system_beside(self) -> str:
+        """What the template adds to a system turn of the data; empty if it adds nothing."""
+        return self._own_system("what the system turn says")
+
+
+def _same_end(one: str, other: str, begin: bool = False) -> str:
+    """What two texts end with, or begin with; what looks like a special token counts as a whole."""
+    sides = [_WHOLE.findall(text)[:: 1 if begin else -1] for text in (one, other)]
+    same = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))]
+    return "".join(same if begin else reversed(same))
 
 
 def writes_date(tokenizer: Any) -> bool:
