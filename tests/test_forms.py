@@ -160,7 +160,8 @@ def test_answers_that_are_rated_as_bad_are_not_learned(tmp_path, name):
     good, bad = ({"messages": list(PAIR), name: value} for value in (True, False))
     with pytest.raises(DataError, match=rf"rows.jsonl:2: found '{name}' false, an answer of a preference data set"):
         loaded(tmp_path, good, bad)
-    rows = loaded(tmp_path, good, bad, skip_unusable=True)
+    rows = loaded(tmp_path, good, bad, {"messages": []}, skip_unusable=True)
+    assert rows.left_out.pop("no messages") == 1
     assert rows.left_out == {"an answer that is rated as a bad one": 1}
     assert len(rows.rows) == 1
     assert rows.notes == ()
@@ -171,8 +172,10 @@ def test_keys_of_messages_that_are_not_used_are_named_once(tmp_path):
     row = {
         "messages": [PAIR[0] | {"documents": [{"text": "d"}], "name": "Ann", "mask": None}, PAIR[1] | {"prefix": True}]
     }
-    (note,) = loaded(tmp_path, row).notes
-    assert note.startswith("keys of messages that are no text are not used, such as 'documents' (")
+    assert [note.partition(" (")[0] for note in loaded(tmp_path, row, row).notes] == [
+        "the key 'documents' of messages holds no text and is not used",
+        "the key 'prefix' of messages holds no text and is not used",
+    ]
 
 
 @pytest.mark.parametrize("flag", [{"weight": "0"}, {"train": "false"}, {"loss": "False"}])

@@ -546,6 +546,9 @@ def test_a_date_that_the_template_writes_is_that_of_the_settings_and_said(tmp_pa
     examples = encoded(tmp_path, tokenizer, FORMS["pair"][0], template_date=date(2024, 2, 29))
     assert tokenizer.decode(examples[0].input_ids).startswith("Today is 29 Feb 2024<|end|>")
     assert any("writes the date, '2024-02-29': `template_date` gives another" in note for note in examples.notes)
+    if_bare = "{% if messages[0].role != 'system' %}" + before + "{% endif %}"
+    examples = encoded(tmp_path, made_tokenizer(if_bare + CHATML, "<|im_end|>"), FORMS["messages"][0])
+    assert not any("writes the date" in note for note in examples.notes)
     assert any(date.today().isoformat() in note for note in encoded(tmp_path, tokenizer, FORMS["pair"][0]).notes)
 
 

@@ -134,9 +134,11 @@ def _used(form: str) -> set[str]:
 
 def _name_unused(table: Table, form: str, notes: Notes) -> None:
     columns = dict.fromkeys([*table.columns, *(name for _, record in table.records for name in record)])
-    used = _used(form) | {
-        name for name in _RATED if all(_rating(record.get(name)) is not None for _, record in table.records)
-    }
+    used = _used(form)
+    for name in _RATED:
+        values = [record[name] for _, record in table.records if record.get(name) is not None]
+        if values and all(_rating(value) is not None for value in values):
+            used.add(name)
     unused = tuple(name for name in columns if name not in used)
     if unused:
         names = f"column{'s' * (len(unused) > 1)} {shown_columns(unused)}"

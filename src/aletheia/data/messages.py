@@ -37,6 +37,7 @@ _CALLS = ("function_call", "tool_call")  # roles whose text is a call, or a list
 _ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value")
 _LOSS_KEYS = ("weight", "train", "loss")  # how data sets say whether an answer is learned
 _TRUTH = {"true": True, "false": False}  # as a .csv writes them
+_MOST_NAMED = 12  # keys of one message
 MEDIA = ("image", "images", "image_url", "audio", "audios", "input_audio", "video", "videos")
 
 
@@ -220,8 +221,9 @@ def _message(item: object, name: str, where: str, notes: Notes) -> Message:
     own = (role_key, text_key, "role", "content", "tool_calls", "function_call")
     others = {key: value for key, value in item.items() if key not in own}
     left = {key: value for key, value in others.items() if _is_kept(key, value)}
-    if unused := [key for key, value in others.items() if key not in left and value not in (None, [], {})]:
-        notes.add("keys of messages that are no text are not used, such as {}", where, unused[0])
+    unused = [key for key, value in others.items() if key not in left and value not in (None, [], {})]
+    for key in unused[:_MOST_NAMED]:
+        notes.add(f"the key {shown(key)} of messages holds no text and is not used", where)
     return {"role": role, "content": text} | left | ({"tool_calls": calls} if calls else {})
 
 

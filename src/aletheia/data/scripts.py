@@ -83,10 +83,11 @@ class Scripts:
         if found := chat.as_rendered(bool(mark)):
             self._remark(RENDERED, found[0])
             return [(found[1], False), (found[2], True)], True
-        if self.template.date is not None:
-            self._remark(DATED, self.template.date.isoformat())
         pieces = chat.pieces(turns)
-        self._check_tokens(row, "".join(text for text, _ in pieces))
+        text = "".join(text for text, _ in pieces)
+        if self.template.writes_date_in(text):
+            self._remark(DATED, str(self.template.date))
+        self._check_tokens(row, text)
         return pieces, False
 
     def _check_tokens(self, row: Row, text: str) -> None:

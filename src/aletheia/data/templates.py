@@ -128,6 +128,13 @@ class ChatTemplate:
         )
         return text
 
+    def writes_date_in(self, text: str) -> bool:
+        """Whether the date stands in a text as the template writes it."""
+        if (today := self.date) is None:
+            return False
+        formats = {one or other for one, other in _DATE.findall(str(self._tokenizer.chat_template))}
+        return any(today.strftime(form) in text for form in formats if form)
+
     def knows(self, token: str) -> bool:
         """Whether a text is one token of the tokenizer."""
         return token in self._vocabulary
