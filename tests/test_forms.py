@@ -40,7 +40,14 @@ def test_conversations_of_other_names_are_messages(tmp_path, column, roles):
 
 
 @pytest.mark.parametrize(
-    "names", [("prompt", "response"), ("query", "response"), ("input", "output"), ("instruction", "response")]
+    "names",
+    [
+        ("prompt", "response"),
+        ("query", "response"),
+        ("input", "output"),
+        ("instruction", "response"),
+        ("question", "response"),
+    ],
 )
 def test_pairs_of_columns_are_a_question_and_its_answer(tmp_path, names):
     assert first(tmp_path, dict(zip(names, "qa", strict=True))).messages == PAIR
@@ -70,9 +77,13 @@ def test_system_history_and_tools_of_their_own_columns(tmp_path):
 
 
 def test_columns_that_are_not_used_are_named_once(tmp_path):
-    row = {"prompt": "q", "completion": "a", "id": 1, "image": "x.png"}
+    row = {"prompt": "q", "completion": "a", "id": 1, "licence": "x"}
     (note,) = loaded(tmp_path, row, row, row | {"source": "web"}).notes
-    assert note.startswith("rows are read as prompt, completion; the columns 'id', 'image', 'source' are not used (3")
+    assert note.startswith("rows are read as prompt, completion; the columns 'id', 'licence', 'source' are not used (3")
+    bare = {"prompt": "q", "completion": "a"}
+    (note,) = loaded(tmp_path, bare, bare | {"source": "web"}).notes
+    assert note.startswith("rows are read as prompt, completion; the column 'source' is not used (1 row, first ")
+    assert note.endswith("rows.jsonl:2)")
     (note,) = loaded(tmp_path, {"text": "t", "system": "s"}).notes
     assert "the column 'system' is not used" in note
 
@@ -125,6 +136,63 @@ def test_preferences_are_refused_by_name(tmp_path):
         loaded(tmp_path, {"prompt": "p", "chosen": "good", "rejected": "bad"})
     rows = loaded(tmp_path, {"messages": list(PAIR), "chosen": [], "rejected": []})
     assert "the columns 'chosen', 'rejected' are not used" in rows.notes[0]
+
+
+MEDIA = [
+    {"prompt": "p", "completion": "c", "image": "x.png"},
+    {"messages": list(PAIR), "videos": ["x.mp4"]},
+    {"text": "t", "audio": {"path": "x.wav"}},
+    {"messages": [PAIR[0] | {"images": ["x.png"]}, PAIR[1]]},
+    {"messages": [said("user", "q") | {"content": [{"type": "text", "text": "q", "image": "x.png"}]}, PAIR[1]]},
+]
+
+
+@pytest.mark.parametrize("row", MEDIA)
+def test_an_image_a_sound_or_a_video_beside_the_text_is_refused_by_name(tmp_path, row):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: found '\w+' in .*, expected text alone"):
+        loaded(tmp_path, row)
+    empty = {"prompt": "p", "completion": "c", "image": None, "images": []}
+    assert "not used" in loaded(tmp_path, empty).notes[0]
+
+
+@pytest.mark.parametrize("name", ["label", "kto_tag"])
+def test_answers_that_are_rated_as_bad_are_not_learned(tmp_path, name):
+    good, bad = ({"messages": list(PAIR), name: value} for value in (True, False))
+    with pytest.raises(DataError, match=rf"rows.jsonl:2: found '{name}' false, an answer of a preference data set"):
+        loaded(tmp_path, good, bad)
+    rows = loaded(tmp_path, good, bad, {"messages": []}, skip_unusable=True)
+    assert rows.left_out.pop("no messages") == 1
+    assert rows.left_out == {"an answer that is rated as a bad one": 1}
+    assert len(rows.rows) == 1
+    assert rows.notes == ()
+    assert len(loaded(tmp_path, {"messages": list(PAIR), name: 0}).rows) == 1  # a class, not a rating
+
+
+def test_keys_of_messages_that_are_not_used_are_named_once(tmp_path):
+    row = {
+        "messages": [PAIR[0] | {"documents": [{"text": "d"}], "name": "Ann", "mask": None}, PAIR[1] | {"prefix": True}]
+    }
+    assert [note.partition(" (")[0] for note in loaded(tmp_path, row, row).notes] == [
+        "the key 'documents' of messages holds no text and is not used",
+        "the key 'prefix' of messages holds no text and is not used",
+    ]
+
+
+@pytest.mark.parametrize("flag", [{"weight": "0"}, {"train": "false"}, {"loss": "False"}])
+def test_weights_may_be_text(tmp_path, flag):
+    row = first(tmp_path, {"messages": [*PAIR, PAIR[0], PAIR[1] | flag]})
+    assert row.no_loss == {3}
+
+
+def test_roles_are_known_in_capitals_and_conversations_as_json_text(tmp_path):
+    turns = [{"from": "Human", "value": "q"}, {"from": "GPT", "value": "a"}]
+    assert first(tmp_path, {"conversations": turns}).messages == PAIR
+    assert first(tmp_path, {"conversations": json.dumps(turns)}).messages == PAIR
+
+
+def test_lists_of_texts_are_refused_by_name(tmp_path):
+    with pytest.raises(DataError, match=r"found a list of texts in 'prompt', expected text, or a list of messages"):
+        loaded(tmp_path, {"prompt": ["p", "q"], "completion": ["a", "b"]})
 
 
 BAD = [

@@ -1,13 +1,16 @@
 """The whole job from Python: repeated from the file that it leaves, and gone on with only if it is the same."""
 
+from datetime import date
 from functools import partial
 
 import pytest
+from tiny import CHATML
 from transformers import TrainerCallback
 
 import aletheia
 from aletheia.cli.config import read_config
 from aletheia.errors import SettingsError, TrainingError
+from aletheia.job import fine_tune as fine_tune_module
 from aletheia.job import upload as upload_module
 from aletheia.job.settings import JobSettings
 from aletheia.training import train as train_module
@@ -81,6 +84,47 @@ def test_an_interrupted_job_goes_on_only_with_its_own_settings(job, tmp_path, mo
     run = job(tmp_path / "run", plan, training | {"cache": "off"})  # changes no result
     assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
     assert run.metrics.steps == 8
+
+
+class Day(date):
+    """A day on which a job is started."""
+
+    @classmethod
+    def today(cls):
+        return cls(2026, 1, 1)
+
+
+class NextDay(date):
+    """The day after."""
+
+    @classmethod
+    def today(cls):
+        return cls(2026, 1, 2)
+
+
+def test_an_interrupted_job_goes_on_with_the_date_that_its_template_wrote(
+    model_folder, data_file, tmp_path, monkeypatch
+):
+    template = tmp_path / "dated.jinja"
+    template.write_text('{{ strftime_now("%Y-%m-%d") }}' + CHATML)
+    data = {"data": str(data_file), "max_length": 128, "chat_template": template}
+    made = partial(
+        aletheia.fine_tune, str(model_folder), data, tmp_path / "run", {"policy": "last", "rank": 4},
+        TRAINING | {"save_steps": 2}, say=lambda line: None,
+    )  # fmt: skip
+
+    class Trainer(train_module.RowTrainer):
+        def __init__(self, *given):
+            super().__init__(*given)
+            self.add_callback(Broken())
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_module, "RowTrainer", Trainer)
+        patched.setattr(fine_tune_module, "date", Day)
+        with pytest.raises(MemoryError):
+            made()
+    monkeypatch.setattr(fine_tune_module, "date", NextDay)
+    assert read_config(made().path / "config.yaml")["data"]["template_date"] == "2026-01-01"
 
 
 def test_settings_that_contradict_each_other_are_refused_before_anything_is_read(tmp_path):

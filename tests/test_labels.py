@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -427,3 +428,185 @@ def test_the_function_gives_the_rows_of_the_command_which_says_each_note_once(mo
     found = encode_for(base, rows, DataSettings(data=str(data_file), max_length=128), lines.append)
     assert found.examples == load_data(str(data_file), base.tokenizer, 128).examples
     assert lines == [f"note: {note}" for note in found.notes]
+
+
+# --- answers and prompts that a template writes in more than one way ---------------------------------------------
+
+CALLS_ALONE = (
+    "{{ '<|im_start|>' + m.role + '\n' }}{% if m.tool_calls %}{{ 'call ' + m.tool_calls[0].function.name }}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\n' }}"
+)
+
+
+def test_a_tool_call_is_learned_where_the_template_drops_the_text_beside_it(tmp_path):
+    tokenizer = made_tokenizer(each(CALLS_ALONE, "<|im_start|>assistant\n"), "<|im_end|>")
+    answer = said("assistant", "I look it up.") | {"tool_calls": [CALL]}
+    for later in ([], [said("tool", "5"), said("assistant", "Five.")]):
+        examples = encoded(tmp_path, tokenizer, {"messages": [said("user", "q"), answer, *later]})
+        text = learned(examples[0], tokenizer)
+        assert text == "call add_up<|im_end|>" + ("Five.<|im_end|>" if later else "")
+        assert any("such as 'I look it up.', which is not learned" in note for note in examples.notes)
+
+
+ANALYSIS = (
+    "{% if m.role == 'assistant' and m.thinking and (loop.last or messages[-1].role != 'assistant') %}"
+    "{{ '<|start|>thought<|stop|>' + m.thinking + '<|end|>' }}{% endif %}"
+    "{{ '<|start|>' + m.role + '<|stop|>' }}{{ m.tool_calls[0].function.name if m.tool_calls else m.content }}"
+    "{{ '<|end|>' }}"
+)
+SYSTEM_LAST = (
+    "{% if messages[0].role == 'system' %}{% set s = messages[0].content %}{% set messages = messages[1:] %}{% endif %}"
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|user|>' }}{% if loop.last and s %}{{ s + '\n' }}{% endif %}"
+    "{{ m.content + '<|end|>' }}{% else %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"
+)
+
+
+def test_a_prompt_that_the_template_changes_once_it_is_answered_is_that_of_generation(tmp_path):
+    tokenizer = made_tokenizer(each(ANALYSIS, "<|start|>"), "<|end|>")
+    call = said("assistant", "") | {"thinking": "I need it.", "tool_calls": [CALL]}
+    examples = encoded(
+        tmp_path, tokenizer, {"messages": [said("user", "q"), call, said("tool", "5"), said("assistant", "Five.")]}
+    )
+    assert learned(examples[0], tokenizer) == (
+        "thought<|stop|>I need it.<|end|><|start|>assistant<|stop|>add_up<|end|>assistant<|stop|>Five.<|end|>"
+    )
+    assert any("changes prompts once they are answered" in note for note in examples.notes)
+    tokenizer = made_tokenizer(SYSTEM_LAST, "</s>")
+    examples = encoded(tmp_path, tokenizer, FORMS["messages"][0])
+    assert (
+        tokenizer.decode(examples[0].input_ids)
+        == "<|user|>Who?<|end|> Ann did.</s><|user|>Be kind.\nWhen?<|end|> At noon.</s>"
+    )
+    assert learned(examples[0], tokenizer) == " At noon.</s>"
+    assert any("earlier assistant turns carry no loss" in note for note in examples.notes)
+
+
+THINKS = (
+    "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{{ '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}{% endif %}{{ m.content + '<|im_end|>\n' }}"
+)
+
+
+@pytest.mark.parametrize("opening", ["<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n"])
+def test_thoughts_are_not_doubled(tmp_path, opening):
+    tokenizer = made_tokenizer(each(THINKS, opening), "<|im_end|>")
+    examples = encoded(tmp_path, tokenizer, {"prompt": "q", "completion": "<think>\nsunny\n</think>\n\nyes"})
+    text = tokenizer.decode(examples[0].input_ids)
+    assert text.rstrip().endswith("assistant\n<think>\nsunny\n</think>\n\nyes<|im_end|>")
+    assert learned(examples[0], tokenizer).endswith("sunny\n</think>\n\nyes<|im_end|>")
+    assert not any("in front of answers" in note for note in examples.notes)
+
+
+def test_an_empty_thought_that_is_opened_in_another_way_is_named_as_learned(tmp_path):
+    body = THINKS.replace("'<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n'", "'<think></think>'")
+    tokenizer = made_tokenizer(each(body, "<|im_start|>assistant\n<think>\n"), "<|im_end|>")
+    examples = encoded(tmp_path, tokenizer, {"prompt": "q", "completion": "yes"})
+    assert learned(examples[0], tokenizer) == "</think>yes<|im_end|>"
+    (note,) = examples.notes
+    assert "puts '</think>' in front of answers, which is learned" in note
+
+
+def test_an_earlier_answer_without_its_thoughts_carries_no_loss_however_they_are_given(tmp_path):
+    body = THINKS.replace("m.role == 'assistant' %}", "m.role == 'assistant' and loop.last %}", 1)
+    tokenizer = made_tokenizer(each(body, "<|im_start|>assistant\n"), "<|im_end|>")
+    messages = [said("user", "q"), said("assistant", "4"), said("user", "r"), said("assistant", "6")]
+    thinking = [message | ({"reasoning_content": "Easy."} if at % 2 else {}) for at, message in enumerate(messages)]
+    examples = encoded(tmp_path, tokenizer, {"messages": thinking})
+    assert learned(examples[0], tokenizer) == "<think>\nEasy.\n</think>\n\n6<|im_end|>"
+    assert any("earlier assistant turns carry no loss" in note for note in examples.notes)
+    assert learned(encoded(tmp_path, tokenizer, {"messages": messages})[0], tokenizer).startswith("4<|im_end|>")
+
+
+def test_calls_and_tools_that_are_dropped_are_named_though_the_text_says_their_name(tmp_path):
+    tokenizer = made_tokenizer(CHATML, "<|im_end|>")
+    answer = said("assistant", "I use add_up.") | {"tool_calls": [CALL]}
+    row = {"messages": [said("user", "Call add_up."), answer], "tools": [TOOL]}
+    notes = "\n".join(encoded(tmp_path, tokenizer, row).notes)
+    for part in ("tool calls, such as 'add_up'", "the tools, such as 'add_up'"):
+        assert part in notes
+
+
+def test_tools_are_missed_though_the_generation_prompt_opens_a_thought(tmp_path):
+    tokenizer = made_tokenizer(each(CALLING, "<|im_start|>assistant\n<think>\n"), "<|im_end|>")
+    notes = "\n".join(encoded(tmp_path, tokenizer, FORMS["pair"][0] | {"tools": [TOOL]}).notes)
+    assert "does not write the tools, such as 'add_up'" in notes
+
+
+def test_a_system_turn_that_the_question_says_again_is_not_lost(tmp_path):
+    body = "{% if m.role != 'system' %}{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endif %}"
+    tokenizer = made_tokenizer(each(body, "<|assistant|>"), "</s>")
+    row = {"messages": [said("system", "Be kind."), said("user", "Be kind. Who?"), said("assistant", "Ann.")]}
+    examples = encoded(tmp_path, tokenizer, row)
+    assert tokenizer.decode(examples[0].input_ids).startswith("<|user|>Be kind.\n\nBe kind. Who?</s>")
+
+
+def test_a_date_that_the_template_writes_is_that_of_the_settings_and_said(tmp_path):
+    before = "{{ 'Today is ' + strftime_now(\"%d %b %Y\") + '<|end|>' }}"
+    tokenizer = made_tokenizer(before + CHATML, "<|im_end|>")
+    examples = encoded(tmp_path, tokenizer, FORMS["pair"][0], template_date=date(2024, 2, 29))
+    assert tokenizer.decode(examples[0].input_ids).startswith("Today is 29 Feb 2024<|end|>")
+    assert any("writes the date, '2024-02-29': `template_date` gives another" in note for note in examples.notes)
+    if_bare = "{% if messages[0].role != 'system' %}" + before + "{% endif %}"
+    examples = encoded(tmp_path, made_tokenizer(if_bare + CHATML, "<|im_end|>"), FORMS["messages"][0])
+    assert not any("writes the date" in note for note in examples.notes)
+    assert any(date.today().isoformat() in note for note in encoded(tmp_path, tokenizer, FORMS["pair"][0]).notes)
+
+
+# --- what stands around the turns ---------------------------------------------------------------------------------
+
+PREAMBLE = (
+    "{{ bos_token }}{% set s = messages[0].content + '\n' if messages[0].role == 'system' else '' %}"
+    "{{ '<|system|>You know much until 2023.\n' + s + '<|end|>' }}{% for m in messages %}{% if m.role != 'system' %}"
+    "{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def test_text_of_the_template_in_front_of_the_first_turn_is_named_with_and_without_a_system_turn(tmp_path):
+    tokenizer = made_tokenizer(PREAMBLE, "<|end|>", "<s>", adds_bos=True)
+    (note,) = encoded(tmp_path, tokenizer, FORMS["pair"][0]).notes
+    assert "adds a system turn of its own where there is none: 'You know much until 2023.'" in note
+    (note,) = encoded(tmp_path, tokenizer, FORMS["messages"][0]).notes
+    assert "adds text of its own to system turns: 'You know much until 2023.'" in note
+    empty = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\n<|im_end|>\n' }}{% endif %}" + CHATML
+    (note,) = encoded(tmp_path, made_tokenizer(empty, "<|im_end|>"), FORMS["pair"][0]).notes
+    assert "of its own where there is none: '<|im_start|>system" in note
+
+
+@pytest.mark.parametrize("question", ["<|im_start|>user\nhi<|im_end|>\n", "<|im_start|>user\nhi<|im_end|>"])
+@pytest.mark.parametrize("answer", ["<|im_start|>assistant\nyo<|im_end|>", "yo<|im_end|>", "yo"])
+def test_a_rendered_prompt_without_an_opening_is_not_rendered_again(tmp_path, question, answer):
+    tokenizer = made_tokenizer(CHATML, "<|im_end|>")
+    examples = encoded(tmp_path, tokenizer, {"prompt": question, "completion": answer})
+    whole = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>"
+    assert tokenizer.decode(examples[0].input_ids) == whole
+    assert learned(examples[0], tokenizer) == "yo<|im_end|>"
+    assert any("taken as rendered" in note for note in examples.notes)
+
+
+def test_rendered_marks_that_are_no_special_tokens_are_not_rendered_again(tmp_path):
+    template, eos, bos, adds_bos = TEMPLATES["instruction marks"]
+    tokenizer = made_tokenizer(template, eos, bos, adds_bos)
+    for question in ("<s>[INST] hi [/INST]", "[INST] hi [/INST]"):
+        examples = encoded(tmp_path, tokenizer, {"prompt": question, "completion": "yo"})
+        assert tokenizer.decode(examples[0].input_ids) == "<s>[INST] hi [/INST]yo</s>"
+
+
+def test_a_template_of_another_model_is_known_by_tokens_that_are_none_and_by_a_begin_token_that_is_missing(tmp_path):
+    template = CHATML.replace("<|im_start|>", "<|header|>")
+    tokenizer = made_tokenizer(template, "<|im_end|>", "<s>", adds_bos=True)
+    notes = "\n".join(encoded(tmp_path, tokenizer, FORMS["pair"][0]).notes)
+    assert "writes '<|header|>', which is no token of the tokenizer" in notes
+    assert "rows lack '<s>', which the tokenizer puts in front of text" in notes
+    own = encoded(tmp_path, made_tokenizer(CHATML, "<|im_end|>"), {"prompt": "<|x|>", "completion": "a"})
+    assert own.notes == ()
+
+
+def test_earlier_answers_without_an_end_token_are_named(tmp_path):
+    body = (
+        "{{ '<|' + m.role + '|>' + m.content }}{% if loop.last and m.role == 'assistant' %}{{ eos_token }}{% endif %}"
+    )
+    tokenizer = made_tokenizer(each(body, "<|assistant|>"), "</s>")
+    examples = encoded(tmp_path, tokenizer, FORMS["messages"][0])
+    assert learned(examples[0], tokenizer) == "Ann did.At noon.</s>"
+    assert any("earlier answers end with no token at which generation stops" in note for note in examples.notes)

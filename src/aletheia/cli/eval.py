@@ -31,6 +31,7 @@ EXAMPLE = "aletheia eval Qwen/Qwen2.5-0.5B-Instruct --adapter run --tasks mmlu,g
         "eval_rows",
         "train_on",
         "chat_template",
+        "template_date",
     },
 )
 def eval(

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Collection
+from datetime import date
 from functools import wraps
 from pathlib import Path
 from types import NoneType, UnionType
@@ -15,7 +16,7 @@ from aletheia.cli.wording import FLAGS, flag_of, flags_of, translate
 from aletheia.settings import Settings
 
 Given = dict[str, dict[str, Any]]  # section -> name -> value, of what stands on the command line
-_SHOWN: dict[Any, str] = {ByteSize: "SIZE", Path: "PATH", int: "INT", float: "NUMBER", str: "TEXT"}
+_SHOWN: dict[Any, str] = {ByteSize: "SIZE", Path: "PATH", int: "INT", float: "NUMBER", str: "TEXT", date: "DATE"}
 
 
 def section_of(settings: type[Settings]) -> str:

@@ -19,9 +19,12 @@ from aletheia.data.remarks import (
     OPENED,
     OPENED_TWICE,
     PROMPT_LOST,
+    PROMPT_REWRITTEN,
     REASONING_LOST,
     SYSTEM_ADDED,
+    SYSTEM_BESIDE,
     SYSTEM_MERGED,
+    THOUGHTS_ADDED,
     TOOLS_LOST,
     WHITE_SPACE,
 )
@@ -68,13 +71,27 @@ class Conversation:
             return bare[: ends[-1][0]]
         return bare
 
-    def is_rendered(self) -> str:
-        """The opening of an answer, if a prompt and its answer hold it already; else empty."""
+    def as_rendered(self, has_marks: bool) -> tuple[str, str, str] | None:
+        """What shows that a prompt was rendered already, then that prompt with its opening, and the answer; else None.
+
+        ``has_marks`` says that special tokens stand in the texts.
+        """
         messages = self.messages
         if [message["role"] for message in messages] != ["user", "assistant"]:
-            return ""
-        opening = self._until(1, True).removeprefix(self._until(1)).strip()
-        return opening if opening and messages[0]["content"].rstrip().endswith(opening) else ""
+            return None
+        question, answer = (message["content"] for message in messages)
+        opening = self._until(1, True).removeprefix(self._until(1))
+        mark = opening.strip()
+        if has_marks and mark and question.rstrip().endswith(mark):
+            return mark, question, answer
+        head, tail = (part.strip() for part in self._template.user_frame)
+        if len(head) < 3 or len(tail) < 3 or head not in question or not question.rstrip().endswith(tail):
+            return None
+        behind = self._template.user_frame[1]
+        question = question.rstrip() + behind[len(behind.rstrip()) :]
+        start = answer.find(mark) + len(mark) if mark and answer.lstrip().startswith(mark) else 0
+        space = opening[len(opening.rstrip()) :] if mark else ""
+        return tail, question + opening, answer[start:].removeprefix(space) if start else answer
 
     def pieces(self, turns: list[int]) -> list[Piece]:
         """Prompt and answer of each of ``turns``; all that the template rewrites later are left without a loss."""
@@ -86,11 +103,11 @@ class Conversation:
         done = 0
         for at in turns[:-1]:
             region = self._earlier(prompt, at)
-            if region is None or region[0] < done:
-                self._check_fields(self.messages[at], self._until(at + 1).removeprefix(self._before(at)))
+            if region is None or region[0] < done or not self._is_whole(at, prompt[region[0] : region[1]]):
+                self._check_fields(at, self._until(at + 1).removeprefix(self._before(at)))
                 self._remark(ONE_OF_SEVERAL)
                 continue
-            self._check_fields(self.messages[at], prompt[region[0] : region[1]])
+            self._check_fields(at, prompt[region[0] : region[1]])
             pieces += [(prompt[done : region[0]], False), (prompt[region[0] : region[1]], True)]
             done = region[1]
         return [*pieces, (prompt[done:], False), (answer, True)]
@@ -117,7 +134,9 @@ class Conversation:
                 self._remark(SYSTEM_ADDED, self._template.system_of_its_own)
             return turns
         try:
-            if _holds(self._until(turns[0], True), first["content"]):
+            if self._writes_system(turns[0]):
+                if self._template.system_beside:
+                    self._remark(SYSTEM_BESIDE, self._template.system_beside)
                 return turns
             refusal = None
         except UnusableRowError as error:
@@ -139,15 +158,21 @@ class Conversation:
             raise refusal
         return turns
 
+    def _writes_system(self, until: int) -> bool:
+        """Whether the system turn at the beginning is written, be it that another turn says the same."""
+        first, *others = self.messages[:until]
+        written = _holds(self._until(until, True), first["content"])
+        if not written or not any(_holds(message["content"], first["content"]) for message in others):
+            return written
+        return _STAND_IN in self._render([first | {"content": _STAND_IN}, *others], True)
+
     def _check_prompt(self, prompt: str, last: int) -> None:
         """Remark on what the template leaves out of the prompt."""
         for message in self.messages[:last]:
             if message["role"] != "assistant" and not _holds(prompt, message["content"]):
                 self._remark(PROMPT_LOST, message["role"])
-        if self._tools:
-            name = str(self._tools[0].get("function", self._tools[0]).get("name", ""))
-            if name not in prompt:
-                self._remark(TOOLS_LOST, name)
+        if self._tools and self._until(last, True) == self._template.render(self.messages[:last], True, self._where):
+            self._remark(TOOLS_LOST, str(self._tools[0].get("function", self._tools[0]).get("name", "")))
 
     # --- the answer
 
@@ -157,36 +182,64 @@ class Conversation:
         content = message["content"]
         prompt, answered = self._until(at, True), self._until(at + 1)
         appends = answered.startswith(prompt) and answered != prompt
-        self._check_fields(message, answered[len(prompt) :] if appends else answered)
+        self._check_fields(at, answered[len(prompt) :] if appends else answered)
         opened = _opened_twice(prompt, content)  # the prompt ends with what the answer begins with
         twice = opened and (not appends or _opened_twice(prompt, answered[len(prompt) :]))
+        twice = twice or self._doubles_thoughts(message, answered[len(self._before(at)) :])
         if appends and not twice and answered.startswith(content, len(prompt)):
             return prompt, answered[len(prompt) :]
         bare = self._before(at)
         if not answered.startswith(bare):
-            raise self._rewritten()
+            return self._behind_another_prompt(prompt, answered, at)
         header, body = prompt.removeprefix(bare) if prompt.startswith(bare) else "", answered[len(bare) :]
         head, tail = frame = self._frame(at) or ("", "")
         start = len(header) if appends else _common(header, body)
         start = min(start, len(head)) if head and not appends else start
         written = body[start:].removesuffix(tail)
         if twice or not _holds(written, content.lstrip().removeprefix(_THINK) if opened else content):
-            if mended := self._mended(prompt, bare, content, frame):
-                self._remark(OPENED_TWICE if twice and _holds(written, content) else LOST, content)
+            # What is written as it stands in the data would lack the tool calls.
+            mended = None if message.get("tool_calls") else self._mended(prompt, bare, content, frame)
+            if mended:
+                if twice and _holds(written, content):
+                    self._remark(*((OPENED_TWICE, _THINK) if opened else (THOUGHTS_ADDED,)))
+                else:
+                    self._remark(LOST, content)
                 return mended
             if not appends:
                 raise self._rewritten()
             self._remark(LOST_FOR_GOOD, content)
         elif not opened and content not in written:
             self._remark(WHITE_SPACE, content)
-        lead = head.removeprefix(header).strip() if head.startswith(header) else ""
-        if lead and lead in written and not any(message.get(name) for name in _REASONING):
+        same = _common(head, header)
+        lead = head[same:].strip() if not header[same:].strip() else ""
+        if lead and written.lstrip().startswith(lead) and lead not in content and not _has_reasoning(message):
             self._remark(ADDED, lead)
-        if not appends and header[start:]:
-            self._remark(OPENED, header[start:] if header[start:].strip() else header.splitlines(keepends=True)[-1])
+        if not appends and header[start:].strip():
+            self._remark(OPENED, header[start:])
         if not body[start:]:
             raise self._rewritten()
         return bare + body[:start], body[start:]
+
+    def _behind_another_prompt(self, prompt: str, answered: str, at: int) -> tuple[str, str]:
+        """The answer of a template that writes the prompt in another way once it is answered.
+
+        It stands behind the last thing that both renderings say in the same way, with its opening.
+        """
+        content, asked = self.messages[at]["content"], self.messages[at - 1]["content"].strip()
+        begin = prompt.rfind(asked)
+        start = answered.rfind(prompt[begin:]) if asked and begin >= 0 else -1
+        answer = answered[start + len(prompt) - begin :]
+        if start < 0 or not answer or not _holds(answer, content):
+            raise self._rewritten()
+        self._remark(PROMPT_REWRITTEN)
+        return prompt, answer
+
+    def _doubles_thoughts(self, message: Message, answered: str) -> bool:
+        """Whether the template puts thoughts of its own in front of those that the answer begins with."""
+        content: str = message["content"].lstrip()
+        if not content.startswith(_THINK) or _has_reasoning(message):
+            return False
+        return answered.count(_THINK) > content.count(_THINK)
 
     def _frame(self, at: int) -> tuple[str, str] | None:
         """What the template puts in front of the answer at ``at`` and behind it, found with a text of another kind."""
@@ -197,11 +250,21 @@ class Conversation:
         head, _, tail = other[len(bare) :].partition(_STAND_IN)
         return head, tail
 
-    def _check_fields(self, message: Message, answered: str) -> None:
+    def _ignores_calls(self, at: int) -> bool:
+        """Whether an answer is rendered in the same way without its tool calls."""
+        message = {name: value for name, value in self.messages[at].items() if name != "tool_calls"}
+        try:
+            return self._render([*self.messages[:at], message], False) == self._until(at + 1)
+        except UnusableRowError:
+            return False
+
+    def _check_fields(self, at: int, answered: str) -> None:
         """Remark on tool calls and reasoning that the template leaves out."""
+        message = self.messages[at]
         calls = message.get("tool_calls") or ()
+        ignored = bool(calls) and self._ignores_calls(at)
         for call in calls:
-            if call["function"]["name"] not in answered:
+            if ignored or call["function"]["name"] not in answered:
                 self._remark(CALLS_LOST, call["function"]["name"])
                 if not message["content"].strip():
                     raise UnusableRowError(
@@ -258,6 +321,18 @@ class Conversation:
             start = prompt.find(content, start + 1)
         return None
 
+    def _is_whole(self, at: int, written: str) -> bool:
+        """Whether an earlier answer is written as it would be if it were the last; remarks on text that never is."""
+        message, alone = self.messages[at], self._until(at + 1)
+        thoughts = [str(message.get(name) or "") for name in _REASONING]
+        if any(_holds(alone, thought) and not _holds(written, thought) for thought in thoughts):
+            return False
+        if not _holds(written, message["content"]):
+            if not message.get("tool_calls") or _holds(alone.removeprefix(self._before(at)), message["content"]):
+                return False
+            self._remark(LOST_FOR_GOOD, message["content"])
+        return True
+
     def _end_of(self, written: str, content: str) -> int:
         """Where the first special token behind an answer ends, or 0."""
         found = self._marks.search(written, len(content)) if self._marks and written.startswith(content) else None
@@ -284,6 +359,10 @@ def _with_text_arguments(message: Message) -> Message:
 def _holds(text: str, part: str) -> bool:
     """Whether a text holds another, white space aside."""
     return part in text or "".join(part.split()) in "".join(text.split())
+
+
+def _has_reasoning(message: Message) -> bool:
+    return any(bool(message.get(name)) for name in _REASONING)
 
 
 def _opened_twice(prompt: str, content: str) -> bool:

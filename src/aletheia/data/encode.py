@@ -8,6 +8,8 @@ that put a space in front of every text (SentencePiece's dummy prefix) do so for
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date
+from itertools import pairwise
 from typing import Any
 
 from aletheia.data.contained import contained
@@ -31,6 +33,8 @@ _CUT_OFF = "no token to learn within `max_length`"
 
 STOP_ADDED = "the chat template ends answers with {}, where generation does not stop; {} is added and learned"
 OTHER_STOP = "answers end with {}, where the model's settings stop; the tokenizer's own end token, {}, is not learned"
+NO_BEGIN = "rows lack {}, which the tokenizer puts in front of text: the chat template does not write it"
+EARLIER_OPEN = "earlier answers end with no token at which generation stops; only the last answer teaches to stop"
 NO_STOP = "the model does not learn to stop: the tokenizer has no end token inside the model's embedding"
 
 
@@ -42,6 +46,7 @@ def load_data(
     vocab_size: int | None = None,
     stops: Collection[int] = (),
     train_on: TrainOn = "all",
+    template_date: date | None = None,
 ) -> Examples:
     """Read files or hub data sets and tokenise them: ``load_rows``, then ``encode``.
 
@@ -49,7 +54,7 @@ def load_data(
         DataError: as these two.
     """
     rows = load_rows(data, skip_unusable)
-    return encode(rows, tokenizer, max_length, skip_unusable, vocab_size, stops, train_on)
+    return encode(rows, tokenizer, max_length, skip_unusable, vocab_size, stops, train_on, template_date)
 
 
 def encode(
@@ -60,6 +65,7 @@ def encode(
     vocab_size: int | None = None,
     stops: Collection[int] = (),
     train_on: TrainOn = "all",
+    template_date: date | None = None,
 ) -> Examples:
     """Tokenise rows, label them and cut them on the right to ``max_length`` tokens.
 
@@ -73,6 +79,7 @@ def encode(
         vocab_size: tokens that the model has an embedding for; others are refused, and none is added.
         stops: ids at which generation stops beside the tokenizer's end token and those in the model's folder.
         train_on: ``all`` answers of a conversation carry a loss, or the ``last`` alone.
+        template_date: the date that a chat template writes, where it writes one; by default that of today.
 
     Raises:
         DataError: max_length below 2, an unusable row, no row left, a token id beyond ``vocab_size``, or a chat
@@ -81,7 +88,7 @@ def encode(
     if max_length < 2:
         raise DataError(f"found a maximum length of {max_length}, expected at least 2; raise `max_length`")
     notes, left_out = Notes(), dict(rows.left_out)
-    usable, scripts = _usable(rows, tokenizer, train_on, skip_unusable, notes, left_out)
+    usable, scripts = _usable(rows, _scripts(rows, tokenizer, train_on, template_date), skip_unusable, notes, left_out)
     closing = _Closing(tokenizer, stop_ids(tokenizer, stops, vocab_size), notes)
     kept: list[Example] = []
     emptied: list[tuple[str, int | None]] = []
@@ -105,13 +112,17 @@ def encode(
 
 
 def _usable(
-    rows: Rows, tokenizer: Any, train_on: str, skip_unusable: bool, notes: Notes, left_out: dict[str, int]
+    rows: Rows,
+    made: Iterator[Script | UnusableRowError],
+    skip_unusable: bool,
+    notes: Notes,
+    left_out: dict[str, int],
 ) -> tuple[list[Row], list[Script]]:
     """The rows that have a script, and their scripts; fills ``notes``, and ``left_out`` with the other rows."""
     usable: list[Row] = []
     scripts: list[Script] = []
     first: UnusableRowError | None = None
-    for row, script in zip(rows.rows, _scripts(rows, tokenizer, train_on), strict=True):
+    for row, script in zip(rows.rows, made, strict=True):
         if isinstance(script, UnusableRowError):
             if not skip_unusable:
                 raise DataError(f"{script}; `skip_unusable=True` leaves such rows out")
@@ -127,7 +138,9 @@ def _usable(
     return usable, scripts
 
 
-def _scripts(rows: Rows, tokenizer: Any, train_on: str) -> Iterator[Script | UnusableRowError]:
+def _scripts(
+    rows: Rows, tokenizer: Any, train_on: str, template_date: date | None
+) -> Iterator[Script | UnusableRowError]:
     """The script of each row, or why there is none; a chat template runs in a process of its own."""
     marks = _marks(tokenizer)
     template = getattr(tokenizer, "chat_template", None)
@@ -135,7 +148,7 @@ def _scripts(rows: Rows, tokenizer: Any, train_on: str) -> Iterator[Script | Unu
     check_size(template, name)
 
     def work(pulse: Callable[[], None]) -> Iterator[Script | UnusableRowError]:
-        makes = Scripts(ChatTemplate(tokenizer, pulse) if template else None, marks, train_on)
+        makes = Scripts(ChatTemplate(tokenizer, pulse, template_date) if template else None, marks, train_on)
         for row in rows.rows:
             try:
                 yield makes.of(row)
@@ -192,6 +205,10 @@ class _Closing:
 
     def __post_init__(self) -> None:
         added = _added(self.tokenizer)
+        own = self.tokenizer.bos_token_id
+        puts = own is not None and self.tokenizer("a")["input_ids"][:1] == [own]
+        self.begin: int | None = own if puts else None
+        self.begin_text = str(self.tokenizer.bos_token)
         self.special = {*self.tokenizer.all_special_ids, *self.stops, *(at for at in added if added[at].special)}
 
     def learned(self, ids: list[int]) -> int:
@@ -207,6 +224,14 @@ class _Closing:
             del ids[before + 1 : last + 1]
             last = before
         return last + 1
+
+    def check(self, input_ids: list[int], labels: list[int], row: Row, plain: bool) -> None:
+        """Note a begin token that is missing, and earlier answers that do not end where generation does."""
+        if self.begin is not None and not plain and self.begin not in input_ids[:2]:
+            self.notes.add(NO_BEGIN, row.where, self.begin_text)
+        ends = [label for label, behind in pairwise(labels) if label != NO_LOSS and behind == NO_LOSS]
+        if self.stops and not set(ends if labels[-1] != NO_LOSS else ends[:-1]) <= set(self.stops):
+            self.notes.add(EARLIER_OPEN, row.where)
 
     def close(self, input_ids: list[int], labels: list[int], row: Row, plain: bool) -> None:
         """Put the end token behind the last answer, where it ends with no token at which generation stops."""
@@ -252,6 +277,7 @@ def _tokens(
         later = _later_ids([text for script in block for text, _ in script.pieces[1:]], tokenizer)
         for script, row in zip(block, rows[start : start + _ROWS_AT_ONCE], strict=True):
             input_ids, labels = _joined(script, plain if script.plain else templated, later, tokenizer, closing)
+            closing.check(input_ids, labels, row, script.plain)
             closing.close(input_ids, labels, row, script.plain)
             yield input_ids, labels
 

@@ -11,6 +11,7 @@ from typing import Any
 from aletheia.data.messages import (
     Message,
     UnusableRowError,
+    check_text_alone,
     checked,
     from_json,
     loss_share,
@@ -31,6 +32,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "prompt, completion": ("prompt", "completion"),
     "prompt, response": ("prompt", "response"),
     "question, answer": ("question", "answer"),
+    "question, response": ("question", "response"),
     "instruction, input, output": ("instruction", "output"),
     "instruction, response": ("instruction", "response"),
     "query, response": ("query", "response"),
@@ -39,12 +41,13 @@ FORMS: dict[str, tuple[str, ...]] = {
 }
 _BESIDE = {"instruction": ("input", "context"), "question": ("context",)}  # what belongs to a question, if it is there
 _SYSTEM, _TOOLS = ("system", "system_prompt"), ("tools", "functions")
+_RATED = ("label", "kto_tag")  # whether an answer is a good one, as true or false
 _ACCEPTED = (
-    "messages | conversations | prompt, completion | prompt, response | question, answer | "
+    "messages | conversations | prompt, completion | prompt, response | question, answer | question, response | "
     "instruction, (optional) input, output | query, response | input, output | text"
 )
 COLUMNS = frozenset(
-    {*_SYSTEM, *_TOOLS, "history", "weight", "input", "context"}.union(*FORMS.values())
+    {*_SYSTEM, *_TOOLS, *_RATED, "history", "weight", "input", "context"}.union(*FORMS.values())
 )  # all that a row may be made of
 
 
@@ -131,12 +134,18 @@ def _used(form: str) -> set[str]:
 
 def _name_unused(table: Table, form: str, notes: Notes) -> None:
     columns = dict.fromkeys([*table.columns, *(name for _, record in table.records for name in record)])
-    unused = tuple(name for name in columns if name not in _used(form))
+    used = _used(form)
+    for name in _RATED:
+        values = [record[name] for _, record in table.records if record.get(name) is not None]
+        if values and all(_rating(value) is not None for value in values):
+            used.add(name)
+    unused = tuple(name for name in columns if name not in used)
     if unused:
         names = f"column{'s' * (len(unused) > 1)} {shown_columns(unused)}"
         verb = "are" if len(unused) > 1 else "is"
         text = f"rows are read as {form}; the {names} {verb} not used"
-        notes.add(text, table.records[0][0], rows=len(table.records))
+        having = [where for where, record in table.records if any(name in record for name in unused)]
+        notes.add(text, (having or [table.records[0][0]])[0], rows=len(having or table.records))
 
 
 def _row(record: dict[str, Any], form: str, where: str, notes: Notes) -> Row:
@@ -148,16 +157,18 @@ def _row(record: dict[str, Any], form: str, where: str, notes: Notes) -> Row:
                 f"{where}: found the columns {shown_columns(tuple(record))}, expected {name!r} too; every row "
                 f"must have the form of the first ({form})",
             )
+    check_text_alone(record, "the columns", where)
     _row_weight(record, where, notes)
     if form == "text":
         return Row(messages=None, text=text_of(record["text"], "text", where), where=where)
     loss_from = 0
     if len(needed) == 1:
-        messages = message_list(record[form], form, where)
+        messages = message_list(record[form], form, where, notes)
     else:
         prompt = _prompt(record, needed[0], where, notes)
         loss_from = len(prompt) if isinstance(record[needed[0]], list) else 0
         messages = prompt + _turns(record[needed[1]], needed[1], "assistant", where, notes)
+    _check_rating(record, where)
     before = _before(record, messages, where, notes)
     messages, loss_from = before + messages, loss_from + len(before) if loss_from else 0
     checked(messages, where, loss_from)
@@ -179,11 +190,26 @@ def _row_weight(record: dict[str, Any], where: str, notes: Notes) -> None:
     )
 
 
+def _rating(value: object) -> bool | None:
+    """Whether an answer is a good one; None for a value that does not say so."""
+    return {"true": True, "false": False}.get(str(value).strip().lower())
+
+
+def _check_rating(record: dict[str, Any], where: str) -> None:
+    for name in _RATED:
+        if _rating(record.get(name)) is False:
+            raise UnusableRowError(
+                "an answer that is rated as a bad one",
+                f"{where}: found {name!r} false, an answer of a preference data set to be avoided, expected answers to "
+                "learn: training is on answers, not on preferences; remove such rows",
+            )
+
+
 def _prompt(record: dict[str, Any], name: str, where: str, notes: Notes) -> tuple[Message, ...]:
     """The question, with what stands beside it in columns of their own."""
     value = record[name]
     if isinstance(value, list):
-        return message_list(value, name, where)
+        return message_list(value, name, where, notes)
     question = _said(value, name, where, notes)
     for other in _BESIDE.get(name, ()):
         extra = record.get(other)
@@ -198,7 +224,7 @@ def _prompt(record: dict[str, Any], name: str, where: str, notes: Notes) -> tupl
 def _turns(value: object, name: str, role: str, where: str, notes: Notes) -> tuple[Message, ...]:
     """Plain text, or a list of messages (TRL's conversational form)."""
     if isinstance(value, list):
-        return message_list(value, name, where)
+        return message_list(value, name, where, notes)
     return ({"role": role, "content": _said(value, name, where, notes)},)
 
 
@@ -223,16 +249,16 @@ def _before(record: dict[str, Any], messages: tuple[Message, ...], where: str, n
         notes.add(f"the column {name!r} is used as a system turn", where)
     history = from_json(record.get("history"))
     if history:
-        before += _history(history, where)
+        before += _history(history, where, notes)
         notes.add("the column 'history' is used as earlier turns", where)
     return tuple(before)
 
 
-def _history(history: object, where: str) -> list[Message]:
+def _history(history: object, where: str, notes: Notes) -> list[Message]:
     if not isinstance(history, list):
         history = [history]
     if all(isinstance(item, dict) for item in history):
-        return list(message_list(history, "history", where))
+        return list(message_list(history, "history", where, notes))
     turns: list[Message] = []
     for at, pair in enumerate(history):
         if not isinstance(pair, list | tuple) or len(pair) != 2:

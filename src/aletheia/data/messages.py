@@ -5,10 +5,11 @@ arguments are JSON text become what chat templates expect.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from aletheia.data.notes import Notes
 from aletheia.data.sources import kind, shown, shown_columns
 from aletheia.errors import DataError
 
@@ -35,6 +36,9 @@ _ROLE_OF = {
 _CALLS = ("function_call", "tool_call")  # roles whose text is a call, or a list of them
 _ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value")
 _LOSS_KEYS = ("weight", "train", "loss")  # how data sets say whether an answer is learned
+_TRUTH = {"true": True, "false": False}  # as a .csv writes them
+_MOST_NAMED = 12  # keys of one message
+MEDIA = ("image", "images", "image_url", "audio", "audios", "input_audio", "video", "videos")
 
 
 class UnusableRowError(DataError):
@@ -89,24 +93,46 @@ def from_json(value: object) -> object:
         return value
 
 
-def message_list(value: object, name: str, where: str) -> tuple[Message, ...]:
-    """The messages of a column.
+def check_text_alone(held: Mapping[str, Any], place: str, where: str) -> None:
+    """Refuse what has an image, a sound or a video beside its text.
+
+    Raises:
+        UnusableRowError: names the column or key.
+    """
+    for name in MEDIA:
+        if held.get(name) not in (None, "", [], {}):
+            raise UnusableRowError(
+                f"{name!r} beside the text",
+                f"{where}: found {name!r} in {place}, expected text alone; training is on text: remove the row",
+            )
+
+
+def message_list(value: object, name: str, where: str, notes: Notes) -> tuple[Message, ...]:
+    """The messages of a column, a list or JSON text of one; keys of theirs that are not used are noted.
 
     Raises:
         UnusableRowError: no list, an empty one, or a message that is none.
     """
+    held = from_json(value)
+    value = held if isinstance(held, list) else value
     if not isinstance(value, list):
         reason = "no messages" if value is None else "a value that is no list of messages"
         raise UnusableRowError(
             reason,
             f"{where}: found {kind(value)} in {name!r}, expected a list of messages with role and content; "
-            "correct the row (in a .csv use another form)",
+            "correct the row (in a .csv write them as JSON, or use another form)",
         )
     if not value:
         raise UnusableRowError(
             "no messages", f"{where}: found an empty list in {name!r}, expected messages; remove the row"
         )
-    return tuple(_message(item, f"{name}[{index}]", where) for index, item in enumerate(value))
+    if all(isinstance(item, str) for item in value):
+        raise UnusableRowError(
+            "a list of texts",
+            f"{where}: found a list of texts in {name!r}, expected text, or a list of messages with role and content; "
+            "write one question and one answer a row",
+        )
+    return tuple(_message(item, f"{name}[{index}]", where, notes) for index, item in enumerate(value))
 
 
 def tool_list(value: object, name: str, where: str) -> tuple[dict[str, Any], ...]:
@@ -152,13 +178,14 @@ def checked(messages: Sequence[Message], where: str, loss_from: int = 0) -> None
 def loss_share(message: Message) -> float:
     """How much of the loss of a message counts, as the data says: 1 where it says nothing."""
     for key in _LOSS_KEYS:
-        value = message.get(key)
+        value = from_json(message.get(key))
+        value = _TRUTH.get(value.strip().lower(), value) if isinstance(value, str) else value
         if isinstance(value, bool | int | float):
             return float(value)
     return 1.0
 
 
-def _message(item: object, name: str, where: str) -> Message:
+def _message(item: object, name: str, where: str, notes: Notes) -> Message:
     if not isinstance(item, dict):
         raise UnusableRowError(
             "a message that is no object",
@@ -176,11 +203,14 @@ def _message(item: object, name: str, where: str) -> Message:
             "write each message as role and content",
         )
     said = item[role_key]
+    said = said.strip().lower() if isinstance(said, str) else said
     role = _ROLE_OF.get(said, said) if isinstance(said, str) else said
+    check_text_alone(item, name, where)
     if role not in ROLES:
         raise UnusableRowError(
             "an unknown role",
-            f"{where}: found the role {shown(said)} in {name}, expected one of {', '.join(ROLES)}; rename the role",
+            f"{where}: found the role {shown(item[role_key])} in {name}, expected one of {', '.join(ROLES)}; "
+            "rename the role",
         )
     content = item.get(text_key)
     if said in _CALLS and not calls:
@@ -188,13 +218,16 @@ def _message(item: object, name: str, where: str) -> Message:
         content = None if calls else content
     text = _content(content, role, f"{name}.{text_key or 'content'}", where, may_be_empty=bool(calls))
     # Other fields, such as a tool's name or a reasoning_content, are for the chat template to use or to ignore.
-    left = {key: value for key, value in item.items() if _is_kept(key, value, role_key, text_key)}
+    own = (role_key, text_key, "role", "content", "tool_calls", "function_call")
+    others = {key: value for key, value in item.items() if key not in own}
+    left = {key: value for key, value in others.items() if _is_kept(key, value)}
+    unused = [key for key, value in others.items() if key not in left and value not in (None, [], {})]
+    for key in unused[:_MOST_NAMED]:
+        notes.add(f"the key {shown(key)} of messages holds no text and is not used", where)
     return {"role": role, "content": text} | left | ({"tool_calls": calls} if calls else {})
 
 
-def _is_kept(key: str, value: object, role_key: str, text_key: str) -> bool:
-    if key in (role_key, text_key, "role", "content", "tool_calls", "function_call"):
-        return False
+def _is_kept(key: str, value: object) -> bool:
     return isinstance(value, str) or (key in _LOSS_KEYS and value is not None)
 
 
@@ -213,6 +246,7 @@ def _part(part: object, name: str, where: str) -> str:
     if isinstance(part, str):
         return part
     if isinstance(part, dict) and (part.get("type") in ("text", None)) and isinstance(part.get("text"), str):
+        check_text_alone(part, name, where)
         return str(part["text"])
     what = part.get("type") if isinstance(part, dict) else None
     found = f"a part of type {shown(what)}" if isinstance(what, str) else f"{kind(part)} as a part"

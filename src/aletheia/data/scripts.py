@@ -11,14 +11,17 @@ from aletheia.data.conversation import Conversation, Piece
 from aletheia.data.forms import Row
 from aletheia.data.messages import UnusableRowError
 from aletheia.data.remarks import (
+    DATED,
     MARKS_IN_TEXT,
     NO_TEMPLATE,
+    NO_TOKEN,
     ONE_WITHOUT,
     RENDERED,
     WHOLE_TEXT,
 )
 from aletheia.data.templates import ChatTemplate
 
+_TOKEN = re.compile(r"<\|[^|<>\s]+\|>|<(?:start|end)_of_\w+>|</s>")
 Remark = tuple[str, str]  # a sentence for Notes, and its example
 
 
@@ -77,10 +80,24 @@ class Scripts:
         if self.template is None:
             return self._joined(row, turns), True
         chat = Conversation(self.template, row.messages, row.tools, row.where, self._remark, self.marks)
-        if mark and (opening := chat.is_rendered()):
-            self._remark(RENDERED, opening)
-            return [(row.messages[0]["content"], False), (row.messages[1]["content"], True)], True
-        return chat.pieces(turns), False
+        if found := chat.as_rendered(bool(mark)):
+            self._remark(RENDERED, found[0])
+            return [(found[1], False), (found[2], True)], True
+        pieces = chat.pieces(turns)
+        text = "".join(text for text, _ in pieces)
+        if self.template.writes_date_in(text):
+            self._remark(DATED, str(self.template.date))
+        self._check_tokens(row, text)
+        return pieces, False
+
+    def _check_tokens(self, row: Row, text: str) -> None:
+        """Remark on what looks like a special token of the chat template and is none of the tokenizer's."""
+        assert self.template is not None
+        assert row.messages is not None
+        for token in dict.fromkeys(_TOKEN.findall(text)):
+            if not self.template.knows(token) and not any(token in message["content"] for message in row.messages):
+                self._remark(NO_TOKEN, token)
+                return
 
     def _mark(self, text: str) -> str:
         found = self.marks.search(text) if self.marks else None

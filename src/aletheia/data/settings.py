@@ -1,5 +1,6 @@
 """Which rows a run learns from, and which are held out. No torch."""
 
+from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -36,6 +37,9 @@ class DataSettings(Settings):
         None,
         "Chat template to use instead of the model's: a .jinja file, or a tokenizer_config.json or chat_template.json.",
         GROUP,
+    )
+    template_date: date | None = option(
+        None, "Date that a chat template writes, such as 2026-01-31, where it writes one (today by default).", GROUP
     )
     eval_data: tuple[str, ...] = option((), "Held-out rows, in any form that `data` takes.", GROUP)
     eval_fraction: float | None = option(

@@ -1,9 +1,11 @@
 """Chat templates: read from a file, and run on messages. A template is a program of its model's author."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
+from datetime import date
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,11 @@ from aletheia.data.sources import one_line
 from aletheia.errors import DataError
 
 LARGEST = 1_000_000  # characters of a template; the longest of known models have 30,000
+_DATE = re.compile(r"""strftime_now\(\s*(?:"([^"\\]*)"|'([^'\\]*)')\s*\)""")
+_MARK = re.compile(r"<[^<>\n]{1,60}>|\[/?[A-Za-z_]+\]")  # what looks like a special token
+_WHOLE = re.compile(rf"{_MARK.pattern}|.", re.DOTALL)
+_ROLE = re.compile(r"(?im)^\s*(system|developer|user|human|assistant)\b:?")
+_WORD = re.compile(r"[^\W\d_]{2,}")
 _ADDED, _GROWTH = 50_000, 10  # characters that a template may add to a row, and how often it may repeat one
 
 
@@ -73,10 +80,13 @@ def check_size(template: object, name: str) -> None:
 class ChatTemplate:
     """A tokenizer's chat template as a function from messages to text."""
 
-    def __init__(self, tokenizer: Any, pulse: Callable[[], None] = lambda: None) -> None:
-        """``pulse`` is called after each rendering."""
+    def __init__(
+        self, tokenizer: Any, pulse: Callable[[], None] = lambda: None, template_date: date | None = None
+    ) -> None:
+        """``pulse`` is called after each rendering; ``template_date`` is what the template takes for today."""
         self._tokenizer = tokenizer
         self._pulse = pulse
+        self.date = (template_date or date.today()) if writes_date(tokenizer) else None
 
     def render(
         self, messages: Sequence[Message], generation: bool, where: str, tools: Sequence[dict[str, Any]] = ()
@@ -108,10 +118,30 @@ class ChatTemplate:
     ) -> str:
         if as_parts:
             messages = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        given = list(tools) or None
+        template = None
+        if (today := self.date) is not None:
+            template = self._tokenizer.get_chat_template(None, given)
+            template = _DATE.sub(lambda found: json.dumps(today.strftime(found[1] or found[2] or "")), template)
         text: str = self._tokenizer.apply_chat_template(
-            list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=generation
+            list(messages), given, chat_template=template, tokenize=False, add_generation_prompt=generation
         )
         return text
+
+    def writes_date_in(self, text: str) -> bool:
+        """Whether the date stands in a text as the template writes it."""
+        if (today := self.date) is None:
+            return False
+        formats = {one or other for one, other in _DATE.findall(str(self._tokenizer.chat_template))}
+        return any(today.strftime(form) in text for form in formats if form)
+
+    def knows(self, token: str) -> bool:
+        """Whether a text is one token of the tokenizer."""
+        return token in self._vocabulary
+
+    @cached_property
+    def _vocabulary(self) -> dict[str, int]:
+        return dict(self._tokenizer.get_vocab())
 
     @cached_property
     def _wants_parts(self) -> bool:
@@ -128,18 +158,56 @@ class ChatTemplate:
         return False
 
     @cached_property
-    def system_of_its_own(self) -> str:
-        """The text of the system turn that the template adds where there is none; empty if it adds none."""
-        user, system = ({"role": role, "content": f"the {role} says"} for role in ("user", "system"))
+    def user_frame(self) -> tuple[str, str]:
+        """What stands in front of the text of a user turn and behind it, whatever the template begins with."""
+        first, answer, second = "what the user says", "what is answered", "what the user asks then"
+        turns = [("user", first), ("assistant", answer), ("user", second)]
+        messages = [{"role": role, "content": content} for role, content in turns]
         try:
-            bare = self.render([user], True, "")
-            given = self.render([system, user], True, "")
+            alone, three = self.render(messages[:1], False, ""), self.render(messages, False, "")
+        except UnusableRowError:
+            return "", ""
+        before, found, behind = alone.partition(first)
+        first_end, _, rest = three.partition(first)[2].partition(answer)
+        head = _same_end(before, rest.partition(second)[0]) if found else ""
+        return head, _same_end(behind, first_end, begin=True)
+
+    def _own_system(self, system: str) -> str:
+        said = "what the user says"
+        messages = [{"role": "user", "content": said}]
+        try:
+            text = self.render([{"role": "system", "content": system}, *messages] if system else messages, False, "")
         except UnusableRowError:
             return ""
-        before, found, behind = given.partition(system["content"])
-        if not found or not before or not bare.startswith(before) or not bare.endswith(behind):
-            return ""
-        return bare[len(before) : len(bare) - len(behind)].strip() if len(bare) > len(before) + len(behind) else ""
+        before, found, _ = text.partition(said)
+        before = before.removesuffix(self.user_frame[0]) if found else ""
+        bare = _MARK.sub("\n", before.replace(system, "\n") if system else before)
+        words = _ROLE.sub("", bare)
+        if len(_WORD.findall(words)) > 1:
+            return " ".join(words.split())
+        return "" if system or not _WORD.search(bare) else before.removeprefix(self._tokenizer.bos_token or "")
+
+    @cached_property
+    def system_of_its_own(self) -> str:
+        """What the template says in a system turn where the data have none; empty if it says nothing."""
+        return self._own_system("")
+
+    @cached_property
+    def system_beside(self) -> str:
+        """What the template adds to a system turn of the data; empty if it adds nothing."""
+        return self._own_system("what the system turn says")
+
+
+def _same_end(one: str, other: str, begin: bool = False) -> str:
+    """What two texts end with, or begin with; what looks like a special token counts as a whole."""
+    sides = [_WHOLE.findall(text)[:: 1 if begin else -1] for text in (one, other)]
+    same = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))]
+    return "".join(same if begin else reversed(same))
+
+
+def writes_date(tokenizer: Any) -> bool:
+    """Whether the chat template of a tokenizer writes the date of the day."""
+    return _DATE.search(str(getattr(tokenizer, "chat_template", None) or "")) is not None
 
 
 def try_template(tokenizer: Any) -> None:

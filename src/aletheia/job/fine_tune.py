@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from datetime import date
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -19,6 +20,7 @@ from aletheia.anatomy.settings import LoadSettings
 from aletheia.data.examples import Example, Examples
 from aletheia.data.rows import Rows, load_rows
 from aletheia.data.settings import DataSettings
+from aletheia.data.templates import writes_date
 from aletheia.errors import TrainingError
 from aletheia.files import beside, is_sealed, write_text
 from aletheia.job.adapter import Start
@@ -119,12 +121,17 @@ class Job:
         start = Start.of(settings)
         given = self._given()
         found = self._checkpoint(resume)
+        asked = settings.data
+        self._set_date(found)
+        settings = self.settings
         skip = settings.data.skip_unusable
         rows = load_rows(settings.data.data, skip)
         eval_rows = load_rows(settings.data.eval_data, skip) if settings.data.eval_data else None
         self.say(f"load   {settings.model.model}")
         with self._timed("load"):
             base, data = self._load(rows, start)
+        if not writes_date(base.tokenizer):  # the day is no matter to such a run, nor to its record
+            self.settings = settings = settings.model_copy(update={"data": asked})
         show_first(data, base.tokenizer, self.say)
         data, held_out = split_for(base, data, eval_rows, settings.data, settings.training.seed, self.say)
         if start is None:
@@ -188,6 +195,14 @@ class Job:
             {name: found.manifest.about[name] for name in now if name in found.manifest.about}, now, self.folder.path
         )
         return found
+
+    def _set_date(self, found: TrainingCheckpoint | None) -> None:
+        """The date for chat templates that write one: as asked, else that of the interrupted run, else today's."""
+        data = self.settings.data
+        if data.template_date is None:
+            begun = found.manifest.about.get("template_date") if found is not None else None
+            day = date.fromisoformat(begun) if begun else self.launch.computed_by_first(date.today)
+            self.settings = self.settings.model_copy(update={"data": data.model_copy(update={"template_date": day})})
 
     def _given(self) -> Plan | None:
         """The plan to follow, if one was given."""

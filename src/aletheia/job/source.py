@@ -87,7 +87,9 @@ def encode_for(base: Source, rows: Rows, data: DataSettings, say: Say = to_stder
         say(f"{NOTE}the model has {positions} positions; `max_length` {data.max_length}{_LOWERED}")
     length = min(data.max_length, positions)
     stops = stop_ids_of(base.model)
-    examples = encode(rows, base.tokenizer, length, data.skip_unusable, base.vocab_size, stops, data.train_on)
+    examples = encode(
+        rows, base.tokenizer, length, data.skip_unusable, base.vocab_size, stops, data.train_on, data.template_date
+    )
     for note in (*examples.notes, *count_notes(examples)):
         say(NOTE + note)
     return examples
