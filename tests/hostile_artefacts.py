@@ -81,6 +81,17 @@ CONFIGS = {
     "head size 1e15": {"head_dim": 10**15},
     "heads that do not divide": {"num_attention_heads": 7, "num_key_value_heads": 5, "head_dim": None},
     "1e9 experts": {"model_type": "qwen3_moe", "num_experts": 10**9},
+    "1e8 labels": {"num_labels": 10**8},
+    "1e8 labels in a text config": {"model_type": "gemma3", "text_config": {"num_labels": 10**8}},
+    "1e6 labels with names": {"id2label": {str(at): "a" for at in range(10**5 + 1)}},
+    "1e6 experts": {"model_type": "qwen3_moe", "num_experts": 10**6},
+    "1e5 of what nobody names": {"num_whatever": 10**5},
+    "1e12 of what nobody counts": {"whatever": 10**12},
+    "1e9 of a list in lists": {"model_type": "gpt_neo", "attention_types": [[["global"], 10**9]]},
+    "1e6 tokens that end": {"eos_token_id": list(range(10**6))},
+    "101 tokens that end": {"eos_token_id": list(range(101))},
+    "1e5 types of layers": {"layer_types": ["full_attention"] * (10**5 + 1)},
+    "a long list of nothing": {"whatever": [0] * 10_001},
     "1e12 positions": {"max_position_embeddings": 10**12},
     "1e18 positions of rope": {
         "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 10**18}
@@ -108,6 +119,19 @@ CONFIG_TEXTS = {
     "not UTF-8": b"\xff\xfe\x00",
     "100 MB": b'{"model_type": "llama", "x": "' + b"a" * 10**8 + b'"}',
 }
+
+
+GENERATION = {
+    "1e5 tokens that end": {"eos_token_id": list(range(10**5))},
+    "a long list": {"suppress_tokens": [1] * 10_001},
+    "1e12 beams": {"num_beams": 10**12},
+}
+
+
+def _generation(folder, base, values):
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    return folder
 
 
 def _code(folder, base, model_type="pearlm", tokenizer=False, **auto):
@@ -303,6 +327,9 @@ def artefacts(base, adapter, model, folder):
         add("config", name, lambda at, v=values: load(str(changed(base, at / "m", **v))))
     for name, text in CONFIG_TEXTS.items():
         add("config", name, lambda at, t=text: inspect(str(_config_text(base, at / "m", t))))
+    for name, values in GENERATION.items():
+        add("generation", name, lambda at, v=values: load(str(_generation(at / "m", base, v))))
+        add("generation streamed", name, lambda at, v=values: Checkpoint(str(_generation(at / "m", base, v))))
     for name, content in WEIGHTS.items():
         add("weights", name, lambda at, c=content: load(str(_weights(at / "m", base, c)), "float32"))
     for name, content in GGUF.items():

@@ -245,8 +245,8 @@ class Checkpoint:
 
     def run(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """The hidden states [B, T, D] that a layer returns; the stand-ins learn the form of its output."""
-        output: torch.Tensor | tuple[Any, ...] = layer(*args, **kwargs)
-        if not isinstance(output, tuple):
+        output: torch.Tensor | tuple[Any, ...] | list[Any] = layer(*args, **kwargs)
+        if not isinstance(output, tuple | list):
             self.set_outputs(None)
             return output
         self.set_outputs([isinstance(item, torch.Tensor) and item.is_floating_point() for item in output[1:]])

@@ -15,17 +15,30 @@ from aletheia.anatomy.settings import Attention
 from aletheia.errors import ModelError
 from aletheia.settings import MOST_LAYERS, MOST_PARAMETERS, MOST_TOKENS, WIDEST
 
-CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+CONFIG, ADAPTER_CONFIG, GENERATION_CONFIG = "config.json", "adapter_config.json", "generation_config.json"
 CONFIG_BYTES = 10_000_000  # of a file of settings; the largest seen are below 1 MB
 TOKENIZER_BYTES = 250_000_000  # of tokenizer.json and what else lies beside it; the largest seen are below 40 MB
 DEEPEST = 32  # levels of a config; real ones have 3 or 4
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")
+LONGEST, MOST_TOKEN_IDS, MOST_NAMES = 10_000, 100, 100_000  # entries of a list; of lists of names, of labels
+_NAMED = re.compile(r"modules|ignore|layers")  # lists that name weights
+_LABELS, _EXPERTS = re.compile(r"^num_labels$"), re.compile(r"experts?$")
+_COUNTS = re.compile(r"^(n|num)_|_(count|num)$")
+_FREE = re.compile(r"seed|theta|param|max_length|window|version|new_tokens|flops|time|total|size_bytes")  # build nothing
 _LAYERS = re.compile(r"(^|_)(n|num|encoder|decoder|hidden|mtp|nextn)?_?(n_)?(layers?|blocks|depth)$")
 _COUNTED = ("num_hidden_layers", "n_layer", "n_layers", "hidden_size", "n_embd", "d_model", "vocab_size")
 _TOKENS = re.compile(r"vocab|position|n_ctx|context|seq_len|sequence_length")
 _WIDTH = re.compile(r"size|dim|heads?$|rank|experts?$|width|inner|n_embd|d_model|d_ff|ffn|channels|kernel|groups")
+_LIMITS = (  # by the words in a name, the first that fits; what is built of most is a module, a label or a row each
+    (_LABELS, 10_000),
+    (_LAYERS, MOST_LAYERS),
+    (_EXPERTS, 2**14),
+    (_TOKENS, MOST_TOKENS),
+    (_WIDTH, WIDEST),
+)
+_OTHERS = ((_FREE, None), (_COUNTS, 2**16), (re.compile(""), MOST_TOKENS))  # of whole numbers alone
 _GGUF_KEYS = {
     **dict.fromkeys(("block_count",), MOST_LAYERS),
     **dict.fromkeys(("embedding_length", "feed_forward_length", "head_count", "expert_count"), WIDEST),
@@ -84,9 +97,9 @@ def read_settings(path: Path) -> dict[str, Any]:
 def check_config(config: dict[str, Any], name: str) -> None:
     """Refuse a config whose model nobody can build, before it is built, even without weights.
 
-    Of the numbers by the words in their names: layers up to ``MOST_LAYERS``, sizes up to ``WIDEST``, tokens and
-    positions up to ``MOST_TOKENS``; and all that together up to ``MOST_PARAMETERS``. Code of a hub's that would compute
-    attention is refused, too.
+    Of the numbers by the words in their names: layers up to ``MOST_LAYERS``, sizes up to ``WIDEST``, tokens, positions
+    and whole numbers of any other name up to ``MOST_TOKENS``; and all that together up to ``MOST_PARAMETERS``. Lists
+    are of ``LONGEST`` entries at most. Code of a hub's that would compute attention is refused, too.
 
     Raises:
         ModelError: names the setting, what it is and what it may be.
@@ -101,10 +114,21 @@ def check_config(config: dict[str, Any], name: str) -> None:
                     )
         if key == "transformers_weights" and value is not None and not is_plain_name(str(value), ".safetensors"):
             raise ModelError(f"{name}: {key} is {str(value)[:80]!r}; expected a .safetensors file of the folder")
-        for number in value if isinstance(value, list) else (value,):
-            _check_number(key, number, name)
+    check_values(config, name)
     for inner in _parts(config):
         _check_parameters(inner, name)
+
+
+def check_values(config: dict[str, Any], name: str) -> None:
+    """Refuse numbers that are too large and lists that are too long, such as of a ``generation_config.json``.
+
+    Raises:
+        ModelError: as :func:`check_config`.
+    """
+    for key, value in _settings(config, name):
+        _check_length(key, value, name)
+        for number in _flat(value):
+            _check_number(key, number, name)
 
 
 def base_of_adapter(folder: Path) -> str:
@@ -204,13 +228,16 @@ def _settings(config: dict[str, Any], name: str, depth: int = 0) -> Iterator[tup
     if depth > DEEPEST:
         raise ModelError(f"{name}: its config is nested more than {DEEPEST} levels deep; fetch it again")
     for key, value in config.items():
-        if key not in ("id2label", "label2id", "task_specific_params"):
-            yield key, value
-            for inner in value if isinstance(value, list) else (value,):
+        if key in ("id2label", "label2id"):
+            if isinstance(value, dict | list) and len(value) > MOST_NAMES:
+                raise ModelError(f"{name}: {key} has {len(value):,} labels; expected at most {MOST_NAMES:,}")
+        elif key != "task_specific_params":
+            for inner in value if isinstance(value, list) else ():
+                _check_nesting(inner, name, depth + 1)
+            yield str(key), value
+            for inner in _flat(value):
                 if isinstance(inner, dict):
                     yield from _settings(inner, name, depth + 1)
-                elif isinstance(inner, list):
-                    _check_nesting(inner, name, depth + 1)
 
 
 def _check_nesting(value: Any, name: str, depth: int) -> None:
@@ -220,6 +247,24 @@ def _check_nesting(value: Any, name: str, depth: int) -> None:
         _check_nesting(inner, name, depth + 1)
 
 
+def _flat(value: Any) -> Iterator[Any]:
+    """What lists in lists hold; how deep they are is checked before."""
+    for inner in value if isinstance(value, list) else ():
+        yield from _flat(inner)
+    if not isinstance(value, list):
+        yield value
+
+
+def _check_length(key: str, value: Any, name: str) -> None:
+    """Of a list and of those in it."""
+    most = MOST_TOKEN_IDS if key.endswith("_token_id") else MOST_NAMES if _NAMED.search(key) else LONGEST
+    if isinstance(value, list):
+        if len(value) > most:
+            raise ModelError(f"{name}: {key} has {len(value):,} entries; expected at most {most:,}; fetch it again")
+        for inner in value:
+            _check_length(key, inner, name)
+
+
 def _check_number(key: str, value: Any, name: str) -> None:
     is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     if key in _COUNTED and value is not None and not is_count:
@@ -227,9 +272,9 @@ def _check_number(key: str, value: Any, name: str) -> None:
         raise ModelError(f"{name}: {key} is {shown}; expected a whole number of at least 1; fetch config.json again")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    for words, most in ((_LAYERS, MOST_LAYERS), (_TOKENS, MOST_TOKENS), (_WIDTH, WIDEST)):
+    for words, most in (*_LIMITS, *(_OTHERS if isinstance(value, int) else ())):
         if words.search(key):
-            if not value <= most:  # NaN, too
+            if most is not None and not value <= most:  # NaN, too
                 raise ModelError(f"{name}: {key} is {value:,}; expected at most {most:,}; fetch config.json again")
             return
 

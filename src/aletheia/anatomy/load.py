@@ -141,6 +141,8 @@ def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
             foreign.check_config(found, name)
             if foreign.needs_code(found) and not trust_remote_code:
                 raise ModelError(_CODE.format(name=name))
+            if (generation := foreign.found_file(name, foreign.GENERATION_CONFIG)) is not None:
+                foreign.check_values(foreign.read_settings(generation), f"{foreign.GENERATION_CONFIG} of {name}")
         config: PretrainedConfig = AutoConfig.from_pretrained(**place, trust_remote_code=trust_remote_code)
         foreign.check_config(config.to_dict(), name)  # by the names that transformers has for them, too
         return config
