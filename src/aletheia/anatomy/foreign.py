@@ -21,12 +21,15 @@ TOKENIZER_BYTES = 250_000_000  # of tokenizer.json and what else lies beside it;
 DEEPEST = 32  # levels of a config; real ones have 3 or 4
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
+_DTYPE = re.compile(r"auto|(torch\.)?(b?float\d\w*|u?int\d+|half|double|float|complex\d+|bool)")
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")
 LONGEST, MOST_TOKEN_IDS, MOST_NAMES = 10_000, 100, 100_000  # entries of a list; of lists of names, of labels
 _NAMED = re.compile(r"modules|ignore|layers")  # lists that name weights
 _LABELS, _EXPERTS = re.compile(r"^num_labels$"), re.compile(r"experts?$")
 _COUNTS = re.compile(r"^(n|num)_|_(count|num)$")
-_FREE = re.compile(r"seed|theta|param|max_length|window|version|new_tokens|flops|time|total|size_bytes")  # build nothing
+_FREE = re.compile(
+    r"seed|theta|param|max_length|window|version|new_tokens|flops|time|total|size_bytes"
+)  # build nothing
 _LAYERS = re.compile(r"(^|_)(n|num|encoder|decoder|hidden|mtp|nextn)?_?(n_)?(layers?|blocks|depth)$")
 _COUNTED = ("num_hidden_layers", "n_layer", "n_layers", "hidden_size", "n_embd", "d_model", "vocab_size")
 _TOKENS = re.compile(r"vocab|position|n_ctx|context|seq_len|sequence_length")
@@ -114,6 +117,10 @@ def check_config(config: dict[str, Any], name: str) -> None:
                     )
         if key == "transformers_weights" and value is not None and not is_plain_name(str(value), ".safetensors"):
             raise ModelError(f"{name}: {key} is {str(value)[:80]!r}; expected a .safetensors file of the folder")
+        if key in ("dtype", "torch_dtype") and isinstance(value, str) and not _DTYPE.fullmatch(value):
+            raise ModelError(f"{name}: {key} is {value[:60]!r}; expected float32, bfloat16, float16 or the like")
+        if key == "quantization_config":
+            _check_quantization(value, name)
     check_values(config, name)
     for inner in _parts(config):
         _check_parameters(inner, name)
@@ -149,6 +156,14 @@ def found_file(name: str, file: str) -> Path | None:
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
     found = cached_file(name, file, **quiet)
     return None if found is None else Path(found)
+
+
+def tokenizer_files(name: str) -> list[Path]:
+    """The files of a folder or hub id from which a tokenizer may be built, as far as can be known."""
+    if (folder := Path(name)).is_dir():
+        return sorted(folder.glob("tokenizer*.json"))
+    found = None if name.endswith(".gguf") else found_file(name, "tokenizer.json")
+    return [] if found is None else [found]
 
 
 def needs_code(config: dict[str, Any]) -> bool:
@@ -221,6 +236,22 @@ def check_gguf(path: Path) -> None:
 def is_plain_name(name: str, ending: str) -> bool:
     """Whether a name is that of a file in the same folder, with this ending."""
     return name == Path(name).name and name not in ("", ".", "..") and "\\" not in name and name.endswith(ending)
+
+
+def _check_quantization(told: Any, name: str) -> None:
+    """Of a method that transformers does not know it would read the packed weights as if they were plain."""
+    if told is None or not isinstance(told, dict):
+        return
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    method = told.get("quant_method")
+    method = str(getattr(method, "value", method))
+    is_old = method == "None" and (told.get("load_in_4bit") or told.get("load_in_8bit"))
+    if not is_old and method not in (*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"):
+        raise ModelError(
+            f"{name}: quant_method is {method[:80]!r} in its quantization_config, which transformers does not know; "
+            f"expected one of {', '.join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))}"
+        )
 
 
 def _settings(config: dict[str, Any], name: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
