@@ -106,6 +106,8 @@ CONFIGS = {
     "attention from a hub": {"attn_implementation": "evil/kernels"},
     "attention of a part from a hub": {"_attn_implementation": {"text_config": "evil/kernels@main:attn"}},
     "experts from a hub": {"experts_implementation": "evil/kernels"},
+    "dtype of 1024 bits": {"dtype": "float1024"},
+    "packed by a word": {"quantization_config": "4bit"},
     "packed by nobody": {"quantization_config": {"quant_method": "nosuch"}},
     "packed by nobody named": {"quantization_config": {"bits": 4}},
     "4 bits of plain weights": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},

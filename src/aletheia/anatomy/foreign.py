@@ -21,7 +21,7 @@ TOKENIZER_BYTES = 250_000_000  # of tokenizer.json and what else lies beside it;
 DEEPEST = 32  # levels of a config; real ones have 3 or 4
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
-_DTYPE = re.compile(r"auto|(torch\.)?(b?float\d\w*|u?int\d+|half|double|float|complex\d+|bool)")
+_DTYPE = re.compile(r"auto|(torch\.)?(b?float16|float(32|64)|float[48]_\w+|u?int\d+|half|double|float|complex\d+|bool)")
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")
 LONGEST, MOST_TOKEN_IDS, MOST_NAMES = 10_000, 100, 100_000  # entries of a list; of lists of names, of labels
 _NAMED = re.compile(r"modules|ignore|layers")  # lists that name weights
@@ -240,8 +240,10 @@ def is_plain_name(name: str, ending: str) -> bool:
 
 def _check_quantization(told: Any, name: str) -> None:
     """Of a method that transformers does not know it would read the packed weights as if they were plain."""
-    if told is None or not isinstance(told, dict):
+    if told is None or (not isinstance(told, dict) and hasattr(told, "quant_method")):
         return
+    if not isinstance(told, dict):
+        raise ModelError(f"{name}: quantization_config is {str(told)[:60]!r}; expected an object with quant_method")
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     method = told.get("quant_method")
