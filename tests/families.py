@@ -80,6 +80,11 @@ OTHERS = {  # attention alone
     "jetmoe": {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     "mpt": {**BARE, "d_model": 32, "n_heads": 4, "n_layers": 4, "max_seq_len": 512},
     "nemotron": {},
+    "openai-gpt": {  # a layer returns a list
+        **BARE,
+        **{"n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 512, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+        "resid_pdrop": 0.0,
+    },
     "opt": {
         **BARE,
         **{"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "dropout": 0.0},

@@ -81,6 +81,17 @@ CONFIGS = {
     "head size 1e15": {"head_dim": 10**15},
     "heads that do not divide": {"num_attention_heads": 7, "num_key_value_heads": 5, "head_dim": None},
     "1e9 experts": {"model_type": "qwen3_moe", "num_experts": 10**9},
+    "1e8 labels": {"num_labels": 10**8},
+    "1e8 labels in a text config": {"model_type": "gemma3", "text_config": {"num_labels": 10**8}},
+    "1e6 labels with names": {"id2label": {str(at): "a" for at in range(10**5 + 1)}},
+    "1e6 experts": {"model_type": "qwen3_moe", "num_experts": 10**6},
+    "1e5 of what nobody names": {"num_whatever": 10**5},
+    "1e12 of what nobody counts": {"whatever": 10**12},
+    "1e9 of a list in lists": {"model_type": "gpt_neo", "attention_types": [[["global"], 10**9]]},
+    "1e6 tokens that end": {"eos_token_id": list(range(10**6))},
+    "101 tokens that end": {"eos_token_id": list(range(101))},
+    "1e5 types of layers": {"layer_types": ["full_attention"] * (10**5 + 1)},
+    "a long list of nothing": {"whatever": [0] * 10_001},
     "1e12 positions": {"max_position_embeddings": 10**12},
     "1e18 positions of rope": {
         "rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 10**18}
@@ -95,6 +106,14 @@ CONFIGS = {
     "attention from a hub": {"attn_implementation": "evil/kernels"},
     "attention of a part from a hub": {"_attn_implementation": {"text_config": "evil/kernels@main:attn"}},
     "experts from a hub": {"experts_implementation": "evil/kernels"},
+    "dtype of 1024 bits": {"dtype": "float1024"},
+    "packed by a word": {"quantization_config": "4bit"},
+    "packed by nobody": {"quantization_config": {"quant_method": "nosuch"}},
+    "packed by nobody named": {"quantization_config": {"bits": 4}},
+    "4 bits of plain weights": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+    "8 bits of plain weights": {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+    "packed and far too few": {"quantization_config": {"quant_method": "gptq", "bits": 4}, "hidden_size": 2**15},
+    "another width": {"hidden_size": 64},
     "weights elsewhere": {"transformers_weights": "../../../etc/passwd"},
     "weights that are a pickle": {"transformers_weights": "adapter_model.bin"},
 }
@@ -108,6 +127,78 @@ CONFIG_TEXTS = {
     "not UTF-8": b"\xff\xfe\x00",
     "100 MB": b'{"model_type": "llama", "x": "' + b"a" * 10**8 + b'"}',
 }
+
+
+def _added(count, text="<|{}|>"):
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return [{"id": 259 + at, "content": text.format(at), "special": True, **flags} for at in range(count)]
+
+
+def _replace(pattern, content):
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def _split(regex):
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+
+
+def _template(pieces, ids=(258,)):
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    begin = {"id": "<s>", "ids": list(ids), "tokens": ["<s>"] * len(ids)}
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}] * pieces + [text]
+    return {"type": "TemplateProcessing", "single": single, "pair": [text, text], "special_tokens": {"<s>": begin}}
+
+
+DOUBLED = [_replace({"String": "x"}, "xx"), {"type": "Prepend", "prepend": "x"}]
+TOKENIZERS = {
+    "an empty text replaced by a megabyte": {"normalizer": _replace({"String": ""}, "x" * 10**6)},
+    "an empty text replaced": {"normalizer": _replace({"String": ""}, "x")},
+    "nothing replaced": {"normalizer": _replace({"Regex": "~*"}, "x")},
+    "a letter replaced by many": {"normalizer": _replace({"String": "e"}, "x" * 101)},
+    "doubled 40 times": {"normalizer": {"type": "Sequence", "normalizers": DOUBLED * 40}},
+    "tripled in a chain": {
+        "normalizer": {
+            "type": "Sequence",
+            "normalizers": [_replace({"String": a}, b * 9) for a, b in ("ab", "bc", "cd", "de")],
+        }
+    },
+    "a pattern that never ends": {"pre_tokenizer": _split("(a+)+$")},
+    "a pattern replaced that never ends": {"normalizer": _replace({"Regex": r"([ab]*)*c"}, "x")},
+    "a long pattern": {"pre_tokenizer": _split("|".join(f"a{at}" for at in range(5_000)))},
+    "no pattern": {"pre_tokenizer": _split("(")},
+    "pieces of no length": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "a megabyte before every text": {"normalizer": {"type": "Prepend", "prepend": "x" * 10**6}},
+    "10,000 normalizers": {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Lowercase"}] * 10_000}},
+    "10,000 decoders": {"decoder": {"type": "Sequence", "decoders": [{"type": "Fuse"}] * 10_000}},
+    "10,000 tokens before every text": {"post_processor": _template(10_000)},
+    "10,000 ids for a token": {"post_processor": _template(1, [258] * 10_000)},
+    "padding to 1e9 tokens": {"padding": {"strategy": {"Fixed": 10**9}, "direction": "Right", "pad_id": 0}},
+    "200,000 added tokens": {"added_tokens": _added(200_000)},
+    "an added token of a megabyte": {"added_tokens": _added(1, "a" * 10**6)},
+    "words of 1e9": {"model": {"type": "WordPiece", "vocab": {"a": 0}, "max_input_chars_per_word": 10**9}},
+    "a list": [1],
+    "nested deep": {"normalizer": json.loads('{"type": "Sequence", "normalizers": [' * 200 + "]}" * 200)},
+}
+
+
+def _tokenizer(folder, base, values):
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    told = json.loads((folder / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(told | values if isinstance(values, dict) else values))
+    return folder
+
+
+GENERATION = {
+    "1e5 tokens that end": {"eos_token_id": list(range(10**5))},
+    "a long list": {"suppress_tokens": [1] * 10_001},
+    "1e12 beams": {"num_beams": 10**12},
+}
+
+
+def _generation(folder, base, values):
+    shutil.copytree(base, folder, dirs_exist_ok=True)
+    (folder / "generation_config.json").write_text(json.dumps(values))
+    return folder
 
 
 def _code(folder, base, model_type="pearlm", tokenizer=False, **auto):
@@ -303,6 +394,11 @@ def artefacts(base, adapter, model, folder):
         add("config", name, lambda at, v=values: load(str(changed(base, at / "m", **v))))
     for name, text in CONFIG_TEXTS.items():
         add("config", name, lambda at, t=text: inspect(str(_config_text(base, at / "m", t))))
+    for name, values in TOKENIZERS.items():
+        add("tokenizer", name, lambda at, v=values: load(str(_tokenizer(at / "m", base, v))))
+    for name, values in GENERATION.items():
+        add("generation", name, lambda at, v=values: load(str(_generation(at / "m", base, v))))
+        add("generation streamed", name, lambda at, v=values: Checkpoint(str(_generation(at / "m", base, v))))
     for name, content in WEIGHTS.items():
         add("weights", name, lambda at, c=content: load(str(_weights(at / "m", base, c)), "float32"))
     for name, content in GGUF.items():

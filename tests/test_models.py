@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import aletheia
 from aletheia.adapters.adapt import adapted_modules
+from aletheia.anatomy.checkpoint import Checkpoint
+from aletheia.anatomy.faults import explained
 from aletheia.anatomy.load import inspect, load
 from aletheia.anatomy.read import read_anatomy
 from aletheia.data.batches import collate
@@ -268,6 +270,53 @@ def test_a_model_that_fails_on_text_alone_is_one_line(examples):
 
     with pytest.raises(ModelError, match=r"is not to be trained on text alone: pixel_values are needed \(ValueError\)"):
         check_passes(with_norm(make_model("llama"), Failing()), examples)
+
+
+def test_a_check_that_gives_no_reason_is_told_as_such(examples):
+    class Checked(nn.Module):
+        def forward(self, hidden_BTD):
+            raise AssertionError
+
+    with pytest.raises(ModelError, match=r"a check of the library fails, no reason given \(AssertionError\)"):
+        check_passes(with_norm(make_model("llama"), Checked()), examples)
+
+
+@pytest.mark.parametrize("settings", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+@pytest.mark.parametrize("read", [load, lambda name: next(Checkpoint(name).read_layers([0], False))])
+def test_plain_weights_under_a_config_of_packed_ones_are_refused(settings, read, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    make_model("llama").save_pretrained(tmp_path / "m")
+    make_tokenizer().save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", **settings}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"quantization_config of .* tells of packed weights, .*q_proj is not"):
+        read(str(tmp_path / "m"))
+
+
+@pytest.mark.parametrize(
+    ("told", "shown"),
+    [
+        ("One thing. Another thing.", "its config or weights do not fit together: One thing (ValueError)"),
+        ("word " * 100, "word word ... (ValueError)"),
+        ("", "no reason given (ValueError)"),
+    ],
+)
+def test_a_library_gives_the_reason_and_we_say_what_is_wrong(told, shown):
+    with pytest.raises(ModelError) as caught, explained("m"):
+        raise ValueError(told)
+    assert shown in str(caught.value)
+    assert len(str(caught.value)) < 350
+
+
+def test_a_model_named_in_other_bytes_is_one_line(run, data_file, tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m\udcff").symlink_to(tmp_path / "m")
+    for command in (("inspect",), ("probe", "--data", data_file, "--out", "s.json", "--stream")):
+        code, _, err = run(command[0], "m\udcff", *command[1:])
+        assert code == 2
+        assert "is no name in UTF-8; give the folder another name" in err
+        assert err.count("\n") == 1
 
 
 def test_the_passes_leave_a_model_as_it_is(examples):

@@ -402,16 +402,20 @@ OCCUPIED = {
 }
 
 
-@pytest.mark.parametrize("kind", ["foreign file", "folder with files"])
+@pytest.mark.parametrize("kind", ["foreign file", "folder with files", "pipe", "endless device"])
 @pytest.mark.parametrize("command", OCCUPIED)
 def test_a_place_that_is_taken_is_refused_before_the_work(
     run, command, kind, tmp_path, scores_file, model_folder, data_file
 ):
     place = tmp_path / "taken.svg"
+    if kind != "folder with files" and command == "plot":
+        pytest.skip("a picture is drawn again")
     if kind == "foreign file":
-        if command == "plot":
-            pytest.skip("a picture is drawn again")
         place.write_text("precious")
+    elif kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "endless device":
+        place.symlink_to("/dev/zero")
     else:
         place.mkdir()
         (place / "thesis.txt").write_text("precious")
@@ -423,4 +427,25 @@ def test_a_place_that_is_taken_is_refused_before_the_work(
     assert code == 2, err
     assert out == ""
     assert err.count("\n") == 1
-    assert (place.read_text() if place.is_file() else (place / "thesis.txt").read_text()) == "precious"
+    if kind in ("pipe", "endless device"):
+        assert not place.is_file()
+        assert place.exists()
+    else:
+        assert (place.read_text() if place.is_file() else (place / "thesis.txt").read_text()) == "precious"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "endless device", "too large"])
+def test_a_file_without_end_is_not_read(run, kind, tmp_path):
+    file = tmp_path / "s.json"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "endless device":
+        file.symlink_to("/dev/zero")
+    else:
+        with file.open("wb") as handle:
+            handle.truncate(2 * files.LARGEST_BYTES)  # takes no room on the disk
+    for arguments in (("plan", file, "--out", "p.json"), ("show", file)):
+        code, _, err = run(*arguments)
+        assert code == 2
+        assert err.count("\n") == 1
+        assert file.name in err

@@ -60,7 +60,7 @@ def same(streamed_scores, resident, rel=1e-5):
 
 
 SEPARATE = tuple(
-    family if family in ("mamba2", "mistral3") else pytest.param(family, marks=pytest.mark.slow)
+    family if family in ("mamba2", "mistral3", "openai-gpt") else pytest.param(family, marks=pytest.mark.slow)
     for family in (*STATE_SPACE, *OTHERS, *WRAPPERS)
     if family not in SHARED
 )

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Mapping
 from importlib import metadata
@@ -28,6 +29,7 @@ TRACKED_PACKAGES = ("aletheia-tune", "torch", "transformers", "peft", "accelerat
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FULL_WORDS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")  # of libraries
 LONGEST_NAME_BYTES = 255
+LARGEST_BYTES = 250_000_000  # of a file of ours; scores of 50,000 modules are below 50 MB
 
 
 def package_versions(names: Iterable[str] = TRACKED_PACKAGES) -> dict[str, str]:
@@ -310,7 +312,14 @@ def read_json(path: Path) -> object:
 
 def _bytes_of(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        mode = path.stat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe is waited for, a device has no end
+            raise ArtifactError(f"{path} is no regular file; expected JSON")
+        with path.open("rb") as file:
+            content = file.read(LARGEST_BYTES + 1)
+        if len(content) > LARGEST_BYTES:
+            raise ArtifactError(f"{path} is larger than {LARGEST_BYTES / 1e6:.0f} MB; expected JSON of ours")
+        return content
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:

@@ -25,6 +25,7 @@ from transformers.quantizers.auto import get_hf_quantizer
 from transformers.utils import logging
 
 from aletheia.anatomy.families import model_class
+from aletheia.anatomy.faults import explained
 from aletheia.anatomy.fingerprint import configuration, identity, sample_embedding, sample_layer
 from aletheia.anatomy.layerwise import (
     Call,
@@ -36,7 +37,7 @@ from aletheia.anatomy.layerwise import (
     layer_call,
     replace_module,
 )
-from aletheia.anatomy.load import explained, keep_gradients, load_config, load_tokenizer, pick, pick_device
+from aletheia.anatomy.load import check_packed, keep_gradients, load_config, load_tokenizer, pick, pick_device
 from aletheia.anatomy.parts import Part, by, names_of_parts, stored_parts
 from aletheia.anatomy.read import find_layers, read_anatomy
 from aletheia.anatomy.schema import Anatomy, ModelIdentity
@@ -245,8 +246,8 @@ class Checkpoint:
 
     def run(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
         """The hidden states [B, T, D] that a layer returns; the stand-ins learn the form of its output."""
-        output: torch.Tensor | tuple[Any, ...] = layer(*args, **kwargs)
-        if not isinstance(output, tuple):
+        output: torch.Tensor | tuple[Any, ...] | list[Any] = layer(*args, **kwargs)
+        if not isinstance(output, tuple | list):
             self.set_outputs(None)
             return output
         self.set_outputs([isinstance(item, torch.Tensor) and item.is_floating_point() for item in output[1:]])
@@ -360,6 +361,7 @@ class Checkpoint:
                 f"{key} in {self.name} is {by(shape)}; expected {by(wanted)} by the config; "
                 "fetch or convert the checkpoint again"
             )
+        check_packed(self.name, model)
         for name in sorted(self._names[part]):
             owner, _, own_name = name.rpartition(".")
             value = getattr(model.get_submodule(owner), own_name).requires_grad_(False)

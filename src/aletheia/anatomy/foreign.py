@@ -15,17 +15,33 @@ from aletheia.anatomy.settings import Attention
 from aletheia.errors import ModelError
 from aletheia.settings import MOST_LAYERS, MOST_PARAMETERS, MOST_TOKENS, WIDEST
 
-CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+CONFIG, ADAPTER_CONFIG, GENERATION_CONFIG = "config.json", "adapter_config.json", "generation_config.json"
 CONFIG_BYTES = 10_000_000  # of a file of settings; the largest seen are below 1 MB
 TOKENIZER_BYTES = 250_000_000  # of tokenizer.json and what else lies beside it; the largest seen are below 40 MB
 DEEPEST = 32  # levels of a config; real ones have 3 or 4
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
+_DTYPE = re.compile(r"auto|(torch\.)?(b?float16|float(32|64)|float[48]_\w+|u?int\d+|half|double|float|complex\d+|bool)")
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")
+LONGEST, MOST_TOKEN_IDS, MOST_NAMES = 10_000, 100, 100_000  # entries of a list; of lists of names, of labels
+_NAMED = re.compile(r"modules|ignore|layers")  # lists that name weights
+_LABELS, _EXPERTS = re.compile(r"^num_labels$"), re.compile(r"experts?$")
+_COUNTS = re.compile(r"^(n|num)_|_(count|num)$")
+_FREE = re.compile(
+    r"seed|theta|param|max_length|window|version|new_tokens|flops|time|total|size_bytes"
+)  # build nothing
 _LAYERS = re.compile(r"(^|_)(n|num|encoder|decoder|hidden|mtp|nextn)?_?(n_)?(layers?|blocks|depth)$")
 _COUNTED = ("num_hidden_layers", "n_layer", "n_layers", "hidden_size", "n_embd", "d_model", "vocab_size")
 _TOKENS = re.compile(r"vocab|position|n_ctx|context|seq_len|sequence_length")
 _WIDTH = re.compile(r"size|dim|heads?$|rank|experts?$|width|inner|n_embd|d_model|d_ff|ffn|channels|kernel|groups")
+_LIMITS = (  # by the words in a name, the first that fits; what is built of most is a module, a label or a row each
+    (_LABELS, 10_000),
+    (_LAYERS, MOST_LAYERS),
+    (_EXPERTS, 2**14),
+    (_TOKENS, MOST_TOKENS),
+    (_WIDTH, WIDEST),
+)
+_OTHERS = ((_FREE, None), (_COUNTS, 2**16), (re.compile(""), MOST_TOKENS))  # of whole numbers alone
 _GGUF_KEYS = {
     **dict.fromkeys(("block_count",), MOST_LAYERS),
     **dict.fromkeys(("embedding_length", "feed_forward_length", "head_count", "expert_count"), WIDEST),
@@ -84,9 +100,9 @@ def read_settings(path: Path) -> dict[str, Any]:
 def check_config(config: dict[str, Any], name: str) -> None:
     """Refuse a config whose model nobody can build, before it is built, even without weights.
 
-    Of the numbers by the words in their names: layers up to ``MOST_LAYERS``, sizes up to ``WIDEST``, tokens and
-    positions up to ``MOST_TOKENS``; and all that together up to ``MOST_PARAMETERS``. Code of a hub's that would compute
-    attention is refused, too.
+    Of the numbers by the words in their names: layers up to ``MOST_LAYERS``, sizes up to ``WIDEST``, tokens, positions
+    and whole numbers of any other name up to ``MOST_TOKENS``; and all that together up to ``MOST_PARAMETERS``. Lists
+    are of ``LONGEST`` entries at most. Code of a hub's that would compute attention is refused, too.
 
     Raises:
         ModelError: names the setting, what it is and what it may be.
@@ -101,10 +117,25 @@ def check_config(config: dict[str, Any], name: str) -> None:
                     )
         if key == "transformers_weights" and value is not None and not is_plain_name(str(value), ".safetensors"):
             raise ModelError(f"{name}: {key} is {str(value)[:80]!r}; expected a .safetensors file of the folder")
-        for number in value if isinstance(value, list) else (value,):
-            _check_number(key, number, name)
+        if key in ("dtype", "torch_dtype") and isinstance(value, str) and not _DTYPE.fullmatch(value):
+            raise ModelError(f"{name}: {key} is {value[:60]!r}; expected float32, bfloat16, float16 or the like")
+        if key == "quantization_config":
+            _check_quantization(value, name)
+    check_values(config, name)
     for inner in _parts(config):
         _check_parameters(inner, name)
+
+
+def check_values(config: dict[str, Any], name: str) -> None:
+    """Refuse numbers that are too large and lists that are too long, such as of a ``generation_config.json``.
+
+    Raises:
+        ModelError: as :func:`check_config`.
+    """
+    for key, value in _settings(config, name):
+        _check_length(key, value, name)
+        for number in _flat(value):
+            _check_number(key, number, name)
 
 
 def base_of_adapter(folder: Path) -> str:
@@ -125,6 +156,14 @@ def found_file(name: str, file: str) -> Path | None:
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
     found = cached_file(name, file, **quiet)
     return None if found is None else Path(found)
+
+
+def tokenizer_files(name: str) -> list[Path]:
+    """The files of a folder or hub id from which a tokenizer may be built, as far as can be known."""
+    if (folder := Path(name)).is_dir():
+        return sorted(folder.glob("tokenizer*.json"))
+    found = None if name.endswith(".gguf") else found_file(name, "tokenizer.json")
+    return [] if found is None else [found]
 
 
 def needs_code(config: dict[str, Any]) -> bool:
@@ -199,18 +238,39 @@ def is_plain_name(name: str, ending: str) -> bool:
     return name == Path(name).name and name not in ("", ".", "..") and "\\" not in name and name.endswith(ending)
 
 
+def _check_quantization(told: Any, name: str) -> None:
+    """Of a method that transformers does not know it would read the packed weights as if they were plain."""
+    if told is None or (not isinstance(told, dict) and hasattr(told, "quant_method")):
+        return
+    if not isinstance(told, dict):
+        raise ModelError(f"{name}: quantization_config is {str(told)[:60]!r}; expected an object with quant_method")
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    method = told.get("quant_method")
+    method = str(getattr(method, "value", method))
+    is_old = method == "None" and (told.get("load_in_4bit") or told.get("load_in_8bit"))
+    if not is_old and method not in (*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"):
+        raise ModelError(
+            f"{name}: quant_method is {method[:80]!r} in its quantization_config, which transformers does not know; "
+            f"expected one of {', '.join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))}"
+        )
+
+
 def _settings(config: dict[str, Any], name: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Every setting at every level, labels of classes left out."""
     if depth > DEEPEST:
         raise ModelError(f"{name}: its config is nested more than {DEEPEST} levels deep; fetch it again")
     for key, value in config.items():
-        if key not in ("id2label", "label2id", "task_specific_params"):
-            yield key, value
-            for inner in value if isinstance(value, list) else (value,):
+        if key in ("id2label", "label2id"):
+            if isinstance(value, dict | list) and len(value) > MOST_NAMES:
+                raise ModelError(f"{name}: {key} has {len(value):,} labels; expected at most {MOST_NAMES:,}")
+        elif key != "task_specific_params":
+            for inner in value if isinstance(value, list) else ():
+                _check_nesting(inner, name, depth + 1)
+            yield str(key), value
+            for inner in _flat(value):
                 if isinstance(inner, dict):
                     yield from _settings(inner, name, depth + 1)
-                elif isinstance(inner, list):
-                    _check_nesting(inner, name, depth + 1)
 
 
 def _check_nesting(value: Any, name: str, depth: int) -> None:
@@ -220,6 +280,24 @@ def _check_nesting(value: Any, name: str, depth: int) -> None:
         _check_nesting(inner, name, depth + 1)
 
 
+def _flat(value: Any) -> Iterator[Any]:
+    """What lists in lists hold; how deep they are is checked before."""
+    for inner in value if isinstance(value, list) else ():
+        yield from _flat(inner)
+    if not isinstance(value, list):
+        yield value
+
+
+def _check_length(key: str, value: Any, name: str) -> None:
+    """Of a list and of those in it."""
+    most = MOST_TOKEN_IDS if key.endswith("_token_id") else MOST_NAMES if _NAMED.search(key) else LONGEST
+    if isinstance(value, list):
+        if len(value) > most:
+            raise ModelError(f"{name}: {key} has {len(value):,} entries; expected at most {most:,}; fetch it again")
+        for inner in value:
+            _check_length(key, inner, name)
+
+
 def _check_number(key: str, value: Any, name: str) -> None:
     is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     if key in _COUNTED and value is not None and not is_count:
@@ -227,9 +305,9 @@ def _check_number(key: str, value: Any, name: str) -> None:
         raise ModelError(f"{name}: {key} is {shown}; expected a whole number of at least 1; fetch config.json again")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
-    for words, most in ((_LAYERS, MOST_LAYERS), (_TOKENS, MOST_TOKENS), (_WIDTH, WIDEST)):
+    for words, most in (*_LIMITS, *(_OTHERS if isinstance(value, int) else ())):
         if words.search(key):
-            if not value <= most:  # NaN, too
+            if most is not None and not value <= most:  # NaN, too
                 raise ModelError(f"{name}: {key} is {value:,}; expected at most {most:,}; fetch config.json again")
             return
 

@@ -79,7 +79,7 @@ def explained_pass(begin: str, remedy: str) -> Iterator[None]:
     except (ModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        told = " ".join(str(error).split())[:200]
+        told = " ".join(str(error).split())[:200] or "a check of the library fails, no reason given"
         raise ModelError(f"{begin}: {told} ({type(error).__name__}); {remedy}") from error
 
 

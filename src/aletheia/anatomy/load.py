@@ -1,5 +1,6 @@
 """From MODEL (hub id, local folder or .gguf file) to a config, or to a model with its tokenizer."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,18 +24,19 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from aletheia.anatomy import foreign
 from aletheia.anatomy.families import EXPECTED, model_class
+from aletheia.anatomy.faults import NEEDS_CODE, explained, first_sentence
+from aletheia.anatomy.foreign_tokenizer import check_tokenizer
 from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import Anatomy
 from aletheia.anatomy.settings import Attention
 from aletheia.errors import ModelError
+from aletheia.libraries import quiet_stderr
 
 Quantize = Literal["nf4", "int8"]
 MOST_PER_BYTE = 16  # numbers that a stored byte may stand for: GGUF packs up to 8
 SPARE_BYTES = 2**20  # of weights, so that what is computed anew (positions, masks) counts for nothing
-_CODE = (
-    "{name} can only be loaded by code of its own; expected a model that transformers knows, or `trust_remote_code` "
-    "once you have read that code"
-)
+PACKING = ("Linear4bit", "Linear8bitLt")  # of bitsandbytes
+TRIAL_TEXT = "Hello, world! 123\n" + 30 * "a" + "\u00e9"
 _ADAPTER = (
     "{name} is an adapter of the base model {base}; expected a base model here; 'aletheia train' goes on with an "
     "adapter, and `fresh` merges it into its base first"
@@ -140,7 +142,9 @@ def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
             found = foreign.read_settings(file)
             foreign.check_config(found, name)
             if foreign.needs_code(found) and not trust_remote_code:
-                raise ModelError(_CODE.format(name=name))
+                raise ModelError(NEEDS_CODE.format(name=name))
+            if (generation := foreign.found_file(name, foreign.GENERATION_CONFIG)) is not None:
+                foreign.check_values(foreign.read_settings(generation), f"{foreign.GENERATION_CONFIG} of {name}")
         config: PretrainedConfig = AutoConfig.from_pretrained(**place, trust_remote_code=trust_remote_code)
         foreign.check_config(config.to_dict(), name)  # by the names that transformers has for them, too
         return config
@@ -152,11 +156,29 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     Raises:
         ModelError: it cannot be found or read, or needs code of its own while ``trust_remote_code`` is off.
     """
-    with explained(name):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            **_place(name), trust_remote_code=trust_remote_code
-        )
+    place = _place(name)
+    with explained(name, "its tokenizer cannot be read"):
+        for file in foreign.tokenizer_files(name):
+            check_tokenizer(file)
+        with quiet_stderr(), _no_panic(name):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                **place, trust_remote_code=trust_remote_code
+            )
+            with suppress(Exception):  # of a text; what rows need is checked with them
+                tokenizer.decode(tokenizer(TRIAL_TEXT)["input_ids"])
         return tokenizer
+
+
+@contextmanager
+def _no_panic(name: str) -> Iterator[None]:
+    """A panic of a library in Rust is no ``Exception``."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        reason = first_sentence(error)
+        raise ModelError(f"the tokenizer of {name} fails on a short text: {reason}; fetch it again") from error
 
 
 def inspect(name: str, trust_remote_code: bool = False) -> Anatomy:
@@ -226,6 +248,7 @@ def load(
         if getattr(model, "hf_quantizer", None) is None:
             model = model.to(target)
     _check_complete(name, loading)
+    check_packed(name, model)
     keep_gradients(model)
     if "gguf_file" in place:
         _forget_gguf(model)
@@ -294,9 +317,9 @@ def _check_weights(name: str, config: PretrainedConfig, trust_remote_code: bool,
     stored = foreign.stored_bytes(Path(name), allow_pickle)
     if stored is None:
         return  # a hub id, of which only the config is here yet
-    if trust_remote_code or hasattr(config, "quantization_config"):
-        return  # code may do anything, and packed weights may be of any form
-    model = _on_meta(name, config, trust_remote_code)
+    if trust_remote_code:
+        return  # code may do anything
+    model = _on_meta(name, copy.deepcopy(config), trust_remote_code)
     elements = sum(value.numel() for value in (*model.parameters(), *model.buffers()))
     if elements > MOST_PER_BYTE * (stored + SPARE_BYTES):
         raise ModelError(
@@ -315,6 +338,22 @@ def _check_complete(name: str, loading: dict[str, Any]) -> None:
             )
 
 
+def check_packed(name: str, model: nn.Module) -> None:
+    """Refuse plain weights under a config that tells of packed ones: bitsandbytes fails in the first forward pass.
+
+    Raises:
+        ModelError: names the first of them.
+    """
+    for path, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        is_plain = isinstance(weight, torch.Tensor) and weight.is_floating_point()
+        if type(module).__name__ in PACKING and is_plain and getattr(weight, "quant_state", None) is None:
+            raise ModelError(
+                f"the quantization_config of {name} tells of packed weights, {path} is not; expected both alike; "
+                "remove quantization_config from its config.json, or fetch the checkpoint again"
+            )
+
+
 def _forget_gguf(model: PreTrainedModel) -> None:
     """A GGUF checkpoint is dequantized while loading, yet marked as quantized, which the Trainer refuses."""
     for owner, mark in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
@@ -329,6 +368,10 @@ def _place(name: str) -> dict[str, Any]:
     Raises:
         ModelError: a local path that holds no model.
     """
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:  # nor do the libraries that read models take such a name
+        raise ModelError(f"{name} is no name in UTF-8; give the folder another name") from error
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -348,20 +391,3 @@ def _place(name: str) -> dict[str, Any]:
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise ModelError(f"no folder {name}; expected a hub id, a model folder or a .gguf file")
     return {"pretrained_model_name_or_path": name}
-
-
-@contextmanager
-def explained(name: str) -> Iterator[None]:
-    """Turn whatever loading raises into one line."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:  # configs, checkpoints and tokenizers are foreign data: anything may be raised
-        if "trust_remote_code=True" in str(error):
-            raise ModelError(_CODE.format(name=name)) from error
-        if "Weights only load failed" in str(error):  # and advises to run it
-            raise ModelError(f"{name[:200]} holds a pickle of more than tensors; expected safetensors") from error
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = " ".join(lines)[:300] if lines else "no reason given"
-        raise ModelError(f"cannot load {name[:200]}: {reason} ({type(error).__name__})") from error

@@ -16,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
+from aletheia.anatomy.faults import explained
 from aletheia.anatomy.foreign import check_index
-from aletheia.anatomy.load import explained, load_config
+from aletheia.anatomy.load import load_config
 from aletheia.errors import ModelError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"

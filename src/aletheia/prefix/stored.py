@@ -162,7 +162,7 @@ def _layer_outputs(model: nn.Module, layers: nn.ModuleList) -> list[int]:
         for index, layer in enumerate(layers):
 
             def see(module: nn.Module, args: tuple[Any, ...], output: Any, index: int = index) -> None:
-                seen[index] = len(output) if isinstance(output, tuple) else 0
+                seen[index] = len(output) if isinstance(output, tuple | list) else 0
 
             stack.callback(layer.register_forward_hook(see).remove)
         ids = torch.zeros((1, 2), dtype=torch.int64, device=next(model.parameters()).device)

@@ -85,7 +85,7 @@ def _broken_outputs(model: nn.Module, batch: Batch, watched: dict[str, nn.Module
 
     def watch(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) and output else output
+            first = output[0] if isinstance(output, tuple | list) and output else output
             if isinstance(first, torch.Tensor) and first.is_floating_point() and not torch.isfinite(first).all():
                 broken.append(name)
 
