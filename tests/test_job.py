@@ -11,7 +11,7 @@ import aletheia
 from aletheia.cli.config import read_config
 from aletheia.errors import SettingsError, TrainingError
 from aletheia.job import fine_tune as fine_tune_module
-from aletheia.job import upload as upload_module
+from aletheia.job import finish as finish_module
 from aletheia.job.settings import JobSettings
 from aletheia.training import train as train_module
 
@@ -167,7 +167,7 @@ class Hub:
 @pytest.mark.parametrize("refuses", [False, True])
 def test_a_finished_run_is_pushed(job, tmp_path, monkeypatch, refuses):
     hub = type("Own", (Hub,), {"refuses": refuses, "asked": []})
-    monkeypatch.setattr(upload_module, "HfApi", hub)
+    monkeypatch.setattr(finish_module, "HfApi", hub)
     training = {"steps": 2, "push_to_hub": True, "hub_model_id": "thing"}
     if refuses:
         with pytest.raises(TrainingError, match=r"run is complete, but uploading it to thing failed: 401 Client Error"):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,6 +81,8 @@ def fails_at_every_point(run, monkeypatch, arguments, out, points):
         assert re.search(r"^error: .*No space left on device.* [\d,]+ bytes are free", last), err
         assert "Traceback" not in err
         assert leftovers(out) == []
+        if "run is complete" in last:  # it need not be trained again
+            shutil.rmtree(out / "run")
     return len(points)
 
 
@@ -338,6 +341,7 @@ def test_no_command_lets_libraries_speak(model_folder, data_file, tmp_path):
         done = call(*arguments, cwd=tmp_path, text=True)
         assert done.returncode in codes, done.stderr
         foreign = [line for line in done.stderr.splitlines() if line.strip() and not OURS.match(line)]
+        foreign = [line for line in foreign if not line.startswith(("row ", "    "))]  # the row that train shows
         assert foreign == [], arguments
 
 

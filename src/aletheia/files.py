@@ -13,6 +13,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -149,11 +150,17 @@ def check_writable(folder: Path) -> None:
     """
     try:
         is_new = not folder.exists()
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        for again in (True, False):
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                with tempfile.TemporaryFile(dir=folder):
+                    break
+            except FileNotFoundError:  # another command that begins here has just left no trace
+                if not again:
+                    raise
         if is_new:
-            folder.rmdir()
+            with suppress(OSError):  # another command writes to it by now
+                folder.rmdir()
     except OSError as error:
         raise ArtifactError(f"cannot write to {folder}: {error.strerror}; choose another `out`") from error
 

@@ -24,6 +24,7 @@ from aletheia.data.templates import writes_date
 from aletheia.errors import TrainingError
 from aletheia.files import beside, is_sealed, write_text
 from aletheia.job.adapter import Start
+from aletheia.job.finish import complete, push
 from aletheia.job.settings import JobSettings
 from aletheia.job.source import (
     Say,
@@ -38,7 +39,6 @@ from aletheia.job.source import (
     split_for,
     to_stderr,
 )
-from aletheia.job.upload import push
 from aletheia.planning.make import every_layer_fits
 from aletheia.planning.make import plan as make_plan
 from aletheia.planning.memory import training_bytes
@@ -48,12 +48,10 @@ from aletheia.prefix.fill_streamed import fill_streamed, streamed_cache
 from aletheia.probing import resident
 from aletheia.probing import streamed as by_layer
 from aletheia.probing.scores import Scores
-from aletheia.reporting.page import report
-from aletheia.runs.contents import add_to_contents
 from aletheia.runs.folder import CONFIG_FILE, RunFolder
 from aletheia.runs.manifest import TrainingCheckpoint, check_same_run, newest_checkpoint, verified
 from aletheia.runs.saved import continue_adapter, plan_of_adapter
-from aletheia.runs.schema import PLAN_FILE, REPORT_FILE, SCORES_FILE, Run
+from aletheia.runs.schema import PLAN_FILE, SCORES_FILE, Run
 from aletheia.settings import MOST_EPOCHS
 from aletheia.training.interrupts import Interrupts, interrupts
 from aletheia.training.loop import rows_of_steps, rows_per_step, training_arguments
@@ -153,20 +151,9 @@ class Job:
         run = train(adapted, data, plan, folder, held_out, settings.training, prepared)
         if self.launch.is_first:
             with self.interrupted.put_off():
-                self._complete(base.tokenizer, scores, run)
+                complete(run, self.settings, base.tokenizer, scores)
             push(run, settings.training, self.say)
         return run
-
-    def _complete(self, tokenizer: Any, scores: Scores | None, run: Run) -> None:
-        """What a finished run has beside its adapter."""
-        folder = self.folder.path
-        write_text(folder / CONFIG_FILE, self.settings.to_yaml())
-        if self.settings.data.chat_template is not None:  # whoever serves the adapter needs it
-            tokenizer.save_pretrained(folder)
-        if scores is not None:
-            scores.write(folder / SCORES_FILE)
-        report([run], folder / REPORT_FILE)
-        add_to_contents(folder, [CONFIG_FILE, SCORES_FILE, REPORT_FILE])
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

@@ -270,12 +270,13 @@ def save(model: "PeftModel", run: Run, state: "Mapping[str, Tensor] | None" = No
         for file in files:
             os.replace(file, run.path / file.name)
         sync(run.path)
+        run.plan.write(run.path / PLAN_FILE)
+        write_contents(run.path, [*(file.name for file in files), PLAN_FILE])
+        (run.path / REPLACING_FILE).unlink(missing_ok=True)
+        run.metrics.write(run.path / METRICS_FILE)
+        sync(run.path)
     except OSError as error:
+        (run.path / METRICS_FILE).unlink(missing_ok=True)
         raise not_written(run.path, error) from error
     finally:
         shutil.rmtree(run.path / PARTIAL_FOLDER, ignore_errors=True)
-    run.plan.write(run.path / PLAN_FILE)
-    write_contents(run.path, [*(file.name for file in files), PLAN_FILE])
-    (run.path / REPLACING_FILE).unlink(missing_ok=True)
-    run.metrics.write(run.path / METRICS_FILE)
-    sync(run.path)

@@ -312,7 +312,7 @@ class TrustworthyCheckpoints:
         then = f"the same command goes on from step {max(map(step_of, kept))}" if kept else "there is no earlier one"
         return (
             f"{folder / name} cannot be written ({fault}): a checkpoint needs about "
-            f"{self._needed_bytes(folder):,} bytes, {free_bytes(folder):,} are free; "
+            f"{self._needed_bytes(folder):,} bytes, {free_bytes(folder):,} bytes are free; "
             f"make room or give another `out`; {then}"
         )
 
