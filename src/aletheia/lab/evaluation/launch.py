@@ -6,6 +6,7 @@ a hook between fork and exec can deadlock in a parent with threads.
 
 import os
 import resource
+import select
 import sys
 
 
@@ -25,7 +26,16 @@ def _set_limits(pairs: list[str]) -> None:
         resource.setrlimit(kind, (soft, last))
 
 
+def _is_orphan() -> bool:
+    """Whether nobody reads the output: the parent was killed before bubblewrap had bound this process to its life."""
+    output = select.poll()
+    output.register(1, 0)  # errors alone
+    return bool(output.poll(0))
+
+
 def _main() -> None:
+    if _is_orphan():
+        return
     path, *pairs = sys.argv[1:]
     sys.argv = [path]
     with open(path, "rb") as handle:
