@@ -13,6 +13,7 @@ QUIET = {
     "DATASETS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TQDM_DISABLE": "1",  # bars that are drawn past the settings of their library
     "TOKENIZERS_PARALLELISM": "true",  # unset, each fork prints a paragraph
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
