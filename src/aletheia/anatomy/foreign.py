@@ -80,21 +80,30 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: it cannot be read, is too large or nested too deeply, or is no JSON object.
     """
-    try:
-        if not path.is_file():
-            raise ModelError(f"{path} is no regular file; expected JSON")
-        with path.open("rb") as file:
-            content = file.read(CONFIG_BYTES + 1)
-        if len(content) > CONFIG_BYTES:
-            raise ModelError(f"{path} is larger than {CONFIG_BYTES / 1e6:.0f} MB; expected settings alone")
-        found = json.loads(content)
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}; fetch it again") from error
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, thousands of digits, endless nesting
-        raise ModelError(f"{path} is not JSON of settings ({type(error).__name__}); fetch it again") from error
+    found = read_json(path, "settings", CONFIG_BYTES, "fetch it again")
     if not isinstance(found, dict):
         raise ModelError(f"{path} holds a {type(found).__name__}; expected an object of settings; fetch it again")
     return found
+
+
+def read_json(path: Path, what: str, most_bytes: int, remedy: str) -> Any:
+    """A JSON file of ``what``, of at most ``most_bytes``.
+
+    Raises:
+        ModelError: it cannot be read, is too large or nested too deeply, or is no JSON.
+    """
+    try:
+        if not path.is_file():
+            raise ModelError(f"{path} is no regular file; expected JSON; {remedy}")
+        with path.open("rb") as file:
+            content = file.read(most_bytes + 1)
+        if len(content) > most_bytes:
+            raise ModelError(f"{path} is larger than {most_bytes / 1e6:.0f} MB; expected {what} alone; {remedy}")
+        return json.loads(content)
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}; {remedy}") from error
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, thousands of digits, endless nesting
+        raise ModelError(f"{path} is not JSON of {what} ({type(error).__name__}); {remedy}") from error
 
 
 def check_config(config: dict[str, Any], name: str) -> None:
@@ -148,7 +157,9 @@ def base_of_adapter(folder: Path) -> str:
 
 
 def found_file(name: str, file: str) -> Path | None:
-    """A file of a folder or hub id; None where there is none, as far as can be known."""
+    """A file of a folder or hub id; None where there is none, as far as can be known, and for a GGUF file."""
+    if name.endswith(".gguf"):
+        return None
     if (folder := Path(name)).is_dir():
         return folder / file if (folder / file).exists() else None
     from transformers.utils.hub import cached_file
@@ -162,7 +173,7 @@ def tokenizer_files(name: str) -> list[Path]:
     """The files of a folder or hub id from which a tokenizer may be built, as far as can be known."""
     if (folder := Path(name)).is_dir():
         return sorted(folder.glob("tokenizer*.json"))
-    found = None if name.endswith(".gguf") else found_file(name, "tokenizer.json")
+    found = found_file(name, "tokenizer.json")
     return [] if found is None else [found]
 
 

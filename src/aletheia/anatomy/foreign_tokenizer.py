@@ -4,12 +4,12 @@ What is looked at is what it does to a text: replacements without end, templates
 never end. The words themselves are only counted.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from aletheia.anatomy.foreign import read_json
 from aletheia.errors import ModelError
 from aletheia.settings import WIDEST
 
@@ -33,18 +33,7 @@ def check_tokenizer(path: Path) -> None:
     Raises:
         ModelError: names what it is and what it may be.
     """
-    try:
-        if not path.is_file():
-            raise ModelError(f"{path} is no regular file; expected JSON; {_REMEDY}")
-        with path.open("rb") as file:
-            content = file.read(TOKENIZER_BYTES + 1)
-        if len(content) > TOKENIZER_BYTES:
-            raise ModelError(f"{path} is larger than {TOKENIZER_BYTES / 1e6:.0f} MB; {_REMEDY}")
-        found = json.loads(content)
-    except OSError as error:
-        raise ModelError(f"cannot read {path}: {error.strerror}; {_REMEDY}") from error
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not JSON of a tokenizer ({type(error).__name__}); {_REMEDY}") from error
+    found = read_json(path, "a tokenizer", TOKENIZER_BYTES, _REMEDY)
     if isinstance(found, dict):  # else the library says so
         _check_words(found, path)
         for section in _SECTIONS:

@@ -20,7 +20,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from aletheia.anatomy import foreign
 from aletheia.anatomy.families import EXPECTED, model_class
@@ -133,21 +132,28 @@ def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
             its config cannot be read or is of a size that nobody can build.
     """
     place = _place(name)
-    if "gguf_file" in place:
-        foreign.check_gguf(Path(name))
     with explained(name):
-        if "gguf_file" not in place and (adapter := foreign.found_file(name, foreign.ADAPTER_CONFIG)) is not None:
-            raise ModelError(_ADAPTER.format(name=name, base=foreign.base_of_adapter(adapter.parent)))
-        if "gguf_file" not in place and (file := foreign.found_file(name, foreign.CONFIG)) is not None:
-            found = foreign.read_settings(file)
-            foreign.check_config(found, name)
-            if foreign.needs_code(found) and not trust_remote_code:
-                raise ModelError(NEEDS_CODE.format(name=name))
-            if (generation := foreign.found_file(name, foreign.GENERATION_CONFIG)) is not None:
-                foreign.check_values(foreign.read_settings(generation), f"{foreign.GENERATION_CONFIG} of {name}")
+        if "gguf_file" in place:
+            foreign.check_gguf(Path(name))
+        else:
+            _check_settings(name, trust_remote_code)
         config: PretrainedConfig = AutoConfig.from_pretrained(**place, trust_remote_code=trust_remote_code)
         foreign.check_config(config.to_dict(), name)  # by the names that transformers has for them, too
         return config
+
+
+def _check_settings(name: str, trust_remote_code: bool) -> None:
+    """Look at the files of settings of a folder or hub id before transformers does."""
+    if (adapter := foreign.found_file(name, foreign.ADAPTER_CONFIG)) is not None:
+        raise ModelError(_ADAPTER.format(name=name, base=foreign.base_of_adapter(adapter.parent)))
+    if (file := foreign.found_file(name, foreign.CONFIG)) is None:
+        return
+    found = foreign.read_settings(file)
+    foreign.check_config(found, name)
+    if foreign.needs_code(found) and not trust_remote_code:
+        raise ModelError(NEEDS_CODE.format(name=name))
+    if (generation := foreign.found_file(name, foreign.GENERATION_CONFIG)) is not None:
+        foreign.check_values(foreign.read_settings(generation), f"{foreign.GENERATION_CONFIG} of {name}")
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -199,8 +205,8 @@ def load_without_weights(name: str, trust_remote_code: bool = False) -> Loaded:
     """
     model = _on_meta(name, load_config(name, trust_remote_code), trust_remote_code)
     tokenizer = load_tokenizer(name, trust_remote_code)
-    if (Path(name) / GENERATION_CONFIG_NAME).is_file() or not Path(name).exists():
-        with explained(name), suppress(OSError):  # a hub model without such a file
+    if foreign.found_file(name, foreign.GENERATION_CONFIG) is not None:
+        with explained(name):
             model.generation_config = GenerationConfig.from_pretrained(name)
     return Loaded(model, tokenizer)
 

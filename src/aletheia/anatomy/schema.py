@@ -172,11 +172,13 @@ class TokenizerIdentity(BaseModel):
     vocabulary: str
     chat_template: str | None
 
-    def difference(self, other: "TokenizerIdentity") -> str | None:
-        """What makes tokens differ, ``vocabularies`` or ``chat templates``; None if nothing does.
+    def difference(self, other: "TokenizerIdentity | None") -> str | None:
+        """What makes tokens differ, ``vocabularies`` or ``chat templates``; None if nothing does, or is not known.
 
         A chat template counts only where both use one.
         """
+        if other is None:
+            return None
         if self.vocabulary != other.vocabulary:
             return "vocabularies"
         both = self.chat_template is not None and other.chat_template is not None

@@ -54,7 +54,7 @@ def probe(
     from aletheia.data.rows import load_rows
     from aletheia.errors import ProbeError
     from aletheia.files import beside
-    from aletheia.job.source import checkpoint_as_asked, encode_for, is_streamed, load_for, note_unusual
+    from aletheia.job.source import is_streamed, load_for, stream_for
     from aletheia.probing.resident import probe as run_probe
     from aletheia.probing.scores import Scores
     from aletheia.probing.streamed import probe_streamed
@@ -68,9 +68,7 @@ def probe(
     Scores.check_out(out)
     rows = load_rows(data.data, data.skip_unusable)
     if is_streamed(loading, say):
-        checkpoint = checkpoint_as_asked(loading)
-        note_unusual(checkpoint.anatomy, say)
-        examples = encode_for(checkpoint, rows, data, say)
+        checkpoint, examples = stream_for(loading, rows, data, say)
         say(f"probe  {batches} batches of {batch_size}, layer by layer; plans will count operations, not seconds")
         work = beside(out, ".partial")
         scores = probe_streamed(checkpoint, examples, batches, batch_size, seed, work, loading.max_memory)

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +35,22 @@ def read_json_rows(path: Path, content: bytes) -> Table:
 
 
 def _parse(text: str) -> tuple[Any, int, str]:
-    """The value, or the line (1-based) and the reason why there is none; the reason is empty on success."""
+    return _tried(lambda: json.loads(text), 1)
+
+
+def _tried(parse: Callable[[], Any], begin: int) -> tuple[Any, int, str]:
+    """The value, or the line (1-based) and the reason why there is none; the reason is empty on success.
+
+    ``begin`` is the line to name where the parser names none.
+    """
     try:
-        return json.loads(text), 0, ""
+        return parse(), 0, ""
     except json.JSONDecodeError as error:
         return None, error.lineno, f"{error.msg} at column {error.colno}"
     except RecursionError:
-        return None, 1, "nested too deeply"
+        return None, begin, "nested too deeply"
     except ValueError as error:  # an integer of more than 4,300 digits
-        return None, 1, str(error).partition(";")[0]
+        return None, begin, str(error).partition(";")[0]
 
 
 def _from_lines(path: Path, text: str) -> Records:
@@ -89,20 +98,13 @@ def _from_objects(path: Path, text: str, at: int) -> Records:
     decoder = json.JSONDecoder()
     line = text.count("\n", 0, at) + 1
     while at < len(text):
-        record, end, problem, line_of_problem = None, at, "", line
-        try:
-            record, end = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
-            problem, line_of_problem = f"{error.msg} at column {error.colno}", error.lineno
-        except RecursionError:
-            problem = "nested too deeply"
-        except ValueError as error:  # an integer of more than 4,300 digits
-            problem = str(error).partition(";")[0]
+        found, line_of_problem, problem = _tried(partial(decoder.raw_decode, text, at), line)
         if problem:
             raise DataError(
                 f"{path}:{line_of_problem}: found invalid JSON ({problem}), expected complete JSON objects; "
                 "correct the file at that line"
             )
+        record, end = found
         if not isinstance(record, dict):
             raise DataError(f"{path}:{line}: found {kind(record)}, expected a JSON object; correct or remove it")
         records.append((f"{path}:{line}", record))

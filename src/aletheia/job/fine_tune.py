@@ -31,12 +31,11 @@ from aletheia.job.source import (
     Source,
     check_whole,
     checkpoint_as_asked,
-    encode_for,
     is_streamed,
     load_for,
-    note_unusual,
     show_first,
     split_for,
+    stream_for,
     to_stderr,
 )
 from aletheia.planning.make import every_layer_fits
@@ -219,9 +218,7 @@ class Job:
         how = self.settings.model
         if is_streamed(how, self.say):
             self.settings.check_streamed()
-            checkpoint = checkpoint_as_asked(how)
-            note_unusual(checkpoint.anatomy, self.say)
-            return checkpoint, encode_for(checkpoint, rows, self.settings.data, self.say)
+            return stream_for(how, rows, self.settings.data, self.say)
         return load_for(how, rows, self.settings.data, self.say)
 
     # --- plan

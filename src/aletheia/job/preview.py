@@ -14,7 +14,7 @@ from aletheia.data.settings import DataSettings
 from aletheia.errors import DataError
 from aletheia.job.adapter import adapter_folder, base_settings
 from aletheia.job.settings import JobSettings
-from aletheia.job.source import NOTE, count_notes, encode_for, split_for
+from aletheia.job.source import encoded, split
 
 ROWS_SHOWN = 3
 
@@ -44,19 +44,18 @@ def preview(
     how, folder = settings.model, adapter_folder(settings.model.model)
     how = how if folder is None else base_settings(how, folder)
     base = load_without_weights(how.model, how.trust_remote_code)
-    said: list[str] = []
-    examples = encode_for(base, found, asked, said.append)
+    examples, notes = encoded(base, found, asked)
     shared = None
     left_out = examples.skipped
     if eval_rows is not None or len(examples) > 1:
-        train, held_out = split_for(base, examples, eval_rows, asked, settings.training.seed, said.append)
+        train, held_out, of_held_out = split(base, examples, eval_rows, asked, settings.training.seed)
+        notes += of_held_out
         shared = overlap(train, held_out)
         left_out += held_out.skipped
     if left_out and not settings.data.skip_unusable:
-        said.append("a run stops at the first of the rows that are left out here, unless `skip_unusable` is given")
-    counted = [*count_notes(examples), *(shared.notes() if shared else ())]
-    notes = list(dict.fromkeys(line.removeprefix(NOTE) for line in said if line.removeprefix(NOTE) not in counted))
-    return Preview.of(examples, _rows_to_show(found, examples, rows, base.tokenizer), shared, notes)
+        notes.append("a run stops at the first of the rows that are left out here, unless `skip_unusable` is given")
+    shown = _rows_to_show(found, examples, rows, base.tokenizer)
+    return Preview.of(examples, shown, shared, list(dict.fromkeys(notes)))
 
 
 def _rows_to_show(rows: Rows, examples: Examples, asked: Sequence[int], tokenizer: Any) -> list[ShownRow]:

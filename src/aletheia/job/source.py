@@ -75,24 +75,31 @@ def check_whole(base: LoadSettings) -> None:
 
 
 def encode_for(base: Source, rows: Rows, data: DataSettings, say: Say = to_stderr) -> Examples:
-    """Tokenise rows for a model: no longer than its positions, no token it has no embedding for.
+    """:func:`encoded`, saying its notes and the counts."""
+    examples, notes = encoded(base, rows, data)
+    for note in (*notes, *count_notes(examples)):
+        say(NOTE + note)
+    return examples
 
-    The chat template of ``data`` becomes that of the model's tokenizer. Prints what a person should know of the rows.
+
+def encoded(base: Source, rows: Rows, data: DataSettings) -> tuple[Examples, list[str]]:
+    """Rows as tokens for a model: no longer than its positions, none it has no embedding for; and notes on them.
+
+    The chat template of ``data`` becomes that of the model's tokenizer.
     """
+    notes = []
     if data.chat_template is not None:
         base.tokenizer.chat_template = read_template(data.chat_template)
     positions = getattr(text_config(base.model), "max_position_embeddings", None) or data.max_length
     positions = positions if positions > 0 else data.max_length  # -1: without bounds
     if positions < data.max_length:
-        say(f"{NOTE}the model has {positions} positions; `max_length` {data.max_length}{_LOWERED}")
+        notes.append(f"the model has {positions} positions; `max_length` {data.max_length}{_LOWERED}")
     length = min(data.max_length, positions)
     stops = stop_ids_of(base.model)
     examples = encode(
         rows, base.tokenizer, length, data.skip_unusable, base.vocab_size, stops, data.train_on, data.template_date
     )
-    for note in (*examples.notes, *count_notes(examples)):
-        say(NOTE + note)
-    return examples
+    return examples, [*notes, *examples.notes]
 
 
 def count_notes(examples: Examples) -> list[str]:
@@ -116,24 +123,31 @@ def count_notes(examples: Examples) -> list[str]:
 def split_for(
     base: Source, data: Examples, eval_rows: Rows | None, asked: DataSettings, seed: int, say: Say = to_stderr
 ) -> tuple[Examples, Examples]:
-    """Rows to learn from and held-out rows: those of ``eval_rows``, else a share of the data. Says what both share.
+    """:func:`split`, saying its notes and what both have in common."""
+    train, held_out, notes = split(base, data, eval_rows, asked, seed)
+    for note in (*notes, *overlap(train, held_out).notes()):
+        say(NOTE + note)
+    return train, held_out
 
-    What the notes on the data say is not said again for held-out rows.
+
+def split(
+    base: Source, data: Examples, eval_rows: Rows | None, asked: DataSettings, seed: int
+) -> tuple[Examples, Examples, list[str]]:
+    """Rows to learn from and held-out rows: those of ``eval_rows``, else a share of the data; and notes on the latter.
+
+    What the notes on the data say is not said again.
     """
     if eval_rows is None:
         fraction = 0.05 if asked.eval_fraction is None else asked.eval_fraction
-        train, held_out = split_held_out(data, fraction, seed, asked.eval_rows)
-    else:
-        known = {_without_count(note) for note in data.notes}
-        lines: list[str] = []
-        found = encode_for(base, eval_rows, asked, lines.append)
-        for note in (line.removeprefix(NOTE) for line in lines):
-            if _without_count(note) not in known and not note.endswith(_LOWERED):
-                say(f"{NOTE}held-out rows: {note}")
-        train, held_out = data, found.subset(range(min(asked.eval_rows, len(found))))
-    for note in overlap(train, held_out).notes():
-        say(NOTE + note)
-    return train, held_out
+        return *split_held_out(data, fraction, seed, asked.eval_rows), []
+    known = {_without_count(note) for note in data.notes}
+    found, notes = encoded(base, eval_rows, asked)
+    new = [
+        f"held-out rows: {note}"
+        for note in (*notes, *count_notes(found))
+        if _without_count(note) not in known and not note.endswith(_LOWERED)
+    ]
+    return data, found.subset(range(min(asked.eval_rows, len(found)))), new
 
 
 def _without_count(note: str) -> str:
@@ -171,6 +185,13 @@ def load_for(how: LoadSettings, rows: Rows, data: DataSettings, say: Say = to_st
             "merge them with PEFT and save that to use it; the README of the run has the code"
         )
     return base, examples
+
+
+def stream_for(how: LoadSettings, rows: Rows, data: DataSettings, say: Say = to_stderr) -> tuple[Checkpoint, Examples]:
+    """The model to be read layer by layer, and its rows."""
+    checkpoint = checkpoint_as_asked(how)
+    note_unusual(checkpoint.anatomy, say)
+    return checkpoint, encode_for(checkpoint, rows, data, say)
 
 
 def load_as_asked(how: LoadSettings) -> Loaded:

@@ -271,9 +271,7 @@ class Plan(Artifact):
         Raises:
             PlanError: vocabularies or chat templates differ; names both tokenizers.
         """
-        if self.tokenizer is None or tokenizer is None:
-            return
-        if difference := self.tokenizer.difference(tokenizer):
+        if self.tokenizer and (difference := self.tokenizer.difference(tokenizer)):
             raise PlanError(
                 f"the plan was made with the tokenizer {self.tokenizer}, these rows come from {tokenizer}: their "
                 f"{difference} differ; use that tokenizer, or make a plan with this one"

@@ -134,9 +134,7 @@ class Metrics(Artifact):
         Raises:
             AdapterError: vocabularies or chat templates differ; names both tokenizers.
         """
-        if self.tokenizer is None or tokenizer is None:
-            return
-        if difference := self.tokenizer.difference(tokenizer):
+        if self.tokenizer and (difference := self.tokenizer.difference(tokenizer)):
             raise AdapterError(
                 f"the adapter was trained with the tokenizer {self.tokenizer}, this one is {tokenizer}: their "
                 f"{difference} differ; use the tokenizer that it was trained with"
