@@ -423,7 +423,7 @@ def test_repeat_command_is_quoted_for_a_shell():
     assert command == (
         "aletheia train 'a;rm -rf /' --data train.jsonl --eval-data test.jsonl --eval-rows 96 "
         "--plan 'my run/plan.json' --steps 150 --batch-size 4 --learning-rate 0.0002 "
-        "--max-length 512 --dtype bfloat16 --seed 0 --cache off --init random --gradient-checkpointing off "
+        "--max-length 512 --dtype bfloat16 --seed 0 --cache off --keep last --init random --gradient-checkpointing off "
         "--out 'my run-again' --no-group-by-length"
     )
     assert repeat_command(make_run(data=None)) == ()
@@ -581,3 +581,14 @@ def test_reporting_loads_no_torch_and_the_terminal_no_matplotlib():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_run_that_ended_at_its_best_says_which_point_was_kept_and_what_it_saved(tmp_path):
+    run = make_run(steps=150, planned_steps=200, kept_step=75)
+    told = shown(render(run))
+    assert "step 75 of 150, 50 saved" in told
+    assert [line.split()[0] for line in told.splitlines() if line.rstrip().endswith(" kept")] == ["75"]
+    page = page_of([run], tmp_path)
+    assert "kept those of step 75 of 150, 50 saved" in page.text
+    assert "150 steps, 50 saved" in page.text
+    assert "--steps 200" in page.text

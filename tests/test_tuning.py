@@ -22,6 +22,7 @@ from aletheia.reporting.comparison import differences
 from aletheia.runs.folder import RunFolder
 from aletheia.runs.schema import Run
 from aletheia.training import loop
+from aletheia.training.loop import evaluations_of
 from aletheia.training import train as train_module
 from aletheia.training.held_out import held_out_loss
 from aletheia.training.recorder import due_steps
@@ -146,7 +147,7 @@ def test_training_learns_and_leaves_a_complete_folder(examples, scores, tmp_path
     assert Run.read(tmp_path / "run") == run
     assert metrics.steps == 12
     assert [point.step for point in metrics.train_curve] == list(range(1, 13))
-    assert [point.step for point in metrics.held_out_curve] == [0, 3, 6, 9, 12]
+    assert [point.step for point in metrics.held_out_curve] == [0, 2, 5, 7, 10, 12]  # four times a pass
     assert metrics.boundary == 2
     assert metrics.trainable_parameters == run.plan.trainable_parameters
     assert metrics.peak_memory_bytes > 100_000_000  # torch alone takes more
@@ -335,8 +336,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(examples, sco
         ({"epochs": 1}, "`steps` and `epochs` are both given; expected one of them"),
         ({"learning_rate": -1.0}, "`learning_rate` is -1; expected more than 0"),
         ({"evaluations": 0}, "`evaluations` is 0; expected at least 1"),
+        (
+            {"early_stop": False, "early_stopping_patience": 2},
+            "`early_stopping_patience` is given and `early_stop` is false; expected one of them",
+        ),
         ({"learning_rate": math.nan}, "`learning_rate` is nan; expected"),
-        ({"keep": "worst"}, "`keep` is 'worst'; expected one of last, best"),
+        ({"keep": "worst"}, "`keep` is 'worst'; expected one of best, last"),
         ({"stepz": 3}, "unknown setting `stepz`"),
     ],
 )
@@ -445,23 +450,59 @@ def held_out_losses(monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "steps", "kept", "after"),
     [
-        ({"keep": "last"}, 12, 12, 2.0),
-        ({"keep": "best", "steps": 10, "evaluations": 5}, 10, 4, 3.0),
-        ({"keep": "best", "early_stopping_patience": 2}, 8, 4, 3.0),
+        ({}, 10, 4, 3.0),
+        ({"keep": "last", "early_stop": False}, 12, 12, 2.0),
+        ({"early_stop": False, "steps": 10, "evaluations": 5}, 10, 4, 3.0),
+        ({"early_stopping_patience": 2}, 8, 4, 3.0),
         ({"keep": "last", "early_stopping_patience": 2}, 8, 8, 3.6),
     ],
-    ids=["last", "best", "best, stopped", "last, stopped"],
+    ids=["default", "planned length, last", "planned length, best", "stopped sooner, best", "stopped sooner, last"],
 )
 def test_the_point_that_is_kept(examples, scores, tmp_path, held_out_losses, settings, steps, kept, after):
     _, run = trained(examples, scores, tmp_path / "run", **{"evaluations": 6, "batch_size": 2} | settings)
     metrics = run.metrics
     assert (metrics.steps, metrics.kept_step, metrics.held_out_loss_after) == (steps, kept, after)
+    assert metrics.steps_saved == (settings.get("steps") or 12) - steps
     assert [point.step for point in metrics.held_out_curve] == list(range(0, steps + 1, 2))
     assert [point.step for point in metrics.train_curve] == list(range(1, steps + 1))
     saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
     for name, value in held_out_losses[kept // 2].items():
         assert torch.equal(saved[name.replace(".default", "")], value), name
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_run_that_goes_on_remembers_how_long_the_loss_has_not_fallen(examples, scores, tmp_path, monkeypatch):
+    """Lowest after step 4 and broken off at step 8, it stops three evaluations later, as if nothing had been."""
+    losses = iter([5.0, 4.0, 3.0, 3.5, None, 3.6, 3.7, 2.0])
+
+    def listed(*given):
+        loss = next(losses)
+        if loss is None:
+            raise RuntimeError("broken off")
+        return loss
+
+    monkeypatch.setattr(loop, "held_out_loss", listed)
+    settings = {"evaluations": 6, "batch_size": 2, "save_steps": 2, "save_total_limit": 5}
+    with pytest.raises(RuntimeError, match="broken off"):
+        trained(examples, scores, tmp_path / "run", **settings)
+    with RunFolder.claim(tmp_path / "run", resume="auto") as folder:
+        _, run = trained(examples, scores, folder, **settings)
+    assert (run.metrics.steps, run.metrics.kept_step, run.metrics.held_out_loss_after) == (10, 4, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "evaluations"),
+    [
+        ({"steps": 5}, 4),
+        ({"epochs": 0.25}, 4),
+        ({"epochs": 3}, 12),
+        ({"steps": 25}, 10),
+        ({"epochs": 3, "evaluations": 2}, 2),
+        ({"eval_steps": 3}, 0),
+    ],
+)
+def test_the_held_out_loss_is_taken_four_times_a_pass(settings, evaluations):
+    assert evaluations_of(40, TrainSettings(batch_size=4, **settings)) == evaluations
 
 
 def test_checkpoints_that_were_asked_for_stay(examples, scores, tmp_path):

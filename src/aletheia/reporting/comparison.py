@@ -133,7 +133,7 @@ def _conditions(runs: Sequence[Run]) -> dict[str, list[tuple[object, str]]]:
             for metrics in every
         ],
         "held-out rows": list(zip(held_out, [str(metrics.held_out_rows) for metrics in every], strict=True)),
-        "steps": [(metrics.steps, str(metrics.steps)) for metrics in every],
+        "steps": [(planned, str(planned)) for planned in (m.planned_steps or m.steps for m in every)],
         "batch size": [(setting.batch_size, str(setting.batch_size)) for setting in settings],
         "max length": [(setting.max_length, str(setting.max_length)) for setting in settings],
         "length grouping": [
@@ -232,11 +232,18 @@ def step_time(metrics: Metrics) -> str:
     return human_seconds(metrics.seconds.train / metrics.steps) if metrics.steps else NOTHING
 
 
+def kept_point(metrics: Metrics) -> str:
+    """Which step's adapter was kept, and how many planned steps were saved: ``step 150 of 180, 60 saved``."""
+    kept = f"step {metrics.kept_step or metrics.steps:,} of {metrics.steps:,}"
+    return kept + (f", {metrics.steps_saved:,} saved" if metrics.steps_saved else "")
+
+
 def _loss_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
     every = [run.metrics for run in runs]
     rows = [
         Row("Before", tuple(human_loss(metrics.held_out_loss_before) for metrics in every), "nats per token"),
         Row("After", tuple(human_loss(metrics.held_out_loss_after) for metrics in every), "nats per token"),
+        Row("Kept", tuple(kept_point(metrics) for metrics in every), "the adapter of this step"),
         Row(
             "Measured on",
             tuple(f"{metrics.held_out_rows:,} rows, {metrics.held_out_tokens:,} tokens" for metrics in every),
@@ -298,17 +305,22 @@ def repeat_command(run: Run) -> tuple[str, ...]:
     options += [
         ("--eval-rows", str(metrics.held_out_rows)),
         ("--plan", f"{run.name}/plan.json"),
-        ("--steps", str(metrics.steps)),
+        ("--steps", str(metrics.planned_steps or metrics.steps)),
         ("--batch-size", str(settings.batch_size)),
         ("--learning-rate", repr(settings.learning_rate)),
         ("--max-length", str(settings.max_length)),
         ("--dtype", settings.dtype),
         ("--seed", str(settings.seed)),
         ("--cache", settings.cache),
+        ("--keep", settings.keep),
         ("--init", settings.init),
         ("--gradient-checkpointing", settings.gradient_checkpointing),
         ("--out", f"{run.name}-again"),
     ]
+    if settings.evaluations is not None:
+        options.append(("--evaluations", str(settings.evaluations)))
+    if settings.early_stopping_patience is not None:
+        options.append(("--early-stopping-patience", str(settings.early_stopping_patience)))
     if settings.quantization in ("nf4", "int8"):
         options.append(("--quantize", settings.quantization))
     if settings.attention:

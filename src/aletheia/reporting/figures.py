@@ -101,6 +101,7 @@ def loss_by_step_svg(runs: Sequence[Run], labels: Sequence[str], identifier: str
             axes.plot(*_columns(train), color=run_color(index), linewidth=0.9, alpha=0.45)
             points = held_out_points(run.metrics)
             _held_out_line(axes, [p.step for p in points], [p.loss for p in points], label, index)
+            _ring(axes, *((p.step, p.loss) for p in points if p.step == run.metrics.kept_step), index=index)
         axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
         _loss_axis(axes, "optimizer step")
         return to_svg(figure, identifier, f"Held-out and training loss by step: {', '.join(labels)}.")
@@ -113,6 +114,7 @@ def loss_by_seconds_svg(runs: Sequence[Run], labels: Sequence[str], identifier: 
         for index, (run, label) in enumerate(zip(runs, labels, strict=True)):
             points = held_out_points(run.metrics)
             _held_out_line(axes, [p.train_seconds for p in points], [p.loss for p in points], label, index)
+            _ring(axes, *((p.train_seconds, p.loss) for p in points if p.step == run.metrics.kept_step), index=index)
         if len(runs) > 1:
             goal = runs[0].metrics.held_out_loss_after
             axes.axhline(goal, color=MUTED, linewidth=0.7, linestyle=(0, (2, 3)), zorder=1)
@@ -245,6 +247,14 @@ def _held_out_line(axes: Axes, at: Sequence[float], losses: Sequence[float], lab
         label=shorten(label, LABEL_LENGTH),
         zorder=3,
         clip_on=False,
+    )
+
+
+def _ring(axes: Axes, *points: tuple[float, float], index: int) -> None:
+    """Around the point whose adapter was kept."""
+    x, y = _columns(points)
+    axes.plot(
+        x, y, "o", color=run_color(index), markersize=9, markerfacecolor="none", markeredgewidth=1.2, clip_on=False
     )
 
 

@@ -22,6 +22,7 @@ from aletheia.reporting.comparison import (
     counted_speed,
     differences,
     held_out_points,
+    kept_point,
     repeat_command,
     run_labels,
     train_speed,
@@ -159,6 +160,7 @@ def _alone(run: Run) -> str:
     return (
         f"trained adapters in {len(plan.layers)} of {plan.layer_count} decoder layers for {metrics.steps:,} steps"
         + (f" (the other layers' in the first {metrics.early_steps:,})" if metrics.early_steps else "")
+        + f", kept those of {kept_point(metrics)},"
         + " in "
         f"{human_seconds(metrics.seconds.train)} (probe {human_seconds(metrics.seconds.probe)}, planning "
         f"{human_seconds(metrics.seconds.plan)}, cache {human_seconds(metrics.seconds.cache)} and init "
@@ -168,6 +170,10 @@ def _alone(run: Run) -> str:
     )
 
 
+def _steps(metrics: Metrics) -> str:
+    return f"{metrics.steps:,} steps" + (f", {metrics.steps_saved:,} saved" if metrics.steps_saved else "")
+
+
 def _cards(runs: Sequence[Run], labels: Sequence[str]) -> list[dict[str, str]]:
     """The figures to see first: of the only run, or of the second against the first; more runs have the table."""
     last = runs[-1].metrics
@@ -175,7 +181,7 @@ def _cards(runs: Sequence[Run], labels: Sequence[str]) -> list[dict[str, str]]:
     trainable = {"name": "Trainable parameters", "value": human_count(last.trainable_parameters)}
     if len(runs) == 1:
         return [
-            {"name": "Train time", "value": human_seconds(last.seconds.train), "note": f"{last.steps:,} steps"},
+            {"name": "Train time", "value": human_seconds(last.seconds.train), "note": _steps(last)},
             loss | {"note": f"from {human_loss(last.held_out_loss_before)}, nats per token"},
             trainable | {"note": rank_summary(runs[0].plan.adapters)},
             {"name": "Peak memory", "value": human_bytes(last.peak_memory_bytes), "note": last.settings.device},

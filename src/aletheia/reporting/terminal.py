@@ -16,6 +16,7 @@ from aletheia.reporting.comparison import (
     comparison_sections,
     differences,
     held_out_points,
+    kept_point,
     run_labels,
     step_time,
 )
@@ -268,6 +269,7 @@ def _render_run(run: Run) -> RenderableType:
             ),
             ("trainable", f"{human_count(metrics.trainable_parameters)} parameters, {rank_summary(plan.adapters)}"),
             ("steps", f"{metrics.steps:,} of batch {settings.batch_size}, learning rate {settings.learning_rate:g}"),
+            ("kept", kept_point(metrics)),
             ("tokens", f"{metrics.tokens:,}, {metrics.labelled_tokens:,} with a label"),
             ("time", f"{human_seconds(seconds.total)}: {phases}"),
             ("speed", f"{step_time(metrics)} per step, {per_second}"),
@@ -288,7 +290,8 @@ def _held_out_table(run: Run) -> Table:
     highest = max(point.loss for point in points)
     table = _table(("step", 7, "right"), ("train time", 12, "right"), ("loss", 8, "right"), ("", 40, "left"))
     for point in points:
-        line = Text(bar(point.loss, highest, 40), style=_ACCENT)
+        is_kept = point.step == run.metrics.kept_step
+        line = Text.assemble((bar(point.loss, highest, 34), _ACCENT), " kept" if is_kept else "")
         table.add_row(f"{point.step:,}", human_seconds(point.train_seconds), human_loss(point.loss), line)
     return table
 

@@ -84,6 +84,8 @@ class UsedSettings(BaseModel):
     quantization_corrected: bool = False  # by a frozen part of the adapters, which doubles their rank
     attention: str | None = None
     keep: Literal["last", "best"] = "last"
+    evaluations: int | None = None  # planned; None: Trainer was told when
+    early_stopping_patience: int | None = None  # None: every planned step is taken
 
 
 class StartingAdapter(BaseModel):
@@ -111,6 +113,7 @@ class Metrics(Artifact):
     rows_truncated: int = 0
     rows_skipped: int = 0
     steps: int
+    planned_steps: int | None = None  # what the schedule was laid out for
     kept_step: int | None = None
     tokens: int
     labelled_tokens: int
@@ -127,6 +130,11 @@ class Metrics(Artifact):
     verdict: Verdict = "learned"
     train_curve: tuple[TrainPoint, ...]
     held_out_curve: tuple[HeldOutPoint, ...]
+
+    @property
+    def steps_saved(self) -> int:
+        """Planned steps that were not taken, since the held-out loss no longer fell."""
+        return (self.planned_steps or self.steps) - self.steps
 
     def check_tokenizer(self, tokenizer: TokenizerIdentity | None) -> None:
         """Refuse another tokenizer than the one that the run learned with; None is not known, and fits.

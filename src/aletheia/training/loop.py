@@ -24,7 +24,7 @@ from aletheia.errors import SettingsError
 from aletheia.training.finite import Finite
 from aletheia.training.held_out import held_out_loss
 from aletheia.training.recorder import Recorder
-from aletheia.training.settings import TrainSettings
+from aletheia.training.settings import EVALUATIONS, TrainSettings
 
 NEVER = 10**9  # steps
 
@@ -33,6 +33,19 @@ def steps_per_epoch(rows: int, settings: TrainSettings, processes: int = 1) -> i
     """Optimizer steps of one pass over ``rows``, as Trainer counts them."""
     batches = math.ceil(math.ceil(rows / settings.batch_size) / processes)
     return math.ceil(batches / settings.gradient_accumulation_steps)
+
+
+def planned_steps(rows: int, settings: TrainSettings, processes: int = 1) -> int:
+    """Optimizer steps that a run over ``rows`` is laid out for; it may end before."""
+    return settings.steps or math.ceil((settings.epochs or 1.0) * steps_per_epoch(rows, settings, processes))
+
+
+def evaluations_of(rows: int, settings: TrainSettings, processes: int = 1) -> int:
+    """How often the held-out loss is taken in all, evenly, the last time after the last step; 0: Trainer decides."""
+    if evaluates_by_itself(settings):
+        return 0
+    passes = planned_steps(rows, settings, processes) / steps_per_epoch(rows, settings, processes)
+    return settings.evaluations or max(EVALUATIONS, round(EVALUATIONS * passes))
 
 
 def rows_per_step(settings: TrainSettings, processes: int = 1) -> int:
@@ -89,10 +102,9 @@ def training_arguments(settings: TrainSettings, output_dir: str, **given: Any) -
     except (ValueError, TypeError, ImportError) as error:
         raise SettingsError(f"Trainer does not take these settings: {one_line(error, 2000)}") from error
     _check_loggers(settings.report_to)
-    if settings.keep == "best" or settings.early_stopping_patience is not None:
-        arguments.metric_for_best_model, arguments.greater_is_better = "loss", False
-        arguments.load_best_model_at_end = settings.keep == "best"
-        arguments.restore_callback_states_from_checkpoint = settings.early_stopping_patience is not None
+    arguments.metric_for_best_model, arguments.greater_is_better = "loss", False
+    arguments.load_best_model_at_end = settings.keep == "best"
+    arguments.restore_callback_states_from_checkpoint = settings.early_stop
     arguments._n_gpu = min(arguments.n_gpu, 1)  # or Trainer splits every batch over all GPUs it sees
     return arguments
 
@@ -150,7 +162,7 @@ class RowTrainer(Trainer):
         self._settings, self._recorder = settings, recorder
         self.before_training: Callable[[], AbstractContextManager[None]] = nullcontext  # for the loss at the start
         callbacks: list[TrainerCallback] = [recorder]
-        if settings.early_stopping_patience is not None:
+        if settings.early_stop:
             callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
         collator = partial(collate, pad_token_id=data.pad_token_id)
         super().__init__(model, arguments, collator, train_dataset=data, eval_dataset=held_out, callbacks=callbacks)

@@ -15,6 +15,8 @@ TRAINING, CACHE, SAVING, LOGGING = "Training", "Frozen prefix", "Checkpoints", "
 CacheKind = Literal["auto", "memory", "disk", "off"]
 Init = Literal["gradient", "random"]
 Recompute = Literal["off", "selective", "full"]
+EVALUATIONS = 4  # per pass over the data
+PATIENCE = 3  # evaluations
 
 # settings that change no result: a run may go on with others
 WITHOUT_INFLUENCE = (
@@ -39,7 +41,7 @@ NOT_TAKEN = {
     "remove_unused_columns": "rows are tokenised before",
     "label_names": "rows are tokenised before",
     "resume_from_checkpoint": "it is `resume` here",
-    "load_best_model_at_end": "it is `keep` here: last or best",
+    "load_best_model_at_end": "it is `keep` here: best or last",
     "metric_for_best_model": "the held-out loss decides",
     "greater_is_better": "the held-out loss decides",
     "save_only_model": "such a checkpoint cannot be resumed from",
@@ -121,12 +123,22 @@ class TrainSettings(Settings):
         TRAINING,
     )
     seed: int = option(0, "Seed of everything that is drawn.", TRAINING, ge=0, le=2**32 - 1)
-    evaluations: int = option(4, "How often the held-out loss is taken during training.", TRAINING, ge=1, le=MOST_STEPS)
-    keep: Literal["last", "best"] = option(
-        "last", "Which point of the run is kept: the last one, or that of the lowest held-out loss.", TRAINING
+    evaluations: int | None = option(
+        None,
+        f"How often the held-out loss is taken during training ({EVALUATIONS} times per pass over the data by default, "
+        f"and never less than {EVALUATIONS} times).",
+        TRAINING,
+        ge=1,
+        le=MOST_STEPS,
     )
-    early_stopping_patience: int | None = option(
-        None, "Stop after so many held-out losses without a new lowest one.", TRAINING, ge=1
+    keep: Literal["best", "last"] = option(
+        "best", "Which adapter is kept: that of the lowest held-out loss, or the last one.", TRAINING
+    )
+    early_stop: bool = option(
+        True, "End the run when the held-out loss no longer falls; without it, every planned step is taken.", TRAINING
+    )
+    early_stopping_patience: int = option(
+        PATIENCE, "With `early_stop`: how many held-out losses in a row may be no new lowest one.", TRAINING, ge=1
     )
     allow_worse: bool = option(
         False,
@@ -161,6 +173,8 @@ class TrainSettings(Settings):
     def _consistent(self) -> "TrainSettings":
         if self.steps is not None and self.epochs is not None:
             raise ValueError("`steps` and `epochs` are both given; expected one of them")
+        if "early_stopping_patience" in self.model_fields_set and not self.early_stop:
+            raise ValueError("`early_stopping_patience` is given and `early_stop` is false; expected one of them")
         if self.free_prefix and self.cache == "off":
             raise ValueError("`free_prefix` is given with `cache` off; expected a cache to train from")
         if (self.model_extra or {}).get("eval_strategy") == "no":

@@ -43,10 +43,10 @@ from aletheia.training.interrupts import Interrupts, SaveInTime, interrupts
 from aletheia.training.learning_rate import default_learning_rate, warm_up_steps
 from aletheia.training.loop import (
     RowTrainer,
-    evaluates_by_itself,
+    evaluations_of,
+    planned_steps,
     rows_of_steps,
     rows_per_step,
-    steps_per_epoch,
     training_arguments,
 )
 from aletheia.training.outcome import digest_of_b, verdict, whole_adapter
@@ -95,8 +95,8 @@ def train(
 
     transformers' Trainer with the plan attached (:func:`aletheia.attach`). Only adapters are trained; where the plan
     has early layers they learn first, then freeze as they are, and the boundary rises. The held-out loss is taken
-    before training and ``evaluations`` times from then on. A run that was stopped goes on from its last checkpoint,
-    and on a CPU ends with the same bytes. Sets the global random seeds, as Trainer does.
+    before training and ``evaluations`` times from then on; the run ends when it no longer falls, with the adapter of its
+    lowest point. A run that was stopped goes on from its last checkpoint, and on a CPU ends with the same bytes. Sets the global random seeds, as Trainer does.
 
     Args:
         model: the adapted model, from :func:`aletheia.adapt`.
@@ -151,10 +151,11 @@ class _Job:
         """Nothing is computed yet."""
         self.model, self.data, self.plan, self.held_out = model, data, plan, held_out
         self.settings, self.prepared, self.folder, self.show = settings, prepared, folder, show_progress
-        self.recorder = Recorder(0 if evaluates_by_itself(settings) else settings.evaluations, show_progress)
         probe = plan.probe.seconds if plan.uses_scores else 0.0  # a plan that looked at scores owes it, whenever it was
         self.seconds = {"load": 0.0, "probe": probe, "plan": 0.0} | dict(prepared.seconds)
         self.processes = Launch.here().processes
+        self.steps = planned_steps(len(data), settings, self.processes)
+        self.recorder = Recorder(evaluations_of(len(data), settings, self.processes), show_progress)
         self.correction = Correction()
         self.stack = ExitStack()  # closed when the run is over
         self.has_learned = False
@@ -197,6 +198,12 @@ class _Job:
             trainer.train(resume_from_checkpoint=None if found is None else str(found.path))
         finally:
             self.recorder.close()
+        state = trainer.state
+        if interrupted.signal is None and state.global_step < state.max_steps:
+            self._say(
+                f"stop   after step {state.global_step} of {state.max_steps}: the held-out loss was lowest after step "
+                f"{state.best_global_step}"
+            )
 
     def _keep_so_far(self, trainer: RowTrainer) -> str:
         """Leave the adapter of an interrupted run where it can be used; what is said of it."""
@@ -206,8 +213,7 @@ class _Job:
 
     def _trainer(self) -> tuple[RowTrainer, Attachment]:
         settings, model, plan = self.settings, self.model, self.plan
-        per_epoch = steps_per_epoch(len(self.data), settings, self.processes)
-        steps = settings.steps or math.ceil((settings.epochs or 1.0) * per_epoch)
+        steps = self.steps
         rate = settings.learning_rate
         if rate is None:
             rate = default_learning_rate(text_config(model).hidden_size, steps, settings.init)
@@ -344,6 +350,8 @@ class _Job:
             quantization_corrected=bool(self.correction),
             attention=getattr(model.config, "_attn_implementation", None),
             keep=settings.keep,
+            evaluations=evaluations_of(len(data), settings, self.processes) or None,
+            early_stopping_patience=settings.early_stopping_patience if settings.early_stop else None,
         )
         seen = self._batches(steps)
         kept = steps
@@ -364,6 +372,7 @@ class _Job:
             rows_truncated=data.truncated,
             rows_skipped=data.skipped,
             steps=steps,
+            planned_steps=trainer.args.max_steps,
             kept_step=kept,
             tokens=sum(len(row) for batch in seen for row in batch),
             labelled_tokens=sum(row.labelled_tokens for batch in seen for row in batch),

@@ -107,6 +107,7 @@ def _train(job: _RowJob, out: Path) -> None:
                 learning_rate=arm.learning_rate,
                 init=arm.init,
                 evaluations=campaign.evaluations,
+                early_stop=False,  # as many steps as the campaign says
                 seed=seed,
                 cache=cache,
                 cache_dir=job.folder / CACHES,
