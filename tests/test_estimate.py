@@ -9,7 +9,7 @@ from aletheia.errors import PlanError
 from aletheia.planning.estimate import Job, Machine, estimate, estimate_plan
 from aletheia.planning.make import every_layer_fits
 from aletheia.planning.memory import ADAPTER_BYTES, PROCESS_BYTES, lowest_boundary, training_bytes
-from aletheia.planning.plan import FREEZE_AFTER, PlanSettings
+from aletheia.planning.plan import PlanSettings
 from aletheia.reporting.estimate import estimate_view
 
 

@@ -1,6 +1,7 @@
 """Policies, ranks, costs, the frontier and the Plan file: pure functions, property-tested."""
 
 import itertools
+import re
 import json
 import math
 import random
@@ -19,7 +20,8 @@ from aletheia.errors import ArtifactError, PlanError, SettingsError
 from aletheia.planning.cost import LayerCosts, layer_costs
 from aletheia.planning.frontier import best_within, frontier
 from aletheia.planning.make import plan, plan_frontier
-from aletheia.planning.plan import FREEZE_AFTER, Plan, PlanSettings, Policy, RankMode
+from aletheia.planning.plan import Plan, PlanSettings, RankMode
+from aletheia.planning.targets import BALANCED_SHARE, SPEED_SHARE, WORTHWHILE, Policy
 from aletheia.planning.policies import Candidates, layer_share, select_layers
 from aletheia.planning.ranks import ranks_by_score
 from aletheia.probing.scores import ProbeSettings, Scores
@@ -93,8 +95,8 @@ def test_controls_take_as_many_layers_as_the_published_policy(scores, percent, s
 def test_ties_go_to_the_lower_layer():
     costs = LayerCosts((1.0,) * 4, (1.0,) * 4, (0.1,) * 4, 1.0, 9.4)
     candidates = Candidates([1, 1, 1, 1], costs, range(4))
-    assert select_layers(PlanSettings(policy="top-percent"), candidates) == (0, 1)
-    assert select_layers(PlanSettings(policy="bottom"), candidates) == (0, 1)
+    assert select_layers(PlanSettings(policy="top-percent", percent=50), candidates) == (0, 1)
+    assert select_layers(PlanSettings(policy="bottom", percent=50), candidates) == (0, 1)
 
 
 def test_random_differs_by_seed_and_repeats():
@@ -115,8 +117,8 @@ def test_depth_aware_is_as_fast_as_last_and_captures_at_least_as_much(scores, pe
 def test_depth_aware_trades_weak_suffix_layers_for_a_strong_deeper_one():
     costs = LayerCosts((1.0,) * 8, (1.0,) * 8, (0.5,) * 8, 1.0, 21.0)
     candidates = Candidates([0, 0, 0, 50, 9, 9, 1, 1], costs, range(8))
-    assert select_layers(PlanSettings(policy="last"), candidates) == (4, 5, 6, 7)
-    assert select_layers(PlanSettings(policy="depth-aware"), candidates) == (
+    assert select_layers(PlanSettings(policy="last", percent=50), candidates) == (4, 5, 6, 7)
+    assert select_layers(PlanSettings(policy="depth-aware", percent=50), candidates) == (
         3,
         4,
     )  # one layer deeper, two adapters fewer
@@ -182,7 +184,6 @@ def test_a_speedup_is_a_floor_and_gets_the_most_importance(is_timed):
             assert 1 / mean >= target * (1 - 1e-6)
             fitting = [point for point in points if point.speedup >= target * (1 - 1e-9)]
             assert made.predicted.captured_importance == max(point.captured_importance for point in fitting)
-    assert plan(read, quality_first=True).layers == plan(read, speedup=1.30).layers
     later = plan(read, speedup=2.0, epochs=4, freeze_after=0).predicted.captured_importance
     assert later >= plan(read, speedup=2.0, freeze_after=0).predicted.captured_importance  # the cache buys depth
 
@@ -196,9 +197,10 @@ def test_a_speedup_is_a_floor_and_gets_the_most_importance(is_timed):
         ),
         ({"speedup": -1.0}, "`speedup` is -1; expected more than 0"),
         ({"epochs": 0}, "`epochs` is 0; expected more than 0"),
-        ({"speedup": 2.0, "quality_first": True}, "`speedup` and `quality_first` are both given"),
+        ({"speedup": 2.0, "target": "speed"}, "`target` and `speedup` are both given; expected one of them"),
+        ({"policy": "last", "target": "quality"}, "`target` and `policy` are both given; expected one of them"),
+        ({"freeze_after": 0, "target": "balanced"}, "`target` and `freeze_after` are both given"),
         ({"speedup": 2.0, "policy": "last"}, "`speedup` is given and `policy` is last; expected depth-aware"),
-        ({"quality_first": True, "policy": "last"}, "`quality_first` is given and `policy` is last"),
     ],
 )
 def test_speedups_that_cannot_be(settings, expected):
@@ -304,15 +306,54 @@ def test_target_modules_leave_the_measured_baseline_alone():
 
 def test_defaults_are_the_same_however_a_plan_is_asked_for():
     read = make_scores([1.0, 2.0, 3.0, 4.0])
-    made = plan(read)
-    assert made == plan(read, PlanSettings()) == plan(read, policy="depth-aware", percent=50, rank=16)
-    assert made.settings.freeze_after == FREEZE_AFTER
+    made = plan(read, epochs=3)
+    assert made == plan(read, PlanSettings(epochs=3)) == plan(read, target="balanced", epochs=3, percent=None, rank=16)
     assert made.settings.alpha == 32
-    assert made.settings.epochs == 1
     assert made.settings == made.settings.resolved()  # nothing is left to fill in
-    assert plan(read, made.settings) == made
+    again = plan(read, made.settings)
+    assert again == made.model_copy(update={"reason": ""})
+    assert plan(read, policy="depth-aware").settings.freeze_after == SPEED_SHARE
     assert {plan(read, policy=policy).settings.freeze_after for policy in POLICIES if policy != "depth-aware"} == {0}
-    assert plan(read, quality_first=True, freeze_after=0).settings.speedup == 1.30
+
+
+# --- targets
+
+
+def test_quality_adapts_every_layer_to_the_end():
+    made = plan(make_scores([1.0] * 8), target="quality", epochs=10)
+    assert (made.layers, made.early_layers, made.freeze_after) == (tuple(range(8)), (), 0)
+    assert made.reason == "target quality: every layer learns to the end"
+
+
+def test_speed_freezes_the_lower_layers_early_in_a_short_run_too():
+    made = plan(make_scores([1.0] * 8), target="speed")
+    assert (made.layers, made.early_layers, made.freeze_after) == ((4, 5, 6, 7), (0, 1, 2, 3), SPEED_SHARE)
+
+
+@pytest.mark.parametrize(("epochs", "freezes"), [(0.1, False), (1, False), (2, False), (3, True), (10, True)])
+def test_the_default_freezes_only_where_rows_come_back_often_enough_to_be_worth_it(epochs, freezes):
+    read, about = make_scores([1.0] * 8), {"epochs": epochs, "rank": 1}
+    made = plan(read, **about)
+    assert bool(made.early_layers) == freezes
+    assert made.freeze_after == (BALANCED_SHARE if freezes else 0)
+    told = re.search(r"would save (\d+) % of the time, less than 15 %", made.reason)
+    assert (told is None) == freezes
+    quality, speed = (plan(read, target=target, **about) for target in ("quality", "speed"))
+    times = [one.predicted.relative_run_time for one in (speed, made, quality)]
+    assert times == sorted(times)
+    frozen = plan(read, policy="depth-aware", freeze_after=BALANCED_SHARE, **about)
+    saved = 1 - frozen.predicted.relative_run_time / quality.predicted.relative_run_time
+    assert (saved >= WORTHWHILE) == freezes
+    if told:
+        assert int(told[1]) == round(100 * saved)
+
+
+def test_the_time_of_a_run_is_that_of_its_steps():
+    """Three passes, half of them with every layer: half a pass fills the cache, one reads what is there."""
+    made = plan(make_scores([1.0] * 8), policy="depth-aware", freeze_after=0.5, epochs=3).predicted
+    rest = (made.relative_step_time + 0.5 * made.relative_cached_step_time) / 1.5
+    assert made.relative_run_time == pytest.approx(0.5 * made.relative_early_step_time + 0.5 * rest)
+    assert made.run_speedup == 1 / made.relative_run_time
 
 
 def test_rslora_has_one_alpha_for_every_rank():

@@ -289,15 +289,14 @@ class Job:
         unbounded = room is None and not streamed  # the plan is not to be bounded by what happens to be free
         if room is None:
             room = free_memory_bytes(device) + own_memory_bytes(device)
-        if choice.freeze_after is None:
-            fits = not streamed and (not unbounded or every_layer_fits(scores, choice, room, tokens, share))
-            choice = choice if fits else choice.model_copy(update={"freeze_after": 0.0})
+        fits = not streamed and (not unbounded or every_layer_fits(scores, choice, room, tokens, share))
+        if not fits and choice.freeze_after is None:
+            choice = choice.model_copy(update={"freeze_after": 0.0, "target": None})
         made = make_plan(
             scores, choice, max_memory=None if unbounded else room, batch_tokens=tokens, labelled_share=share
         )
-        by_default = settings.plan.freeze_after is None and made.settings.policy == "depth-aware"
-        if by_default and not made.settings.freeze_after:
-            self.say("note: lower layers do not learn at first, as they would by default: they may not fit in memory")
+        if not fits and settings.plan.freeze_after is None and made.settings.policy == "depth-aware":
+            self.say(f"note: layers below {made.boundary} do not learn: they may not fit in memory")
         return made
 
     def _passes(self, data: Examples) -> float:
@@ -351,11 +350,15 @@ class Job:
 
 
 def _about_plan(plan: Plan, cache: str) -> str:
+    predicted = plan.predicted
+    run = f", {predicted.run_speedup:.2f}x over the run" if predicted.run_speedup else ""
     return (
-        f"plan   {plan.settings.policy}: {len(plan.layers)} of {plan.layer_count} layers from {plan.boundary} up, "
-        + (f"the others in the first {plan.settings.freeze_after:.0%} of the steps, " if plan.early_layers else "")
-        + f"{plan.trainable_parameters:,} trainable parameters, predicted step speed-up {plan.predicted.speedup:.2f}x"
-        + ("" if cache == "off" else f", {plan.predicted.cached_speedup:.2f}x from a filled cache")
+        f"plan   {plan.reason or plan.settings.policy}; {len(plan.layers)} of {plan.layer_count} layers from "
+        f"{plan.boundary} up"
+        + (f", the others in the first {plan.settings.freeze_after:.0%} of the steps" if plan.early_layers else "")
+        + f", {plan.trainable_parameters:,} trainable parameters, predicted step speed-up {predicted.speedup:.2f}x"
+        + ("" if cache == "off" else f", {predicted.cached_speedup:.2f}x from a filled cache")
+        + run
     )
 
 

@@ -42,6 +42,18 @@ class LayerCosts:
         return self.cached_step(layers) + sum(self.forward[: min(layers)]) / max(epochs, 1.0)
 
 
+def run_time(
+    costs: LayerCosts, every: Collection[int], layers: Collection[int], early_share: float, epochs: float
+) -> float:
+    """Mean cost of a step of a run, relative to the baseline's.
+
+    ``every`` layer learns in the first ``early_share`` of ``epochs`` passes, then ``layers`` do, and what lies below
+    them is computed once per row.
+    """
+    early = early_share * costs.step(every)
+    return (early + (1 - early_share) * costs.mean_step(layers, epochs * (1 - early_share))) / costs.baseline
+
+
 def layer_costs(
     anatomy: Anatomy, ranks: dict[str, int], baseline_rank: int, sequence_length: float, labelled_share: float = 1.0
 ) -> LayerCosts:

@@ -7,12 +7,13 @@ from typing import Any
 from aletheia.anatomy.schema import Anatomy, Module
 from aletheia.errors import AdapterError, PlanError, SettingsError
 from aletheia.files import package_versions
-from aletheia.planning.cost import LayerCosts, layer_costs, measured_costs
+from aletheia.planning.cost import LayerCosts, layer_costs, measured_costs, run_time
 from aletheia.planning.frontier import FrontierPoint, point
 from aletheia.planning.memory import known_weights, lowest_boundary, training_bytes
-from aletheia.planning.plan import Adapter, Plan, PlanSettings, Prediction, check_dropout, leaf
-from aletheia.planning.policies import Candidates, select_layers
+from aletheia.planning.plan import PERCENT, Adapter, Plan, PlanSettings, Prediction, check_dropout, leaf
+from aletheia.planning.policies import Candidates, layer_share, select_layers
 from aletheia.planning.ranks import ranks_by_role, ranks_by_score, ranks_uniform
+from aletheia.planning.targets import BALANCED_SHARE, DEFAULT_TARGET, choice_of
 from aletheia.probing.scores import Scores
 
 
@@ -50,6 +51,7 @@ def plan(
     by_name = _allocate(chosen, scores, settings)
     actual = _costs(scores, settings, {**_nominal_ranks(draft.modules, settings), **by_name})
     made = point(scores.layers, actual, layers, candidates.epochs)
+    share = (settings.freeze_after or 0.0) if early else 0.0
     return Plan(
         model=scores.model,
         data=scores.data,
@@ -60,10 +62,12 @@ def plan(
         layer_count=scores.anatomy.layer_count,
         layers=layers,
         early_layers=early,
+        reason=draft.reason,
         predicted=Prediction(
             relative_step_time=made.relative_step_time,
             relative_cached_step_time=made.relative_cached_step_time,
             relative_early_step_time=actual.step(candidates.layers) / actual.baseline if early else None,
+            relative_run_time=run_time(actual, candidates.layers, layers, share, settings.epochs or 1.0),
             baseline_step_seconds=actual.baseline if scores.timings else None,
             captured_importance=made.captured_importance,
         ),
@@ -88,7 +92,7 @@ def plan_frontier(
         SettingsError: a setting is out of range or unknown, or contradicts another.
         PlanError: the model has no such modules, or memory is too small.
     """
-    given = _given(settings, options).model_copy(update={"speedup": None, "quality_first": False})
+    given = _given(settings, options).model_copy(update={"speedup": None})
     draft = _draft(scores, given, _Room(max_memory, batch_tokens, 1.0))
     candidates, share = draft.candidates, draft.settings.freeze_after or 0.0
     early = share * candidates.costs.step(candidates.layers) / candidates.costs.baseline
@@ -186,6 +190,7 @@ class _Draft:
     settings: PlanSettings
     modules: Sequence[Module]
     candidates: Candidates
+    reason: str
 
 
 def _given(settings: PlanSettings | None, options: dict[str, Any]) -> PlanSettings:
@@ -211,14 +216,24 @@ def _draft(scores: Scores, given: PlanSettings, room: _Room) -> _Draft:
             f"`target_modules` lie in layers up to {layers[-1]}; expected some from layer {lowest} up, from where on "
             "training fits in `max_memory`; take other modules or more memory"
         )
-    settings = given.resolved(every_layer_fits=lowest <= layers[0])
+    costs = _costs(scores, given.resolved(), ranks)
+    upper = layers[-layer_share(len(layers), PERCENT) :]
+    epochs = given.epochs or 1.0
+    every = run_time(costs, layers, layers, 0.0, epochs)
+    saving = 1 - run_time(costs, layers, upper, BALANCED_SHARE, epochs) / every
+    fits = lowest <= layers[0]
+    settings = given.resolved(fits, saving)
+    reason = ""
+    if fits and not given.names_layers:
+        target = given.target or DEFAULT_TARGET
+        reason = f"target {target}: {choice_of(target, saving).reason}"
     if settings.freeze_after and lowest > layers[0]:
         raise PlanError(
             f"`freeze_after` is {settings.freeze_after:g}, but layers below {lowest} cannot be trained in "
             "`max_memory`; expected 0 here"
         )
-    candidates = Candidates(scores.layers, _costs(scores, settings, ranks), layers, lowest)
-    return _Draft(settings, modules, _after_freeze(candidates, settings))
+    candidates = Candidates(scores.layers, costs, layers, lowest)
+    return _Draft(settings, modules, _after_freeze(candidates, settings), reason)
 
 
 def _targeted(anatomy: Anatomy, settings: PlanSettings) -> Sequence[Module]:

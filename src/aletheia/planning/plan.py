@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, field_validator,
 from aletheia.anatomy.schema import DataIdentity, ModelIdentity, Role, TokenizerIdentity
 from aletheia.errors import PlanError
 from aletheia.files import Artifact
+from aletheia.planning.targets import DEFAULT_TARGET, SPEED_SHARE, Choice, Policy, Target, choice_of
 from aletheia.probing.scores import ProbeSettings
 from aletheia.settings import LARGEST_RANK, MOST_EPOCHS, MOST_LAYERS, Settings, option
 
@@ -17,13 +18,12 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
 
-Policy = Literal["depth-aware", "top-percent", "last", "first", "random", "bottom", "uniform"]
 RankMode = Literal["uniform", "by-role", "by-score"]
 GROUP = "Plan"
+PERCENT = 50
 FINITE: dict[str, Any] = {"allow_inf_nan": False}
-FREEZE_AFTER = 0.25  # of the steps: reached a given loss soonest of what was tried, see docs/log.md
+NAME_LAYERS = ("policy", "percent", "speedup", "freeze_after")  # settings that take the place of a target
 PAPER_MLP_RANK = 64  # asymmetric ranks of the published method: attention 16, MLP 64
-PAPER_SPEEDUP = 1.30  # 23.1 % of the time saved, its mean over 14 models
 
 
 class Adapter(BaseModel):
@@ -45,12 +45,19 @@ class Adapter(BaseModel):
 class PlanSettings(Settings):
     """Which layers and modules get LoRA, and how large it is. A Plan file records them with every default filled in."""
 
-    policy: Policy = option(
-        "depth-aware", "How the layers are chosen; depth-aware weighs importance against time.", GROUP
+    target: Target | None = option(
+        None,
+        "What the run is for: the lowest loss, the least time, or a point between (balanced by default).",
+        GROUP,
     )
-    percent: float = option(
-        50,
-        "Share of the layers; for depth-aware, the time of adapting the last such share.",
+    policy: Policy | None = option(
+        None,
+        "How the layers are chosen (by default as `target` says); depth-aware weighs importance against time.",
+        GROUP,
+    )
+    percent: float | None = option(
+        None,
+        f"Share of the layers ({PERCENT} by default); for depth-aware, the time of adapting the last such share.",
         GROUP,
         gt=0,
         le=100,
@@ -82,7 +89,7 @@ class PlanSettings(Settings):
     freeze_after: float | None = option(
         None,
         "Share of the steps in which all other layers learn, too, before they freeze as they are "
-        f"({FREEZE_AFTER} by default for depth-aware where every layer fits in memory, else 0).",
+        f"(by default as `target` says, {SPEED_SHARE} for depth-aware where every layer fits in memory, else 0).",
         GROUP,
         ge=0,
         lt=1,
@@ -90,9 +97,6 @@ class PlanSettings(Settings):
     )
     speedup: float | None = option(
         None, "For depth-aware: the most importance at this predicted speed-up over plain LoRA.", GROUP, gt=0, **FINITE
-    )
-    quality_first: bool = option(
-        False, f"The most importance at the published method's mean saving, a `speedup` of {PAPER_SPEEDUP:.2f}.", GROUP
     )
     epochs: float | None = option(
         None,
@@ -116,35 +120,43 @@ class PlanSettings(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> "PlanSettings":
-        if self.speedup is not None and self.quality_first:
-            raise ValueError("`speedup` and `quality_first` are both given; expected one of them")
-        if (self.speedup is not None or self.quality_first) and self.policy != "depth-aware":
-            name = "quality_first" if self.quality_first else "speedup"
-            raise ValueError(f"`{name}` is given and `policy` is {self.policy}; expected depth-aware with it")
+        if self.target is not None and self.names_layers:
+            name = next(name for name in NAME_LAYERS if getattr(self, name) is not None)
+            raise ValueError(f"`target` and `{name}` are both given; expected one of them")
+        if self.speedup is not None and self.policy not in (None, "depth-aware"):
+            raise ValueError(f"`speedup` is given and `policy` is {self.policy}; expected depth-aware with it")
         own_ranks = self.attention_rank is not None or self.mlp_rank is not None
         if own_ranks and self.ranks == "by-score":
             name = "mlp_rank" if self.attention_rank is None else "attention_rank"
             raise ValueError(f"`{name}` is given and `ranks` is by-score; expected by-role with it")
         return self
 
-    def resolved(self, every_layer_fits: bool = True) -> "PlanSettings":
+    @property
+    def names_layers(self) -> bool:
+        """Whether it says itself how layers are chosen, so that no target does."""
+        return any(getattr(self, name) is not None for name in NAME_LAYERS)
+
+    def resolved(self, every_layer_fits: bool = True, saving: float = 0.0) -> "PlanSettings":
         """The same with every default filled in, as a Plan file records them.
 
         Args:
             every_layer_fits: whether all layers can be trained at once in the memory there is.
+            saving: share of the run's time that freezing the lower layers halfway would save.
         """
         by_role = self.ranks == "by-role" or self.attention_rank is not None or self.mlp_rank is not None
-        share = self.freeze_after
-        if share is None:
-            share = FREEZE_AFTER if self.policy == "depth-aware" and every_layer_fits else 0.0
+        chosen = Choice(self.policy or "depth-aware", SPEED_SHARE if every_layer_fits else 0.0)
+        if every_layer_fits and not self.names_layers:
+            chosen = choice_of(self.target or DEFAULT_TARGET, saving)
+        share = chosen.freeze_after if chosen.policy == "depth-aware" else 0.0
         filled: dict[str, Any] = {
+            "target": None,
+            "policy": chosen.policy,
+            "percent": PERCENT if self.percent is None else self.percent,
             "ranks": "by-role" if by_role else self.ranks,
             "attention_rank": (self.attention_rank or self.rank) if by_role else None,
             "mlp_rank": (self.mlp_rank or PAPER_MLP_RANK) if by_role else None,
             "alpha": self.common_alpha,
-            "freeze_after": share,
-            "speedup": PAPER_SPEEDUP if self.quality_first else self.speedup,
-            "quality_first": False,
+            "freeze_after": share if self.freeze_after is None else self.freeze_after,
             "epochs": 1.0 if self.epochs is None else self.epochs,
         }
         return PlanSettings(**self.model_dump() | filled)
@@ -163,7 +175,7 @@ class Prediction(BaseModel):
     """What the cost model expects of the plan, relative to uniform LoRA at the same rank in plain PEFT and Trainer.
 
     ``relative_step_time`` is a step of the first epoch, ``relative_cached_step_time`` one from a filled prefix cache,
-    ``relative_early_step_time`` one while the early layers learn, too.
+    ``relative_early_step_time`` one while the early layers learn, too, ``relative_run_time`` the mean over a run.
     ``baseline_step_seconds`` is the baseline's step where the parts were measured; None: counted in operations.
     """
 
@@ -171,6 +183,7 @@ class Prediction(BaseModel):
     relative_step_time: FiniteFloat = Field(gt=0)
     relative_cached_step_time: FiniteFloat | None = Field(default=None, gt=0)
     relative_early_step_time: FiniteFloat | None = Field(default=None, gt=0)
+    relative_run_time: FiniteFloat | None = Field(default=None, gt=0)
     baseline_step_seconds: FiniteFloat | None = Field(default=None, gt=0)
     captured_importance: FiniteFloat = Field(ge=0, description="share of the summed layer scores in the adapted layers")
 
@@ -178,6 +191,11 @@ class Prediction(BaseModel):
     def speedup(self) -> float:
         """Baseline step time divided by this plan's in the first epoch."""
         return 1.0 / self.relative_step_time
+
+    @property
+    def run_speedup(self) -> float | None:
+        """The baseline's time divided by this plan's over a whole run; None: a plan from before does not say."""
+        return 1.0 / self.relative_run_time if self.relative_run_time else None
 
     @property
     def cached_speedup(self) -> float:
@@ -205,6 +223,7 @@ class Plan(Artifact):
     settings: PlanSettings
     layer_count: int = Field(ge=1, le=MOST_LAYERS)
     layers: tuple[int, ...]
+    reason: str = Field(default="", description="why these layers, where a target chose them")
     predicted: Prediction
     layer_scores: tuple[FiniteFloat, ...]
     adapters: tuple[Adapter, ...]

@@ -8,7 +8,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from aletheia.errors import CampaignError, SettingsError
 from aletheia.plain_yaml import read_yaml
-from aletheia.planning.plan import FREEZE_AFTER, Policy, RankMode
+from aletheia.planning.plan import RankMode
+from aletheia.planning.targets import SPEED_SHARE, Policy
 from aletheia.settings import LARGEST_RANK, LONGEST_ROW, MOST_ROWS, MOST_STEPS
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)]
@@ -56,7 +57,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper-asym": {"policy": "top-percent", "ranks": "by-role"},
     "depth-aware": {
         "policy": "depth-aware",
-        "freeze_after": FREEZE_AFTER,
+        "freeze_after": SPEED_SHARE,
         "init": "gradient",
         "execution": "fast",
     },

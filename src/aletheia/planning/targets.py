@@ -1,0 +1,39 @@
+"""Three points between the lowest loss and the shortest run, by name: what a plan is made for when nothing else is said.
+
+Losses were measured on SmolLM2-135M, see docs/results/defaults. No torch.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Policy = Literal["depth-aware", "top-percent", "last", "first", "random", "bottom", "uniform"]
+Target = Literal["quality", "balanced", "speed"]
+TARGETS: tuple[Target, ...] = ("quality", "balanced", "speed")
+DEFAULT_TARGET: Target = "balanced"
+BALANCED_SHARE = 0.5  # of the steps in which every layer learns
+SPEED_SHARE = 0.25
+WORTHWHILE = 0.15  # of a run's time: what freezing must save to be worth its loss
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a target comes to: how layers are chosen, how long the others learn, and why, in words."""
+
+    policy: Policy
+    freeze_after: float
+    reason: str = ""
+
+
+def choice_of(target: Target, saving: float) -> Choice:
+    """What ``target`` comes to for a run of which freezing at ``BALANCED_SHARE`` would save so much of the time."""
+    if target == "quality":
+        return Choice("uniform", 0.0, "every layer learns to the end")
+    share = SPEED_SHARE if target == "speed" else BALANCED_SHARE
+    if target == "balanced" and saving < WORTHWHILE:
+        return Choice(
+            "uniform",
+            0.0,
+            f"every layer learns to the end: to freeze the lower ones after {share:.0%} of the steps would save "
+            f"{max(saving, 0):.0%} of the time, less than {WORTHWHILE:.0%}",
+        )
+    return Choice("depth-aware", share, f"every layer learns in the first {share:.0%} of the steps, then the upper ones")
