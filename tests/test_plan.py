@@ -336,7 +336,7 @@ def test_the_default_freezes_only_where_rows_come_back_often_enough_to_be_worth_
     made = plan(read, **about)
     assert bool(made.early_layers) == freezes
     assert made.freeze_after == (BALANCED_SHARE if freezes else 0)
-    told = re.search(r"would save (\d+) % of the time, less than 15 %", made.reason)
+    told = re.search(r"would save (\d+)% of the time, less than 15%", made.reason)
     assert (told is None) == freezes
     quality, speed = (plan(read, target=target, **about) for target in ("quality", "speed"))
     times = [one.predicted.relative_run_time for one in (speed, made, quality)]

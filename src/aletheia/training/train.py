@@ -1,11 +1,10 @@
-"""Our own training: adapters start, a Trainer with everything attached runs, a run folder is left."""
+"""Our own training: a Trainer with everything attached runs, a run folder is left."""
 
 import math
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +15,6 @@ from rich.console import Console
 
 from aletheia.adapters.adapt import check_adapters
 from aletheia.adapters.correction import Correction
-from aletheia.adapters.initial import ROWS, align_with_gradient
 from aletheia.anatomy.access import base_of, text_config
 from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.families import class_name
@@ -29,7 +27,7 @@ from aletheia.execution.peak_memory import peak_memory_bytes, reset_peak_memory
 from aletheia.files import package_versions
 from aletheia.names import printable
 from aletheia.planning.plan import Plan, layer_ranges
-from aletheia.prefix.cache import DiskCache, PrefixCache, collate_with_prefix
+from aletheia.prefix.cache import DiskCache, PrefixCache
 from aletheia.prefix.choose import CacheDecision, CachePlace, open_cache
 from aletheia.prefix.exact import why_not_exact
 from aletheia.prefix.fill import fill
@@ -38,7 +36,6 @@ from aletheia.runs.manifest import TrainingCheckpoint, newest_checkpoint
 from aletheia.runs.schema import Metrics, PhaseSeconds, Run, StartingAdapter, UsedSettings
 from aletheia.training.attach import Attachment, AttachSettings, prefix_computed_as
 from aletheia.training.checkpoints import trustworthy_checkpoints
-from aletheia.training.fast_steps import fast_steps
 from aletheia.training.interrupts import Interrupts, SaveInTime, interrupts
 from aletheia.training.learning_rate import default_learning_rate, warm_up_steps
 from aletheia.training.loop import (
@@ -54,6 +51,7 @@ from aletheia.training.processes import Launch
 from aletheia.training.recorder import Recorder
 from aletheia.training.settings import WITHOUT_INFLUENCE, TrainSettings
 
+CORRECTION_ROWS = 8  # whose inputs the correction of a 4-bit base is measured on
 CORRECTION_TOKENS = 4096  # at most, beyond the first row
 
 
@@ -189,10 +187,9 @@ class _Job:
             self.recorder.restore(found.manifest.extra)
             interrupted.saved_step = found.step
             self._say(f"resume from step {found.step} of {trainer.args.max_steps}")
-        started = time.perf_counter()
-        self._start(trainer.args.max_steps, found is None)
+        if self.prepared.unquantized is not None:
+            self._correct(self.prepared.unquantized, trainer.args.max_steps)
         self.recorder.start = self.recorder.start or digest_of_b(self.model)
-        self.seconds["init"] = time.perf_counter() - started
         trainer.args.eval_on_start = found is None
         try:
             trainer.train(resume_from_checkpoint=None if found is None else str(found.path))
@@ -216,7 +213,7 @@ class _Job:
         steps = self.steps
         rate = settings.learning_rate
         if rate is None:
-            rate = default_learning_rate(text_config(model).hidden_size, steps, settings.init)
+            rate = default_learning_rate(text_config(model).hidden_size, steps)
         if plan.early_steps(steps) and self.prepared.prefix is not None:
             raise TrainingError(
                 f"the plan adapts layers {layer_ranges(plan.early_layers)} at first, which are not in memory; "
@@ -276,24 +273,14 @@ class _Job:
     def _batches(self, steps: int) -> list[list[Example]]:
         return rows_of_steps(self.data, self.settings, steps, self.processes)
 
-    def _start(self, steps: int, anew: bool) -> None:
-        """Where adapters start, and what takes back quantization; a run that goes on has its adapters."""
-        settings, pad = self.settings, self.data.pad_token_id
-        count = math.ceil(ROWS / settings.batch_size)
-        first = self._batches(min(count, steps))
-        if self.prepared.unquantized is not None:
-            self.model.eval()
-            layers = self.prepared.unquantized.read_layers(sorted({adapter.layer for adapter in self.plan.adapters}))
-            self.correction.measure(self.model, layers, collate(_first_rows(first), pad))
-        self.model.train()
-        if settings.init == "gradient" and anew and self.prepared.went_on_from is None:
-            rows = list(chain.from_iterable(first))[: count * settings.batch_size]
-            cut = [rows[at : at + settings.batch_size] for at in range(0, len(rows), settings.batch_size)]
-            # with every adapter learning, as the run begins; what is below may not be in memory
-            prefix, stored_from = self.prepared.prefix, self.plan.boundary if self.prepared.prefix is not None else None
-            with fast_steps(self.model, stored_from, recompute=settings.gradient_checkpointing):
-                make = partial(collate_with_prefix, cache=prefix) if prefix is not None else collate
-                align_with_gradient(self.model, (make(group, pad) for group in cut))
+    def _correct(self, unquantized: Checkpoint, steps: int) -> None:
+        """Measure what takes back quantization; a run that goes on measures the same again."""
+        started = time.perf_counter()
+        layers = unquantized.read_layers(sorted({adapter.layer for adapter in self.plan.adapters}))
+        first = self._batches(min(math.ceil(CORRECTION_ROWS / self.settings.batch_size), steps))
+        self.model.eval()
+        self.correction.measure(self.model, layers, collate(_first_rows(first), self.data.pad_token_id))
+        self.seconds["correction"] = time.perf_counter() - started
 
     def _about(self, trainer: RowTrainer) -> dict[str, Any]:
         """What must be the same for an interrupted run to go on."""
@@ -344,7 +331,6 @@ class _Job:
             group_by_length=settings.group_by_length,
             gradient_checkpointing=settings.gradient_checkpointing,
             cache=attachment.decision.kind,
-            init=settings.init if self.prepared.went_on_from is None else "adapter",
             loaded_by=class_name(base_of(model).config),
             quantization=quantization_of(base_of(model)),
             quantization_corrected=bool(self.correction),
@@ -397,10 +383,10 @@ class _Job:
 
 
 def _first_rows(batches: list[list[Example]]) -> list[Example]:
-    """As many rows as the gradient start takes, or fewer that are long: a batch that fits where training does."""
+    """A few rows, or fewer that are long: a batch that fits where training does."""
     first: list[Example] = []
     for row in chain.from_iterable(batches):
-        if first and (len(first) == ROWS or sum(map(len, first)) + len(row) > CORRECTION_TOKENS):
+        if first and (len(first) == CORRECTION_ROWS or sum(map(len, first)) + len(row) > CORRECTION_TOKENS):
             break
         first.append(row)
     return first
