@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import make_model
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "layer_scores.py"
 spec = importlib.util.spec_from_file_location("layer_scores", FILE)
@@ -57,8 +58,6 @@ def test_adam_gains_as_much_from_each_entry_as_its_gradient_is_large():
 
 
 def test_scores_of_a_matrix_are_those_of_its_weight_gradients():
-    from tiny import make_model
-
     torch.manual_seed(0)
     model = make_model().float().eval().requires_grad_(False)
     name, module = next((n, m) for n, m in model.named_modules() if n.endswith("q_proj"))
