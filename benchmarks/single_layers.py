@@ -195,6 +195,7 @@ def main() -> None:
         if (None, None) not in found:
             keep(store, sweep, args.steps, None, None, {"nats": sweep.base()})
         loss = losses_in(store, name, args.steps)[None, None]
+        print(f"{name}: base model {loss:.4f}", flush=True)
         for layer in layers:
             for seed in seeds:
                 if (layer, seed) not in found:
