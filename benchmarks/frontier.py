@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -26,13 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tasks import Task, task
+from tasks import Batcher, Task, nats_per_row, task
 
 import aletheia
 from aletheia.anatomy.demo import demo_checkpoint
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate, on_device_of
-from aletheia.data.examples import NO_LOSS, Example, Examples
 from aletheia.data.order import training_batches
 from aletheia.execution.backend import lean_layers
 from aletheia.prefix.cache import MemoryCache, collate_with_prefix
@@ -41,7 +39,6 @@ from aletheia.prefix.fill import fill
 WARMUP, EPOCHS = 0.05, 3
 # batch size, points at which the held-out loss is taken, held-out rows
 LENGTHS = {"40": (4, 2, 96), "150": (4, 5, 96), "epochs": (8, 8, 128)}
-Batcher = Callable[[list[Example]], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -131,7 +128,7 @@ class Group:
                 self.step(adapted, optimizer, parameters, batch, number)
                 spent += time.perf_counter() - started
                 if number in self.due:
-                    points.append([number, self.per_row(adapted, batch)])
+                    points.append([number, nats_per_row(adapted, self.held_out, batch)])
                     print(f"    {number:4d} {mean(points[-1][1], self.counts):.4f} {spent:.0f} s", flush=True)
                 if number in wanted or (arm.schedule == "constant" and number in self.due):
                     state = kept(parameters, optimizer, points, spent)
@@ -160,7 +157,7 @@ class Group:
             for group in optimizer.param_groups:
                 group["lr"] = self.rate * (1 - extra / (length + 1))
             self.step(adapted, optimizer, parameters, batch, number + extra)
-        found = [number + length, self.per_row(adapted, batch)]
+        found = [number + length, nats_per_row(adapted, self.held_out, batch)]
         print(f"      decayed to {found[0]}: {mean(found[1], self.counts):.4f}", flush=True)
         return found
 
@@ -184,24 +181,7 @@ class Group:
     @property
     def counts(self) -> list[int]:
         """Labelled tokens of each held-out row."""
-        return [sum(label != NO_LOSS for label in row.labels[1:]) for row in self.held_out.examples]
-
-    @torch.no_grad()
-    def per_row(self, model, batch: Batcher) -> list[float]:
-        """Summed loss of each held-out row."""
-        model.eval()
-        found: dict[int, float] = {}
-        order = sorted(range(len(self.held_out)), key=lambda row: -len(self.held_out[row]))
-        for start in range(0, len(order), 8):
-            chosen = order[start : start + 8]
-            inputs = batch([self.held_out[row] for row in chosen])
-            logits = model(**inputs, use_cache=False).logits[0, :-1].float()  # labelled positions alone, row after row
-            targets = inputs["labels"][:, 1:]
-            losses = torch.nn.functional.cross_entropy(logits, targets[targets != NO_LOSS], reduction="none")
-            parts = losses.split((targets != NO_LOSS).sum(dim=1).tolist())
-            found |= {row: round(part.double().sum().item(), 2) for row, part in zip(chosen, parts, strict=True)}
-        model.train()
-        return [found[row] for row in range(len(self.held_out))]
+        return [row.labelled_tokens for row in self.held_out.examples]
 
 
 def factor(done: int, steps: int, schedule: str) -> float:
@@ -212,8 +192,15 @@ def factor(done: int, steps: int, schedule: str) -> float:
 
 def kept(parameters, optimizer, points, seconds) -> dict:
     """A copy of all that goes on changing."""
-    moments = {index: {k: v.clone() for k, v in state.items()} for index, state in optimizer.state_dict()["state"].items()}
-    return {"values": [p.detach().clone() for p in parameters], "moments": moments, "points": list(points), "seconds": seconds}
+    moments = {
+        index: {k: v.clone() for k, v in state.items()} for index, state in optimizer.state_dict()["state"].items()
+    }
+    return {
+        "values": [p.detach().clone() for p in parameters],
+        "moments": moments,
+        "points": list(points),
+        "seconds": seconds,
+    }
 
 
 def restore(parameters, optimizer, state: dict) -> None:

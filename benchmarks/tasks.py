@@ -3,15 +3,19 @@
 import json
 import random
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import aletheia
-from aletheia.data.examples import Examples
+from aletheia.data.examples import NO_LOSS, Example, Examples
 
 DATA = Path("../shared/data")
 LONGEST = 256  # tokens of a row
+Batcher = Callable[[list[Example]], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -52,4 +56,24 @@ def task(name: str, tokenizer: Any, held_out_rows: int = 192, data: Path = DATA)
             return every.subset([at for at, row in enumerate(every.examples) if len(row) <= LONGEST])
 
         learned, held = short(train), short(held_out)
-    return Task(name, learned.subset(range(min(count, len(learned)))), held.subset(range(min(held_out_rows, len(held)))))
+    return Task(
+        name, learned.subset(range(min(count, len(learned)))), held.subset(range(min(held_out_rows, len(held))))
+    )
+
+
+@torch.no_grad()
+def nats_per_row(model: torch.nn.Module, rows: Examples, batch: Batcher) -> list[float]:
+    """Summed loss of each row; ``model`` is inside ``fast_steps``, ``batch`` makes its inputs."""
+    model.eval()
+    found: dict[int, float] = {}
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+    for start in range(0, len(order), 8):
+        chosen = order[start : start + 8]
+        inputs = batch([rows[row] for row in chosen])
+        logits = model(**inputs, use_cache=False).logits[0, :-1].float()  # labelled positions alone, row after row
+        targets = inputs["labels"][:, 1:]
+        losses = torch.nn.functional.cross_entropy(logits, targets[targets != NO_LOSS], reduction="none")
+        parts = losses.split((targets != NO_LOSS).sum(dim=1).tolist())
+        found |= {row: round(part.double().sum().item(), 2) for row, part in zip(chosen, parts, strict=True)}
+    model.train()
+    return [found[row] for row in range(len(rows))]
