@@ -150,7 +150,7 @@ def test_layers_below_learn_at_first(run, model_folder, data_file, tmp_path):
     train = ("train", model_folder, "--data", data_file, *SMALL, "--json")
     default, plain = (
         json.loads(run(*train, "--out", out, *more)[1])
-        for out, more in (("default", ()), ("plain", ("--freeze-after", 0)))
+        for out, more in (("default", ("--target", "speed")), ("plain", ("--freeze-after", 0)))
     )
     assert default["early_steps"] == 1
     assert plain["early_steps"] == 0

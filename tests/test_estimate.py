@@ -10,6 +10,7 @@ from aletheia.planning.estimate import Job, Machine, estimate, estimate_plan
 from aletheia.planning.make import every_layer_fits
 from aletheia.planning.memory import ADAPTER_BYTES, PROCESS_BYTES, lowest_boundary, training_bytes
 from aletheia.planning.plan import PlanSettings
+from aletheia.planning.targets import SPEED_SHARE
 from aletheia.reporting.estimate import estimate_view
 
 
@@ -47,7 +48,7 @@ def test_a_plan_keeps_to_max_memory(scores):
         lowest = lowest_boundary(scores.anatomy, scores.weight_bytes, ranks, 1000, share, cap)
         made = aletheia.plan(scores, percent=100, max_memory=cap, batch_tokens=1000, labelled_share=share)
         assert made.boundary == lowest
-        assert made.settings.freeze_after == (FREEZE_AFTER if lowest == 0 else 0)
+        assert made.settings.freeze_after == (SPEED_SHARE if lowest == 0 else 0)
         settings = PlanSettings(percent=100)
         assert every_layer_fits(scores, settings, cap, 1000, share) == (lowest == 0)
     cap = needed(scores, 3)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from aletheia.planning.plan import Plan
     from aletheia.probing.scores import Scores
 
-EXAMPLE = "aletheia plan scores.json --out plan.json --percent 50"
+EXAMPLE = "aletheia plan scores.json --out plan.json --epochs 3"
 
 
 @from_settings(PlanSettings)
@@ -56,10 +56,11 @@ def plan(
     """Choose layers and ranks from scores and write them as a plan, or print the frontier of all choices."""
     from aletheia.errors import PlanError
     from aletheia.planning.make import plan as make_plan
-    from aletheia.planning.make import plan_frontier
+    from aletheia.planning.make import plan_frontier, plan_targets
     from aletheia.planning.plan import Plan
     from aletheia.probing.scores import Scores
     from aletheia.reporting.frontier import check_plot, frontier_view, plot_frontier
+    from aletheia.reporting.targets import targets_view
     from aletheia.reporting.terminal import render
 
     if out is None and not show_frontier and plot is None and not show_estimate:
@@ -87,6 +88,8 @@ def plan(
         print_json(made.model_dump(mode="json"))
     else:
         print_rich(frontier_view(points, made) if show_frontier else render(made))
+        if made.reason and not show_frontier:
+            print_rich(targets_view(plan_targets(read, settings, batch_tokens=batch_tokens)))
     if out is not None:
         say(f"wrote {out}")
 

@@ -13,7 +13,7 @@ from aletheia.planning.memory import known_weights, lowest_boundary, training_by
 from aletheia.planning.plan import PERCENT, Adapter, Plan, PlanSettings, Prediction, check_dropout, leaf
 from aletheia.planning.policies import Candidates, layer_share, select_layers
 from aletheia.planning.ranks import ranks_by_role, ranks_by_score, ranks_uniform
-from aletheia.planning.targets import BALANCED_SHARE, DEFAULT_TARGET, choice_of
+from aletheia.planning.targets import BALANCED_SHARE, DEFAULT_TARGET, TARGETS, Target, choice_of
 from aletheia.probing.scores import Scores
 
 
@@ -74,6 +74,17 @@ def plan(
         layer_scores=scores.layers,
         adapters=tuple(_adapter(module, by_name[module.name], settings) for module in chosen),
     )
+
+
+def plan_targets(
+    scores: Scores, settings: PlanSettings | None = None, *, batch_tokens: int = 4096
+) -> dict[Target, Plan]:
+    """The plan that each target comes to, with the other settings as given; arguments are those of :func:`plan`."""
+    given = settings or PlanSettings()
+    return {
+        target: plan(scores, given.model_copy(update={"target": target}), batch_tokens=batch_tokens)
+        for target in TARGETS
+    }
 
 
 def plan_frontier(

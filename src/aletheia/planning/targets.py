@@ -13,6 +13,8 @@ DEFAULT_TARGET: Target = "balanced"
 BALANCED_SHARE = 0.5  # of the steps in which every layer learns
 SPEED_SHARE = 0.25
 WORTHWHILE = 0.15  # of a run's time: what freezing must save to be worth its loss
+# held-out loss against uniform LoRA, over three passes, where the lower layers freeze
+MEASURED: dict[Target, str] = {"quality": "+0.0 %", "balanced": "?", "speed": "?"}
 
 
 @dataclass(frozen=True)
@@ -36,4 +38,6 @@ def choice_of(target: Target, saving: float) -> Choice:
             f"every layer learns to the end: to freeze the lower ones after {share:.0%} of the steps would save "
             f"{max(saving, 0):.0%} of the time, less than {WORTHWHILE:.0%}",
         )
-    return Choice("depth-aware", share, f"every layer learns in the first {share:.0%} of the steps, then the upper ones")
+    return Choice(
+        "depth-aware", share, f"every layer learns in the first {share:.0%} of the steps, then the upper ones"
+    )

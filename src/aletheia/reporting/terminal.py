@@ -168,6 +168,7 @@ def _render_plan(plan: Plan) -> RenderableType:
         "Plan",
         plan.model.name,
         [
+            *([("target", plan.reason.removeprefix("target "))] if plan.reason else []),
             ("policy", _policy(settings)),
             ("layers", f"{len(plan.layers)} of {plan.layer_count}: {layer_ranges(plan.layers)}"),
             *([("early", _early(plan))] if plan.early_layers else []),
@@ -179,7 +180,8 @@ def _render_plan(plan: Plan) -> RenderableType:
             (
                 "predicted",
                 f"steps {human_ratio(predicted.speedup)} as fast as uniform LoRA in plain PEFT, "
-                f"{human_ratio(predicted.cached_speedup)} from a filled cache",
+                f"{human_ratio(predicted.cached_speedup)} from a filled cache"
+                + (f", {human_ratio(predicted.run_speedup)} over the run" if predicted.run_speedup else ""),
             ),
             ("", _predicted_seconds(predicted)),
         ],
