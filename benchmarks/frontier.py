@@ -19,7 +19,7 @@ import json
 import math
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,11 +49,17 @@ class Arm:
     layers: tuple[int, ...]
     boundaries: tuple[tuple[float, int], ...] = ((0.0, 0),)
     schedule: str = "linear"
+    ends: tuple[float, ...] = ()  # decays to zero that are tried from each point, in shares of the steps before it
 
     @classmethod
     def named(cls, name: str, count: int, paper: tuple[int, ...]) -> "Arm":
-        kind, *numbers = name.removesuffix("~constant").split("-")
-        every, schedule = tuple(range(count)), "constant" if name.endswith("~constant") else "linear"
+        base, _, end = name.partition("~")
+        kind, *numbers = base.split("-")
+        every, schedule = tuple(range(count)), "constant" if end == "constant" else "linear"
+        if end == "settle":
+            return replace(cls.named(base, count, paper), name=name, ends=(1 / 9, 1 / 3))
+        if end == "constant":
+            return replace(cls.named(base, count, paper), name=name, schedule=schedule, ends=(1 / 9,))
         match kind, [float(number) for number in numbers]:
             case "uniform", []:
                 return cls(name, every, schedule=schedule)
@@ -130,13 +136,14 @@ class Group:
                 if number in self.due:
                     points.append([number, nats_per_row(adapted, self.held_out, batch)])
                     print(f"    {number:4d} {mean(points[-1][1], self.counts):.4f} {spent:.0f} s", flush=True)
-                if number in wanted or (arm.schedule == "constant" and number in self.due):
+                tries = arm.ends if number in self.due and len(self.due) > 2 and number < 0.7 * self.steps else ()
+                if number in wanted or tries:
                     state = kept(parameters, optimizer, points, spent)
                     begin = (arm.layers, arm.schedule, *[phase for phase in phases if phase[0] < number])
                     if number in wanted:
                         self.known[begin, number] = state
-                    if arm.schedule == "constant":
-                        decays.append(self.decayed(adapted, optimizer, parameters, batch, number))
+                    for share in tries:
+                        decays.append(self.decayed(adapted, optimizer, parameters, batch, number, share))
                         restore(parameters, optimizer, state)
         adapted.unload()
         return {"points": points, "decays": decays, "seconds": round(spent, 1)}
@@ -150,12 +157,12 @@ class Group:
         optimizer.step()
         optimizer.zero_grad()
 
-    def decayed(self, adapted, optimizer, parameters, batch, number) -> list:
+    def decayed(self, adapted, optimizer, parameters, batch, number, share) -> list:
         """The point after a decay to zero that begins here."""
-        length = max(1, math.ceil(number / 9))
+        length, now = max(1, math.ceil(share * number)), optimizer.param_groups[0]["lr"]
         for extra in range(1, length + 1):
             for group in optimizer.param_groups:
-                group["lr"] = self.rate * (1 - extra / (length + 1))
+                group["lr"] = now * (1 - extra / (length + 1))
             self.step(adapted, optimizer, parameters, batch, number + extra)
         found = [number + length, nats_per_row(adapted, self.held_out, batch)]
         print(f"      decayed to {found[0]}: {mean(found[1], self.counts):.4f}", flush=True)

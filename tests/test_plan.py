@@ -1,10 +1,10 @@
 """Policies, ranks, costs, the frontier and the Plan file: pure functions, property-tested."""
 
 import itertools
-import re
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from typing import get_args
@@ -21,9 +21,9 @@ from aletheia.planning.cost import LayerCosts, layer_costs
 from aletheia.planning.frontier import best_within, frontier
 from aletheia.planning.make import plan, plan_frontier
 from aletheia.planning.plan import Plan, PlanSettings, RankMode
-from aletheia.planning.targets import BALANCED_SHARE, SPEED_SHARE, WORTHWHILE, Policy
 from aletheia.planning.policies import Candidates, layer_share, select_layers
 from aletheia.planning.ranks import ranks_by_score
+from aletheia.planning.targets import BALANCED_SHARE, SPEED_SHARE, WORTHWHILE, Policy
 from aletheia.probing.scores import ProbeSettings, Scores
 from aletheia.probing.timings import LayerTiming, Timings
 
@@ -95,8 +95,8 @@ def test_controls_take_as_many_layers_as_the_published_policy(scores, percent, s
 def test_ties_go_to_the_lower_layer():
     costs = LayerCosts((1.0,) * 4, (1.0,) * 4, (0.1,) * 4, 1.0, 9.4)
     candidates = Candidates([1, 1, 1, 1], costs, range(4))
-    assert select_layers(PlanSettings(policy="top-percent", percent=50), candidates) == (0, 1)
-    assert select_layers(PlanSettings(policy="bottom", percent=50), candidates) == (0, 1)
+    assert select_layers(PlanSettings(policy="top-percent"), candidates) == (0, 1)
+    assert select_layers(PlanSettings(policy="bottom"), candidates) == (0, 1)
 
 
 def test_random_differs_by_seed_and_repeats():
@@ -117,8 +117,8 @@ def test_depth_aware_is_as_fast_as_last_and_captures_at_least_as_much(scores, pe
 def test_depth_aware_trades_weak_suffix_layers_for_a_strong_deeper_one():
     costs = LayerCosts((1.0,) * 8, (1.0,) * 8, (0.5,) * 8, 1.0, 21.0)
     candidates = Candidates([0, 0, 0, 50, 9, 9, 1, 1], costs, range(8))
-    assert select_layers(PlanSettings(policy="last", percent=50), candidates) == (4, 5, 6, 7)
-    assert select_layers(PlanSettings(policy="depth-aware", percent=50), candidates) == (
+    assert select_layers(PlanSettings(policy="last"), candidates) == (4, 5, 6, 7)
+    assert select_layers(PlanSettings(policy="depth-aware"), candidates) == (
         3,
         4,
     )  # one layer deeper, two adapters fewer

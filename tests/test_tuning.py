@@ -22,9 +22,9 @@ from aletheia.reporting.comparison import differences
 from aletheia.runs.folder import RunFolder
 from aletheia.runs.schema import Run
 from aletheia.training import loop
-from aletheia.training.loop import evaluations_of
 from aletheia.training import train as train_module
 from aletheia.training.held_out import held_out_loss
+from aletheia.training.loop import evaluations_of
 from aletheia.training.recorder import due_steps
 from aletheia.training.settings import NOT_TAKEN, TrainSettings
 from aletheia.training.train import default_learning_rate, train

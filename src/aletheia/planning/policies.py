@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from aletheia.errors import PlanError
 from aletheia.planning.cost import LayerCosts
 from aletheia.planning.frontier import FrontierPoint, best_within, frontier
-from aletheia.planning.plan import PlanSettings
+from aletheia.planning.plan import PERCENT, PlanSettings
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def select_layers(settings: PlanSettings, candidates: Candidates) -> tuple[int, 
 
 def _chosen(settings: PlanSettings, candidates: Candidates) -> tuple[int, ...]:
     scores, layers = candidates.scores, tuple(candidates.layers)
-    count = layer_share(len(layers), settings.percent)
+    count = layer_share(len(layers), settings.percent or PERCENT)
     match settings.policy:
         case "uniform":
             return layers
@@ -73,7 +73,7 @@ def _chosen(settings: PlanSettings, candidates: Candidates) -> tuple[int, ...]:
             return layers[-count:]
         case "random":
             return tuple(sorted(random.Random(settings.seed).sample(layers, count)))
-        case "depth-aware":
+        case "depth-aware" | None:
             costs, points = candidates.costs, candidates.frontier
             budget = costs.mean_step(layers[-count:], candidates.epochs) / costs.baseline
             point = best_within(points, 1 / candidates.speedup if candidates.speedup else budget)

@@ -1,4 +1,4 @@
-"""Three points between the lowest loss and the shortest run, by name: what a plan is made for when nothing else is said.
+"""Three points between the lowest loss and the shortest run, by name: what a plan is made for.
 
 Losses were measured on SmolLM2-135M, see docs/results/defaults. No torch.
 """

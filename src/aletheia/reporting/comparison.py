@@ -191,7 +191,7 @@ def comparison_sections(runs: Sequence[Run]) -> tuple[Section, ...]:
 def _plan_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
     plans = [run.plan for run in runs]
     return (
-        Row("Policy", tuple(plan.settings.policy for plan in plans)),
+        Row("Policy", tuple(str(plan.settings.policy) for plan in plans)),
         Row("Adapted layers", tuple(f"{len(plan.layers)} of {plan.layer_count}" for plan in plans)),
         Row("Which", tuple(layer_ranges(plan.layers) for plan in plans)),
         *([Row("Others at first", tuple(map(_early, runs)))] if any(plan.early_layers for plan in plans) else []),

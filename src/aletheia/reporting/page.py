@@ -249,7 +249,7 @@ def _data(data: DataIdentity | None) -> dict[str, str]:
 def _plan_settings(plan: Plan) -> dict[str, str]:
     settings = plan.settings
     return {
-        "Policy": settings.policy,
+        "Policy": str(settings.policy),
         "Percent": f"{settings.percent:g}",
         "Ranks": f"{settings.ranks}: {rank_summary(plan.adapters)}",
         "Alpha": alpha_summary(settings),

@@ -8,8 +8,7 @@ from rich.text import Text
 
 from aletheia.planning.plan import Plan, layer_ranges
 from aletheia.planning.targets import MEASURED, Target
-from aletheia.reporting.format import human_percent
-from aletheia.reporting.terminal import NOTHING
+from aletheia.reporting.format import NOTHING, human_percent
 
 
 def targets_view(plans: Mapping[Target, Plan]) -> RenderableType:
@@ -27,7 +26,7 @@ def targets_view(plans: Mapping[Target, Plan]) -> RenderableType:
         )
     epochs = next(iter(plans.values())).settings.epochs or 1.0
     told = (
-        f"Time: predicted for {epochs:g} pass{'' if epochs == 1 else 'es'} over the data, of that of uniform LoRA in plain "
-        "PEFT. Loss: measured against uniform LoRA on SmolLM2, docs/results/defaults."
+        f"Time: predicted for {epochs:g} pass{'' if epochs == 1 else 'es'} over the data, of that of uniform LoRA in "
+        "plain PEFT. Loss: measured against uniform LoRA on SmolLM2, docs/results/defaults."
     )
     return Group(Text(), table, Text(told, style="dim"))

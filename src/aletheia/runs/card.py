@@ -38,7 +38,8 @@ Made with `aletheia-tune` {metrics.packages.get("aletheia-tune", "")}; the adapt
 | adapted layers | {layer_ranges(plan.layers)}{_early(run)} |
 | ranks | {plan.settings.ranks}, {_rank_range(plan)}{_scale(plan)} |
 | trainable parameters | {plan.trainable_parameters:,} |
-| steps x batch size | {metrics.steps} x {settings.batch_size}; the adapter of step {metrics.kept_step or metrics.steps} |
+| steps x batch size | {metrics.steps} x {settings.batch_size} |
+| kept | the adapter of step {metrics.kept_step or metrics.steps} |
 | learning rate | {settings.learning_rate:g} |
 | held-out loss | {metrics.held_out_loss_before:.4f} before, {metrics.held_out_loss_after:.4f} after \
 ({metrics.held_out_rows} rows, {metrics.held_out_tokens:,} completion tokens) |

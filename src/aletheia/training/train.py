@@ -93,8 +93,9 @@ def train(
 
     transformers' Trainer with the plan attached (:func:`aletheia.attach`). Only adapters are trained; where the plan
     has early layers they learn first, then freeze as they are, and the boundary rises. The held-out loss is taken
-    before training and ``evaluations`` times from then on; the run ends when it no longer falls, with the adapter of its
-    lowest point. A run that was stopped goes on from its last checkpoint, and on a CPU ends with the same bytes. Sets the global random seeds, as Trainer does.
+    before training and ``evaluations`` times from then on. The run ends when it no longer falls, with the adapter of
+    its lowest point. A run that was stopped goes on from its last checkpoint, and on a CPU ends with the same bytes.
+    Sets the global random seeds, as Trainer does.
 
     Args:
         model: the adapted model, from :func:`aletheia.adapt`.
