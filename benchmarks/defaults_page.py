@@ -1,0 +1,180 @@
+"""The page and tables of the defaults, from the runs of ``frontier.py``.
+
+    .venv/bin/python benchmarks/defaults_page.py [RUNS.jsonl ...]
+
+Adds the runs of the files to docs/results/defaults/runs.jsonl.gz, then writes from all that is there: curves.csv (every
+run's settings and held-out losses), and README.md. Differences are paired by seed and held-out row; their intervals come
+from 2,000 draws of seeds and rows.
+"""
+
+import csv
+import gzip
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PLACE = Path("docs/results/defaults")
+STORE = PLACE / "runs.jsonl.gz"
+DRAWS, PATIENCE = 2000, 3
+Run = dict[str, Any]
+Cell = tuple[str, str]  # task, length
+NAMES = {"gsm8k": "GSM8K", "strategyqa": "StrategyQA", "mix": "mix"}
+LENGTHS = {"40": "40 x 4", "150": "150 x 4", "epochs": "3 passes x 8"}
+
+
+def key(run: Run) -> tuple[str, ...]:
+    """What a run is known by."""
+    return tuple(str(run[name]) for name in ("task", "length", "seed", "rate", "arm"))
+
+
+def collected(files: Iterable[Path]) -> list[Run]:
+    """All runs: those of the store, and those of the files that it does not have."""
+    runs: dict[tuple[str, ...], Run] = {}
+    lines = gzip.decompress(STORE.read_bytes()).decode().splitlines() if STORE.exists() else []
+    for line in (*lines, *(line for file in files for line in file.read_text().splitlines())):
+        run = json.loads(line)
+        runs.setdefault(key(run), run)
+    return [runs[name] for name in sorted(runs)]
+
+
+def write_store(runs: Sequence[Run]) -> None:
+    """The same runs give the same bytes."""
+    PLACE.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(run) + "\n" for run in runs)
+    STORE.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+
+def write_curves(runs: Sequence[Run]) -> None:
+    """A line per held-out loss; ``decayed_from`` is set where the rate decayed to zero from there."""
+    with (PLACE / "curves.csv").open("w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["task", "steps", "batch_size", "seed", "rate", "arm", "step", "loss"])
+        for run in runs:
+            about = [run["task"], run["steps"], run["batch_size"], run["seed"], f"{run['rate']:g}", run["arm"]]
+            for kind, points in (("", run["points"]), (" decayed", run["decays"])):
+                for step, nats in points:
+                    table.writerow([*about[:5], about[5] + kind, step, f"{loss(nats, run):.4f}"])
+
+
+def loss(nats: Sequence[float], run: Run) -> float:
+    """Nats per labelled token."""
+    return sum(nats) / sum(run["counts"])
+
+
+def kept(run: Run, patience: int | None = PATIENCE) -> tuple[int, list[float], int]:
+    """The point that is kept, its row losses, and the step after which the run stops; None: it never stops early."""
+    best = 0
+    for at, (step, nats) in enumerate(run["points"]):
+        if loss(nats, run) < loss(run["points"][best][1], run):
+            best = at
+        elif patience is not None and at - best >= patience:
+            return (*run["points"][best], step)
+    return (*run["points"][best], run["points"][-1][0])
+
+
+def difference(ours: Sequence[Run], theirs: Sequence[Run]) -> tuple[float, float, float] | None:
+    """Relative difference of the mean loss of kept points, with a 95 % interval; runs are paired by seed."""
+    of_seed = {run["seed"]: run for run in theirs}
+    pairs = [(run, of_seed[run["seed"]]) for run in ours if run["seed"] in of_seed]
+    if not pairs:
+        return None
+    mine, other = (np.array([kept(pair[side])[1] for pair in pairs]) for side in (0, 1))  # [seeds, rows]
+    if np.array_equal(mine, other):
+        return 0.0, 0.0, 0.0
+    draw = np.random.default_rng(0)
+    found = []
+    for _ in range(DRAWS):
+        seeds, rows = draw.integers(len(pairs), size=len(pairs)), draw.integers(mine.shape[1], size=mine.shape[1])
+        at = np.ix_(seeds, rows)
+        found.append(mine[at].sum() / other[at].sum() - 1)
+    low, high = np.quantile(found, [0.025, 0.975])
+    return float(mine.sum() / other.sum() - 1), float(low), float(high)
+
+
+def cells(runs: Sequence[Run]) -> dict[Cell, dict[tuple[str, float], list[Run]]]:
+    """Runs by cell, then by arm and rate."""
+    found: dict[Cell, dict[tuple[str, float], list[Run]]] = {}
+    for task in NAMES:
+        for length in LENGTHS:
+            own: dict[tuple[str, float], list[Run]] = defaultdict(list)
+            for run in runs:
+                if (run["task"], run["length"]) == (task, length):
+                    own[run["arm"], run["rate"]].append(run)
+            if own:
+                found[task, length] = dict(own)
+    return found
+
+
+def mean_kept(runs: Sequence[Run], patience: int | None = PATIENCE) -> float:
+    """Mean loss of the kept points."""
+    return float(np.mean([loss(kept(run, patience)[1], run) for run in runs]))
+
+
+def yardstick(arms: dict[tuple[str, float], list[Run]]) -> tuple[float, list[Run]]:
+    """Uniform LoRA at the best of its rates, each with early stopping; rates with fewer seeds do not count."""
+    uniform = {rate: runs for (arm, rate), runs in arms.items() if arm == "uniform"}
+    most = max(map(len, uniform.values()))
+    rate = min((rate for rate, runs in uniform.items() if len(runs) == most), key=lambda rate: mean_kept(uniform[rate]))
+    return rate, uniform[rate]
+
+
+def told(value: tuple[float, float, float] | None) -> str:
+    """``+0.4 % (-0.1 to +0.9)``."""
+    return "–" if value is None else f"{value[0]:+.1%} ({100 * value[1]:+.1f} to {100 * value[2]:+.1f})".replace("%", " %")
+
+
+def table_of_arms(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> list[str]:
+    """Every arm and rate against the yardstick of its cell."""
+    lines = ["| cell | arm | rate | seeds | loss kept | against uniform | steps |", "|---|---|---:|---:|---:|---:|---:|"]
+    for (task, length), arms in found.items():
+        rate, best = yardstick(arms)
+        for (arm, own), runs in sorted(arms.items()):
+            if "~" in arm:
+                continue
+            mark = "0 (it is that)" if (arm, own) == ("uniform", rate) else told(difference(runs, best))
+            stops = np.mean([kept(run)[2] / run["steps"] for run in runs])
+            lines.append(
+                f"| {NAMES[task]} {LENGTHS[length]} | {arm} | {own:g} | {len(runs)} | {mean_kept(runs):.4f} | {mark} | {stops:.0%} |"
+            )
+    return lines
+
+
+def table_of_stopping(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> list[str]:
+    """What patience gives up and saves, on uniform LoRA at every rate, and what a decay from a point would reach."""
+    lines = ["| cell | rate | last | best | patience 1 | 2 | 3 | decayed from a point |", "|---|---:|---:|---:|---:|---:|---:|---|"]
+    for (task, length), arms in found.items():
+        for (arm, rate), runs in sorted(arms.items()):
+            if not arm.startswith("uniform") or len(runs[0]["points"]) < 5:
+                continue
+            last = np.mean([loss(run["points"][-1][1], run) for run in runs])
+            stopped = [
+                f"{mean_kept(runs, patience):.4f}, {np.mean([kept(run, patience)[2] / run['steps'] for run in runs]):.0%}"
+                for patience in (1, 2, 3)
+            ]
+            decays = ", ".join(f"{step}: {loss(nats, run):.4f}" for run in runs for step, nats in run["decays"])
+            name = f"{NAMES[task]} {LENGTHS[length]}" + ("" if arm == "uniform" else f", {arm}")
+            lines.append(f"| {name} | {rate:g} | {last:.4f} | {mean_kept(runs, None):.4f} | {' | '.join(stopped)} | {decays} |")
+    return lines
+
+
+def main() -> None:
+    runs = collected(map(Path, sys.argv[1:]))
+    write_store(runs)
+    write_curves(runs)
+    found = cells(runs)
+    page = PLACE / "README.md"
+    text = page.read_text() if page.exists() else "<!-- arms -->\n<!-- /arms -->\n<!-- stopping -->\n<!-- /stopping -->\n"
+    for name, lines in (("arms", table_of_arms(found)), ("stopping", table_of_stopping(found))):
+        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        before, _, rest = text.partition(start)
+        text = before + start + "\n" + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
+    page.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
