@@ -70,7 +70,7 @@ def train_speed(run: Run, reference: Run) -> Speed:
 def counted_seconds(run: Run) -> float:
     """Seconds of training with all that made it possible: probe, planning, cache, the adapters' start."""
     seconds = run.metrics.seconds
-    return seconds.probe + seconds.plan + seconds.cache + seconds.init + seconds.train
+    return seconds.probe + seconds.plan + seconds.cache + seconds.init + seconds.race + seconds.train
 
 
 def counted_speed(run: Run, reference: Run) -> Speed:

@@ -32,13 +32,14 @@ class PhaseSeconds(BaseModel):
     plan: float
     cache: float = 0.0
     init: float = 0.0
+    race: float = 0.0
     train: float
     eval: float
 
     @property
     def total(self) -> float:
         """All phases."""
-        return self.load + self.probe + self.plan + self.cache + self.init + self.train + self.eval
+        return self.load + self.probe + self.plan + self.cache + self.init + self.race + self.train + self.eval
 
 
 Verdict = Literal["learned", "nothing", "worse"]  # "worse": the held-out loss is above the one before training
@@ -86,6 +87,21 @@ class UsedSettings(BaseModel):
     keep: Literal["last", "best"] = "last"
 
 
+class RateRace(BaseModel):
+    """Learning rates that were tried over a few ``steps`` each, and the one that the run took.
+
+    ``losses`` are means over ``rows`` held-out rows after the last of these steps, in nats per labelled token of a row;
+    None where one was not finite.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    steps: int
+    rows: int
+    rates: tuple[float, ...]
+    losses: tuple[FiniteFloat | None, ...]
+    chosen: float
+
+
 class StartingAdapter(BaseModel):
     """The adapter that a run went on with: where it lay, and the sha256 of its weights."""
 
@@ -108,6 +124,7 @@ class Metrics(Artifact):
     packages: dict[str, str]
     settings: UsedSettings
     went_on_from: StartingAdapter | None = None
+    rate_race: RateRace | None = None
     rows_truncated: int = 0
     rows_skipped: int = 0
     steps: int

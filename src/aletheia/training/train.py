@@ -51,8 +51,10 @@ from aletheia.training.loop import (
 )
 from aletheia.training.outcome import digest_of_b, verdict, whole_adapter
 from aletheia.training.processes import Launch
+from aletheia.training.race import race_rates, race_steps, told
 from aletheia.training.recorder import Recorder
 from aletheia.training.settings import WITHOUT_INFLUENCE, TrainSettings
+from aletheia.training.sharded import is_sharded
 
 CORRECTION_TOKENS = 4096  # at most, beyond the first row
 
@@ -162,7 +164,6 @@ class _Job:
     def run(self) -> Run:
         """From adapters at their start to a folder that is written."""
         trainer, attachment = self._trainer()
-        trustworthy_checkpoints(trainer, self._about(trainer), self.recorder.state, alone=True)
         found = self.prepared.checkpoint
         if found is None and self.folder.resumes:
             found = newest_checkpoint(self.folder.checkpoints)
@@ -192,6 +193,10 @@ class _Job:
         self._start(trainer.args.max_steps, found is None)
         self.recorder.start = self.recorder.start or digest_of_b(self.model)
         self.seconds["init"] = time.perf_counter() - started
+        if self.settings.learning_rate == "auto":
+            kept = found and found.manifest.about["peak_learning_rate"]  # a run that goes on does not race again
+            trainer.args.learning_rate = kept or self._raced(trainer)
+        trustworthy_checkpoints(trainer, self._about(trainer), self.recorder.state, alone=True)
         trainer.args.eval_on_start = found is None
         try:
             trainer.train(resume_from_checkpoint=None if found is None else str(found.path))
@@ -209,7 +214,7 @@ class _Job:
         per_epoch = steps_per_epoch(len(self.data), settings, self.processes)
         steps = settings.steps or math.ceil((settings.epochs or 1.0) * per_epoch)
         rate = settings.learning_rate
-        if rate is None:
+        if rate is None or rate == "auto":
             rate = default_learning_rate(text_config(model).hidden_size, steps, settings.init)
         if plan.early_steps(steps) and self.prepared.prefix is not None:
             raise TrainingError(
@@ -234,6 +239,10 @@ class _Job:
             dataloader_pin_memory=model.device.type == "cuda",
         )
         trainer = RowTrainer(model, self.data, self.held_out, settings, arguments, self.recorder)
+        if is_sharded(trainer) and settings.learning_rate == "auto":
+            raise SettingsError(
+                "`learning_rate` is auto, which is not possible where layers are sharded; give a number"
+            )
         prefix, free = self.prepared.prefix, self.prepared.prefix is not None
         decision = None
         if prefix is None and settings.free_prefix and not plan.early_steps(steps):
@@ -288,6 +297,22 @@ class _Job:
             with fast_steps(self.model, stored_from, recompute=settings.gradient_checkpointing):
                 make = partial(collate_with_prefix, cache=prefix) if prefix is not None else collate
                 align_with_gradient(self.model, (make(group, pad) for group in cut))
+
+    def _raced(self, trainer: RowTrainer) -> float:
+        """The rate to take; of several processes, the first finds it for all."""
+        settings, started = self.settings, time.perf_counter()
+        steps = self._batches(race_steps(trainer.args.max_steps))
+        race = Launch.here().computed_by_first(
+            partial(
+                race_rates,
+                *(trainer, steps, self.held_out, self.plan.boundary, self.prepared.prefix),
+                settings.gradient_checkpointing,
+            )
+        )
+        self.recorder.race, self.recorder.race_seconds = race, time.perf_counter() - started
+        if trainer.is_world_process_zero():
+            self._say(told(race))
+        return race.chosen
 
     def _about(self, trainer: RowTrainer) -> dict[str, Any]:
         """What must be the same for an interrupted run to go on."""
@@ -361,6 +386,7 @@ class _Job:
             packages=package_versions(),
             settings=used,
             went_on_from=self.prepared.went_on_from,
+            rate_race=recorder.race,
             rows_truncated=data.truncated,
             rows_skipped=data.skipped,
             steps=steps,
@@ -370,7 +396,9 @@ class _Job:
             boundary=self.plan.boundary,
             early_steps=min(self.plan.early_steps(trainer.args.max_steps), steps),
             trainable_parameters=self.plan.trainable_parameters,
-            seconds=PhaseSeconds(**self.seconds, train=recorder.train_seconds, eval=recorder.eval_seconds),
+            seconds=PhaseSeconds(
+                **self.seconds, race=recorder.race_seconds, train=recorder.train_seconds, eval=recorder.eval_seconds
+            ),
             peak_memory_bytes=peak_memory_bytes(model.device),
             cache_bytes=attachment.decision.size_bytes,
             cache_reason=attachment.decision.reason,
