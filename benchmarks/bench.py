@@ -28,7 +28,7 @@ from aletheia.anatomy.demo import demo_checkpoint
 from aletheia.cli.options import quiet_libraries
 from aletheia.data.examples import Examples
 from aletheia.files import package_versions
-from aletheia.lab.campaign.steps import StepKind, building_seconds, gradient_start_seconds, interleaved_steps
+from aletheia.lab.campaign.steps import StepKind, building_seconds, interleaved_steps
 from aletheia.planning.plan import FREEZE_AFTER, Plan, layer_ranges
 from aletheia.probing.scores import Scores
 
@@ -169,10 +169,7 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
     seconds = interleaved_steps(model, arms, data, BATCH_SIZE, ROUNDS)
     steps = ROWS // BATCH_SIZE * EPOCHS
     early_plan = aletheia.plan(scores, epochs=EPOCHS, freeze_after=FREEZE_AFTER)
-    building, turning = (
-        [once(model, plan, data, BATCH_SIZE) for plan in (default, early_plan)]
-        for once in (building_seconds, gradient_start_seconds)
-    )
+    building = [building_seconds(model, plan, data, BATCH_SIZE) for plan in (default, early_plan)]
     shares = sorted({0.0, 0.2, FREEZE_AFTER})
     lines = [
         f"Default plan: {default.settings.policy}, layers {layer_ranges(default.layers)}, rank {default.settings.rank}, "
@@ -182,9 +179,8 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
         "|---|---:|---:|",
         *table(seconds),
         "",
-        f"A whole run of {EPOCHS} epochs, {steps} steps, from these parts: probe {scores.probe.seconds:.0f} s, gradient "
-        f"start {turning[0]:.0f} s ({turning[1]:.0f} s where every layer learns at first), cache {building[0]:.0f} s "
-        f"({building[1]:.0f} s with adapters in the prefix). Every layer learns for a share of the steps "
+        f"A whole run of {EPOCHS} epochs, {steps} steps, from these parts: probe {scores.probe.seconds:.0f} s, "
+        f"cache {building[0]:.0f} s ({building[1]:.0f} s with adapters in the prefix). Every layer learns for a share of the steps "
         f"({FREEZE_AFTER:.1%} is the default of `aletheia train`), the rest is taken from the cache.",
         "",
         "| run | baseline s | " + " | ".join(f"{share:.1%} first, s | speed-up" for share in shares) + " |",
@@ -200,7 +196,7 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
         cells = []
         for share in shares:
             early = round(share * steps)
-            once = scores.probe.seconds + turning[early > 0] + building[early > 0]
+            once = scores.probe.seconds + building[early > 0]
             whole = once + early * every_s + (steps - early) * cached_s
             cells.append(f"{whole:.0f} | {baseline_s * steps / whole:.2f}x")
         lines.append(f"| {label} | {baseline_s * steps:.0f} | {' | '.join(cells)} |")

@@ -46,7 +46,6 @@ def test_training_goes_on_from_a_peft_adapter_as_peft_would(foreign, model_folde
     run = fine_tune(foreign, data_file, tmp_path / "on")
     assert run.metrics.went_on_from.sha256 == file_sha256(foreign / "adapter_model.safetensors")
     assert run.metrics.went_on_from.name == str(foreign)
-    assert run.metrics.settings.init == "adapter"
     ranks = {adapter.name.rpartition(".")[2]: (adapter.rank, adapter.alpha) for adapter in run.plan.adapters}
     assert ranks == {"q_proj": (4, 3.0), "down_proj": (2, 8.0)}
     assert run.plan.layers == (0, 1, 2, 3)
@@ -164,7 +163,7 @@ def test_what_is_not_trained_here_is_refused_by_name(model_folder, data_file, tm
     [
         ({}, {"percent": 25}, {}, "`percent` is given and MODEL is an adapter folder"),
         ({}, "plan.json", {}, "`plan` is given and MODEL is an adapter folder"),
-        ({}, None, {"init": "random"}, "`init` is given and MODEL is an adapter folder"),
+        ({"quantize": "nf4"}, None, {"correct_quantization": True}, "`correct_quantization` is given and MODEL is"),
         ({"stream": True}, None, {"cache": "auto"}, "`stream` is given and MODEL is an adapter folder"),
     ],
 )

@@ -70,7 +70,7 @@ def test_what_is_not_finite_is_named_and_neither_applied_nor_saved(examples, sco
     with pytest.raises(TrainingError) as raised:
         train(
             adapted, data, plan, tmp_path / "run", held_out, steps=STEPS, evaluations=1, save_steps=1,
-            init="random", show_progress=False, **WAYS[way],
+            show_progress=False, **WAYS[way],
         )  # fmt: skip
     told = str(raised.value)
     assert f"layer {LAYER} ({MODULE}" in told, told

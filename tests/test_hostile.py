@@ -154,7 +154,7 @@ def test_pickles_are_read_only_where_they_are_allowed(tmp_path, model_folder):
 
 def test_pickles_in_somebody_elses_checkpoint_run_nothing(run, model_folder, data_file, tmp_path):
     asked = ("train", model_folder, "--data", data_file, "--max-length", 64, "--dtype", "float32", "--save-steps", 1)
-    asked = (*asked, "--steps", 2, "--evaluations", 1, "--init", "random", "--freeze-after", 0, "--eval-rows", 1)
+    asked = (*asked, "--steps", 2, "--evaluations", 1, "--freeze-after", 0, "--eval-rows", 1)
     code, _, err = run(*asked, "--out", "run")
     assert code == 0, err
     whole = tmp_path / "run" / "checkpoints" / "checkpoint-1"

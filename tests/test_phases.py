@@ -9,7 +9,6 @@ from tiny import make_model
 from transformers import Trainer, TrainerCallback
 
 import aletheia
-from aletheia.adapters.initial import ROWS, align_with_gradient
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate
 from aletheia.data.order import training_batches
@@ -50,7 +49,6 @@ def by_hand(plan, examples, tmp_path_factory):
     data = examples.subset(range(20))
     batches = training_batches([len(row) for row in data.examples], 4, STEPS, 0)
     schedule = [collate([data[row] for row in batch], PAD) for batch in batches]
-    align_with_gradient(model, schedule[: ROWS // 4])
     arguments = training_arguments(
         TrainSettings(batch_size=1), str(tmp_path_factory.mktemp("plain")), max_steps=STEPS, learning_rate=RATE,
         train_sampling_strategy="sequential", save_strategy="no", eval_strategy="no", use_cpu=True,
@@ -103,9 +101,7 @@ def test_no_backward_below_the_risen_boundary(plan, examples, tmp_path):
             if parameter.requires_grad:
                 parameter.register_hook(lambda grad, index=index: visits.append(index))
     data, held_out = examples.subset(range(20)), examples.subset(range(20, 26))
-    aletheia.train(
-        model, data, plan, tmp_path, held_out, steps=STEPS, learning_rate=RATE, init="random", show_progress=False
-    )
+    aletheia.train(model, data, plan, tmp_path, held_out, steps=STEPS, learning_rate=RATE, show_progress=False)
     per_step = {index: visits.count(index) for index in range(4)}
     assert per_step[0] == per_step[1] == 3 * 14  # seven modules with A and B, three steps
     assert per_step[2] == per_step[3] == STEPS * 14

@@ -33,7 +33,7 @@ from aletheia.reporting.format import (
 )
 from aletheia.reporting.page import report
 from aletheia.reporting.terminal import bar, comparison_table, render
-from aletheia.runs.schema import HeldOutPoint, Metrics, PhaseSeconds, Run, TrainPoint, UsedSettings
+from aletheia.runs.schema import HeldOutPoint, Metrics, PhaseSeconds, Run, StartingAdapter, TrainPoint, UsedSettings
 
 EVIL = "<script>alert('x')</script>\"><img src=http://evil.example/x onerror=alert(1)>"
 VOID = {"meta", "img", "br", "link", "input", "hr"}
@@ -423,10 +423,20 @@ def test_repeat_command_is_quoted_for_a_shell():
     assert command == (
         "aletheia train 'a;rm -rf /' --data train.jsonl --eval-data test.jsonl --eval-rows 96 "
         "--plan 'my run/plan.json' --steps 150 --batch-size 4 --learning-rate 0.0002 "
-        "--max-length 512 --dtype bfloat16 --seed 0 --cache off --init random --gradient-checkpointing off "
+        "--max-length 512 --dtype bfloat16 --seed 0 --cache off --gradient-checkpointing off "
         "--out 'my run-again' --no-group-by-length"
     )
     assert repeat_command(make_run(data=None)) == ()
+
+
+def test_a_run_that_went_on_with_an_adapter_says_so_and_is_repeated_from_it():
+    """The adapter brings its plan, which ``--plan`` would contradict."""
+    run = make_run(went_on_from=StartingAdapter(name="first run", sha256="ef" * 32))
+    command = repeat_command(run)
+    assert command[0] == "aletheia train 'first run'"
+    assert not any(part.startswith("--plan") for part in command)
+    assert "first run" in shown(render(run))
+    assert differences([make_run(), run]) == ("start (new adapters, first run)",)
 
 
 def test_training_loss_is_the_mean_of_the_last_steps():

@@ -201,7 +201,7 @@ MOMENTS = {
     "probe": ("aletheia.probing.resident", "_score_batch", 3),
     "plan": ("aletheia.job.fine_tune", "make_plan", 1),
     "adapt": ("aletheia.job.fine_tune", "adapt", 1),
-    "start": ("aletheia.training.train", "align_with_gradient", 1),
+    "start": ("aletheia.training.train", "digest_of_b", 1),
     "held-out loss": ("aletheia.training.loop", "held_out_loss", 2),
     "checkpoint": ("aletheia.training.checkpoints", "write_manifest", 2),
     "save": ("aletheia.training.train", "save", 1),

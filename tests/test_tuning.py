@@ -133,7 +133,7 @@ def test_training_learns_and_leaves_a_complete_folder(examples, scores, tmp_path
     model, run = trained(examples, scores, tmp_path / "run")
     metrics = run.metrics
     assert metrics.model == run.plan.model
-    assert metrics.held_out_loss_after < metrics.held_out_loss_before - 0.2
+    assert metrics.held_out_loss_after < metrics.held_out_loss_before - 0.1
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names - {".lock"} == {
         "adapter_config.json",
@@ -350,9 +350,8 @@ def test_the_default_learning_rate_falls_with_width_and_length(examples, scores,
     assert default_learning_rate(2000, 100) == pytest.approx(7.5e-4)
     assert default_learning_rate(2000, 10**6) == pytest.approx(5e-4, rel=1e-3)
     assert default_learning_rate(8000, 100) == pytest.approx(7.5e-4 * 4**-0.781)
-    for init, share in (("gradient", 0.5), ("random", 1.0)):
-        _, run = trained(examples, scores, tmp_path / init, steps=1, learning_rate=None, init=init)
-        assert run.metrics.settings.learning_rate == pytest.approx(share * default_learning_rate(32, 1))
+    _, run = trained(examples, scores, tmp_path / "run", steps=1, learning_rate=None)
+    assert run.metrics.settings.learning_rate == pytest.approx(default_learning_rate(32, 1))
 
 
 def test_evaluations_are_even_and_end_at_the_last_step(examples, scores, tmp_path):
@@ -420,7 +419,7 @@ def test_fields_of_trainer_that_contradict_us_are_refused_with_the_reason(name):
 
 
 def test_accumulated_batches_are_one_larger_batch(examples, scores, tmp_path):
-    common = {"steps": 8, "evaluations": 1, "init": "random"}
+    common = {"steps": 8, "evaluations": 1}
     _, whole = trained(examples, scores, tmp_path / "whole", batch_size=8, **common)
     _, parts = trained(examples, scores, tmp_path / "parts", batch_size=2, gradient_accumulation_steps=4, **common)
     assert curve(parts) == pytest.approx(curve(whole), rel=1e-5)
@@ -477,7 +476,7 @@ def test_a_gradient_that_is_not_finite_is_never_saved(examples, scores, tmp_path
 
     def spoil(gradient):
         calls.append(gradient)
-        return gradient * float("inf") if len(calls) == 6 else gradient
+        return gradient * float("inf") if len(calls) == 4 else gradient
 
     next(value for value in adapted_model.parameters() if value.requires_grad).register_hook(spoil)
     data, held_out = examples.subset(range(20)), examples.subset(range(20, 25))

@@ -93,11 +93,10 @@ class Start:
                 f"`{name}` is given and MODEL is an adapter folder, which has its plan; expected neither, or "
                 "`fresh` to merge the adapter first"
             )
-        for name in ("init", "correct_quantization"):
-            if name in _changed(settings.training):
-                raise SettingsError(
-                    f"`{name}` is given and MODEL is an adapter folder; expected its own weights to start"
-                )
+        if settings.training.correct_quantization:
+            raise SettingsError(
+                "`correct_quantization` is given and MODEL is an adapter folder; expected its own weights to start"
+            )
         return cls(folder, base_settings(how, folder))
 
     @property

@@ -68,9 +68,9 @@ def train_speed(run: Run, reference: Run) -> Speed:
 
 
 def counted_seconds(run: Run) -> float:
-    """Seconds of training with all that made it possible: probe, planning, cache, the adapters' start."""
+    """Seconds of training with all that made it possible: probe, planning, cache, correction, race of rates."""
     seconds = run.metrics.seconds
-    return seconds.probe + seconds.plan + seconds.cache + seconds.init + seconds.race + seconds.train
+    return seconds.probe + seconds.plan + seconds.cache + seconds.correction + seconds.race + seconds.train
 
 
 def counted_speed(run: Run, reference: Run) -> Speed:
@@ -140,7 +140,10 @@ def _conditions(runs: Sequence[Run]) -> dict[str, list[tuple[object, str]]]:
             (setting.group_by_length, "on" if setting.group_by_length else "off") for setting in settings
         ],
         "checkpointing": [(setting.gradient_checkpointing, setting.gradient_checkpointing) for setting in settings],
-        "start": [(setting.init, setting.init) for setting in settings],
+        "start": [
+            (metrics.went_on_from.sha256, metrics.went_on_from.name) if metrics.went_on_from else (None, "new adapters")
+            for metrics in every
+        ],
         "seed": [(setting.seed, str(setting.seed)) for setting in settings],
         "learning rate": [(setting.learning_rate, f"{setting.learning_rate:g}") for setting in settings],
         "dtype": [(setting.dtype, setting.dtype) for setting in settings],
@@ -255,9 +258,14 @@ def _loss_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def phases_of(runs: Sequence[Run]) -> tuple[str, ...]:
+    """The phases on which any of the runs spent time."""
+    return tuple(phase for phase in PHASES if any(getattr(run.metrics.seconds, phase) for run in runs))
+
+
 def _phase_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
     every = [run.metrics.seconds for run in runs]
-    rows = [Row(name.capitalize(), tuple(human_seconds(getattr(s, name)) for s in every)) for name in PHASES]
+    rows = [Row(name.capitalize(), tuple(human_seconds(getattr(s, name)) for s in every)) for name in phases_of(runs)]
     return (*rows, Row("Total", tuple(human_seconds(seconds.total) for seconds in every)))
 
 
@@ -295,9 +303,10 @@ def repeat_command(run: Run) -> tuple[str, ...]:
     options = [("--data", name) for name in metrics.data.sources]
     if held_out is not None and held_out.name != metrics.data.name:
         options += [("--eval-data", name) for name in held_out.sources]
+    options.append(("--eval-rows", str(metrics.held_out_rows)))
+    if metrics.went_on_from is None:  # an adapter brings its own
+        options.append(("--plan", f"{run.name}/plan.json"))
     options += [
-        ("--eval-rows", str(metrics.held_out_rows)),
-        ("--plan", f"{run.name}/plan.json"),
         ("--steps", str(metrics.steps)),
         ("--batch-size", str(settings.batch_size)),
         ("--learning-rate", repr(settings.learning_rate)),
@@ -305,7 +314,6 @@ def repeat_command(run: Run) -> tuple[str, ...]:
         ("--dtype", settings.dtype),
         ("--seed", str(settings.seed)),
         ("--cache", settings.cache),
-        ("--init", settings.init),
         ("--gradient-checkpointing", settings.gradient_checkpointing),
         ("--out", f"{run.name}-again"),
     ]
@@ -313,7 +321,8 @@ def repeat_command(run: Run) -> tuple[str, ...]:
         options.append(("--quantize", settings.quantization))
     if settings.attention:
         options.append(("--attention", settings.attention))
-    head = f"aletheia train {shlex.quote(metrics.model.name)}"
+    model = metrics.went_on_from.name if metrics.went_on_from else metrics.model.name
+    head = f"aletheia train {shlex.quote(model)}"
     switches = [] if settings.group_by_length else ["--no-group-by-length"]
     if settings.quantization_corrected:
         switches.append("--correct-quantization")

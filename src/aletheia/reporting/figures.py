@@ -10,7 +10,7 @@ from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
 
 from aletheia.planning.plan import Adapter, Plan, layer_ranges
-from aletheia.reporting.comparison import held_out_points
+from aletheia.reporting.comparison import held_out_points, phases_of
 from aletheia.reporting.format import human_seconds, rank_summary, shorten
 from aletheia.reporting.svg import (
     IDLE,
@@ -134,7 +134,7 @@ def phases_svg(runs: Sequence[Run], labels: Sequence[str], identifier: str) -> s
         axes.set(xlim=(0, longest), ylim=(len(runs) - 0.55, -0.85), yticks=[])
         axes.set_xlabel("wall-clock (s)", fontsize=9)
         axes.spines["left"].set_visible(False)
-        handles = [Patch(facecolor=phase_color(phase), label=phase) for phase in PHASES]
+        handles = [Patch(facecolor=phase_color(phase), label=phase) for phase in phases_of(runs)]
         axes.legend(
             handles=handles,
             ncols=5,

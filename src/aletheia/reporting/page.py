@@ -156,13 +156,18 @@ def _alone(run: Run) -> str:
     plan, metrics = run.plan, run.metrics
     before, after = metrics.held_out_loss_before, metrics.held_out_loss_after
     moved = "fell" if after < before else "rose" if after > before else "stayed"
+    seconds = metrics.seconds
+    parts = [("probe", seconds.probe), ("planning", seconds.plan), ("cache", seconds.cache)]
+    if metrics.settings.quantization_corrected:
+        parts.append(("correction", seconds.correction))
+    if metrics.rate_race is not None:
+        parts.append(("race of learning rates", seconds.race))
+    others = ", ".join(f"{name} {human_seconds(spent)}" for name, spent in parts)
     return (
         f"trained adapters in {len(plan.layers)} of {plan.layer_count} decoder layers for {metrics.steps:,} steps"
         + (f" (the other layers' in the first {metrics.early_steps:,})" if metrics.early_steps else "")
         + " in "
-        f"{human_seconds(metrics.seconds.train)} (probe {human_seconds(metrics.seconds.probe)}, planning "
-        f"{human_seconds(metrics.seconds.plan)}, cache {human_seconds(metrics.seconds.cache)} and init "
-        f"{human_seconds(metrics.seconds.init)} not counted); "
+        f"{human_seconds(seconds.train)} ({others} not counted); "
         f"the held-out loss {moved} from {human_loss(before)} to "
         f"{human_loss(after)} nats per token over {metrics.held_out_rows:,} rows"
     )

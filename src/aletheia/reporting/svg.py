@@ -40,7 +40,7 @@ _PHASE_COLORS = {
     "probe": "#e69f00",
     "plan": "#cc79a7",
     "cache": "#009e73",
-    "init": "#56b4e9",
+    "correction": "#56b4e9",
     "race": "#0072b2",
     "train": "#475467",
     "eval": "#98a2b3",

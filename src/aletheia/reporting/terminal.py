@@ -273,7 +273,7 @@ def _render_run(run: Run) -> RenderableType:
             ("speed", f"{step_time(metrics)} per step, {per_second}"),
             ("cache", f"{settings.cache}{size}{': ' + metrics.cache_reason if metrics.cache_reason else ''}"),
             ("memory", f"{human_bytes(metrics.peak_memory_bytes)} at peak"),
-            ("start", f"A {'along the gradient' if settings.init == 'gradient' else 'at random'}, B zero"),
+            *([("start", printable(metrics.went_on_from.name))] if metrics.went_on_from else []),
             ("numbers", f"{settings.dtype} on {settings.device}, seed {settings.seed}"),
         ],
     )

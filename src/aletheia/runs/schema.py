@@ -21,9 +21,9 @@ REPORT_FILE = "report.html"
 class PhaseSeconds(BaseModel):
     """Wall-clock seconds by phase.
 
-    ``cache`` is filling the prefix cache before the first step, where that is done, ``init`` the passes that correct
-    a 4-bit base and turn the adapters towards the gradient, ``train`` the optimizer steps alone, ``eval`` the held-out
-    evaluation.
+    ``cache`` is filling the prefix cache before the first step, where that is done, ``correction`` measuring what
+    takes back the quantization of a 4-bit base, ``race`` trying learning rates, ``train`` the optimizer steps alone,
+    ``eval`` the held-out evaluation.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,7 +31,7 @@ class PhaseSeconds(BaseModel):
     probe: float
     plan: float
     cache: float = 0.0
-    init: float = 0.0
+    correction: float = 0.0
     race: float = 0.0
     train: float
     eval: float
@@ -39,7 +39,7 @@ class PhaseSeconds(BaseModel):
     @property
     def total(self) -> float:
         """All phases."""
-        return self.load + self.probe + self.plan + self.cache + self.init + self.race + self.train + self.eval
+        return self.load + self.probe + self.plan + self.cache + self.correction + self.race + self.train + self.eval
 
 
 Verdict = Literal["learned", "nothing", "worse"]  # "worse": the held-out loss is above the one before training
@@ -79,7 +79,6 @@ class UsedSettings(BaseModel):
     group_by_length: bool = False
     gradient_checkpointing: Literal["off", "selective", "full"] = "off"
     cache: Literal["memory", "disk", "off"] = "off"
-    init: Literal["gradient", "random", "adapter"] = "random"
     loaded_by: str = "AutoModelForCausalLM"  # class of transformers that loads the base
     quantization: str | None = None  # of the base's matrices
     quantization_corrected: bool = False  # by a frozen part of the adapters, which doubles their rank

@@ -2,27 +2,20 @@
 
 import math
 
-from aletheia.training.settings import Init
-
 SHORT_RUN_STEPS = 200
-GRADIENT_START_RATE = 0.5  # of the rate for a random start
 
 
-def default_learning_rate(hidden_size: int, steps: int, init: Init = "random") -> float:
+def default_learning_rate(hidden_size: int, steps: int) -> float:
     """Peak learning rate for LoRA at alpha = 2 x rank: ``5e-5 x m x (2000 / hidden)^0.781``, m from 15 down to 10.
 
     The fit of Schulman et al., "LoRA Without Regret" (Thinking Machines, 2025), over Llama models: 10 times the best
     rate of full fine-tuning, 15 times in short runs, falling with width, nearly independent of rank. Here m is 15 up
     to 200 steps and ``10 + 1000 / steps`` beyond. 2.0e-3 for a width of 576 and 150 steps, 2.9e-4 for 4,096 and long
     runs. Their fit for Qwen is flatter; the two agree within 2x between widths of 800 and 5,000.
-
-    Half of that where A starts along the gradient: its outputs are then about twice as large as those of random rows,
-    so B moves the weights as far at half the rate. Measured on SmolLM2 (docs/log.md, 2026-11-26): as good over 150
-    steps, 3 % less loss after three epochs.
     """
     multiplier = 10 + 5 * min(1.0, SHORT_RUN_STEPS / steps)
     by_width: float = (2000 / hidden_size) ** 0.781
-    return 5e-5 * multiplier * by_width * (GRADIENT_START_RATE if init == "gradient" else 1.0)
+    return 5e-5 * multiplier * by_width
 
 
 def warm_up_steps(asked: float, steps: int) -> int:

@@ -18,11 +18,12 @@ from transformers import Trainer
 from aletheia.anatomy.modes import in_mode
 from aletheia.data.batches import collate, labelled_tokens, on_device_of
 from aletheia.data.examples import Example, Examples
-from aletheia.errors import TrainingError
+from aletheia.errors import SettingsError, TrainingError
 from aletheia.prefix.cache import PrefixCache, collate_with_prefix
 from aletheia.runs.schema import RateRace
 from aletheia.training.fast_steps import fast_steps
 from aletheia.training.settings import Recompute
+from aletheia.training.sharded import is_sharded
 
 FACTORS = (1 / 3, 1.0, 3.0)  # of the default rate: within a factor of two rates cost little
 STEPS = 8  # of each rate; after 4 a rate looked best that is three times too high (docs/log.md, 2026-11-27)
@@ -99,10 +100,13 @@ def race_rates(
         recompute: what of a step is computed again in backward.
 
     Raises:
+        SettingsError: layers are sharded over processes.
         TrainingError: no rate has a finite loss.
     """
     model, default, pad = trainer.model, trainer.args.learning_rate, held_out.pad_token_id
     assert isinstance(model, PeftModel)
+    if is_sharded(trainer):
+        raise SettingsError("`learning_rate` auto is not possible where layers are sharded; give a number")
     make: MakeBatch = partial(collate, pad_token_id=pad)
     if prefix is not None:
         make = partial(collate_with_prefix, pad_token_id=pad, cache=prefix)

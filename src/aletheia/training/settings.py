@@ -13,7 +13,6 @@ from aletheia.settings import MOST_EPOCHS, MOST_ROWS, MOST_STEPS, MOST_WORKERS, 
 TRAINING, CACHE, SAVING, LOGGING = "Training", "Frozen prefix", "Checkpoints", "Logging and hub"
 
 CacheKind = Literal["auto", "memory", "disk", "off"]
-Init = Literal["gradient", "random"]
 Recompute = Literal["off", "selective", "full"]
 
 # settings that change no result: a run may go on with others
@@ -99,7 +98,7 @@ class TrainSettings(Settings):
         le=MOST_ROWS,
     )
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] | None = option(
-        None, "Peak learning rate (by default from width, steps and `init`); auto tries three first.", TRAINING
+        None, "Peak learning rate (by default from width and steps); auto tries three and takes one.", TRAINING
     )
     lr_scheduler_type: str = option("linear", "Schedule of the learning rate, as transformers names it.", TRAINING)
     warmup_steps: float = option(
@@ -110,7 +109,6 @@ class TrainSettings(Settings):
     )
     weight_decay: float = option(0.0, "Weight decay of the adapters.", TRAINING, ge=0, allow_inf_nan=False)
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", TRAINING, gt=0, allow_inf_nan=False)
-    init: Init = option("gradient", "Where A starts: along the gradient of the first rows, or at random.", TRAINING)
     gradient_checkpointing: Recompute = option(
         "off", "Less memory, more time: compute again in backward all but matrix products, or all.", TRAINING
     )

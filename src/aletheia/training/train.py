@@ -1,4 +1,4 @@
-"""Our own training: adapters start, a Trainer with everything attached runs, a run folder is left."""
+"""Our own training: a Trainer with everything attached runs, a run folder is left."""
 
 import math
 import time
@@ -16,7 +16,6 @@ from rich.console import Console
 
 from aletheia.adapters.adapt import check_adapters
 from aletheia.adapters.correction import Correction
-from aletheia.adapters.initial import ROWS, align_with_gradient
 from aletheia.anatomy.access import base_of, text_config
 from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.families import class_name
@@ -29,7 +28,7 @@ from aletheia.execution.peak_memory import peak_memory_bytes, reset_peak_memory
 from aletheia.files import package_versions
 from aletheia.names import printable
 from aletheia.planning.plan import Plan, layer_ranges
-from aletheia.prefix.cache import DiskCache, PrefixCache, collate_with_prefix
+from aletheia.prefix.cache import DiskCache, PrefixCache
 from aletheia.prefix.choose import CacheDecision, CachePlace, open_cache
 from aletheia.prefix.exact import why_not_exact
 from aletheia.prefix.fill import fill
@@ -38,7 +37,6 @@ from aletheia.runs.manifest import TrainingCheckpoint, newest_checkpoint
 from aletheia.runs.schema import Metrics, PhaseSeconds, Run, StartingAdapter, UsedSettings
 from aletheia.training.attach import Attachment, AttachSettings, prefix_computed_as
 from aletheia.training.checkpoints import trustworthy_checkpoints
-from aletheia.training.fast_steps import fast_steps
 from aletheia.training.interrupts import Interrupts, SaveInTime, interrupts
 from aletheia.training.learning_rate import default_learning_rate, warm_up_steps
 from aletheia.training.loop import (
@@ -54,8 +52,8 @@ from aletheia.training.processes import Launch
 from aletheia.training.race import race_rates, race_steps, told
 from aletheia.training.recorder import Recorder
 from aletheia.training.settings import WITHOUT_INFLUENCE, TrainSettings
-from aletheia.training.sharded import is_sharded
 
+CORRECTION_ROWS = 8  # whose inputs the correction of a 4-bit base is measured on
 CORRECTION_TOKENS = 4096  # at most, beyond the first row
 
 
@@ -189,10 +187,9 @@ class _Job:
             self.recorder.restore(found.manifest.extra)
             interrupted.saved_step = found.step
             self._say(f"resume from step {found.step} of {trainer.args.max_steps}")
-        started = time.perf_counter()
-        self._start(trainer.args.max_steps, found is None)
+        if self.prepared.unquantized is not None:
+            self._correct(self.prepared.unquantized, trainer.args.max_steps)
         self.recorder.start = self.recorder.start or digest_of_b(self.model)
-        self.seconds["init"] = time.perf_counter() - started
         if self.settings.learning_rate == "auto":
             kept = found and found.manifest.about["peak_learning_rate"]  # a run that goes on does not race again
             trainer.args.learning_rate = kept or self._raced(trainer)
@@ -215,7 +212,7 @@ class _Job:
         steps = settings.steps or math.ceil((settings.epochs or 1.0) * per_epoch)
         rate = settings.learning_rate
         if rate is None or rate == "auto":
-            rate = default_learning_rate(text_config(model).hidden_size, steps, settings.init)
+            rate = default_learning_rate(text_config(model).hidden_size, steps)
         if plan.early_steps(steps) and self.prepared.prefix is not None:
             raise TrainingError(
                 f"the plan adapts layers {layer_ranges(plan.early_layers)} at first, which are not in memory; "
@@ -239,10 +236,6 @@ class _Job:
             dataloader_pin_memory=model.device.type == "cuda",
         )
         trainer = RowTrainer(model, self.data, self.held_out, settings, arguments, self.recorder)
-        if is_sharded(trainer) and settings.learning_rate == "auto":
-            raise SettingsError(
-                "`learning_rate` is auto, which is not possible where layers are sharded; give a number"
-            )
         prefix, free = self.prepared.prefix, self.prepared.prefix is not None
         decision = None
         if prefix is None and settings.free_prefix and not plan.early_steps(steps):
@@ -279,36 +272,21 @@ class _Job:
     def _batches(self, steps: int) -> list[list[Example]]:
         return rows_of_steps(self.data, self.settings, steps, self.processes)
 
-    def _start(self, steps: int, anew: bool) -> None:
-        """Where adapters start, and what takes back quantization; a run that goes on has its adapters."""
-        settings, pad = self.settings, self.data.pad_token_id
-        count = math.ceil(ROWS / settings.batch_size)
-        first = self._batches(min(count, steps))
-        if self.prepared.unquantized is not None:
-            self.model.eval()
-            layers = self.prepared.unquantized.read_layers(sorted({adapter.layer for adapter in self.plan.adapters}))
-            self.correction.measure(self.model, layers, collate(_first_rows(first), pad))
-        self.model.train()
-        if settings.init == "gradient" and anew and self.prepared.went_on_from is None:
-            rows = list(chain.from_iterable(first))[: count * settings.batch_size]
-            cut = [rows[at : at + settings.batch_size] for at in range(0, len(rows), settings.batch_size)]
-            # with every adapter learning, as the run begins; what is below may not be in memory
-            prefix, stored_from = self.prepared.prefix, self.plan.boundary if self.prepared.prefix is not None else None
-            with fast_steps(self.model, stored_from, recompute=settings.gradient_checkpointing):
-                make = partial(collate_with_prefix, cache=prefix) if prefix is not None else collate
-                align_with_gradient(self.model, (make(group, pad) for group in cut))
+    def _correct(self, unquantized: Checkpoint, steps: int) -> None:
+        """Measure what takes back quantization; a run that goes on measures the same again."""
+        started = time.perf_counter()
+        layers = unquantized.read_layers(sorted({adapter.layer for adapter in self.plan.adapters}))
+        first = self._batches(min(math.ceil(CORRECTION_ROWS / self.settings.batch_size), steps))
+        self.model.eval()
+        self.correction.measure(self.model, layers, collate(_first_rows(first), self.data.pad_token_id))
+        self.seconds["correction"] = time.perf_counter() - started
 
     def _raced(self, trainer: RowTrainer) -> float:
-        """The rate to take; of several processes, the first finds it for all."""
-        settings, started = self.settings, time.perf_counter()
+        """The rate that ``auto`` takes; of several processes, the first finds it for all."""
+        started = time.perf_counter()
         steps = self._batches(race_steps(trainer.args.max_steps))
-        race = Launch.here().computed_by_first(
-            partial(
-                race_rates,
-                *(trainer, steps, self.held_out, self.plan.boundary, self.prepared.prefix),
-                settings.gradient_checkpointing,
-            )
-        )
+        given = trainer, steps, self.held_out, self.plan.boundary, self.prepared.prefix
+        race = Launch.here().computed_by_first(partial(race_rates, *given, self.settings.gradient_checkpointing))
         self.recorder.race, self.recorder.race_seconds = race, time.perf_counter() - started
         if trainer.is_world_process_zero():
             self._say(told(race))
@@ -363,7 +341,6 @@ class _Job:
             group_by_length=settings.group_by_length,
             gradient_checkpointing=settings.gradient_checkpointing,
             cache=attachment.decision.kind,
-            init=settings.init if self.prepared.went_on_from is None else "adapter",
             loaded_by=class_name(base_of(model).config),
             quantization=quantization_of(base_of(model)),
             quantization_corrected=bool(self.correction),
@@ -416,10 +393,10 @@ class _Job:
 
 
 def _first_rows(batches: list[list[Example]]) -> list[Example]:
-    """As many rows as the gradient start takes, or fewer that are long: a batch that fits where training does."""
+    """A few rows, or fewer that are long: a batch that fits where training does."""
     first: list[Example] = []
     for row in chain.from_iterable(batches):
-        if first and (len(first) == ROWS or sum(map(len, first)) + len(row) > CORRECTION_TOKENS):
+        if first and (len(first) == CORRECTION_ROWS or sum(map(len, first)) + len(row) > CORRECTION_TOKENS):
             break
         first.append(row)
     return first

@@ -13,7 +13,6 @@ from typing import Any, Literal
 from torch import nn
 
 from aletheia.adapters.adapt import adapt
-from aletheia.adapters.initial import ROWS
 from aletheia.anatomy.fingerprint import identify
 from aletheia.anatomy.load import Loaded, load
 from aletheia.data.examples import Examples
@@ -105,7 +104,6 @@ def _train(job: _RowJob, out: Path) -> None:
                 steps=steps,
                 batch_size=campaign.batch_size,
                 learning_rate=arm.learning_rate,
-                init=arm.init,
                 evaluations=campaign.evaluations,
                 seed=seed,
                 cache=cache,
@@ -154,14 +152,13 @@ def _per_step(arm: Arm, made: Plan) -> float:
 
 
 def _once(campaign: BehaviourCampaign, arm: Arm, made: Plan) -> float:
-    """Operations that a run pays once, in the same unit: probe, passes of the gradient start, filling the cache."""
+    """Operations that a run pays once, in the same unit: probe, filling the cache."""
     predicted, size = made.predicted, campaign.batch_size
     probe_rows = made.probe.batches * made.probe.batch_size if made.uses_scores else 0
-    init_rows = ROWS if arm.init == "gradient" else 0
     fill = 0.0
     if arm.execution == "fast" and predicted.relative_cached_step_time:
         fill = campaign.rows / size * (predicted.relative_step_time - predicted.relative_cached_step_time)
-    return (probe_rows + init_rows) / size * (predicted.relative_early_step_time or predicted.relative_step_time) + fill
+    return probe_rows / size * (predicted.relative_early_step_time or predicted.relative_step_time) + fill
 
 
 def _trained(run: Run) -> dict[str, Any]:

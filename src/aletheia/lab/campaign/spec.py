@@ -45,7 +45,6 @@ class Arm(_Strict):
     rank: int = Field(default=16, ge=1, le=LARGEST_RANK)
     ranks: RankMode = "uniform"
     freeze_after: float = Field(default=0.0, ge=0, lt=1)
-    init: Literal["random", "gradient"] = "random"
     learning_rate: float | None = Field(default=None, gt=0)
     execution: Literal["plain", "fast"] = "plain"
 
@@ -54,12 +53,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "uniform": {"policy": "uniform", "percent": 100},
     "paper": {"policy": "top-percent"},
     "paper-asym": {"policy": "top-percent", "ranks": "by-role"},
-    "depth-aware": {
-        "policy": "depth-aware",
-        "freeze_after": FREEZE_AFTER,
-        "init": "gradient",
-        "execution": "fast",
-    },
+    "depth-aware": {"policy": "depth-aware", "freeze_after": FREEZE_AFTER, "execution": "fast"},
     "random": {"policy": "random"},
     "last": {"policy": "last"},
     "first": {"policy": "first"},

@@ -12,7 +12,7 @@ from aletheia.lab.campaign.grid import Row, model_named
 from aletheia.lab.campaign.models import model_source
 from aletheia.lab.campaign.shared_rows import training_rows
 from aletheia.lab.campaign.spec import Arm, SpeedCampaign
-from aletheia.lab.campaign.steps import StepKind, gradient_start_seconds, interleaved_steps
+from aletheia.lab.campaign.steps import StepKind, interleaved_steps
 from aletheia.planning.make import plan
 from aletheia.planning.plan import Plan
 from aletheia.prefix.exact import why_not_exact
@@ -43,12 +43,8 @@ def run_speed(campaign: SpeedCampaign, rows: list[Row], data_dir: Path, folder: 
     seconds = interleaved_steps(base.model, kinds, data, campaign.batch_size, campaign.rounds, seed)
     for arm in campaign.arms:
         if arm.name in plans:
-            made = plans[arm.name]
-            init = 0.0
-            if arm.init == "gradient":
-                init = gradient_start_seconds(base.model, made, data, campaign.batch_size)
-            result = _result(campaign, rows[0].model, arm, made, scores, seconds)
-            found[arm.name] = {"result": result | {"init_seconds": init}}
+            result = _result(campaign, rows[0].model, arm, plans[arm.name], scores, seconds)
+            found[arm.name] = {"result": result}
     return found
 
 

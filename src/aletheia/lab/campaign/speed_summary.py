@@ -22,7 +22,7 @@ class ModelSpeed:
     """An arm on one model, against the baseline in the same rounds.
 
     ``step`` is the ratio of step times, a figure per seed from its paired rounds, ``run`` that of whole runs, both over
-    seeds. ``once_seconds`` is what a run pays once (probe, gradient start, cache), ``run_seconds`` all of it.
+    seeds. ``once_seconds`` is what a run pays once (probe, cache), ``run_seconds`` all of it.
     """
 
     model: str
@@ -150,12 +150,10 @@ def round_seconds(result: Mapping[str, Any], steps: int) -> list[float]:
 
 
 def once_seconds(campaign: SpeedCampaign, result: Mapping[str, Any]) -> float:
-    """What a run pays once: probe, gradient start, and the layers below the boundary over every row for the cache."""
+    """What a run pays once: probe, and the layers below the boundary over every row for the cache."""
     batches = math.ceil(campaign.rows / campaign.batch_size)
     prefix = result["prefix_seconds"]
-    return float(
-        result["probe_seconds"] + result["init_seconds"] + (sum(prefix) / len(prefix) * batches if prefix else 0.0)
-    )
+    return float(result["probe_seconds"] + (sum(prefix) / len(prefix) * batches if prefix else 0.0))
 
 
 def run_seconds(campaign: SpeedCampaign, result: Mapping[str, Any]) -> float:

@@ -14,7 +14,6 @@ from peft import PeftModel
 from torch import nn
 
 from aletheia.adapters.adapt import adapt
-from aletheia.adapters.initial import ROWS, align_with_gradient
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate, on_device_of
 from aletheia.data.examples import Example, Examples
@@ -91,18 +90,6 @@ def prepared(model: nn.Module, kind: StepKind) -> Iterator[PeftModel]:
             if wanted:
                 stack.enter_context(context(adapted))
         yield adapted
-
-
-def gradient_start_seconds(model: nn.Module, plan: Plan, data: Examples, batch_size: int) -> float:
-    """Seconds of turning the adapters along the gradient, as a run does before its first step."""
-    rows = data.examples[:ROWS]
-    batches = [
-        collate(rows[start : start + batch_size], data.pad_token_id) for start in range(0, len(rows), batch_size)
-    ]
-    with prepared(model, StepKind.fast("gradient start", plan)) as adapted:
-        started = time.perf_counter()
-        align_with_gradient(adapted, (on_device_of(adapted, batch) for batch in batches))
-        return time.perf_counter() - started
 
 
 def building_seconds(model: nn.Module, plan: Plan, data: Examples, batch_size: int) -> float:

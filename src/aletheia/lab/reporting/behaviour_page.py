@@ -234,7 +234,7 @@ def _training(summary: BehaviourSummary) -> Table:
             human_count(record.result["trainable_parameters"]),
             f"{record.result['learning_rate']:.2g}",
             record.result["cache"],
-            *(human_seconds(record.result["seconds"][phase]) for phase in ("probe", "cache", "init", "train")),
+            *(human_seconds(record.result["seconds"][phase]) for phase in ("probe", "cache", "train")),
         )
         for record in summary.records
         if record.result is not None and "steps" in record.result
@@ -250,7 +250,6 @@ def _training(summary: BehaviourSummary) -> Table:
         "cache",
         "probe",
         "filling",
-        "init",
         "train",
     )
     return Table("Training", columns, rows, "A cache that an earlier row has filled costs the next one nothing.")

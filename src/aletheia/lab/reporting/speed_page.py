@@ -40,7 +40,7 @@ def _verdict(summary: SpeedSummary, subject: str, step: Comparison | None, run: 
     which = f"{step.models} models" + (f" ({random} of them small, with random weights)" if random else "")
     return (
         f"{subject} takes a step {ratio_words(step.speedup)} times as fast as {baseline} over {which}, "
-        f"a whole run of {summary.campaign.steps} steps, probe, gradient start and cache counted, "
+        f"a whole run of {summary.campaign.steps} steps, probe and cache counted, "
         f"{ratio_words(run.speedup)} times; "
         f"it is faster on {wins} of {step.models} ({p_words(step.corrected)} after Holm's correction)."
     )
@@ -125,8 +125,8 @@ def _models(summary: SpeedSummary) -> Table:
         *("run speed-up (95 % interval)", "once", "whole run"),
     )
     note = (
-        f"One figure per seed, Student's t on logarithms over {len(summary.campaign.seeds)} seeds. Once: probe, "
-        "gradient start and cache of a run. Predicted: by counted operations, nothing measured."
+        f"One figure per seed, Student's t on logarithms over {len(summary.campaign.seeds)} seeds. Once: probe "
+        "and cache of a run. Predicted: by counted operations, nothing measured."
     )
     return Table("Every model and arm", columns, rows, note)
 
