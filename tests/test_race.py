@@ -11,12 +11,15 @@ from safetensors.torch import load_file
 from tiny import make_model
 
 import aletheia
+from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.errors import Interrupted, SettingsError, TrainingError
+from aletheia.prefix.fill_streamed import fill_streamed, streamed_cache
 from aletheia.runs.schema import Run
 from aletheia.training import race
 from aletheia.training.interrupts import SaveInTime
 from aletheia.training.learning_rate import default_learning_rate
 from aletheia.training.race import FACTORS, FEWEST_ROWS, choose, race_steps, share_of_rate
+from aletheia.training.train import Prepared
 
 STEPS, DEFAULT = 12, 2.0
 LEVEL = [1.0 + 0.1 * row for row in range(FEWEST_ROWS)]
@@ -210,6 +213,22 @@ def test_a_run_that_is_stopped_in_its_race_races_again(scores, examples, whole, 
     run = trained(scores, examples, tmp_path / "run")
     assert run.metrics.rate_race == whole.metrics.rate_race
     assert losses(run) == losses(whole)
+
+
+def test_a_race_takes_its_rows_from_a_stored_prefix(examples, model_folder, tmp_path):
+    """Of a model whose lower layers are not in memory."""
+    data, held_out = examples.subset(range(8)), examples.subset(range(8, 18))
+    base = aletheia.load(str(model_folder), "float32").model
+    plan = aletheia.plan(aletheia.probe(base, examples, batches=2), policy="last", rank=4, freeze_after=0)
+    common = {"steps": 3, "batch_size": 2, "learning_rate": "auto", "show_progress": False}
+    whole = aletheia.train(aletheia.adapt(base, plan), data, plan, tmp_path / "whole", held_out, cache="off", **common)
+    checkpoint = Checkpoint(str(model_folder), "float32")
+    cache = streamed_cache(checkpoint, plan.boundary, tmp_path / "cache")
+    fill_streamed(checkpoint, plan.boundary, [*data.examples, *held_out.examples], cache, 2, 0, show_progress=False)
+    adapted = aletheia.adapt(checkpoint.suffix(plan.boundary), plan, identity=plan.model)
+    run = aletheia.train(adapted, data, plan, tmp_path / "run", held_out, prepared=Prepared(cache), **common)
+    assert run.metrics.rate_race.losses == pytest.approx(whole.metrics.rate_race.losses, rel=1e-5)
+    assert run.metrics.rate_race.chosen == whole.metrics.rate_race.chosen
 
 
 # --- how it is asked for

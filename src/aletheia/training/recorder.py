@@ -34,6 +34,11 @@ class Recorder(TrainerCallback):
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What was spent, by phase."""
+        return {"race": self.race_seconds, "train": self.train_seconds, "eval": self.eval_seconds}
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps for :meth:`restore`."""
         return {

@@ -15,7 +15,7 @@ from peft import PeftModel
 from rich.console import Console
 
 from aletheia.adapters.adapt import check_adapters
-from aletheia.adapters.correction import Correction
+from aletheia.adapters.correction import ROWS, Correction, rows_to_measure
 from aletheia.anatomy.access import base_of, text_config
 from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.families import class_name
@@ -52,9 +52,6 @@ from aletheia.training.processes import Launch
 from aletheia.training.race import race_rates, race_steps, told
 from aletheia.training.recorder import Recorder
 from aletheia.training.settings import WITHOUT_INFLUENCE, TrainSettings
-
-CORRECTION_ROWS = 8  # whose inputs the correction of a 4-bit base is measured on
-CORRECTION_TOKENS = 4096  # at most, beyond the first row
 
 
 @dataclass(frozen=True)
@@ -276,9 +273,9 @@ class _Job:
         """Measure what takes back quantization; a run that goes on measures the same again."""
         started = time.perf_counter()
         layers = unquantized.read_layers(sorted({adapter.layer for adapter in self.plan.adapters}))
-        first = self._batches(min(math.ceil(CORRECTION_ROWS / self.settings.batch_size), steps))
+        first = chain.from_iterable(self._batches(min(math.ceil(ROWS / self.settings.batch_size), steps)))
         self.model.eval()
-        self.correction.measure(self.model, layers, collate(_first_rows(first), self.data.pad_token_id))
+        self.correction.measure(self.model, layers, collate(rows_to_measure(first), self.data.pad_token_id))
         self.seconds["correction"] = time.perf_counter() - started
 
     def _raced(self, trainer: RowTrainer) -> float:
@@ -373,9 +370,7 @@ class _Job:
             boundary=self.plan.boundary,
             early_steps=min(self.plan.early_steps(trainer.args.max_steps), steps),
             trainable_parameters=self.plan.trainable_parameters,
-            seconds=PhaseSeconds(
-                **self.seconds, race=recorder.race_seconds, train=recorder.train_seconds, eval=recorder.eval_seconds
-            ),
+            seconds=PhaseSeconds(**self.seconds, **recorder.seconds),
             peak_memory_bytes=peak_memory_bytes(model.device),
             cache_bytes=attachment.decision.size_bytes,
             cache_reason=attachment.decision.reason,
@@ -390,13 +385,3 @@ class _Job:
     def _say(self, line: str) -> None:
         if self.show:
             Console(stderr=True).print(printable(line), highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-def _first_rows(batches: list[list[Example]]) -> list[Example]:
-    """A few rows, or fewer that are long: a batch that fits where training does."""
-    first: list[Example] = []
-    for row in chain.from_iterable(batches):
-        if first and (len(first) == CORRECTION_ROWS or sum(map(len, first)) + len(row) > CORRECTION_TOKENS):
-            break
-        first.append(row)
-    return first
