@@ -110,7 +110,8 @@ def race_rates(
     make: MakeBatch = partial(collate, pad_token_id=pad)
     if prefix is not None:
         make = partial(collate_with_prefix, pad_token_id=pad, cache=prefix)
-    judges = held_out.examples[:: math.ceil(len(held_out) / MOST_ROWS)]
+    count = min(len(held_out), MOST_ROWS)
+    judges = [held_out[number * len(held_out) // count] for number in range(count)]  # evenly spaced
     losses: dict[float, list[float] | None] = {}
     with fast_steps(model, boundary if prefix is not None else None, recompute=recompute):
         for rate in (default * factor for factor in FACTORS):
