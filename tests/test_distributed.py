@@ -233,6 +233,27 @@ def test_the_command_of_two_processes_leaves_one_run(way, uninterrupted, argumen
 
 
 @slow
+def test_two_processes_take_the_rate_that_one_takes(arguments_of, tmp_path, run):
+    folder, alone = tmp_path / "run", tmp_path / "alone"
+    done, _ = launch("DDP", "command", *arguments_of(folder, learning_rate="auto"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert run(*arguments_of(alone, learning_rate="auto", gradient_accumulation_steps=2))[0] == 0
+    together, by_itself = (aletheia.Run.read(path).metrics.rate_race for path in (folder, alone))
+    assert together.losses == pytest.approx(by_itself.losses, rel=1e-5)
+    assert together.chosen == by_itself.chosen
+    assert sum(line.startswith("rate ") for line in done.stderr.splitlines()) == 1
+    assert largest_difference(adapters(folder), adapters(alone)) < 1e-5
+
+
+@slow
+def test_rates_are_not_raced_where_layers_are_sharded(arguments_of, tmp_path):
+    way = "FSDP2, whole"
+    done, _ = launch(way, "command", *arguments_of(tmp_path / "run", way, learning_rate="auto"))
+    assert done.returncode != 0
+    assert "--learning-rate auto is not possible where layers are sharded; give a number" in done.stderr
+
+
+@slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_run_that_was_stopped_goes_on(way, uninterrupted, arguments_of, tmp_path, run):
     """SIGTERM reaches one process, all save and stop; another number of processes would see other rows."""

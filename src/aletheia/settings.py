@@ -56,7 +56,7 @@ class Settings(BaseModel):
         try:
             super().__init__(**given)
         except ValidationError as error:
-            raise SettingsError(_told(error.errors()[0], tuple(type(self).model_fields))) from None
+            raise SettingsError(_told(error.errors(), tuple(type(self).model_fields))) from None
 
     def given(self) -> dict[str, Any]:
         """The settings that were given rather than left at their defaults, as YAML and JSON have them."""
@@ -72,10 +72,11 @@ def option(default: Any, help: str, group: str = "", flag: str = "", also: str =
     return Field(default=default, description=help, json_schema_extra=extra, **limits)
 
 
-def _told(fault: ErrorDetails, known: tuple[str, ...]) -> str:
-    """One fault of pydantic's in our words."""
+def _told(faults: list[ErrorDetails], known: tuple[str, ...]) -> str:
+    """The first of pydantic's faults in our words, with the words that its field takes as well."""
+    fault = faults[0]
     kind, found, context = fault["type"], fault["input"], fault.get("ctx", {})
-    name = ".".join(str(part) for part in fault["loc"] if not isinstance(part, int))
+    name = str(fault["loc"][0]) if fault["loc"] else ""  # what follows is which of its types it was tried as
     if kind == "value_error":
         return str(context["error"])
     if kind == "extra_forbidden":
@@ -85,16 +86,22 @@ def _told(fault: ErrorDetails, known: tuple[str, ...]) -> str:
         )
     if kind == "missing":
         return f"`{name}` is missing; expected it to be given"
+    same = [other for other in faults[1:] if other["loc"][:1] == fault["loc"][:1]]
+    others = "".join(f" or {_choices(other)}" for other in same if other["type"] == "literal_error")
     shown = f"{found:g}" if isinstance(found, float) else _shortened(found)
     if kind in LIMITS:
         words, key = LIMITS[kind]
         bound = context[key]
-        return f"`{name}` is {shown}; expected {words} {f'{bound:,}' if isinstance(bound, int) else f'{bound:g}'}"
+        limit = f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
+        return f"`{name}` is {shown}; expected {words} {limit}{others}"
     if kind == "literal_error":
-        choices = context["expected"].replace("'", "").replace(" or ", ", ")
-        return f"`{name}` is {shown}; expected one of {choices}"
+        return f"`{name}` is {shown}; expected one of {_choices(fault)}"
     expected = next((words for start, words in KINDS.items() if kind.startswith(start)), None)
-    return f"`{name}` is {shown}; expected {expected or fault['msg']}"
+    return f"`{name}` is {shown}; expected {expected or fault['msg']}{others}"
+
+
+def _choices(fault: ErrorDetails) -> str:
+    return str(fault["ctx"]["expected"]).replace("'", "").replace(" or ", ", ")
 
 
 def _shortened(found: Any) -> str:

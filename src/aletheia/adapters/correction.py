@@ -19,10 +19,23 @@ from aletheia.adapters.adapt import adapted_modules, lora_config
 from aletheia.anatomy.access import base_of
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import on_device_of
+from aletheia.data.examples import Example
 from aletheia.errors import AdapterError
 from aletheia.planning.plan import Plan
 
 OVERSAMPLED = 8  # directions beyond the rank in the randomized decomposition
+ROWS = 8  # whose inputs are measured
+MOST_TOKENS = 4096  # of them, beyond the first row
+
+
+def rows_to_measure(rows: Iterable[Example]) -> list[Example]:
+    """The first few rows, or fewer that are long: a batch that fits where training does."""
+    first: list[Example] = []
+    for row in rows:
+        if first and (len(first) == ROWS or sum(map(len, first)) + len(row) > MOST_TOKENS):
+            break
+        first.append(row)
+    return first
 
 
 class Correction:

@@ -68,9 +68,9 @@ def train_speed(run: Run, reference: Run) -> Speed:
 
 
 def counted_seconds(run: Run) -> float:
-    """Seconds of training with all that made it possible: probe, planning, cache, correction."""
+    """Seconds of training with all that made it possible: probe, planning, cache, correction, race of rates."""
     seconds = run.metrics.seconds
-    return seconds.probe + seconds.plan + seconds.cache + seconds.correction + seconds.train
+    return seconds.probe + seconds.plan + seconds.cache + seconds.correction + seconds.race + seconds.train
 
 
 def counted_speed(run: Run, reference: Run) -> Speed:

@@ -161,6 +161,8 @@ def _alone(run: Run) -> str:
     parts = [("probe", seconds.probe), ("planning", seconds.plan), ("cache", seconds.cache)]
     if metrics.settings.quantization_corrected:
         parts.append(("correction", seconds.correction))
+    if metrics.rate_race is not None:
+        parts.append(("race of learning rates", seconds.race))
     others = ", ".join(f"{name} {human_seconds(spent)}" for name, spent in parts)
     return (
         f"trained adapters in {len(plan.layers)} of {plan.layer_count} decoder layers for {metrics.steps:,} steps"

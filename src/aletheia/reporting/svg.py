@@ -41,6 +41,7 @@ _PHASE_COLORS = {
     "plan": "#cc79a7",
     "cache": "#009e73",
     "correction": "#56b4e9",
+    "race": "#0072b2",
     "train": "#475467",
     "eval": "#98a2b3",
 }

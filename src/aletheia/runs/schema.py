@@ -22,7 +22,8 @@ class PhaseSeconds(BaseModel):
     """Wall-clock seconds by phase.
 
     ``cache`` is filling the prefix cache before the first step, where that is done, ``correction`` measuring what
-    takes back the quantization of a 4-bit base, ``train`` the optimizer steps alone, ``eval`` the held-out evaluation.
+    takes back the quantization of a 4-bit base, ``race`` trying learning rates, ``train`` the optimizer steps alone,
+    ``eval`` the held-out evaluation.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -31,13 +32,14 @@ class PhaseSeconds(BaseModel):
     plan: float
     cache: float = 0.0
     correction: float = 0.0
+    race: float = 0.0
     train: float
     eval: float
 
     @property
     def total(self) -> float:
         """All phases."""
-        return self.load + self.probe + self.plan + self.cache + self.correction + self.train + self.eval
+        return self.load + self.probe + self.plan + self.cache + self.correction + self.race + self.train + self.eval
 
 
 Verdict = Literal["learned", "nothing", "worse"]  # "worse": the held-out loss is above the one before training
@@ -86,6 +88,21 @@ class UsedSettings(BaseModel):
     early_stopping_patience: int | None = None  # None: every planned step is taken
 
 
+class RateRace(BaseModel):
+    """Learning rates that were tried over a few ``steps`` each, and the one that the run took.
+
+    ``losses`` are means over ``rows`` held-out rows after the last of these steps, in nats per labelled token of a row;
+    None where one was not finite.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    steps: int
+    rows: int
+    rates: tuple[float, ...]
+    losses: tuple[FiniteFloat | None, ...]
+    chosen: float
+
+
 class StartingAdapter(BaseModel):
     """The adapter that a run went on with: where it lay, and the sha256 of its weights."""
 
@@ -108,6 +125,7 @@ class Metrics(Artifact):
     packages: dict[str, str]
     settings: UsedSettings
     went_on_from: StartingAdapter | None = None
+    rate_race: RateRace | None = None
     rows_truncated: int = 0
     rows_skipped: int = 0
     steps: int

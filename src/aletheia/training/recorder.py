@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from aletheia.runs.schema import HeldOutPoint, TrainPoint
+from aletheia.runs.schema import HeldOutPoint, RateRace, TrainPoint
 
 
 class Recorder(TrainerCallback):
@@ -25,12 +25,19 @@ class Recorder(TrainerCallback):
         self.held_out_curve: list[HeldOutPoint] = []
         self.train_seconds = 0.0
         self.eval_seconds = 0.0
+        self.race: RateRace | None = None
+        self.race_seconds = 0.0
         self.start = ""  # a hash of where the adapters began
         self._evaluations, self._show = evaluations, show_progress
         self._resumed_at = 0.0
         self._evaluating_since: float | None = None
         self._progress: Progress | None = None
         self._task: TaskID | None = None
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What was spent, by phase."""
+        return {"race": self.race_seconds, "train": self.train_seconds, "eval": self.eval_seconds}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps for :meth:`restore`."""
@@ -39,6 +46,8 @@ class Recorder(TrainerCallback):
             "held_out_curve": [point.model_dump() for point in self.held_out_curve],
             "train_seconds": self.train_seconds,
             "eval_seconds": self.eval_seconds,
+            "race": self.race and self.race.model_dump(),
+            "race_seconds": self.race_seconds,
             "start": self.start,
         }
 
@@ -47,6 +56,7 @@ class Recorder(TrainerCallback):
         self.train_curve = [TrainPoint(**point) for point in kept["train_curve"]]
         self.held_out_curve = [HeldOutPoint(**point) for point in kept["held_out_curve"]]
         self.train_seconds, self.eval_seconds = kept["train_seconds"], kept["eval_seconds"]
+        self.race, self.race_seconds = kept["race"] and RateRace(**kept["race"]), kept["race_seconds"]
         self.start = kept["start"]
 
     def on_train_begin(

@@ -4,9 +4,9 @@ Importing this loads no torch; a field that is not ours is looked up in transfor
 """
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from aletheia.settings import MOST_EPOCHS, MOST_ROWS, MOST_STEPS, MOST_WORKERS, Settings, option
 
@@ -99,8 +99,8 @@ class TrainSettings(Settings):
         ge=1,
         le=MOST_ROWS,
     )
-    learning_rate: float | None = option(
-        None, "Peak learning rate (by default from width and steps).", TRAINING, gt=0, allow_inf_nan=False
+    learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] | None = option(
+        None, "Peak learning rate (by default from width and steps); auto tries three and takes one.", TRAINING
     )
     lr_scheduler_type: str = option("linear", "Schedule of the learning rate, as transformers names it.", TRAINING)
     warmup_steps: float = option(

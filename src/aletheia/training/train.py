@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from peft import PeftModel
 from rich.console import Console
 
 from aletheia.adapters.adapt import check_adapters
-from aletheia.adapters.correction import Correction
+from aletheia.adapters.correction import ROWS, Correction, rows_to_measure
 from aletheia.anatomy.access import base_of, text_config
 from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.families import class_name
@@ -48,11 +49,9 @@ from aletheia.training.loop import (
 )
 from aletheia.training.outcome import digest_of_b, verdict, whole_adapter
 from aletheia.training.processes import Launch
+from aletheia.training.race import race_rates, race_steps, told
 from aletheia.training.recorder import Recorder
 from aletheia.training.settings import WITHOUT_INFLUENCE, TrainSettings
-
-CORRECTION_ROWS = 8  # whose inputs the correction of a 4-bit base is measured on
-CORRECTION_TOKENS = 4096  # at most, beyond the first row
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,6 @@ class _Job:
     def run(self) -> Run:
         """From adapters at their start to a folder that is written."""
         trainer, attachment = self._trainer()
-        trustworthy_checkpoints(trainer, self._about(trainer), self.recorder.state, alone=True)
         found = self.prepared.checkpoint
         if found is None and self.folder.resumes:
             found = newest_checkpoint(self.folder.checkpoints)
@@ -191,6 +189,10 @@ class _Job:
         if self.prepared.unquantized is not None:
             self._correct(self.prepared.unquantized, trainer.args.max_steps)
         self.recorder.start = self.recorder.start or digest_of_b(self.model)
+        if self.settings.learning_rate == "auto":
+            kept = found and found.manifest.about["peak_learning_rate"]  # a run that goes on does not race again
+            trainer.args.learning_rate = kept or self._raced(trainer)
+        trustworthy_checkpoints(trainer, self._about(trainer), self.recorder.state, alone=True)
         trainer.args.eval_on_start = found is None
         try:
             trainer.train(resume_from_checkpoint=None if found is None else str(found.path))
@@ -213,7 +215,7 @@ class _Job:
         settings, model, plan = self.settings, self.model, self.plan
         steps = self.steps
         rate = settings.learning_rate
-        if rate is None:
+        if rate is None or rate == "auto":
             rate = default_learning_rate(text_config(model).hidden_size, steps)
         if plan.early_steps(steps) and self.prepared.prefix is not None:
             raise TrainingError(
@@ -278,10 +280,21 @@ class _Job:
         """Measure what takes back quantization; a run that goes on measures the same again."""
         started = time.perf_counter()
         layers = unquantized.read_layers(sorted({adapter.layer for adapter in self.plan.adapters}))
-        first = self._batches(min(math.ceil(CORRECTION_ROWS / self.settings.batch_size), steps))
+        first = chain.from_iterable(self._batches(min(math.ceil(ROWS / self.settings.batch_size), steps)))
         self.model.eval()
-        self.correction.measure(self.model, layers, collate(_first_rows(first), self.data.pad_token_id))
+        self.correction.measure(self.model, layers, collate(rows_to_measure(first), self.data.pad_token_id))
         self.seconds["correction"] = time.perf_counter() - started
+
+    def _raced(self, trainer: RowTrainer) -> float:
+        """The rate that ``auto`` takes; of several processes, the first finds it for all."""
+        started = time.perf_counter()
+        steps = self._batches(race_steps(trainer.args.max_steps))
+        given = trainer, steps, self.held_out, self.plan.boundary, self.prepared.prefix
+        race = Launch.here().computed_by_first(partial(race_rates, *given, self.settings.gradient_checkpointing))
+        self.recorder.race, self.recorder.race_seconds = race, time.perf_counter() - started
+        if trainer.is_world_process_zero():
+            self._say(told(race))
+        return race.chosen
 
     def _about(self, trainer: RowTrainer) -> dict[str, Any]:
         """What must be the same for an interrupted run to go on."""
@@ -356,6 +369,7 @@ class _Job:
             packages=package_versions(),
             settings=used,
             went_on_from=self.prepared.went_on_from,
+            rate_race=recorder.race,
             rows_truncated=data.truncated,
             rows_skipped=data.skipped,
             steps=steps,
@@ -366,7 +380,7 @@ class _Job:
             boundary=self.plan.boundary,
             early_steps=min(self.plan.early_steps(trainer.args.max_steps), steps),
             trainable_parameters=self.plan.trainable_parameters,
-            seconds=PhaseSeconds(**self.seconds, train=recorder.train_seconds, eval=recorder.eval_seconds),
+            seconds=PhaseSeconds(**self.seconds, **recorder.seconds),
             peak_memory_bytes=peak_memory_bytes(model.device),
             cache_bytes=attachment.decision.size_bytes,
             cache_reason=attachment.decision.reason,
@@ -381,13 +395,3 @@ class _Job:
     def _say(self, line: str) -> None:
         if self.show:
             Console(stderr=True).print(printable(line), highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-def _first_rows(batches: list[list[Example]]) -> list[Example]:
-    """A few rows, or fewer that are long: a batch that fits where training does."""
-    first: list[Example] = []
-    for row in chain.from_iterable(batches):
-        if first and (len(first) == CORRECTION_ROWS or sum(map(len, first)) + len(row) > CORRECTION_TOKENS):
-            break
-        first.append(row)
-    return first

@@ -1,0 +1,206 @@
+"""The learning rate that ``learning_rate`` auto takes: a few rates go the same first steps, and held-out rows judge.
+
+The adapters and the random state are afterwards as they were, so the run that follows is the one that the chosen rate,
+given as a number, would have.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from statistics import fmean, stdev
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import Trainer
+
+from aletheia.anatomy.modes import in_mode
+from aletheia.data.batches import collate, labelled_tokens, on_device_of
+from aletheia.data.examples import Example, Examples
+from aletheia.errors import SettingsError, TrainingError
+from aletheia.prefix.cache import PrefixCache, collate_with_prefix
+from aletheia.runs.schema import RateRace
+from aletheia.training.fast_steps import fast_steps
+from aletheia.training.settings import Recompute
+from aletheia.training.sharded import is_sharded
+
+FACTORS = (1 / 3, 1.0, 3.0)  # of the default rate: within a factor of two rates cost little
+STEPS = 8  # of each rate; after 4 a rate looked best that is three times too high (docs/log.md, 2026-11-27)
+MOST_ROWS = 32  # that judge
+FEWEST_ROWS = 8  # whose differences say how sure a mean is
+STANDARD_ERRORS = 2.0
+HALF_SCALE = 2.0**10  # of a float16 loss: torch's first one would skip several of so few steps
+
+MakeBatch = Callable[[Sequence[Example]], dict[str, torch.Tensor]]
+
+
+def race_steps(run_steps: int) -> int:
+    """Optimizer steps that each rate gets, in a run of ``run_steps``."""
+    return min(run_steps, STEPS)
+
+
+def share_of_rate(step: int, steps: int) -> float:
+    """The part of the rate that ``step`` of a race has: a short warm-up, then down in a line towards zero."""
+    warm_up = 1 if steps < 6 else 2
+    return (step + 1) / (warm_up + 1) if step < warm_up else (steps - step) / (steps - warm_up)
+
+
+def choose(losses: Mapping[float, Sequence[float] | None], default: float) -> float:
+    """The rate to take: that of the lowest mean loss if it is clearly better than the default, else the default.
+
+    Clearly better means that the paired differences of the rows have a mean beyond two standard errors, over at least
+    eight rows. Where the default dropped out, the lowest rate that is left takes its place.
+
+    Args:
+        losses: by rate, the loss of each row, the same rows for all; None for a rate that dropped out.
+        default: one of the rates.
+
+    Raises:
+        TrainingError: all dropped out.
+    """
+    left = {rate: rows for rate, rows in losses.items() if rows is not None}
+    if not left:
+        tried = ", ".join(f"{rate:.1e}" for rate in losses)
+        raise TrainingError(
+            f"`learning_rate` auto tried {tried}, and no loss was finite; expected one that is: give a lower rate as a "
+            "number, or `dtype` float32"
+        )
+    fallback = default if default in left else min(left)
+    clear = [rate for rate in left if _is_clearly_lower(left[rate], left[fallback])]
+    return min(clear, key=lambda rate: fmean(left[rate]), default=fallback)
+
+
+def _is_clearly_lower(rows: Sequence[float], than: Sequence[float]) -> bool:
+    differences = [loss - other for loss, other in zip(rows, than, strict=True)]
+    if len(differences) < FEWEST_ROWS:
+        return False
+    return fmean(differences) < -STANDARD_ERRORS * stdev(differences) / math.sqrt(len(differences))
+
+
+def race_rates(
+    trainer: Trainer,
+    steps: Sequence[Sequence[Example]],
+    held_out: Examples,
+    boundary: int = 0,
+    prefix: PrefixCache | None = None,
+    recompute: Recompute = "off",
+) -> RateRace:
+    """Train a little at a third of the trainer's rate, at it and at three times it, and choose.
+
+    Each starts from the adapters as they are, with the run's seed, optimizer and clipping. Then its loss is taken on up
+    to 32 held-out rows, in nats per labelled token of a row.
+
+    Args:
+        trainer: not yet training; its ``learning_rate`` is the default rate.
+        steps: the rows of each optimizer step.
+        held_out: rows that judge.
+        boundary: with ``prefix``, the layer at which stored states enter.
+        prefix: a cache that holds every row; the layers below may not be in memory.
+        recompute: what of a step is computed again in backward.
+
+    Raises:
+        SettingsError: layers are sharded over processes.
+        TrainingError: no rate has a finite loss.
+    """
+    model, default, pad = trainer.model, trainer.args.learning_rate, held_out.pad_token_id
+    assert isinstance(model, PeftModel)
+    if is_sharded(trainer):
+        raise SettingsError("`learning_rate` auto is not possible where layers are sharded; give a number")
+    make: MakeBatch = partial(collate, pad_token_id=pad)
+    if prefix is not None:
+        make = partial(collate_with_prefix, pad_token_id=pad, cache=prefix)
+    count = min(len(held_out), MOST_ROWS)
+    judges = [held_out[number * len(held_out) // count] for number in range(count)]  # evenly spaced
+    losses: dict[float, list[float] | None] = {}
+    with fast_steps(model, boundary if prefix is not None else None, recompute=recompute):
+        for rate in (default * factor for factor in FACTORS):
+            with _as_it_was(model):
+                torch.manual_seed(trainer.args.seed)
+                is_finite = _learn(trainer, rate, steps, make)
+                losses[rate] = _judge(trainer, judges, make) if is_finite else None
+    chosen = choose(losses, default)
+    means = tuple(fmean(rows) if rows is not None else None for rows in losses.values())
+    return RateRace(steps=len(steps), rows=len(judges), rates=tuple(losses), losses=means, chosen=chosen)
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Adapters and random state are put back on the way out, bit for bit."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    start = [parameter.detach().clone() for parameter in learning]
+    devices = range(torch.cuda.device_count()) if learning[0].device.type == "cuda" else ()
+    try:
+        with torch.random.fork_rng(devices), in_mode(model, training=True):
+            yield
+    finally:
+        with torch.no_grad():
+            for parameter, before in zip(learning, start, strict=True):
+                parameter.copy_(before)
+                parameter.grad = None
+
+
+def _optimizer(trainer: Trainer, rate: float) -> torch.optim.Optimizer:
+    """The run's optimizer at another rate; the trainer makes its own later."""
+    default = trainer.args.learning_rate
+    try:
+        trainer.args.learning_rate = rate
+        return trainer.create_optimizer()
+    finally:
+        trainer.args.learning_rate, trainer.optimizer = default, None
+
+
+def _learn(trainer: Trainer, rate: float, steps: Sequence[Sequence[Example]], make: MakeBatch) -> bool:
+    """Take all steps; returns whether every loss was finite."""
+    args = trainer.args
+    optimizer = _optimizer(trainer, rate)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    scaler = torch.amp.GradScaler(args.device.type, init_scale=HALF_SCALE, enabled=args.fp16)
+    size = args.per_device_train_batch_size
+    for number, rows in enumerate(steps):
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * share_of_rate(number, len(steps))
+        batches = [make(rows[at : at + size]) for at in range(0, len(rows), size)]
+        tokens = [int(labelled_tokens(batch["labels"])) for batch in batches]
+        for batch, count in zip(batches, tokens, strict=True):
+            loss = _loss(trainer, batch) * (count / sum(tokens))
+            if not math.isfinite(loss.item()):
+                return False
+            torch.autograd.backward(scaler.scale(loss))
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(learning, args.max_grad_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return True
+
+
+@torch.no_grad()
+def _judge(trainer: Trainer, rows: Sequence[Example], make: MakeBatch) -> list[float] | None:
+    """The loss of each row, one at a time; None where one is not finite."""
+    assert trainer.model is not None
+    losses: list[float] = []
+    with in_mode(trainer.model, training=False):
+        for row in rows:
+            losses.append(_loss(trainer, make([row])).item())
+            if not math.isfinite(losses[-1]):
+                return None
+    return losses
+
+
+def _loss(trainer: Trainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    model = trainer.model
+    assert model is not None
+    with trainer.accelerator.autocast():
+        loss: torch.Tensor = model(**on_device_of(model, batch), use_cache=False).loss
+    return loss
+
+
+def told(race: RateRace) -> str:
+    """What was raced and what came of it, in one line."""
+    raced = ", ".join(
+        f"{rate:.1e} {'not finite' if loss is None else f'{loss:.3f}'}"
+        for rate, loss in zip(race.rates, race.losses, strict=True)
+    )
+    return f"rate   {len(race.rates)} rates over {race.steps} steps: {raced}; takes {race.chosen:.1e}"
