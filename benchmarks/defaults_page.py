@@ -125,12 +125,17 @@ def yardstick(arms: dict[tuple[str, float], list[Run]]) -> tuple[float, list[Run
 
 def told(value: tuple[float, float, float] | None) -> str:
     """``+0.4 % (-0.1 to +0.9)``."""
-    return "–" if value is None else f"{value[0]:+.1%} ({100 * value[1]:+.1f} to {100 * value[2]:+.1f})".replace("%", " %")
+    return (
+        "" if value is None else f"{value[0]:+.1%} ({100 * value[1]:+.1f} to {100 * value[2]:+.1f})".replace("%", " %")
+    )
 
 
 def table_of_arms(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> list[str]:
     """Every arm and rate against the yardstick of its cell."""
-    lines = ["| cell | arm | rate | seeds | loss kept | against uniform | steps |", "|---|---|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| cell | arm | rate | seeds | loss kept | against uniform | steps |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
     for (task, length), arms in found.items():
         rate, best = yardstick(arms)
         for (arm, own), runs in sorted(arms.items()):
@@ -146,7 +151,10 @@ def table_of_arms(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> list
 
 def table_of_stopping(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> list[str]:
     """What patience gives up and saves, on uniform LoRA at every rate, and what a decay from a point would reach."""
-    lines = ["| cell | rate | last | best | patience 1 | 2 | 3 | decayed from a point |", "|---|---:|---:|---:|---:|---:|---:|---|"]
+    lines = [
+        "| cell | rate | last | best | patience 1 | 2 | 3 | decayed from a point |",
+        "|---|---:|---:|---:|---:|---:|---:|---|",
+    ]
     for (task, length), arms in found.items():
         for (arm, rate), runs in sorted(arms.items()):
             if not arm.startswith("uniform") or len(runs[0]["points"]) < 5:
@@ -158,7 +166,9 @@ def table_of_stopping(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> 
             ]
             decays = ", ".join(f"{step}: {loss(nats, run):.4f}" for run in runs for step, nats in run["decays"])
             name = f"{NAMES[task]} {LENGTHS[length]}" + ("" if arm == "uniform" else f", {arm}")
-            lines.append(f"| {name} | {rate:g} | {last:.4f} | {mean_kept(runs, None):.4f} | {' | '.join(stopped)} | {decays} |")
+            lines.append(
+                f"| {name} | {rate:g} | {last:.4f} | {mean_kept(runs, None):.4f} | {' | '.join(stopped)} | {decays} |"
+            )
     return lines
 
 
@@ -168,7 +178,9 @@ def main() -> None:
     write_curves(runs)
     found = cells(runs)
     page = PLACE / "README.md"
-    text = page.read_text() if page.exists() else "<!-- arms -->\n<!-- /arms -->\n<!-- stopping -->\n<!-- /stopping -->\n"
+    text = (
+        page.read_text() if page.exists() else "<!-- arms -->\n<!-- /arms -->\n<!-- stopping -->\n<!-- /stopping -->\n"
+    )
     for name, lines in (("arms", table_of_arms(found)), ("stopping", table_of_stopping(found))):
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, _, rest = text.partition(start)
