@@ -51,13 +51,15 @@ class Arm:
     schedule: str = "linear"
     ends: tuple[float, ...] = ()  # decays to zero that are tried from each point, in shares of the steps before it
 
+    averages: tuple[int, ...] = ()  # mean weights over the last steps, see Group.averaged
+
     @classmethod
     def named(cls, name: str, count: int, paper: tuple[int, ...]) -> "Arm":
         base, _, end = name.partition("~")
         kind, *numbers = base.split("-")
         every, schedule = tuple(range(count)), "constant" if end == "constant" else "linear"
         if end == "settle":
-            return replace(cls.named(base, count, paper), name=name, ends=(1 / 9, 1 / 3))
+            return replace(cls.named(base, count, paper), name=name, ends=(1 / 9,), averages=(8, 3))
         if end == "constant":
             return replace(cls.named(base, count, paper), name=name, schedule=schedule, ends=(1 / 9,))
         match kind, [float(number) for number in numbers]:
@@ -119,7 +121,9 @@ class Group:
                 restore(parameters, optimizer, state)
                 break
         wanted = {step for known in self.wanted.get((arm.layers, arm.schedule), ()) for step in [known]}
-        decays: list[dict] = []
+        decays: list[list] = []
+        averages = {eta: [parameter.detach().clone() for parameter in parameters] for eta in arm.averages}
+        averaged: list[list] = []
         with ExitStack() as stack:
             boundary, batch = None, None
             for number in range(begun + 1, self.steps + 1):
@@ -132,10 +136,21 @@ class Group:
                 for group in optimizer.param_groups:
                     group["lr"] = self.rate * factor(number - 1, self.steps, arm.schedule)
                 self.step(adapted, optimizer, parameters, batch, number)
+                with torch.no_grad():  # polynomial decay: the last 1 / (eta + 1) of the steps count most
+                    for eta, means in averages.items():
+                        for own, parameter in zip(means, parameters, strict=True):
+                            own.lerp_(parameter, min(1.0, (eta + 1) / (number + eta)))
                 spent += time.perf_counter() - started
                 if number in self.due:
                     points.append([number, nats_per_row(adapted, self.held_out, batch)])
                     print(f"    {number:4d} {mean(points[-1][1], self.counts):.4f} {spent:.0f} s", flush=True)
+                if number in self.due:
+                    for eta, means in averages.items():
+                        now = [parameter.detach().clone() for parameter in parameters]
+                        exchange(parameters, means)
+                        averaged.append([number, eta, self.per_row(adapted, batch)])
+                        exchange(parameters, now)
+                        print(f"      mean {eta}: {mean(averaged[-1][2], self.counts):.4f}", flush=True)
                 tries = arm.ends if number in self.due and len(self.due) > 2 and number < 0.7 * self.steps else ()
                 if number in wanted or tries:
                     state = kept(parameters, optimizer, points, spent)
@@ -146,7 +161,7 @@ class Group:
                         decays.append(self.decayed(adapted, optimizer, parameters, batch, number, share))
                         restore(parameters, optimizer, state)
         adapted.unload()
-        return {"points": points, "decays": decays, "seconds": round(spent, 1)}
+        return {"points": points, "decays": decays, "averages": averaged, "seconds": round(spent, 1)}
 
     wanted: dict = None  # type: ignore[assignment]
 
@@ -208,6 +223,13 @@ def kept(parameters, optimizer, points, seconds) -> dict:
         "points": list(points),
         "seconds": seconds,
     }
+
+
+def exchange(parameters, values) -> None:
+    """Give the parameters other values."""
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
 
 
 def restore(parameters, optimizer, state: dict) -> None:

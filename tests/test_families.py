@@ -106,7 +106,7 @@ def test_the_whole_chain(family, examples, tmp_path):
     assert set(adapted_modules(adapted)) == planned
     run = aletheia.train(
         adapted, examples.subset(range(8)), plan, tmp_path / "run", examples.subset(range(8, 10)), steps=3,
-        learning_rate=0.01, cache="auto" if family in UNSTORED else "memory", show_progress=False,
+        learning_rate=0.01, cache="auto" if family in UNSTORED else "memory", keep="last", show_progress=False,
     )  # fmt: skip
     assert run.metrics.settings.cache == ("off" if family in UNSTORED else "memory")
     batch = collate(examples.examples[:2], PAD) | {"use_cache": False}

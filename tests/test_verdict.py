@@ -65,7 +65,7 @@ def test_a_run_that_did_harm_says_so_and_may_be_allowed(run, model_folder, data_
     assert run("train", sharp, "--data", data_file, *options, "--out", "first")[0] == 0
     others = [{"prompt": f"say red {number} times", "completion": "@%&"} for number in range(8)]
     (tmp_path / "others.jsonl").write_text("".join(json.dumps(row) + "\n" for row in others))
-    harm = ("first", "--data", "others.jsonl", "--eval-data", data_file, *options)
+    harm = ("first", "--data", "others.jsonl", "--eval-data", data_file, *options, "--keep", "last")
     code, out, err = run("train", *harm, "--out", "run", "--json")
     metrics = json.loads(out)
     assert (code, metrics["verdict"]) == (3, "worse"), err
