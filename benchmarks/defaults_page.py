@@ -152,22 +152,34 @@ def table_of_arms(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> list
 def table_of_stopping(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> list[str]:
     """What patience gives up and saves, on uniform LoRA at every rate, and what a decay from a point would reach."""
     lines = [
-        "| cell | rate | last | best | patience 1 | 2 | 3 | decayed from a point |",
-        "|---|---:|---:|---:|---:|---:|---:|---|",
+        "| cell | rate | last | best | patience 1 | 2 | 3 | mean 8 | mean 3 | decayed from a point |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for (task, length), arms in found.items():
         for (arm, rate), runs in sorted(arms.items()):
-            if not arm.startswith("uniform") or len(runs[0]["points"]) < 5:
+            if arm not in ("uniform", "uniform~settle") or len(runs[0]["points"]) < 5:
                 continue
             last = np.mean([loss(run["points"][-1][1], run) for run in runs])
             stopped = [
                 f"{mean_kept(runs, patience):.4f}, {np.mean([kept(run, patience)[2] / run['steps'] for run in runs]):.0%}"
                 for patience in (1, 2, 3)
             ]
+            means = [
+                min(
+                    (
+                        f"{loss(nats, run):.4f}"
+                        for run in runs
+                        for _, own, nats in run.get("averages", ())
+                        if own == eta
+                    ),
+                    default="",
+                )
+                for eta in (8, 3)
+            ]
             decays = ", ".join(f"{step}: {loss(nats, run):.4f}" for run in runs for step, nats in run["decays"])
             name = f"{NAMES[task]} {LENGTHS[length]}" + ("" if arm == "uniform" else f", {arm}")
             lines.append(
-                f"| {name} | {rate:g} | {last:.4f} | {mean_kept(runs, None):.4f} | {' | '.join(stopped)} | {decays} |"
+                f"| {name} | {rate:g} | {last:.4f} | {mean_kept(runs, None):.4f} | {' | '.join((*stopped, *means))} | {decays} |"
             )
     return lines
 

@@ -45,7 +45,7 @@ def score_layers(base, data, rows: int) -> list[dict[str, float]]:
         line = {name: scores[layer] for name, scores in papers.items()}
         line |= {name: sum(found[name] for found in own) for name in own[0]}
         line |= {"depth": layer, "from_top": anatomy.layer_count - 1 - layer}
-        line |= {"from_middle": abs(layer - (anatomy.layer_count - 1) / 2), "flops": costs.step([layer])}
+        line |= {"near_middle": min(layer + 1, anatomy.layer_count - layer), "flops": costs.step([layer])}
         lines.append(line)
     return lines
 

@@ -13,7 +13,7 @@ NAMES = {
     "adam_gain": "first-order gain of an Adam step on LoRA",
     "depth": "depth: the layer's number",
     "from_top": "the layer's number from the top",
-    "from_middle": "distance from the middle",
+    "near_middle": "nearness to the middle: layers to the nearer end",
 }
 DRAWS = 2000
 
@@ -44,7 +44,7 @@ Scores come from the base model and {rows} training rows:
   is added to every direction first.
 - **Gain of an Adam step**: rate x sum of |s G At| for the mean gradient G, at LoRA's random start, mean of 4 draws of A.
 
-Depth and distance look at no gradient. The second table divides each score by the FLOPs of a step that adapts the layer alone,
+Depth and nearness to the middle look at no gradient. The second table divides each score by the FLOPs of a step that adapts the layer alone,
 without a cache (`aletheia.planning.cost`).
 
 ## Rank correlation with the gains
@@ -144,7 +144,7 @@ def _said(line: dict) -> str:
 
 def _meaning(by: dict, agreement: dict[str, tuple[dict, float]]) -> list[str]:
     mean = {name: by["mean", name] for name in NAMES}
-    free = ["depth", "from_top", "from_middle"]
+    free = ["depth", "from_top", "near_middle"]
     scores = [name for name in NAMES if name not in free]
     best = max(scores, key=lambda name: mean[name]["spearman"])
     simple = max(free, key=lambda name: mean[name]["spearman"])
