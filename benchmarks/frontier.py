@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tasks import Batcher, Task, nats_per_row, task
+from tasks import DATA, Batcher, Task, nats_per_row, task
 
 import aletheia
 from aletheia.anatomy.demo import demo_checkpoint
@@ -254,6 +254,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--rates", default="2e-3")
     parser.add_argument("--arms", default="uniform")
+    parser.add_argument("--data", type=Path, default=DATA)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     store = args.out / "runs.jsonl"
@@ -264,7 +265,7 @@ def main() -> None:
         for cell in args.cells.split(","):
             name, length = cell.rsplit("-", 1)
             if name not in tasks:
-                tasks[name] = task(name, base.tokenizer)
+                tasks[name] = task(name, base.tokenizer, data=args.data)
                 scores[name] = aletheia.probe(base.model, tasks[name].train, seed=0)
             paper = aletheia.plan(scores[name], policy="top-percent").layers
             for rate in map(float, args.rates.split(",")):

@@ -596,9 +596,9 @@ def test_reporting_loads_no_torch_and_the_terminal_no_matplotlib():
 def test_a_run_that_ended_at_its_best_says_which_point_was_kept_and_what_it_saved(tmp_path):
     run = make_run(steps=150, planned_steps=200, kept_step=75)
     told = shown(render(run))
-    assert "step 75 of 150, 50 saved" in told
+    assert "step 75 of 150, 50 steps saved" in told
     assert [line.split()[0] for line in told.splitlines() if line.rstrip().endswith(" kept")] == ["75"]
     page = page_of([run], tmp_path)
-    assert "kept those of step 75 of 150, 50 saved" in page.text
+    assert "kept those of step 75 of 150, 50 steps saved" in page.text
     assert "150 steps, 50 saved" in page.text
     assert "--steps 200" in page.text

@@ -355,7 +355,7 @@ def _about_plan(plan: Plan, cache: str) -> str:
     return (
         f"plan   {plan.reason or plan.settings.policy}; {len(plan.layers)} of {plan.layer_count} layers from "
         f"{plan.boundary} up"
-        + (f", the others in the first {plan.settings.freeze_after:.0%} of the steps" if plan.early_layers else "")
+        + ("" if plan.reason or not plan.early_layers else f", the others for {plan.freeze_after:.0%} of the steps")
         + f", {plan.trainable_parameters:,} trainable parameters, predicted step speed-up {predicted.speedup:.2f}x"
         + ("" if cache == "off" else f", {predicted.cached_speedup:.2f}x from a filled cache")
         + run

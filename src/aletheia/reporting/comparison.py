@@ -236,9 +236,9 @@ def step_time(metrics: Metrics) -> str:
 
 
 def kept_point(metrics: Metrics) -> str:
-    """Which step's adapter was kept, and how many planned steps were saved: ``step 150 of 180, 60 saved``."""
+    """Which step's adapter was kept, and how many planned steps were saved: ``step 150 of 180, 60 steps saved``."""
     kept = f"step {metrics.kept_step or metrics.steps:,} of {metrics.steps:,}"
-    return kept + (f", {metrics.steps_saved:,} saved" if metrics.steps_saved else "")
+    return kept + (f", {metrics.steps_saved:,} steps saved" if metrics.steps_saved else "")
 
 
 def _loss_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
