@@ -21,6 +21,7 @@ PAGE = """# Does a score predict what a layer is worth?
 
 Made by `benchmarks/single_layers.py` and `benchmarks/scores.py`. Tables: [gains.csv](gains.csv), [scores.csv](scores.csv),
 [spearman.csv](spearman.csv).
+gains.jsonl.gz has the loss of every held-out row, of tasks that are not finished, too: unpack it into OUT/gains.jsonl to go on from there.
 
 ## The question
 
