@@ -354,6 +354,8 @@ def test_training_settings_out_of_range_are_refused(examples, scores, tmp_path, 
 def test_the_default_learning_rate_falls_with_width_and_length(examples, scores, tmp_path):
     assert default_learning_rate(2000, 100) == pytest.approx(7.5e-4)
     assert default_learning_rate(2000, 10**6) == pytest.approx(5e-4, rel=1e-3)
+    assert default_learning_rate(2000, 100, passes=4) == pytest.approx(7.5e-4 / 2)
+    assert default_learning_rate(2000, 100, passes=0.1) == default_learning_rate(2000, 100)
     assert default_learning_rate(8000, 100) == pytest.approx(7.5e-4 * 4**-0.781)
     _, run = trained(examples, scores, tmp_path / "run", steps=1, learning_rate=None)
     assert run.metrics.settings.learning_rate == pytest.approx(default_learning_rate(32, 1))

@@ -40,12 +40,16 @@ def planned_steps(rows: int, settings: TrainSettings, processes: int = 1) -> int
     return settings.steps or math.ceil((settings.epochs or 1.0) * steps_per_epoch(rows, settings, processes))
 
 
+def planned_passes(rows: int, settings: TrainSettings, processes: int = 1) -> float:
+    """Passes over ``rows`` that a run is laid out for."""
+    return planned_steps(rows, settings, processes) / steps_per_epoch(rows, settings, processes)
+
+
 def evaluations_of(rows: int, settings: TrainSettings, processes: int = 1) -> int:
     """How often the held-out loss is taken in all, evenly, the last time after the last step; 0: Trainer decides."""
     if evaluates_by_itself(settings):
         return 0
-    passes = planned_steps(rows, settings, processes) / steps_per_epoch(rows, settings, processes)
-    return settings.evaluations or max(EVALUATIONS, round(EVALUATIONS * passes))
+    return settings.evaluations or max(EVALUATIONS, round(EVALUATIONS * planned_passes(rows, settings, processes)))
 
 
 def rows_per_step(settings: TrainSettings, processes: int = 1) -> int:

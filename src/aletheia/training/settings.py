@@ -100,7 +100,9 @@ class TrainSettings(Settings):
         le=MOST_ROWS,
     )
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] | None = option(
-        None, "Peak learning rate (by default from width and steps); auto tries three and takes one.", TRAINING
+        None,
+        "Peak learning rate (by default from width, steps and passes over the data); auto tries three and takes one.",
+        TRAINING,
     )
     lr_scheduler_type: str = option("linear", "Schedule of the learning rate, as transformers names it.", TRAINING)
     warmup_steps: float = option(

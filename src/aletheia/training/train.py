@@ -42,6 +42,7 @@ from aletheia.training.learning_rate import default_learning_rate, warm_up_steps
 from aletheia.training.loop import (
     RowTrainer,
     evaluations_of,
+    planned_passes,
     planned_steps,
     rows_of_steps,
     rows_per_step,
@@ -216,7 +217,8 @@ class _Job:
         steps = self.steps
         rate = settings.learning_rate
         if rate is None or rate == "auto":
-            rate = default_learning_rate(text_config(model).hidden_size, steps)
+            passes = planned_passes(len(self.data), settings, self.processes)
+            rate = default_learning_rate(text_config(model).hidden_size, steps, passes)
         if plan.early_steps(steps) and self.prepared.prefix is not None:
             raise TrainingError(
                 f"the plan adapts layers {layer_ranges(plan.early_layers)} at first, which are not in memory; "
