@@ -21,7 +21,7 @@ def default_learning_rate(hidden_size: int, steps: int, passes: float = 1.0) -> 
     """
     multiplier = 10 + 5 * min(1.0, SHORT_RUN_STEPS / steps)
     by_width: float = (2000 / hidden_size) ** 0.781
-    return 5e-5 * multiplier * by_width / max(1.0, passes) ** 0.5
+    return 5e-5 * multiplier * by_width / math.sqrt(max(1.0, passes))
 
 
 def warm_up_steps(asked: float, steps: int) -> int:
