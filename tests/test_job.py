@@ -51,6 +51,12 @@ def test_a_job_repeats_itself_from_the_file_it_leaves(job, tmp_path):
     assert read_config(by_plan.path / "config.yaml")["plan"] == {"file": str(first.path / "plan.json")}
 
 
+def test_the_file_of_a_run_that_took_every_step_is_taken_again(job, tmp_path):
+    run = job(tmp_path / "run", {"policy": "last", "rank": 4}, TRAINING | {"early_stop": False})
+    settings = JobSettings.of(**read_config(run.path / "config.yaml")).training
+    assert (settings.early_stop, settings.patience) == (False, None)
+
+
 class Broken(TrainerCallback):
     """A machine that fails in the middle of a step."""
 
@@ -59,18 +65,21 @@ class Broken(TrainerCallback):
             raise MemoryError
 
 
+class BreakingTrainer(train_module.RowTrainer):
+    """On such a machine."""
+
+    def __init__(self, *given):
+        super().__init__(*given)
+        self.add_callback(Broken())
+
+
 def test_an_interrupted_job_goes_on_only_with_its_own_settings(job, tmp_path, monkeypatch):
     training = TRAINING | {"save_steps": 2}
     plan = {"policy": "last", "rank": 4}
     whole = job(tmp_path / "whole", plan, training)
 
-    class Trainer(train_module.RowTrainer):
-        def __init__(self, *given):
-            super().__init__(*given)
-            self.add_callback(Broken())
-
     with monkeypatch.context() as patched:
-        patched.setattr(train_module, "RowTrainer", Trainer)
+        patched.setattr(train_module, "RowTrainer", BreakingTrainer)
         with pytest.raises(MemoryError):
             job(tmp_path / "run", plan, training)
     assert not (tmp_path / "run" / "metrics.json").exists()
@@ -113,13 +122,8 @@ def test_an_interrupted_job_goes_on_with_the_date_that_its_template_wrote(
         TRAINING | {"save_steps": 2}, say=lambda line: None,
     )  # fmt: skip
 
-    class Trainer(train_module.RowTrainer):
-        def __init__(self, *given):
-            super().__init__(*given)
-            self.add_callback(Broken())
-
     with monkeypatch.context() as patched:
-        patched.setattr(train_module, "RowTrainer", Trainer)
+        patched.setattr(train_module, "RowTrainer", BreakingTrainer)
         patched.setattr(fine_tune_module, "date", Day)
         with pytest.raises(MemoryError):
             made()

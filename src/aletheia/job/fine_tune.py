@@ -53,7 +53,7 @@ from aletheia.runs.saved import continue_adapter, plan_of_adapter
 from aletheia.runs.schema import PLAN_FILE, SCORES_FILE, Run
 from aletheia.settings import MOST_EPOCHS
 from aletheia.training.interrupts import Interrupts, interrupts
-from aletheia.training.loop import rows_of_steps, rows_per_step, training_arguments
+from aletheia.training.loop import planned_passes, rows_of_steps, training_arguments
 from aletheia.training.processes import Launch, say_nothing
 from aletheia.training.settings import TrainSettings
 from aletheia.training.train import Prepared, train
@@ -304,9 +304,7 @@ class Job:
         training = self.settings.training
         if training.cache == "off":
             return 1.0
-        if training.steps is None:
-            return training.epochs or 1.0
-        return min(training.steps * rows_per_step(training, self.launch.processes) / len(data), MOST_EPOCHS)
+        return min(planned_passes(len(data), training, self.launch.processes), MOST_EPOCHS)
 
     def _check_plan(self, plan: Plan, base: Source, data: Examples) -> None:
         """Whether a plan that was given belongs to the model and fits in memory; other data are only noted."""

@@ -13,7 +13,7 @@ from aletheia.planning.memory import known_weights, lowest_boundary, training_by
 from aletheia.planning.plan import PERCENT, Adapter, Plan, PlanSettings, Prediction, check_dropout, leaf
 from aletheia.planning.policies import Candidates, layer_share, select_layers
 from aletheia.planning.ranks import ranks_by_role, ranks_by_score, ranks_uniform
-from aletheia.planning.targets import BALANCED_SHARE, DEFAULT_TARGET, TARGETS, Target, choice_of
+from aletheia.planning.targets import BALANCED_SHARE, TARGETS, Target
 from aletheia.probing.scores import Scores
 
 
@@ -234,17 +234,13 @@ def _draft(scores: Scores, given: PlanSettings, room: _Room) -> _Draft:
     saving = 1 - run_time(costs, layers, upper, BALANCED_SHARE, epochs) / every
     fits = lowest <= layers[0]
     settings = given.resolved(fits, saving)
-    reason = ""
-    if fits and not given.names_layers:
-        target = given.target or DEFAULT_TARGET
-        reason = f"target {target}: {choice_of(target, saving).reason}"
     if settings.freeze_after and lowest > layers[0]:
         raise PlanError(
             f"`freeze_after` is {settings.freeze_after:g}, but layers below {lowest} cannot be trained in "
             "`max_memory`; expected 0 here"
         )
     candidates = Candidates(scores.layers, costs, layers, lowest)
-    return _Draft(settings, modules, _after_freeze(candidates, settings), reason)
+    return _Draft(settings, modules, _after_freeze(candidates, settings), given.choice(fits, saving).reason)
 
 
 def _targeted(anatomy: Anatomy, settings: PlanSettings) -> Sequence[Module]:

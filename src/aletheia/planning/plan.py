@@ -136,6 +136,12 @@ class PlanSettings(Settings):
         """Whether it says itself how layers are chosen, so that no target does."""
         return any(getattr(self, name) is not None for name in NAME_LAYERS)
 
+    def choice(self, every_layer_fits: bool, saving: float) -> Choice:
+        """How layers are chosen: as it says, else as its target does; arguments as for :meth:`resolved`."""
+        if every_layer_fits and not self.names_layers:
+            return choice_of(self.target or DEFAULT_TARGET, saving)
+        return Choice(self.policy or "depth-aware", SPEED_SHARE if every_layer_fits else 0.0)
+
     def resolved(self, every_layer_fits: bool = True, saving: float = 0.0) -> "PlanSettings":
         """The same with every default filled in, as a Plan file records them.
 
@@ -144,9 +150,7 @@ class PlanSettings(Settings):
             saving: share of the run's time that freezing the lower layers halfway would save.
         """
         by_role = self.ranks == "by-role" or self.attention_rank is not None or self.mlp_rank is not None
-        chosen = Choice(self.policy or "depth-aware", SPEED_SHARE if every_layer_fits else 0.0)
-        if every_layer_fits and not self.names_layers:
-            chosen = choice_of(self.target or DEFAULT_TARGET, saving)
+        chosen = self.choice(every_layer_fits, saving)
         share = chosen.freeze_after if chosen.policy == "depth-aware" else 0.0
         filled: dict[str, Any] = {
             "target": None,

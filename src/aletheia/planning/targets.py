@@ -30,15 +30,14 @@ class Choice:
 def choice_of(target: Target, saving: float) -> Choice:
     """What ``target`` comes to for a run of which freezing at ``BALANCED_SHARE`` would save so much of the time."""
     if target == "quality":
-        return Choice("uniform", 0.0, "every layer learns to the end")
+        return Choice("uniform", 0.0, f"target {target}: every layer learns to the end")
     share = SPEED_SHARE if target == "speed" else BALANCED_SHARE
     if target == "balanced" and saving < WORTHWHILE:
         return Choice(
             "uniform",
             0.0,
-            f"every layer learns to the end: to freeze the lower ones after {share:.0%} of the steps would save "
-            f"{max(saving, 0):.0%} of the time, less than {WORTHWHILE:.0%}",
+            f"target {target}: every layer learns to the end: to freeze the lower ones after {share:.0%} of the steps "
+            f"would save {max(saving, 0):.0%} of the time, less than {WORTHWHILE:.0%}",
         )
-    return Choice(
-        "depth-aware", share, f"every layer learns in the first {share:.0%} of the steps, then the upper ones"
-    )
+    reason = f"target {target}: every layer learns in the first {share:.0%} of the steps, then the upper ones"
+    return Choice("depth-aware", share, reason)

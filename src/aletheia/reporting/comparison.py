@@ -336,6 +336,8 @@ def repeat_command(run: Run) -> tuple[str, ...]:
     model = metrics.went_on_from.name if metrics.went_on_from else metrics.model.name
     head = f"aletheia train {shlex.quote(model)}"
     switches = [] if settings.group_by_length else ["--no-group-by-length"]
+    if settings.early_stopping_patience is None:
+        switches.append("--no-early-stop")
     if settings.quantization_corrected:
         switches.append("--correct-quantization")
     return (head, *(f"{flag} {shlex.quote(value)}" for flag, value in options), *switches)

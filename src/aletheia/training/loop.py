@@ -42,7 +42,9 @@ def planned_steps(rows: int, settings: TrainSettings, processes: int = 1) -> int
 
 def planned_passes(rows: int, settings: TrainSettings, processes: int = 1) -> float:
     """Passes over ``rows`` that a run is laid out for."""
-    return planned_steps(rows, settings, processes) / steps_per_epoch(rows, settings, processes)
+    if settings.steps is None:
+        return settings.epochs or 1.0
+    return settings.steps * rows_per_step(settings, processes) / rows
 
 
 def evaluations_of(rows: int, settings: TrainSettings, processes: int = 1) -> int:
@@ -166,8 +168,8 @@ class RowTrainer(Trainer):
         self._settings, self._recorder = settings, recorder
         self.before_training: Callable[[], AbstractContextManager[None]] = nullcontext  # for the loss at the start
         callbacks: list[TrainerCallback] = [recorder]
-        if settings.early_stop:
-            callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience))
+        if settings.patience is not None:
+            callbacks.append(EarlyStoppingCallback(settings.patience))
         collator = partial(collate, pad_token_id=data.pad_token_id)
         super().__init__(model, arguments, collator, train_dataset=data, eval_dataset=held_out, callbacks=callbacks)
         for noisy in (PrinterCallback, ProgressCallback):

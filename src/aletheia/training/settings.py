@@ -137,8 +137,11 @@ class TrainSettings(Settings):
     early_stop: bool = option(
         True, "End the run when the held-out loss no longer falls; without it, every planned step is taken.", TRAINING
     )
-    early_stopping_patience: int = option(
-        PATIENCE, "With `early_stop`: how many held-out losses in a row may be no new lowest one.", TRAINING, ge=1
+    early_stopping_patience: int | None = option(
+        None,
+        f"With `early_stop`: how many held-out losses in a row may be no new lowest one ({PATIENCE} by default).",
+        TRAINING,
+        ge=1,
     )
     allow_worse: bool = option(
         False,
@@ -162,6 +165,11 @@ class TrainSettings(Settings):
         None, "Repository for `push_to_hub` (by default the name of the folder).", LOGGING
     )
 
+    @property
+    def patience(self) -> int | None:
+        """Held-out losses in a row without a new lowest one that end the run; None: every planned step is taken."""
+        return (self.early_stopping_patience or PATIENCE) if self.early_stop else None
+
     @model_validator(mode="before")
     @classmethod
     def _one_logger(cls, given: Any) -> Any:
@@ -173,7 +181,7 @@ class TrainSettings(Settings):
     def _consistent(self) -> "TrainSettings":
         if self.steps is not None and self.epochs is not None:
             raise ValueError("`steps` and `epochs` are both given; expected one of them")
-        if "early_stopping_patience" in self.model_fields_set and not self.early_stop:
+        if self.early_stopping_patience is not None and not self.early_stop:
             raise ValueError("`early_stopping_patience` is given and `early_stop` is false; expected one of them")
         if self.free_prefix and self.cache == "off":
             raise ValueError("`free_prefix` is given with `cache` off; expected a cache to train from")

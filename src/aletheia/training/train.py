@@ -353,7 +353,7 @@ class _Job:
             attention=getattr(model.config, "_attn_implementation", None),
             keep=settings.keep,
             evaluations=evaluations_of(len(data), settings, self.processes) or None,
-            early_stopping_patience=settings.early_stopping_patience if settings.early_stop else None,
+            early_stopping_patience=settings.patience,
         )
         seen = self._batches(steps)
         kept = steps
