@@ -11,7 +11,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,8 +89,8 @@ def evaluations(
     """Seconds of a held-out loss, ours and plain; the better of two each."""
     adapted = aletheia.adapt(model, uniform)
 
-    def spent(context: Callable[[], object]) -> float:
-        with context():  # type: ignore[attr-defined]
+    def spent(context: Callable[[], AbstractContextManager[object]]) -> float:
+        with context():
             times = []
             for _ in range(2):
                 started = time.perf_counter()
@@ -100,7 +100,7 @@ def evaluations(
 
     ours, plain = (
         spent(lambda: aletheia.fast_steps(adapted)),
-        spent(lambda: bfloat16_autocast(adapted) or nullcontext()),
+        spent(lambda: bfloat16_autocast(adapted)),
     )
     adapted.unload()
     return ours, plain

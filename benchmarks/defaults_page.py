@@ -50,15 +50,16 @@ def write_store(runs: Sequence[Run]) -> None:
 
 
 def write_curves(runs: Sequence[Run]) -> None:
-    """A line per held-out loss; ``decayed_from`` is set where the rate decayed to zero from there."""
+    """A line per held-out loss; those of decays and of averaged weights say so behind the arm."""
     with (PLACE / "curves.csv").open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(["task", "steps", "batch_size", "seed", "rate", "arm", "step", "loss"])
         for run in runs:
             about = [run["task"], run["steps"], run["batch_size"], run["seed"], f"{run['rate']:g}", run["arm"]]
-            for kind, points in (("", run["points"]), (" decayed", run["decays"])):
-                for step, nats in points:
-                    table.writerow([*about[:5], about[5] + kind, step, f"{loss(nats, run):.4f}"])
+            tried = [("", *point) for point in run["points"]] + [(" decayed", *point) for point in run["decays"]]
+            tried += [(f" mean {eta}", step, nats) for step, eta, nats in run.get("averages", ())]
+            for kind, step, nats in tried:
+                table.writerow([*about[:5], about[5] + kind, step, f"{loss(nats, run):.4f}"])
 
 
 def loss(nats: Sequence[float], run: Run) -> float:
@@ -97,7 +98,7 @@ def difference(ours: Sequence[Run], theirs: Sequence[Run]) -> tuple[float, float
 
 
 def cells(runs: Sequence[Run]) -> dict[Cell, dict[tuple[str, float], list[Run]]]:
-    """Runs by cell, then by arm and rate."""
+    """Runs by cell, then by arm and rate; a run on which decays and averages were tried is one of its arm, too."""
     found: dict[Cell, dict[tuple[str, float], list[Run]]] = {}
     for task in NAMES:
         for length in LENGTHS:
@@ -105,6 +106,9 @@ def cells(runs: Sequence[Run]) -> dict[Cell, dict[tuple[str, float], list[Run]]]
             for run in runs:
                 if (run["task"], run["length"]) == (task, length):
                     own[run["arm"], run["rate"]].append(run)
+                    plain = own[run["arm"].removesuffix("~settle"), run["rate"]]
+                    if run["seed"] not in {other["seed"] for other in plain}:
+                        plain.append(run)
             if own:
                 found[task, length] = dict(own)
     return found
@@ -125,9 +129,10 @@ def yardstick(arms: dict[tuple[str, float], list[Run]]) -> tuple[float, list[Run
 
 def told(value: tuple[float, float, float] | None) -> str:
     """``+0.4 % (-0.1 to +0.9)``."""
-    return (
-        "" if value is None else f"{value[0]:+.1%} ({100 * value[1]:+.1f} to {100 * value[2]:+.1f})".replace("%", " %")
-    )
+    if value is None:
+        return ""
+    middle, low, high = (100 * part for part in value)
+    return f"{middle:+.1f} % ({low:+.1f} to {high:+.1f})"
 
 
 def table_of_arms(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> list[str]:
@@ -164,18 +169,8 @@ def table_of_stopping(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> 
                 f"{mean_kept(runs, patience):.4f}, {np.mean([kept(run, patience)[2] / run['steps'] for run in runs]):.0%}"
                 for patience in (1, 2, 3)
             ]
-            means = [
-                min(
-                    (
-                        f"{loss(nats, run):.4f}"
-                        for run in runs
-                        for _, own, nats in run.get("averages", ())
-                        if own == eta
-                    ),
-                    default="",
-                )
-                for eta in (8, 3)
-            ]
+            averages = [(eta, loss(nats, run)) for run in runs for _, eta, nats in run.get("averages", ())]
+            means = [min((f"{mean:.4f}" for own, mean in averages if own == eta), default="") for eta in (8, 3)]
             decays = ", ".join(f"{step}: {loss(nats, run):.4f}" for run in runs for step, nats in run["decays"])
             name = f"{NAMES[task]} {LENGTHS[length]}" + ("" if arm == "uniform" else f", {arm}")
             lines.append(

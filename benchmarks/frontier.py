@@ -10,14 +10,16 @@ are not repeated.
 
 Arms: ``uniform``; ``freeze-S-B``: every layer for a share S of the steps, then those from B up; ``thaw-S-B``: those from
 B up at first, every layer after a share S; ``last-B``; ``spread-N``: every N-th layer; ``paper``: the half with the
-highest probe scores. Each on a linear schedule; with ``~constant`` behind its name at a constant rate, and each point is
-followed by a decay to zero over a ninth of the steps before it.
+highest probe scores. Each on a linear schedule. With ``~settle`` behind its name, decays to zero are tried from its early
+points, over a ninth of the steps before them, and averages of the weights at every point; the run itself is the same.
+``~constant`` has a constant rate and the same decays.
 """
 
 import argparse
 import json
 import math
 import time
+from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -50,8 +52,7 @@ class Arm:
     boundaries: tuple[tuple[float, int], ...] = ((0.0, 0),)
     schedule: str = "linear"
     ends: tuple[float, ...] = ()  # decays to zero that are tried from each point, in shares of the steps before it
-
-    averages: tuple[int, ...] = ()  # mean weights over the last steps, see Group.averaged
+    averages: tuple[int, ...] = ()  # of the weights: eta, with which the last 1 / (eta + 1) of the steps count most
 
     @classmethod
     def named(cls, name: str, count: int, paper: tuple[int, ...]) -> "Arm":
@@ -92,6 +93,7 @@ class Group:
     seed: int
     rate: float
     scores: Any
+    branches: dict[Any, set[int]]  # steps at which runs of these layers and this schedule part
 
     def __post_init__(self) -> None:
         self.batch_size, self.points, count = LENGTHS[self.length]
@@ -120,7 +122,7 @@ class Group:
                 begun, points, spent = until, list(state["points"]), state["seconds"]
                 restore(parameters, optimizer, state)
                 break
-        wanted = {step for known in self.wanted.get((arm.layers, arm.schedule), ()) for step in [known]}
+        wanted = self.branches[arm.layers, arm.schedule]
         decays: list[list] = []
         averages = {eta: [parameter.detach().clone() for parameter in parameters] for eta in arm.averages}
         averaged: list[list] = []
@@ -136,7 +138,7 @@ class Group:
                 for group in optimizer.param_groups:
                     group["lr"] = self.rate * factor(number - 1, self.steps, arm.schedule)
                 self.step(adapted, optimizer, parameters, batch, number)
-                with torch.no_grad():  # polynomial decay: the last 1 / (eta + 1) of the steps count most
+                with torch.no_grad():  # polynomial-decay averaging, Shamir and Zhang 2013
                     for eta, means in averages.items():
                         for own, parameter in zip(means, parameters, strict=True):
                             own.lerp_(parameter, min(1.0, (eta + 1) / (number + eta)))
@@ -144,12 +146,11 @@ class Group:
                 if number in self.due:
                     points.append([number, nats_per_row(adapted, self.held_out, batch)])
                     print(f"    {number:4d} {mean(points[-1][1], self.counts):.4f} {spent:.0f} s", flush=True)
-                if number in self.due:
                     for eta, means in averages.items():
-                        now = [parameter.detach().clone() for parameter in parameters]
-                        exchange(parameters, means)
-                        averaged.append([number, eta, self.per_row(adapted, batch)])
-                        exchange(parameters, now)
+                        own = [parameter.detach().clone() for parameter in parameters]
+                        put(parameters, means)
+                        averaged.append([number, eta, nats_per_row(adapted, self.held_out, batch)])
+                        put(parameters, own)
                         print(f"      mean {eta}: {mean(averaged[-1][2], self.counts):.4f}", flush=True)
                 tries = arm.ends if number in self.due and len(self.due) > 2 and number < 0.7 * self.steps else ()
                 if number in wanted or tries:
@@ -162,8 +163,6 @@ class Group:
                         restore(parameters, optimizer, state)
         adapted.unload()
         return {"points": points, "decays": decays, "averages": averaged, "seconds": round(spent, 1)}
-
-    wanted: dict = None  # type: ignore[assignment]
 
     def step(self, adapted, optimizer, parameters, batch, number) -> None:
         chosen = self.batches[(number - 1) % len(self.batches)]
@@ -225,7 +224,7 @@ def kept(parameters, optimizer, points, seconds) -> dict:
     }
 
 
-def exchange(parameters, values) -> None:
+def put(parameters, values) -> None:
     """Give the parameters other values."""
     with torch.no_grad():
         for parameter, value in zip(parameters, values, strict=True):
@@ -234,9 +233,7 @@ def exchange(parameters, values) -> None:
 
 def restore(parameters, optimizer, state: dict) -> None:
     """Go back to what was kept."""
-    with torch.no_grad():
-        for parameter, value in zip(parameters, state["values"], strict=True):
-            parameter.copy_(value)
+    put(parameters, state["values"])
     whole = optimizer.state_dict()
     whole["state"] = {index: {k: v.clone() for k, v in own.items()} for index, own in state["moments"].items()}
     optimizer.load_state_dict(whole)
@@ -274,11 +271,10 @@ def main() -> None:
                 arms = [arm for arm in arms if (name, length, seed, rate, arm.name) not in there]
                 if not arms:
                     continue
-                group = Group(base.model, tasks[name], length, seed, rate, scores[name])
-                group.wanted = {}
+                group = Group(base.model, tasks[name], length, seed, rate, scores[name], defaultdict(set))
                 for arm in arms:
                     later = {first for first, _ in arm.starts(group.steps) if first}
-                    group.wanted.setdefault((arm.layers, arm.schedule), set()).update(later)
+                    group.branches[arm.layers, arm.schedule] |= later
                 for arm in sorted(arms, key=lambda arm: len(arm.boundaries)):
                     print(f"{cell} seed {seed} rate {rate:g} {arm.name}", flush=True)
                     found = group.run(arm)
