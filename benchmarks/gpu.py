@@ -17,6 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from aletheia.libraries import quiet_libraries
 
 STARTED = psutil.Process().create_time()  # imports count
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "liger-kernel", "triton", "datasets")
-WARM_UP, PRODUCTS = 3, 10
+WARM_UP, PRODUCTS = 3, 50
 
 
 def main() -> None:
@@ -66,9 +67,10 @@ def main() -> None:
     if options.end_to_end:
         from gpu_end_to_end import end_to_end
 
-        for side, run in end_to_end(options.gguf, options.rows, options.out, device, options.epochs).items():
-            report.end_to_end[side] = report.take("end to end", side, run)
-            report.write()
+        with tempfile.TemporaryDirectory() as folder:
+            for side, run in end_to_end(options.gguf, options.rows, Path(folder), device, options.epochs).items():
+                report.end_to_end[side] = report.take("end to end", side, run)
+                report.write()
     report.print_table()
 
 
@@ -168,7 +170,7 @@ class Report:
             print(f"| {' | '.join(self._line(model, one))} |")
         for failed in (arm for arm in self._arms if "failed" in arm):
             print(f"| {failed['model']} | {failed['arm']} | {failed['failed']} | | | | |")
-        for side, found in self.end_to_end.items():
+        for side, found in filter(all, self.end_to_end.items()):
             print(f"\n{side}: {found}")
         print(f"\n{spent():.0f} s in all", flush=True)
 
@@ -179,23 +181,27 @@ def described(work: Any) -> dict[str, Any]:
     return {
         **{"shape": shape.name, "parameters": work.parameters, "rows": len(data), "batch_size": shape.batch_size},
         **{"mean_tokens": data.tokens / len(data), "labelled_share": data.labelled_tokens / data.tokens},
-        **{"longest": max(map(len, data.examples)), "boundary_of_half": work.half.boundary},
+        **{
+            "longest": max(map(len, data.examples)),
+            "boundary_of_half": work.half.boundary,
+            "computed_by": work.computed_by,
+        },
         "trainable_parameters": {"uniform": work.uniform.trainable_parameters, "half": work.half.trainable_parameters},
     }
 
 
 def matrix_limit(device: str, size: int) -> float:
-    """Operations per second of a square bfloat16 product of random numbers: the median of some, after warm-up."""
+    """Operations per second of a square bfloat16 product of random numbers: the median of the last ones."""
     import torch
     from gpu_arms import Clock
 
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     clock = Clock(device)
-    for _ in range(PRODUCTS + WARM_UP):
+    for _ in range(PRODUCTS):
         clock.mark()
         left @ right
     clock.mark()
-    return 2.0 * size**3 / statistics.median(clock.seconds()[WARM_UP:])
+    return 2.0 * size**3 / statistics.median(clock.seconds()[PRODUCTS // 2 :])
 
 
 def release() -> None:

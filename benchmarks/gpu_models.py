@@ -143,6 +143,9 @@ class Work:
         model = build(shape, device)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.operations = operations_of(model)
+        self.computed_by = {
+            kind: getattr(model.config, f"_{kind}_implementation", None) for kind in ("attn", "experts")
+        }
         self._scores = aletheia.probe(model, self.data, batches=1)
 
     @property
