@@ -13,6 +13,7 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,19 @@ PLACE = Path("docs/results/defaults")
 STORE = PLACE / "runs.jsonl.gz"
 DRAWS, PATIENCE = 2000, 3
 Run = dict[str, Any]
-Cell = tuple[str, str]  # task, length
+Cell = tuple[str, str, str]  # task, length, where it ran
 NAMES = {"gsm8k": "GSM8K", "strategyqa": "StrategyQA", "mix": "mix"}
 LENGTHS = {"40": "40 x 4", "150": "150 x 4", "epochs": "3 passes x 8"}
 
 
 def key(run: Run) -> tuple[str, ...]:
     """What a run is known by."""
-    return tuple(str(run[name]) for name in ("task", "length", "seed", "rate", "arm"))
+    return (*(str(run[name]) for name in ("task", "length", "seed", "rate", "arm")), device(run))
+
+
+def device(run: Run) -> str:
+    """Where it ran: runs of ``frontier.py`` on a CPU do not say."""
+    return str(run.get("device", "CPU")).removeprefix("NVIDIA ")
 
 
 def collected(files: Iterable[Path]) -> list[Run]:
@@ -53,13 +59,21 @@ def write_curves(runs: Sequence[Run]) -> None:
     """A line per held-out loss; those of decays and of averaged weights say so behind the arm."""
     with (PLACE / "curves.csv").open("w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["task", "steps", "batch_size", "seed", "rate", "arm", "step", "loss"])
+        table.writerow(["task", "steps", "batch_size", "device", "seed", "rate", "arm", "step", "loss"])
         for run in runs:
-            about = [run["task"], run["steps"], run["batch_size"], run["seed"], f"{run['rate']:g}", run["arm"]]
+            about = [
+                run["task"],
+                run["steps"],
+                run["batch_size"],
+                device(run),
+                run["seed"],
+                f"{run['rate']:g}",
+                run["arm"],
+            ]
             tried = [("", *point) for point in run["points"]] + [(" decayed", *point) for point in run["decays"]]
             tried += [(f" mean {eta}", step, nats) for step, eta, nats in run.get("averages", ())]
             for kind, step, nats in tried:
-                table.writerow([*about[:5], about[5] + kind, step, f"{loss(nats, run):.4f}"])
+                table.writerow([*about[:-1], about[-1] + kind, step, f"{loss(nats, run):.4f}"])
 
 
 def loss(nats: Sequence[float], run: Run) -> float:
@@ -101,16 +115,16 @@ def cells(runs: Sequence[Run]) -> dict[Cell, dict[tuple[str, float], list[Run]]]
     """Runs by cell, then by arm and rate; a run on which decays and averages were tried is one of its arm, too."""
     found: dict[Cell, dict[tuple[str, float], list[Run]]] = {}
     for task in NAMES:
-        for length in LENGTHS:
+        for length, place in product(LENGTHS, sorted({device(run) for run in runs})):
             own: dict[tuple[str, float], list[Run]] = defaultdict(list)
             for run in runs:
-                if (run["task"], run["length"]) == (task, length):
+                if (run["task"], run["length"], device(run)) == (task, length, place):
                     own[run["arm"], run["rate"]].append(run)
                     plain = own[run["arm"].removesuffix("~settle"), run["rate"]]
                     if run["seed"] not in {other["seed"] for other in plain}:
                         plain.append(run)
             if own:
-                found[task, length] = dict(own)
+                found[task, length, place] = dict(own)
     return found
 
 
@@ -141,7 +155,7 @@ def table_of_arms(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> list
         "| cell | arm | rate | seeds | loss kept | against uniform | steps |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    for (task, length), arms in found.items():
+    for (task, length, place), arms in found.items():
         rate, best = yardstick(arms)
         for (arm, own), runs in sorted(arms.items()):
             if "~" in arm:
@@ -149,7 +163,7 @@ def table_of_arms(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> list
             mark = "0 (it is that)" if (arm, own) == ("uniform", rate) else told(difference(runs, best))
             stops = np.mean([kept(run)[2] / run["steps"] for run in runs])
             lines.append(
-                f"| {NAMES[task]} {LENGTHS[length]} | {arm} | {own:g} | {len(runs)} | {mean_kept(runs):.4f} | {mark} | {stops:.0%} |"
+                f"| {NAMES[task]} {LENGTHS[length]}, {place} | {arm} | {own:g} | {len(runs)} | {mean_kept(runs):.4f} | {mark} | {stops:.0%} |"
             )
     return lines
 
@@ -160,7 +174,7 @@ def table_of_stopping(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> 
         "| cell | rate | last | best | patience 1 | 2 | 3 | mean 8 | mean 3 | decayed from a point |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
-    for (task, length), arms in found.items():
+    for (task, length, place), arms in found.items():
         for (arm, rate), runs in sorted(arms.items()):
             if arm not in ("uniform", "uniform~settle") or len(runs[0]["points"]) < 5:
                 continue
@@ -172,7 +186,7 @@ def table_of_stopping(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> 
             averages = [(eta, loss(nats, run)) for run in runs for _, eta, nats in run.get("averages", ())]
             means = [min((f"{mean:.4f}" for own, mean in averages if own == eta), default="") for eta in (8, 3)]
             decays = ", ".join(f"{step}: {loss(nats, run):.4f}" for run in runs for step, nats in run["decays"])
-            name = f"{NAMES[task]} {LENGTHS[length]}" + ("" if arm == "uniform" else f", {arm}")
+            name = f"{NAMES[task]} {LENGTHS[length]}, {place}" + ("" if arm == "uniform" else f", {arm}")
             lines.append(
                 f"| {name} | {rate:g} | {last:.4f} | {mean_kept(runs, None):.4f} | {' | '.join((*stopped, *means))} | {decays} |"
             )

@@ -19,8 +19,8 @@ DRAWS = 2000
 
 PAGE = """# Does a score predict what a layer is worth?
 
-Made by `benchmarks/single_layers.py` and `benchmarks/scores.py`. Tables: [gains.csv](gains.csv), [scores.csv](scores.csv),
-[spearman.csv](spearman.csv).
+Made by `benchmarks/single_layers.py`, or the job `single` of `benchmarks/population.py` on a GPU, and `benchmarks/scores.py`. Tables:
+[gains.csv](gains.csv), [scores.csv](scores.csv), [spearman.csv](spearman.csv).
 gains.jsonl.gz has the loss of every held-out row, of tasks that are not finished, too: unpack it into OUT/gains.jsonl to go on from there.
 
 ## The question
@@ -163,7 +163,8 @@ def _meaning(by: dict, agreement: dict[str, tuple[dict, float]]) -> list[str]:
     if weak:
         lines.append(f"The gains themselves are too noisy to judge a score by in: {', '.join(weak)}.")
     lines.append(
-        "What a layer is worth alone need not be what it adds to others. "
-        "This is one small model, one rate and one length of training."
+        "What a layer is worth alone is not what it adds to others: layers 8 to 22 together, the best alone, ended higher "
+        "than as many spread over the model, on all three tasks ([defaults](../defaults/README.md))."
     )
+    lines.append("This is one small model, one rate and one length of training.")
     return lines
