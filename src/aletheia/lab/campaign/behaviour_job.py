@@ -106,6 +106,7 @@ def _train(job: _RowJob, out: Path) -> None:
                 learning_rate=arm.learning_rate,
                 evaluations=campaign.evaluations,
                 early_stop=False,  # as many steps as the campaign says
+                averaging="off",  # arms differ in their layers alone, whatever their length
                 seed=seed,
                 cache=cache,
                 cache_dir=job.folder / CACHES,
