@@ -110,9 +110,14 @@ def test_weights_are_put_back_after_an_error_too():
     with torch.no_grad():
         model.weight.add_(1)
     parameter, after = model.weight, model.weight.detach().clone()
-    with pytest.raises(RuntimeError, match="broken off"), average.swapped_in():
-        assert not torch.equal(model.weight, after)
-        raise RuntimeError("broken off")
+
+    def break_off():
+        with average.swapped_in():
+            assert not torch.equal(model.weight, after)
+            raise RuntimeError("broken off")
+
+    with pytest.raises(RuntimeError, match="broken off"):
+        break_off()
     assert model.weight is parameter
     assert torch.equal(model.weight, after)
 
