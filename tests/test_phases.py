@@ -36,7 +36,7 @@ def plan(scores):
 def trained(plan, examples, out, prepared=None, **settings):
     adapted = aletheia.adapt(make_model("llama"), plan)
     data, held_out = examples.subset(range(20)), examples.subset(range(20, 26))
-    settings = {"steps": STEPS, "learning_rate": RATE, "evaluations": 2} | settings
+    settings = {"steps": STEPS, "learning_rate": RATE, "evaluations": 2, "averaging": "off"} | settings
     return adapted, aletheia.train(
         adapted, data, plan, out, held_out, prepared=prepared, show_progress=False, **settings
     )

@@ -423,8 +423,8 @@ def test_repeat_command_is_quoted_for_a_shell():
     assert command == (
         "aletheia train 'a;rm -rf /' --data train.jsonl --eval-data test.jsonl --eval-rows 96 "
         "--plan 'my run/plan.json' --steps 150 --batch-size 4 --learning-rate 0.0002 "
-        "--max-length 512 --dtype bfloat16 --seed 0 --cache off --keep last --gradient-checkpointing off "
-        "--out 'my run-again' --no-group-by-length --no-early-stop"
+        "--max-length 512 --dtype bfloat16 --seed 0 --cache off --keep last --averaging off "
+        "--gradient-checkpointing off --out 'my run-again' --no-group-by-length --no-early-stop"
     )
     assert repeat_command(make_run(data=None)) == ()
 

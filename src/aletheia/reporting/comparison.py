@@ -139,6 +139,7 @@ def _conditions(runs: Sequence[Run]) -> dict[str, list[tuple[object, str]]]:
         "length grouping": [
             (setting.group_by_length, "on" if setting.group_by_length else "off") for setting in settings
         ],
+        "averaging": [(setting.averaging, setting.averaging) for setting in settings],
         "checkpointing": [(setting.gradient_checkpointing, setting.gradient_checkpointing) for setting in settings],
         "start": [
             (metrics.went_on_from.sha256, metrics.went_on_from.name) if metrics.went_on_from else (None, "new adapters")
@@ -236,8 +237,12 @@ def step_time(metrics: Metrics) -> str:
 
 
 def kept_point(metrics: Metrics) -> str:
-    """Which step's adapter was kept, and how many planned steps were saved: ``step 150 of 180, 60 steps saved``."""
+    """Which step's adapter was kept, whether it is an average, and how many planned steps were saved.
+
+    ``step 150 of 180, weights averaged, 60 steps saved``.
+    """
     kept = f"step {metrics.kept_step or metrics.steps:,} of {metrics.steps:,}"
+    kept += ", weights averaged" if metrics.settings.averaging == "on" else ""
     return kept + (f", {metrics.steps_saved:,} steps saved" if metrics.steps_saved else "")
 
 
@@ -322,6 +327,7 @@ def repeat_command(run: Run) -> tuple[str, ...]:
         ("--seed", str(settings.seed)),
         ("--cache", settings.cache),
         ("--keep", settings.keep),
+        ("--averaging", settings.averaging),
         ("--gradient-checkpointing", settings.gradient_checkpointing),
         ("--out", f"{run.name}-again"),
     ]

@@ -39,7 +39,7 @@ Made with `aletheia-tune` {metrics.packages.get("aletheia-tune", "")}; the adapt
 | ranks | {plan.settings.ranks}, {_rank_range(plan)}{_scale(plan)} |
 | trainable parameters | {plan.trainable_parameters:,} |
 | steps x batch size | {metrics.steps} x {settings.batch_size} |
-| kept | the adapter of step {metrics.kept_step or metrics.steps} |
+| kept | the adapter of step {metrics.kept_step or metrics.steps}{_averaged(run)} |
 | learning rate | {settings.learning_rate:g} |
 | held-out loss | {metrics.held_out_loss_before:.4f} before, {metrics.held_out_loss_after:.4f} after \
 ({metrics.held_out_rows} rows, {metrics.held_out_tokens:,} completion tokens) |
@@ -84,6 +84,10 @@ def _quantized(run: Run) -> str:
 def _before(run: Run) -> str:
     origin = run.metrics.went_on_from
     return f"\n| goes on from | {markdown(origin.name)} (sha256 {origin.sha256[:12]}) |" if origin else ""
+
+
+def _averaged(run: Run) -> str:
+    return ", its weights averaged over the steps so far" if run.metrics.settings.averaging == "on" else ""
 
 
 def _early(run: Run) -> str:

@@ -86,6 +86,7 @@ class UsedSettings(BaseModel):
     keep: Literal["last", "best"] = "last"
     evaluations: int | None = None  # planned; None: Trainer was told when
     early_stopping_patience: int | None = None  # None: every planned step is taken
+    averaging: Literal["on", "off"] = "off"  # of the weights: held-out losses and the kept adapter are of the average
 
 
 class RateRace(BaseModel):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ from aletheia.data.examples import Example, Examples
 from aletheia.data.order import epoch_order, training_batches
 from aletheia.data.sources import one_line
 from aletheia.errors import SettingsError
+from aletheia.training.averaging import WeightAverage
 from aletheia.training.finite import Finite
 from aletheia.training.held_out import held_out_loss
 from aletheia.training.recorder import Recorder
 from aletheia.training.settings import EVALUATIONS, TrainSettings
+from aletheia.training.sharded import is_sharded
 
 NEVER = 10**9  # steps
 
@@ -52,6 +55,13 @@ def evaluations_of(rows: int, settings: TrainSettings, processes: int = 1) -> in
     if evaluates_by_itself(settings):
         return 0
     return settings.evaluations or max(EVALUATIONS, round(EVALUATIONS * planned_passes(rows, settings, processes)))
+
+
+def takes_average(rows: int, settings: TrainSettings, processes: int = 1) -> bool:
+    """Whether the weights of a run over ``rows`` are averaged: ``averaging`` auto is for more than one pass."""
+    if settings.averaging == "auto":
+        return planned_steps(rows, settings, processes) > steps_per_epoch(rows, settings, processes)
+    return settings.averaging == "on"
 
 
 def rows_per_step(settings: TrainSettings, processes: int = 1) -> int:
@@ -167,6 +177,7 @@ class RowTrainer(Trainer):
         self._rows, self._held_out = data, held_out
         self._settings, self._recorder = settings, recorder
         self.before_training: Callable[[], AbstractContextManager[None]] = nullcontext  # for the loss at the start
+        self.average: WeightAverage | None = None
         callbacks: list[TrainerCallback] = [recorder]
         if settings.patience is not None:
             callbacks.append(EarlyStoppingCallback(settings.patience))
@@ -176,6 +187,26 @@ class RowTrainer(Trainer):
             self.remove_callback(noisy)
         self._finite = Finite(self)
         self.add_callback(self._finite)
+
+    def begin_average(self) -> None:
+        """Average the weights, if the settings say so; to be called once what freezes layers is attached.
+
+        Raises:
+            SettingsError: that is asked for, and layers are sharded over processes.
+        """
+        assert self.model is not None
+        if is_sharded(self):
+            if self._settings.averaging == "on":
+                raise SettingsError("`averaging` is on, and layers are sharded over processes; expected auto or off")
+        elif takes_average(len(self._rows), self._settings, self.args.world_size):
+            self.average = WeightAverage(self.model)
+            self.add_callback(self.average)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's, of the weights that learn, and beside them the average."""
+        super().save_model(output_dir, _internal_call)
+        if self.average is not None and output_dir is not None and self.args.should_save:
+            self.average.save(Path(output_dir))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Trainer's, and a look at what came of it before it is applied."""
@@ -189,15 +220,19 @@ class RowTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The held-out loss, recorded, logged and told to callbacks; ``keep`` best saves a new lowest one."""
+        """The held-out loss, recorded, logged and told to callbacks; ``keep`` best saves a new lowest one.
+
+        It is that of the averaged weights where there are some.
+        """
         started = time.perf_counter()
         assert self.model is not None
-        with nullcontext() if self.state.global_step else self.before_training():
+        collator = partial(collate, pad_token_id=self._held_out.pad_token_id)
+        averaged = self.average.swapped_in() if self.average is not None else nullcontext()
+        with averaged, nullcontext() if self.state.global_step else self.before_training():
             loss = held_out_loss(self.model, self._held_out, self._settings.batch_size)
+            self._finite.held_out(loss, length_sorted_batches(self._held_out, self._settings.batch_size, collator))
         if self.args.device.type != "cpu":
             torch.accelerator.synchronize()
-        collator = partial(collate, pad_token_id=self._held_out.pad_token_id)
-        self._finite.held_out(loss, length_sorted_batches(self._held_out, self._settings.batch_size, collator))
         self._recorder.evaluated(self.state.global_step, loss, time.perf_counter() - started)
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(dict(metrics))

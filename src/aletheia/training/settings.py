@@ -14,6 +14,7 @@ TRAINING, CACHE, SAVING, LOGGING = "Training", "Frozen prefix", "Checkpoints", "
 
 CacheKind = Literal["auto", "memory", "disk", "off"]
 Recompute = Literal["off", "selective", "full"]
+Averaging = Literal["auto", "on", "off"]
 EVALUATIONS = 4  # per pass over the data
 PATIENCE = 3  # evaluations
 
@@ -133,6 +134,12 @@ class TrainSettings(Settings):
     )
     keep: Literal["best", "last"] = option(
         "best", "Which adapter is kept: that of the lowest held-out loss, or the last one.", TRAINING
+    )
+    averaging: Averaging = option(
+        "auto",
+        "Average the weights over the steps, for the held-out loss and the adapter that is kept; auto: in runs of more "
+        "than one pass over the data, where layers are not sharded.",
+        TRAINING,
     )
     early_stop: bool = option(
         True, "End the run when the held-out loss no longer falls; without it, every planned step is taken.", TRAINING

@@ -186,6 +186,8 @@ class _Job:
         if found is not None:
             self.recorder.restore(found.manifest.extra)
             interrupted.saved_step = found.step
+            if trainer.average is not None:
+                trainer.average.load(found.path)
             self._say(f"resume from step {found.step} of {trainer.args.max_steps}")
         if self.prepared.unquantized is not None:
             self._correct(self.prepared.unquantized, trainer.args.max_steps)
@@ -252,6 +254,7 @@ class _Job:
             trainer, plan, attached, self._say, settings.gradient_checkpointing, prefix, free, decision
         )
         attachment.install()
+        trainer.begin_average()
         trainer.before_training = self.correction.off
         return trainer, attachment
 
@@ -300,11 +303,8 @@ class _Job:
 
     def _about(self, trainer: RowTrainer) -> dict[str, Any]:
         """What must be the same for an interrupted run to go on."""
-        settings = self.settings.model_dump(mode="json")
-        for free in WITHOUT_INFLUENCE:
-            settings.pop(free)
         return {
-            **settings,
+            **self.settings.model_dump(mode="json", exclude=set(WITHOUT_INFLUENCE)),
             **self.prepared.about,
             "tokenizer_vocabulary": str(self.data.tokenizer and self.data.tokenizer.vocabulary),
             "tokenizer_template": str(self.data.tokenizer and self.data.tokenizer.chat_template),
@@ -354,11 +354,10 @@ class _Job:
             keep=settings.keep,
             evaluations=evaluations_of(len(data), settings, self.processes) or None,
             early_stopping_patience=settings.patience,
+            averaging="off" if trainer.average is None else "on",
         )
         seen = self._batches(steps)
-        kept = steps
-        if settings.keep == "best" and trainer.state.best_global_step:
-            kept = trainer.state.best_global_step
+        kept = (settings.keep == "best" and trainer.state.best_global_step) or steps
         curve = recorder.held_out_curve
         after = next((point.loss for point in curve if point.step == kept), curve[-1].loss)
         return Metrics(

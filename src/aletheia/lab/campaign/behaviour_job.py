@@ -106,6 +106,7 @@ def _train(job: _RowJob, out: Path) -> None:
                 learning_rate=arm.learning_rate,
                 evaluations=campaign.evaluations,
                 early_stop=False,  # as many steps as the campaign says
+                averaging="off",  # arms are compared as the optimizer left them
                 seed=seed,
                 cache=cache,
                 cache_dir=job.folder / CACHES,
