@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/defaults_page.py [RUNS.jsonl ...]
 
 Adds the runs of the files to docs/results/defaults/runs.jsonl.gz, then writes from all that is there: curves.csv (every
-run's settings and held-out losses), and README.md. Differences are paired by seed and held-out row; their intervals come
-from 2,000 draws of seeds and rows.
+run's settings and held-out losses), arms.csv (every arm against uniform LoRA), and README.md. Differences are paired by
+seed and held-out row; their intervals come from 2,000 draws of seeds and rows.
 """
 
 import csv
@@ -25,6 +25,8 @@ DRAWS, PATIENCE = 2000, 3
 Run = dict[str, Any]
 Cell = tuple[str, str, str]  # task, length, where it ran
 NAMES = {"gsm8k": "GSM8K", "strategyqa": "StrategyQA", "mix": "mix"}
+IN_PAGE = ("uniform", "freeze-0.5-15", "freeze-0.25-15")
+HEAD = ("cell", "arm", "rate", "seeds", "loss kept", "against uniform", "steps")
 LENGTHS = {"40": "40 x 4", "150": "150 x 4", "epochs": "3 passes x 8"}
 
 
@@ -149,12 +151,9 @@ def told(value: tuple[float, float, float] | None) -> str:
     return f"{middle:+.1f} % ({low:+.1f} to {high:+.1f})"
 
 
-def table_of_arms(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> list[str]:
-    """Every arm and rate against the yardstick of its cell."""
-    lines = [
-        "| cell | arm | rate | seeds | loss kept | against uniform | steps |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
+def compared(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> list[list[str]]:
+    """Every arm and rate against the yardstick of its cell: cell, arm, rate, seeds, loss kept, difference, steps."""
+    lines = []
     for (task, length, place), arms in found.items():
         rate, best = yardstick(arms)
         for (arm, own), runs in sorted(arms.items()):
@@ -162,10 +161,25 @@ def table_of_arms(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> list
                 continue
             mark = "0 (it is that)" if (arm, own) == ("uniform", rate) else told(difference(runs, best))
             stops = np.mean([kept(run)[2] / run["steps"] for run in runs])
-            lines.append(
-                f"| {NAMES[task]} {LENGTHS[length]}, {place} | {arm} | {own:g} | {len(runs)} | {mean_kept(runs):.4f} | {mark} | {stops:.0%} |"
-            )
+            cell = f"{NAMES[task]} {LENGTHS[length]}, {place}"
+            lines.append([cell, arm, f"{own:g}", str(len(runs)), f"{mean_kept(runs):.4f}", mark, f"{stops:.0%}"])
     return lines
+
+
+def table_of_arms(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Uniform LoRA at its rates, and lower layers that freeze, of which every cell has some."""
+    own = [line for line in lines if line[1] in IN_PAGE]
+    return [
+        "| " + " | ".join(HEAD) + " |",
+        "|---|---|---:|---:|---:|---:|---:|",
+        *(f"| {' | '.join(x)} |" for x in own),
+    ]
+
+
+def write_arms(lines: Sequence[Sequence[str]]) -> None:
+    """Every arm."""
+    with (PLACE / "arms.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([HEAD, *lines])
 
 
 def table_of_stopping(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> list[str]:
@@ -202,7 +216,9 @@ def main() -> None:
     text = (
         page.read_text() if page.exists() else "<!-- arms -->\n<!-- /arms -->\n<!-- stopping -->\n<!-- /stopping -->\n"
     )
-    for name, lines in (("arms", table_of_arms(found)), ("stopping", table_of_stopping(found))):
+    lines_of_arms = compared(found)
+    write_arms(lines_of_arms)
+    for name, lines in (("arms", table_of_arms(lines_of_arms)), ("stopping", table_of_stopping(found))):
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, _, rest = text.partition(start)
         text = before + start + "\n" + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
