@@ -14,7 +14,7 @@ import aletheia
 from aletheia.errors import SettingsError
 from aletheia.reporting.comparison import differences, kept_point, repeat_command
 from aletheia.runs.folder import RunFolder
-from aletheia.training import averaging, loop
+from aletheia.training import loop
 from aletheia.training.averaging import AVERAGE_FILE, WeightAverage
 from aletheia.training.held_out import held_out_loss
 from aletheia.training.loop import takes_average
@@ -155,42 +155,37 @@ def test_the_best_point_is_kept_as_an_average(lowest, plan, examples, held_out, 
 
 
 def test_training_goes_on_from_the_weights(plan, examples, tmp_path):
-    """Losses of training, and weights in checkpoints, are those of a run without an average."""
+    """Until layers freeze, losses of training and weights in checkpoints are those of a run without an average."""
     on, off = (trained(plan, examples, tmp_path / name, averaging=name, **EVERY_STEP) for name in ("on", "off"))
-    assert train_losses(on) == train_losses(off)
+    assert train_losses(on)[:FROZEN_AFTER] == train_losses(off)[:FROZEN_AFTER]
     assert curve(on)[1:] != curve(off)[1:]
-    for step in (4, STEPS):
-        one, other = (tmp_path / name / "checkpoints" / f"checkpoint-{step}" for name in ("on", "off"))
-        assert (one / "adapter_model.safetensors").read_bytes() == (other / "adapter_model.safetensors").read_bytes()
-        assert not (other / AVERAGE_FILE).exists()
+    one, other = (tmp_path / name / "checkpoints" / f"checkpoint-{FROZEN_AFTER - 1}" for name in ("on", "off"))
+    assert (one / "adapter_model.safetensors").read_bytes() == (other / "adapter_model.safetensors").read_bytes()
+    assert not (other / AVERAGE_FILE).exists()
 
 
-def test_what_freezes_has_one_value(plan, examples, held_out, tmp_path, monkeypatch):
-    """That of the weights, or of the average, which is halfway from the one before to the weights after 5 steps."""
-    at = {}
-    for winner in ("weights", "average"):
-        monkeypatch.setattr(averaging, "FROZEN_TAKES", winner)
-        run = trained(plan, examples, tmp_path / winner, keep="last", cache="memory", **EVERY_STEP)
-        checkpoints = tmp_path / winner / "checkpoints"
-        before, at[winner], end = (
-            checkpoints / f"checkpoint-{step}" for step in (FROZEN_AFTER - 1, FROZEN_AFTER, STEPS)
-        )
-        for name, value in weights(end).items():
-            assert torch.equal(value, averages(end)[name]) == is_early(name)
-            assert torch.equal(value, weights(at[winner])[name]) == is_early(name)
-        assert loss_of(averages(end), plan, held_out) == pytest.approx(run.metrics.held_out_loss_after, abs=1e-5)
-    found, raw = weights(at["average"]), weights(at["weights"])
+def test_what_freezes_takes_its_average(plan, examples, held_out, tmp_path):
+    """Which is halfway from the one before to the weights after 5 steps."""
+    run, _ = (
+        trained(plan, examples, tmp_path / name, averaging=name, keep="last", cache="memory", **EVERY_STEP)
+        for name in ("on", "off")
+    )
+    before, at, end = (
+        tmp_path / "on" / "checkpoints" / f"checkpoint-{step}" for step in (FROZEN_AFTER - 1, FROZEN_AFTER, STEPS)
+    )
+    for name, value in weights(end).items():
+        assert torch.equal(value, averages(end)[name]) == is_early(name)
+        assert torch.equal(value, weights(at)[name]) == is_early(name)
+    assert loss_of(averages(end), plan, held_out) == pytest.approx(run.metrics.held_out_loss_after, abs=1e-5)
+    found, raw = weights(at), weights(tmp_path / "off" / "checkpoints" / f"checkpoint-{FROZEN_AFTER}")
     for name, average in averages(before).items():
         expected = (average + raw[name]) / 2 if is_early(name) else raw[name]
         torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(
-    ("winner", "keep", "broken_at"), [("weights", "best", 4), ("weights", "last", 6), ("average", "last", 10)]
-)
-def test_a_run_that_goes_on_ends_with_the_same_bytes(winner, keep, broken_at, plan, examples, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("keep", "broken_at"), [("best", 4), ("last", 6), ("last", 10)])
+def test_a_run_that_goes_on_ends_with_the_same_bytes(keep, broken_at, plan, examples, tmp_path, monkeypatch):
     """Broken off before, at and after the freeze: step 6 is evaluated from checkpoint 5."""
-    monkeypatch.setattr(averaging, "FROZEN_TAKES", winner)
     settings = {"keep": keep, "save_steps": 1, "save_total_limit": STEPS, "early_stop": False}
     whole = trained(plan, examples, tmp_path / "whole", **settings)
     compute, left = loop.held_out_loss, iter(range(0, broken_at + 1, 2))

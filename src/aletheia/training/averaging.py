@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -12,10 +12,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 ETA = 3  # the larger, the less the first steps count
 AVERAGE_FILE = "average.safetensors"
-
-# A layer that freezes has one value from then on, since what it computes is stored once. Which of the two it is:
-Winner = Literal["weights", "average"]
-FROZEN_TAKES: Winner = "weights"
 
 
 class WeightAverage(TrainerCallback):
@@ -93,10 +89,9 @@ class WeightAverage(TrainerCallback):
 
     @torch.no_grad()
     def _settle(self) -> None:
-        """Let average and weight of what has frozen be the same."""
+        """What has frozen takes its average, and has one value from then on, since what it computes is stored once."""
         frozen = [name for name in self._learning if not self._parameters[name].requires_grad]
-        if FROZEN_TAKES == "average":
-            self._apply(frozen)
-        for name in frozen:
+        self._apply(frozen)
+        for name in frozen:  # in the parameter's dtype
             self._averages[name].copy_(self._parameters[name])
         self._learning = [name for name in self._learning if name not in set(frozen)]
