@@ -26,6 +26,7 @@ NASTY = (
     "'\"; DROP",
     "a: b # c\t- d", "&lt;b&gt;&amp;", "\ud800 broken", "\x00\x07\x08\r", "\\", "*a* _b_ ~c~ $x$", "\u2028\u2029\x85",
     "!!python/object/apply:os.system [x]", "&a [*a]", "<<: x", "</td></table>", "]]>", "%s %d {0}", "-" * 300,
+    "\U0001f3fb",  # modifies the character before it, and takes no cell of its own
 )  # fmt: skip
 PIECES = st.one_of(st.sampled_from(NASTY), st.text(st.characters(), max_size=12))
 NAMES = st.lists(PIECES, min_size=1, max_size=3).map("".join)

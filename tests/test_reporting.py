@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from aletheia.anatomy.schema import Anatomy, DataIdentity, ModelIdentity, Module
@@ -202,7 +203,7 @@ def shown(renderable, width=80):
     console = Console(width=width, record=True, file=open("/dev/null", "w"), highlight=False)  # noqa: SIM115
     console.print(renderable)
     text = console.export_text()
-    assert max(map(len, text.splitlines())) <= width
+    assert max(map(cell_len, text.splitlines())) <= width
     return text
 
 
