@@ -182,6 +182,13 @@ def write_arms(lines: Sequence[Sequence[str]]) -> None:
         csv.writer(file, lineterminator="\n").writerows([HEAD, *lines])
 
 
+def mean_of_averages(runs: Sequence[Run], eta: int) -> str:
+    """Mean over runs of the lowest loss of averaged weights; empty without any."""
+    losses = [[loss(nats, run) for _, own, nats in run.get("averages", ()) if own == eta] for run in runs]
+    lowest = [min(own) for own in losses if own]
+    return f"{np.mean(lowest):.4f}" if lowest else ""
+
+
 def table_of_stopping(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> list[str]:
     """What patience gives up and saves, on uniform LoRA at every rate, and what a decay from a point would reach."""
     lines = [
@@ -197,8 +204,7 @@ def table_of_stopping(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> 
                 f"{mean_kept(runs, patience):.4f}, {np.mean([kept(run, patience)[2] / run['steps'] for run in runs]):.0%}"
                 for patience in (1, 2, 3)
             ]
-            averages = [(eta, loss(nats, run)) for run in runs for _, eta, nats in run.get("averages", ())]
-            means = [min((f"{mean:.4f}" for own, mean in averages if own == eta), default="") for eta in (8, 3)]
+            means = [mean_of_averages(runs, eta) for eta in (8, 3)]
             decays = ", ".join(f"{step}: {loss(nats, run):.4f}" for run in runs for step, nats in run["decays"])
             name = f"{NAMES[task]} {LENGTHS[length]}, {place}" + ("" if arm == "uniform" else f", {arm}")
             lines.append(

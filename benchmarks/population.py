@@ -609,10 +609,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--model")
     parser.add_argument("--out", type=Path)
-    parser.add_argument(
-        "--jobs", default="main", help="main, more, single, or an arm with @ and a multiple of the rate; :seed"
-    )
-    parser.add_argument("--cells", default="40,150,epochs")
+    parser.add_argument("--jobs", default="main:012", help=JOBS)
     parser.add_argument("--tasks", default=",".join(TASKS))
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--steps", type=int, help="break runs off here, to try the script")

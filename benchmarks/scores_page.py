@@ -1,4 +1,7 @@
-"""The page of ``scores.py``: what was asked, what was measured, what it means. Every figure comes from the tables."""
+"""The page of ``scores.py``: what was asked, what was measured, what it means.
+
+Figures come from the tables; those of layers together from docs/results/defaults.
+"""
 
 from argparse import Namespace
 from typing import Any
