@@ -2,14 +2,14 @@
 
     .venv/bin/python benchmarks/defaults_page.py [RUNS.jsonl ...]
 
-Adds the runs of the files to docs/results/defaults/runs.jsonl.gz, then writes from all that is there: curves.csv (every
+Adds the runs of the files to docs/results/defaults/runs.jsonl.xz, then writes from all that is there: curves.csv (every
 run's settings and held-out losses), arms.csv (every arm against uniform LoRA), and README.md. Differences are paired by
 seed and held-out row; their intervals come from 2,000 draws of seeds and rows.
 """
 
 import csv
-import gzip
 import json
+import lzma
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -20,13 +20,27 @@ from typing import Any
 import numpy as np
 
 PLACE = Path("docs/results/defaults")
-STORE = PLACE / "runs.jsonl.gz"
+STORE = PLACE / "runs.jsonl.xz"
 DRAWS, PATIENCE = 2000, 3
 Run = dict[str, Any]
 Cell = tuple[str, str, str]  # task, length, where it ran
 NAMES = {"gsm8k": "GSM8K", "strategyqa": "StrategyQA", "mix": "mix"}
 IN_PAGE = ("uniform", "freeze-0.5-15", "freeze-0.25-15")
 HEAD = ("cell", "arm", "rate", "seeds", "loss kept", "against uniform", "steps")
+# how a default run of each cell was run: the arm, and its default rate
+EVERY, FREEZING = "uniform", "freeze-0.5-15+mean"
+DEFAULTS = {
+    ("gsm8k", "40"): (EVERY, 0.00198),
+    ("gsm8k", "150"): (EVERY, 0.00198),
+    ("gsm8k", "epochs"): (FREEZING, 0.00187),
+    ("strategyqa", "40"): (EVERY, 0.00198),
+    ("strategyqa", "150"): (EVERY, 0.00198),
+    ("strategyqa", "epochs"): (FREEZING, 0.00216),
+    ("mix", "40"): (EVERY, 0.00198),
+    ("mix", "150"): (EVERY, 0.00176),
+    ("mix", "epochs"): (FREEZING, 0.00197),
+}
+AVERAGED = {("gsm8k", "epochs"), ("strategyqa", "epochs"), ("mix", "150"), ("mix", "epochs")}  # more than one pass
 LENGTHS = {"40": "40 x 4", "150": "150 x 4", "epochs": "3 passes x 8"}
 
 
@@ -41,20 +55,46 @@ def device(run: Run) -> str:
 
 
 def collected(files: Iterable[Path]) -> list[Run]:
-    """All runs: those of the store, and those of the files that it does not have."""
+    """All runs: those of the files, and those of the store that they do not have."""
     runs: dict[tuple[str, ...], Run] = {}
-    lines = gzip.decompress(STORE.read_bytes()).decode().splitlines() if STORE.exists() else []
+    lines = lzma.decompress(STORE.read_bytes()).decode().splitlines() if STORE.exists() else []
     for line in (*lines, *(line for file in files for line in file.read_text().splitlines())):
-        run = json.loads(line)
-        runs.setdefault(key(run), run)
+        run = slim(json.loads(line))
+        runs[key(run)] = run
     return [runs[name] for name in sorted(runs)]
+
+
+def slim(run: Run) -> Run:
+    """The losses of rows where something may be kept: at the lowest point so far. Elsewhere their sum is enough."""
+
+    def of_records(points: Sequence[list]) -> list[list]:
+        lowest, found = float("inf"), []
+        for *about, nats in points:
+            total = round(sum(nats), 2)
+            found.append([*about, nats if total < lowest else [total]])
+            lowest = min(lowest, total)
+        return found
+
+    averages = run.get("averages", ())
+    by_eta = {
+        eta: of_records([point for point in averages if point[1] == eta]) for eta in {own for _, own, _ in averages}
+    }
+    slimmer = run | {
+        "points": of_records(run["points"]),
+        "averages": [point for own in by_eta.values() for point in own],
+    }
+    if run.get("scaled"):
+        eta = run["scaled"][0][1]
+        step = min(by_eta[eta], key=lambda point: sum(point[2]))[0] if eta else run["steps"]
+        slimmer["scaled"] = [point for point in run["scaled"] if point[0] == step]
+    return slimmer
 
 
 def write_store(runs: Sequence[Run]) -> None:
     """The same runs give the same bytes."""
     PLACE.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(run) + "\n" for run in runs)
-    STORE.write_bytes(gzip.compress(text.encode(), mtime=0))
+    STORE.write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
 
 
 def write_curves(runs: Sequence[Run]) -> None:
@@ -74,6 +114,8 @@ def write_curves(runs: Sequence[Run]) -> None:
             ]
             tried = [("", *point) for point in run["points"]] + [(" decayed", *point) for point in run["decays"]]
             tried += [(f" mean {eta}", step, nats) for step, eta, nats in run.get("averages", ())]
+            for step, eta, scale, nats in run.get("scaled", ()):
+                tried.append((f" mean {eta} x {scale:g}" if eta else f" x {scale:g}", step, nats))
             for kind, step, nats in tried:
                 table.writerow([*about[:-1], about[-1] + kind, step, f"{loss(nats, run):.4f}"])
 
@@ -83,24 +125,46 @@ def loss(nats: Sequence[float], run: Run) -> float:
     return sum(nats) / sum(run["counts"])
 
 
-def kept(run: Run, patience: int | None = PATIENCE) -> tuple[int, list[float], int]:
+def kept(
+    run: Run, patience: int | None = PATIENCE, points: Sequence[tuple[int, list[float]]] | None = None
+) -> tuple[int, list[float], int]:
     """The point that is kept, its row losses, and the step after which the run stops; None: it never stops early."""
-    best = 0
-    for at, (step, nats) in enumerate(run["points"]):
-        if loss(nats, run) < loss(run["points"][best][1], run):
+    points, best = points or run["points"], 0
+    for at, (step, nats) in enumerate(points):
+        if loss(nats, run) < loss(points[best][1], run):
             best = at
         elif patience is not None and at - best >= patience:
-            return (*run["points"][best], step)
-    return (*run["points"][best], run["points"][-1][0])
+            return (*points[best], step)
+    return (*points[best], points[-1][0])
 
 
-def difference(ours: Sequence[Run], theirs: Sequence[Run]) -> tuple[float, float, float] | None:
-    """Relative difference of the mean loss of kept points, with a 95 % interval; runs are paired by seed."""
+def rows_of_plain(run: Run) -> list[float]:
+    """Row losses of what plain LoRA with early stopping keeps."""
+    return kept(run)[1]
+
+
+def rows_of_ours(run: Run) -> list[float]:
+    """Row losses of what ``aletheia train`` keeps: of the average over several passes, and less of it where that is better."""
+    eta = 3 if (run["task"], run["length"]) in AVERAGED else 0
+    averages = [(step, nats) for step, own, nats in run.get("averages", ()) if own == eta]
+    step, best, _ = kept(run, points=averages)
+    scaled = {scale: nats for at, own, scale, nats in run.get("scaled", ()) if (at, own) == (step, eta)}
+    for scale in sorted(scaled, reverse=True):
+        if loss(scaled[scale], run) >= loss(best, run):
+            break
+        best = scaled[scale]
+    return best
+
+
+def difference(
+    ours: Sequence[Run], theirs: Sequence[Run], keeps: tuple = (rows_of_plain, rows_of_plain)
+) -> tuple[float, float, float] | None:
+    """Relative difference of the mean loss of what is kept, with a 95 % interval; runs are paired by seed."""
     of_seed = {run["seed"]: run for run in theirs}
     pairs = [(run, of_seed[run["seed"]]) for run in ours if run["seed"] in of_seed]
     if not pairs:
         return None
-    mine, other = (np.array([kept(pair[side])[1] for pair in pairs]) for side in (0, 1))  # [seeds, rows]
+    mine, other = (np.array([keep(pair[side]) for pair in pairs]) for side, keep in enumerate(keeps))  # [seeds, rows]
     if np.array_equal(mine, other):
         return 0.0, 0.0, 0.0
     draw = np.random.default_rng(0)
@@ -166,6 +230,41 @@ def compared(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> list[list
     return lines
 
 
+def table_of_defaults(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> list[str]:
+    """The default of every cell against plain uniform LoRA at its best rate, and at half and twice its rate."""
+    lines = [
+        "| task, steps x rows | default rate | loss kept | plain LoRA, best rate | default against it | half the rate | twice the rate |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    differences = []
+    for length in LENGTHS:
+        for task in NAMES:
+            arms = found[task, length, "H200"]
+            name, rate = DEFAULTS[task, length]
+            best_rate, best = yardstick(arms)
+            runs = arms[name, rate]
+            against = difference(runs, best, (rows_of_ours, rows_of_plain))
+            differences.append(against[0] if against else 0.0)
+            mean = np.mean([loss(rows_of_ours(run), run) for run in runs])
+            others = [
+                told(difference(other, runs, (rows_of_ours, rows_of_ours)))
+                for times in (0.5, 2)
+                for other in [
+                    next((x for (arm, own), x in arms.items() if (arm, near(own, times * rate)) == (name, True)), [])
+                ]
+            ]
+            lines.append(
+                f"| {NAMES[task]}, {LENGTHS[length]} | {rate:g} | {mean:.4f} | {mean_kept(best):.4f} at {best_rate:g} | "
+                f"{told(against)} | {' | '.join(other or 'not run' for other in others)} |"
+            )
+    return [*lines, f"| mean | | | | {100 * np.mean(differences):+.2f} % | | |"]
+
+
+def near(rate: float, other: float) -> bool:
+    """The same but for rounding to three digits."""
+    return abs(rate / other - 1) < 0.01
+
+
 def table_of_arms(lines: Sequence[Sequence[str]]) -> list[str]:
     """Uniform LoRA at its rates, and lower layers that freeze, of which every cell has some."""
     own = [line for line in lines if line[1] in IN_PAGE]
@@ -220,11 +319,18 @@ def main() -> None:
     found = cells(runs)
     page = PLACE / "README.md"
     text = (
-        page.read_text() if page.exists() else "<!-- arms -->\n<!-- /arms -->\n<!-- stopping -->\n<!-- /stopping -->\n"
+        page.read_text()
+        if page.exists()
+        else "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("defaults", "arms", "stopping"))
     )
     lines_of_arms = compared(found)
     write_arms(lines_of_arms)
-    for name, lines in (("arms", table_of_arms(lines_of_arms)), ("stopping", table_of_stopping(found))):
+    tables = {
+        "defaults": table_of_defaults(found),
+        "arms": table_of_arms(lines_of_arms),
+        "stopping": table_of_stopping(found),
+    }
+    for name, lines in tables.items():
         start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, _, rest = text.partition(start)
         text = before + start + "\n" + "\n".join(lines) + "\n" + end + rest.partition(end)[2]

@@ -31,7 +31,8 @@ RANK, SCALE, WARMUP, EPOCHS = 16, 2.0, 0.05, 3
 SEVEN = ("q", "k", "v", "o", "gate", "up", "down")
 GROUPS = {"in": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"), "down": ("down",)}  # by the input they share
 # batch size, points at which held-out losses are taken, held-out rows, averages of the weights
-LENGTHS = {"40": (4, 2, 160, (3, 8)), "150": (4, 5, 160, (3, 8)), "epochs": (8, 12, 128, (3,))}
+LENGTHS = {"40": (4, 2, 160, (3, 8)), "150": (4, 5, 160, (3, 8)), "epochs": (8, 12, 96, (3,))}
+SCALES = (0.6, 0.8)  # of the adapters: at the end, or, over several passes, of the averages at every point
 SINGLE_RATE, SINGLE_ROWS = 4e-3, 96
 TASKS = ("gsm8k", "strategyqa", "mix")
 FORKS = (0.25, 0.35, 0.5, 0.7)  # shares of a run after which arms part from uniform LoRA
@@ -315,8 +316,9 @@ class State:
     first: torch.Tensor
     second: torch.Tensor
     begun: list[int]  # steps before which a layer had not learned
-    points: list[list]  # of each run
-    averages: list[list]
+    points: list[list]  # of each run: step and losses
+    averages: list[list]  # step, eta and losses
+    scaled: list[list]  # step, eta or 0, scale and losses
 
     @classmethod
     def stacked(cls, states: Sequence["State"], device: str) -> "State":
@@ -334,6 +336,7 @@ class State:
             list(states[0].begun),
             [list(points) for state in states for points in state.points],
             [list(points) for state in states for points in state.averages],
+            [list(points) for state in states for points in state.scaled],
         )
 
     def of(self, run: int) -> "State":
@@ -343,8 +346,8 @@ class State:
             return tensor[run : run + 1].to("cpu", copy=True)
 
         means = {eta: own(mean) for eta, mean in self.means.items()}
-        points, averages = list(self.points[run]), list(self.averages[run])
-        return State(own(self.flat), means, own(self.first), own(self.second), list(self.begun), [points], [averages])
+        notes = [[list(of_runs[run])] for of_runs in (self.points, self.averages, self.scaled)]
+        return State(own(self.flat), means, own(self.first), own(self.second), list(self.begun), *notes)
 
 
 class Cell:
@@ -414,7 +417,10 @@ class Cell:
                 self.turn(state, part, before, boundary, at)
                 self.train(state, part, boundary, at, self.steps, [set() for _ in part])
                 done |= {arm: state.of(run) for run, arm in enumerate(part)}
-        return {arm: {"points": s.points[0], "decays": [], "averages": s.averages[0]} for arm, s in done.items()}
+        return {
+            arm: {"points": s.points[0], "decays": [], "averages": s.averages[0], "scaled": s.scaled[0]}
+            for arm, s in done.items()
+        }
 
     @property
     def longest(self) -> int:
@@ -431,10 +437,8 @@ class Cell:
         layers = len(self.frozen.layers)
         begun = [0 if layer >= boundary else self.steps for layer in range(layers)]
         means = {eta: flat.clone() for eta in self.etas}
-        none = [[] for _ in arms]
-        return State(
-            flat, means, torch.zeros_like(flat), torch.zeros_like(flat), begun, none, [list(own) for own in none]
-        )
+        notes: list[list[list]] = [[[] for _ in arms] for _ in range(3)]
+        return State(flat, means, torch.zeros_like(flat), torch.zeros_like(flat), begun, *notes)
 
     def turn(self, state: State, arms: Sequence[Arm], before: int, boundary: int, at: int) -> None:
         """Begin a phase: layers that freeze have one value from here on, layers that thaw begin to learn."""
@@ -528,6 +532,20 @@ class Cell:
         for eta, mean in state.means.items():
             for run, nats in enumerate(self.nats(mean)):
                 state.averages[run].append([number, eta, nats])
+        repeats = self.length == "epochs"
+        eta = self.etas[0] if repeats else 0
+        values = state.means[eta] if repeats else state.flat
+        for scale in SCALES if self.etas and (repeats or number == self.steps) else ():
+            for run, nats in enumerate(self.nats(values * self.scales(scale))):
+                state.scaled[run].append([number, eta, scale, nats])
+
+    def scales(self, scale: float) -> torch.Tensor:
+        """What makes an adapter's product so many times as large: a factor for each parameter of a run."""
+        found = torch.ones(self.frozen.size, device=self.device)
+        for _, _, factor, at, shape in self.frozen.places:
+            if factor == "B":
+                found[at : at + shape[0] * shape[1]] = scale
+        return found
 
     @torch.no_grad()
     def nats(self, flat: torch.Tensor) -> list[list[float]]:

@@ -41,7 +41,7 @@ def held_out(examples):
 def trained(plan, examples, out, **settings):
     """More than two passes over 20 rows."""
     adapted = aletheia.adapt(make_model("llama"), plan)
-    settings = {"steps": STEPS, "learning_rate": 1e-2, "evaluations": 6} | settings
+    settings = {"steps": STEPS, "learning_rate": 1e-2, "evaluations": 6, "rescale": False} | settings
     data, held_out = examples.subset(range(20)), examples.subset(range(20, 26))
     return aletheia.train(adapted, data, plan, out, held_out, show_progress=False, **settings)
 

@@ -100,7 +100,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer(job, folder_with, tmp_path,
 
     folder = folder_with(make_tokenizer())
     training = TRAINING | {"save_steps": 2}
-    monkeypatch.setattr(train_module._Job, "_finish", interrupted)
+    monkeypatch.setattr(train_module.Job, "_finish", interrupted)
     with pytest.raises(TrainingError, match="enough"):
         job(folder, out=tmp_path / "run", training=training)
     monkeypatch.undo()

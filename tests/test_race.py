@@ -151,7 +151,7 @@ def test_adapters_and_random_state_are_afterwards_as_they_were(scores, examples,
 def test_what_was_raced_is_recorded_and_said_in_one_line(scores, examples, tmp_path, capsys):
     run = trained(scores, examples, tmp_path / "run", show_progress=True)
     found, rate = run.metrics.rate_race, run.metrics.settings.learning_rate
-    default = default_learning_rate(32, STEPS, passes=STEPS / 10)
+    default = default_learning_rate(32, STEPS)  # more than a pass, so averaged
     assert found.rates == pytest.approx([factor * default for factor in FACTORS])
     assert (found.steps, found.rows, found.chosen) == (8, 20, rate)
     assert all(loss < run.metrics.held_out_loss_before for loss in found.losses)

@@ -140,6 +140,7 @@ def _conditions(runs: Sequence[Run]) -> dict[str, list[tuple[object, str]]]:
             (setting.group_by_length, "on" if setting.group_by_length else "off") for setting in settings
         ],
         "averaging": [(setting.averaging, setting.averaging) for setting in settings],
+        "rescaling": [(setting.rescale, "on" if setting.rescale else "off") for setting in settings],
         "checkpointing": [(setting.gradient_checkpointing, setting.gradient_checkpointing) for setting in settings],
         "start": [
             (metrics.went_on_from.sha256, metrics.went_on_from.name) if metrics.went_on_from else (None, "new adapters")
@@ -237,12 +238,13 @@ def step_time(metrics: Metrics) -> str:
 
 
 def kept_point(metrics: Metrics) -> str:
-    """Which step's adapter was kept, whether it is an average, and how many planned steps were saved.
+    """Which step's adapter was kept, whether it is an average, how strong, and how many planned steps were saved.
 
-    ``step 150 of 180, weights averaged, 60 steps saved``.
+    ``step 150 of 180, weights averaged, at 0.8 of its strength, 60 steps saved``.
     """
     kept = f"step {metrics.kept_step or metrics.steps:,} of {metrics.steps:,}"
     kept += ", weights averaged" if metrics.settings.averaging == "on" else ""
+    kept += f", at {metrics.kept_scale:g} of its strength" if metrics.kept_scale != 1 else ""
     return kept + (f", {metrics.steps_saved:,} steps saved" if metrics.steps_saved else "")
 
 
@@ -344,6 +346,8 @@ def repeat_command(run: Run) -> tuple[str, ...]:
     switches = [] if settings.group_by_length else ["--no-group-by-length"]
     if settings.early_stopping_patience is None:
         switches.append("--no-early-stop")
+    if settings.keep == "best" and not settings.rescale:
+        switches.append("--no-rescale")
     if settings.quantization_corrected:
         switches.append("--correct-quantization")
     return (head, *(f"{flag} {shlex.quote(value)}" for flag, value in options), *switches)

@@ -27,6 +27,6 @@ def targets_view(plans: Mapping[Target, Plan]) -> RenderableType:
     epochs = next(iter(plans.values())).settings.epochs or 1.0
     told = (
         f"Time: predicted for {epochs:g} pass{'' if epochs == 1 else 'es'} over the data, of that of uniform LoRA in "
-        "plain PEFT. Loss: measured against uniform LoRA on SmolLM2, docs/results/defaults."
+        "plain PEFT. Loss: measured on SmolLM2 against every layer to the end, docs/results/defaults."
     )
     return Group(Text(), table, Text(told, style="dim"))

@@ -39,7 +39,7 @@ Made with `aletheia-tune` {metrics.packages.get("aletheia-tune", "")}; the adapt
 | ranks | {plan.settings.ranks}, {_rank_range(plan)}{_scale(plan)} |
 | trainable parameters | {plan.trainable_parameters:,} |
 | steps x batch size | {metrics.steps} x {settings.batch_size} |
-| kept | the adapter of step {metrics.kept_step or metrics.steps}{_averaged(run)} |
+| kept | the adapter of step {metrics.kept_step or metrics.steps}{_averaged(run)}{_rescaled(run)} |
 | learning rate | {settings.learning_rate:g} |
 | held-out loss | {metrics.held_out_loss_before:.4f} before, {metrics.held_out_loss_after:.4f} after \
 ({metrics.held_out_rows} rows, {metrics.held_out_tokens:,} completion tokens) |
@@ -88,6 +88,11 @@ def _before(run: Run) -> str:
 
 def _averaged(run: Run) -> str:
     return ", its weights averaged over the steps so far" if run.metrics.settings.averaging == "on" else ""
+
+
+def _rescaled(run: Run) -> str:
+    scale = run.metrics.kept_scale
+    return f", at {scale:g} of its strength (every B multiplied by that)" if scale != 1 else ""
 
 
 def _early(run: Run) -> str:

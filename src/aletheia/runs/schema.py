@@ -86,6 +86,7 @@ class UsedSettings(BaseModel):
     keep: Literal["last", "best"] = "last"
     evaluations: int | None = None  # planned; None: Trainer was told when
     early_stopping_patience: int | None = None  # None: every planned step is taken
+    rescale: bool = False  # whether less of the kept adapter was tried
     averaging: Literal["on", "off"] = "off"  # of the weights: held-out losses and the kept adapter are of the average
 
 
@@ -132,6 +133,7 @@ class Metrics(Artifact):
     steps: int
     planned_steps: int | None = None  # what the schedule was laid out for
     kept_step: int | None = None
+    kept_scale: FiniteFloat = 1.0  # of what the adapters added after that step
     tokens: int
     labelled_tokens: int
     boundary: int

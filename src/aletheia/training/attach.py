@@ -205,6 +205,11 @@ class Attachment(TrainerCallback):
     # --- phases
 
     @property
+    def frees(self) -> bool:
+        """Whether the layers below the boundary are dropped from memory for good."""
+        return self._free and self._prefix is not None
+
+    @property
     def _model(self) -> nn.Module:
         model = self._trainer.model
         assert model is not None
@@ -225,7 +230,7 @@ class Attachment(TrainerCallback):
         self._source = self._make_source(model, phase)
         # the stored prefix comes first, so that its look-up sees a batch before other hooks do
         if self._prefix is not None or self._source is not None:
-            context = stored_prefix(model, phase.boundary, self._free and self._prefix is not None, self._source)
+            context = stored_prefix(model, phase.boundary, self.frees, self._source)
             self._stack.enter_context(context)
         self._stack.enter_context(frozen_prefix(model))
         ways = step_ways(model, reads(self._trainer), self._recompute) if self._settings.fast_steps else {}

@@ -54,7 +54,7 @@ def evaluations_of(rows: int, settings: TrainSettings, processes: int = 1) -> in
     """How often the held-out loss is taken in all, evenly, the last time after the last step; 0: Trainer decides."""
     if evaluates_by_itself(settings):
         return 0
-    return settings.evaluations or max(EVALUATIONS, round(EVALUATIONS * planned_passes(rows, settings, processes)))
+    return settings.evaluations or max(1, round(EVALUATIONS * planned_passes(rows, settings, processes)))
 
 
 def takes_average(rows: int, settings: TrainSettings, processes: int = 1) -> bool:
@@ -217,6 +217,16 @@ class RowTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return EpochOrder(self._rows, self._settings, self)
 
+    @property
+    def kept_step(self) -> int:
+        """The step whose adapter is kept once training is over."""
+        return (self._settings.keep == "best" and self.state.best_global_step) or self.state.global_step
+
+    def held_out_loss(self) -> float:
+        """Of the model as it is."""
+        assert self.model is not None
+        return held_out_loss(self.model, self._held_out, self._settings.batch_size)
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -225,11 +235,10 @@ class RowTrainer(Trainer):
         It is that of the averaged weights where there are some.
         """
         started = time.perf_counter()
-        assert self.model is not None
         collator = partial(collate, pad_token_id=self._held_out.pad_token_id)
         averaged = self.average.swapped_in() if self.average is not None else nullcontext()
         with averaged, nullcontext() if self.state.global_step else self.before_training():
-            loss = held_out_loss(self.model, self._held_out, self._settings.batch_size)
+            loss = self.held_out_loss()
             self._finite.held_out(loss, length_sorted_batches(self._held_out, self._settings.batch_size, collator))
         if self.args.device.type != "cpu":
             torch.accelerator.synchronize()

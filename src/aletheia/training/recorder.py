@@ -115,6 +115,10 @@ class Recorder(TrainerCallback):
             self._progress.console.print(told, highlight=False)
         self._draw(step)
 
+    def loss_at(self, step: int) -> float:
+        """The held-out loss after ``step``, or the last one that was taken."""
+        return next((point.loss for point in self.held_out_curve if point.step == step), self.held_out_curve[-1].loss)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

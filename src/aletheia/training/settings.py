@@ -127,7 +127,7 @@ class TrainSettings(Settings):
     evaluations: int | None = option(
         None,
         f"How often the held-out loss is taken during training ({EVALUATIONS} times per pass over the data by default, "
-        f"and never less than {EVALUATIONS} times).",
+        "and after the last step).",
         TRAINING,
         ge=1,
         le=MOST_STEPS,
@@ -139,6 +139,12 @@ class TrainSettings(Settings):
         "auto",
         "Average the weights over the steps, for the held-out loss and the adapter that is kept; auto: in runs of more "
         "than one pass over the data, where layers are not sharded.",
+        TRAINING,
+    )
+    rescale: bool = option(
+        True,
+        "With `keep` best: try the adapter at 0.8 of its strength, then at 0.6 and 0.4 while the held-out loss falls, "
+        "and keep the best. Not where layers are sharded or left memory, nor for an adapter that is trained on.",
         TRAINING,
     )
     early_stop: bool = option(

@@ -16,16 +16,13 @@ from rich.console import Console
 
 from aletheia.adapters.adapt import check_adapters
 from aletheia.adapters.correction import ROWS, Correction, rows_to_measure
-from aletheia.anatomy.access import base_of, text_config
+from aletheia.anatomy.access import text_config
 from aletheia.anatomy.checkpoint import Checkpoint
-from aletheia.anatomy.families import class_name
-from aletheia.anatomy.load import quantization_of
 from aletheia.data.batches import collate
 from aletheia.data.examples import Example, Examples
 from aletheia.errors import SettingsError, TrainingError
 from aletheia.execution.backend import entered, layer_ways
-from aletheia.execution.peak_memory import peak_memory_bytes, reset_peak_memory
-from aletheia.files import package_versions
+from aletheia.execution.peak_memory import reset_peak_memory
 from aletheia.names import printable
 from aletheia.planning.plan import Plan, layer_ranges
 from aletheia.prefix.cache import DiskCache, PrefixCache
@@ -34,9 +31,10 @@ from aletheia.prefix.exact import why_not_exact
 from aletheia.prefix.fill import fill
 from aletheia.runs.folder import RunFolder, save, save_so_far
 from aletheia.runs.manifest import TrainingCheckpoint, newest_checkpoint
-from aletheia.runs.schema import Metrics, PhaseSeconds, Run, StartingAdapter, UsedSettings
+from aletheia.runs.schema import Run, StartingAdapter
 from aletheia.training.attach import Attachment, AttachSettings, prefix_computed_as
 from aletheia.training.checkpoints import trustworthy_checkpoints
+from aletheia.training.fast_steps import fast_steps
 from aletheia.training.interrupts import Interrupts, SaveInTime, interrupts
 from aletheia.training.learning_rate import default_learning_rate, warm_up_steps
 from aletheia.training.loop import (
@@ -48,11 +46,14 @@ from aletheia.training.loop import (
     rows_per_step,
     training_arguments,
 )
-from aletheia.training.outcome import digest_of_b, verdict, whole_adapter
+from aletheia.training.measured import metrics_of
+from aletheia.training.outcome import digest_of_b, whole_adapter
 from aletheia.training.processes import Launch
 from aletheia.training.race import race_rates, race_steps, told
 from aletheia.training.recorder import Recorder
+from aletheia.training.rescale import rescale
 from aletheia.training.settings import WITHOUT_INFLUENCE, TrainSettings
+from aletheia.training.sharded import is_sharded
 
 
 @dataclass(frozen=True)
@@ -129,11 +130,11 @@ def train(
     with ExitStack() as stack:
         folder = out if isinstance(out, RunFolder) else stack.enter_context(RunFolder.claim(out))
         folder.check_room(bytes_needed)
-        job = _Job(model, data, plan, held_out, settings, prepared or Prepared(), folder, show_progress)
+        job = Job(model, data, plan, held_out, settings, prepared or Prepared(), folder, show_progress)
         return job.run()
 
 
-class _Job:
+class Job:
     """One call of :func:`train`."""
 
     def __init__(
@@ -156,6 +157,8 @@ class _Job:
         self.steps = planned_steps(len(data), settings, self.processes)
         self.recorder = Recorder(evaluations_of(len(data), settings, self.processes), show_progress)
         self.correction = Correction()
+        self.scale = 1.0  # of the kept adapter
+        self.scaled_loss: float | None = None
         self.stack = ExitStack()  # closed when the run is over
         self.has_learned = False
 
@@ -168,7 +171,7 @@ class _Job:
         reset_peak_memory(self.model.device)
         with interrupts() as interrupted:
             with self.stack, self.correction:
-                self._train(trainer, found, interrupted)
+                self._train(trainer, attachment, found, interrupted)
                 is_done = interrupted.signal is None or trainer.state.global_step >= trainer.state.max_steps
                 self.has_learned = is_done and digest_of_b(self.model) != self.recorder.start
             check_adapters(self.model, self.plan)
@@ -179,7 +182,13 @@ class _Job:
                 so_far = self._keep_so_far(trainer)
         raise interrupted.error(so_far)
 
-    def _train(self, trainer: RowTrainer, found: TrainingCheckpoint | None, interrupted: Interrupts) -> None:
+    def _train(
+        self,
+        trainer: RowTrainer,
+        attachment: Attachment,
+        found: TrainingCheckpoint | None,
+        interrupted: Interrupts,
+    ) -> None:
         """From the start, or from the checkpoint ``found``, to the last step or a signal."""
         trainer.add_callback(interrupted)
         trainer.add_callback(SaveInTime())
@@ -207,6 +216,24 @@ class _Job:
                 f"stop   after step {state.global_step} of {state.max_steps}: the held-out loss was lowest after step "
                 f"{state.best_global_step}"
             )
+        if interrupted.signal is None:
+            self._rescale(trainer, attachment)
+
+    def _rescale(self, trainer: RowTrainer, attachment: Attachment) -> None:
+        """Keep less of the adapter where that is better."""
+        is_off = not self.settings.rescale or self.settings.keep != "best" or self.prepared.went_on_from is not None
+        if is_off or attachment.frees or is_sharded(trainer):
+            return
+        started = time.perf_counter()
+        full = self.recorder.loss_at(trainer.kept_step)
+        with fast_steps(self.model):
+            self.scale, self.scaled_loss = rescale(self.model, trainer.held_out_loss, full)
+        self.recorder.eval_seconds += time.perf_counter() - started
+        if self.scale != 1:
+            self._say(
+                f"scale  {self.scale:g} of the adapter is kept: held-out loss {self.scaled_loss:.4f}, at full strength "
+                f"{full:.4f}"
+            )
 
     def _keep_so_far(self, trainer: RowTrainer) -> str:
         """Leave the adapter of an interrupted run where it can be used; what is said of it."""
@@ -217,10 +244,6 @@ class _Job:
     def _trainer(self) -> tuple[RowTrainer, Attachment]:
         settings, model, plan = self.settings, self.model, self.plan
         steps = self.steps
-        rate = settings.learning_rate
-        if rate is None or rate == "auto":
-            passes = planned_passes(len(self.data), settings, self.processes)
-            rate = default_learning_rate(text_config(model).hidden_size, steps, passes)
         if plan.early_steps(steps) and self.prepared.prefix is not None:
             raise TrainingError(
                 f"the plan adapts layers {layer_ranges(plan.early_layers)} at first, which are not in memory; "
@@ -237,7 +260,7 @@ class _Job:
             settings,
             str(self.folder.checkpoints),
             max_steps=steps,
-            learning_rate=rate,
+            **({} if settings.learning_rate in (None, "auto") else {"learning_rate": settings.learning_rate}),
             warmup_steps=warm_up_steps(settings.warmup_steps, steps),
             fp16=model.dtype == torch.float16,
             use_cpu=model.device.type == "cpu",
@@ -255,12 +278,15 @@ class _Job:
         )
         attachment.install()
         trainer.begin_average()
+        if settings.learning_rate in (None, "auto"):
+            passes = 1.0 if trainer.average else planned_passes(len(self.data), settings, self.processes)
+            trainer.args.learning_rate = default_learning_rate(text_config(model).hidden_size, steps, passes)
         trainer.before_training = self.correction.off
         return trainer, attachment
 
     def _filled(self, steps: int, trainer: RowTrainer) -> tuple[PrefixCache | None, CacheDecision]:
         """A full cache for a prefix that leaves memory, there or on disk; None where that cannot be, and why."""
-        rows = [row for batch in self._batches(steps) for row in batch] + [*self.held_out.examples]
+        rows = [row for batch in self.batches(steps) for row in batch] + [*self.held_out.examples]
         started = time.perf_counter()
         with entered(self.model, layer_ways(self.model)):
             obstacle, dtype = why_not_exact(self.model, self.plan.boundary, rows, self.data.pad_token_id)
@@ -278,14 +304,15 @@ class _Job:
         self.seconds["cache"] = time.perf_counter() - started
         return cache, CacheDecision(kind, "filled before the first step", cache.size_bytes)
 
-    def _batches(self, steps: int) -> list[list[Example]]:
+    def batches(self, steps: int) -> list[list[Example]]:
+        """The rows of each of the first steps."""
         return rows_of_steps(self.data, self.settings, steps, self.processes)
 
     def _correct(self, unquantized: Checkpoint, steps: int) -> None:
         """Measure what takes back quantization; a run that goes on measures the same again."""
         started = time.perf_counter()
         layers = unquantized.read_layers(sorted({adapter.layer for adapter in self.plan.adapters}))
-        first = chain.from_iterable(self._batches(min(math.ceil(ROWS / self.settings.batch_size), steps)))
+        first = chain.from_iterable(self.batches(min(math.ceil(ROWS / self.settings.batch_size), steps)))
         self.model.eval()
         self.correction.measure(self.model, layers, collate(rows_to_measure(first), self.data.pad_token_id))
         self.seconds["correction"] = time.perf_counter() - started
@@ -293,7 +320,7 @@ class _Job:
     def _raced(self, trainer: RowTrainer) -> float:
         """The rate that ``auto`` takes; of several processes, the first finds it for all."""
         started = time.perf_counter()
-        steps = self._batches(race_steps(trainer.args.max_steps))
+        steps = self.batches(race_steps(trainer.args.max_steps))
         given = trainer, steps, self.held_out, self.plan.boundary, self.prepared.prefix
         race = Launch.here().computed_by_first(partial(race_rates, *given, self.settings.gradient_checkpointing))
         self.recorder.race, self.recorder.race_seconds = race, time.perf_counter() - started
@@ -321,7 +348,7 @@ class _Job:
 
     def _finish(self, trainer: RowTrainer, attachment: Attachment) -> Run:
         """Write the folder; the checkpoints that were kept in time only are no longer needed."""
-        metrics = self._metrics(trainer, attachment)
+        metrics = metrics_of(self, trainer, attachment)
         run = Run(self.folder.path, metrics, self.plan)
         state = whole_adapter(self.model)
         if trainer.is_world_process_zero():
@@ -331,67 +358,6 @@ class _Job:
         if self.processes > 1:
             torch.distributed.barrier()
         return run
-
-    def _metrics(self, trainer: RowTrainer, attachment: Attachment) -> Metrics:
-        model, data, settings, recorder = self.model, self.data, self.settings, self.recorder
-        steps = trainer.state.global_step
-        used = UsedSettings(
-            batch_size=settings.batch_size,
-            gradient_accumulation_steps=settings.gradient_accumulation_steps,
-            processes=self.processes,
-            learning_rate=trainer.args.learning_rate,
-            max_length=data.max_length,
-            dtype=str(model.dtype).removeprefix("torch."),
-            device=model.device.type,
-            seed=settings.seed,
-            group_by_length=settings.group_by_length,
-            gradient_checkpointing=settings.gradient_checkpointing,
-            cache=attachment.decision.kind,
-            loaded_by=class_name(base_of(model).config),
-            quantization=quantization_of(base_of(model)),
-            quantization_corrected=bool(self.correction),
-            attention=getattr(model.config, "_attn_implementation", None),
-            keep=settings.keep,
-            evaluations=evaluations_of(len(data), settings, self.processes) or None,
-            early_stopping_patience=settings.patience,
-            averaging="off" if trainer.average is None else "on",
-        )
-        seen = self._batches(steps)
-        kept = (settings.keep == "best" and trainer.state.best_global_step) or steps
-        curve = recorder.held_out_curve
-        after = next((point.loss for point in curve if point.step == kept), curve[-1].loss)
-        return Metrics(
-            model=self.plan.model,
-            data=data.identity,
-            tokenizer=data.tokenizer,
-            held_out_data=self.held_out.identity,
-            held_out_rows=len(self.held_out),
-            held_out_tokens=self.held_out.labelled_tokens,
-            packages=package_versions(),
-            settings=used,
-            went_on_from=self.prepared.went_on_from,
-            rate_race=recorder.race,
-            rows_truncated=data.truncated,
-            rows_skipped=data.skipped,
-            steps=steps,
-            planned_steps=trainer.args.max_steps,
-            kept_step=kept,
-            tokens=sum(len(row) for batch in seen for row in batch),
-            labelled_tokens=sum(row.labelled_tokens for batch in seen for row in batch),
-            boundary=self.plan.boundary,
-            early_steps=min(self.plan.early_steps(trainer.args.max_steps), steps),
-            trainable_parameters=self.plan.trainable_parameters,
-            seconds=PhaseSeconds(**self.seconds, **recorder.seconds),
-            peak_memory_bytes=peak_memory_bytes(model.device),
-            cache_bytes=attachment.decision.size_bytes,
-            cache_reason=attachment.decision.reason,
-            steps_computed_by=attachment.ways,
-            held_out_loss_before=curve[0].loss,
-            held_out_loss_after=after,
-            verdict=verdict(self.has_learned, curve[0].loss, after),
-            train_curve=tuple(recorder.train_curve),
-            held_out_curve=tuple(curve),
-        )
 
     def _say(self, line: str) -> None:
         if self.show:

@@ -107,6 +107,7 @@ def _train(job: _RowJob, out: Path) -> None:
                 evaluations=campaign.evaluations,
                 early_stop=False,  # as many steps as the campaign says
                 averaging="off",  # arms are compared as the optimizer left them
+                rescale=False,
                 seed=seed,
                 cache=cache,
                 cache_dir=job.folder / CACHES,

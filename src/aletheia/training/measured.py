@@ -1,0 +1,80 @@
+"""The record of a run: what it was trained with, what it took and what it came to."""
+
+from typing import TYPE_CHECKING
+
+from aletheia.anatomy.access import base_of
+from aletheia.anatomy.families import class_name
+from aletheia.anatomy.load import quantization_of
+from aletheia.execution.peak_memory import peak_memory_bytes
+from aletheia.files import package_versions
+from aletheia.runs.schema import Metrics, PhaseSeconds, UsedSettings
+from aletheia.training.attach import Attachment
+from aletheia.training.loop import RowTrainer, evaluations_of
+from aletheia.training.outcome import verdict
+
+if TYPE_CHECKING:
+    from aletheia.training.train import Job
+
+
+def metrics_of(job: "Job", trainer: RowTrainer, attachment: Attachment) -> Metrics:
+    """Everything measured in a run that is over."""
+    model, data, settings, recorder = job.model, job.data, job.settings, job.recorder
+    steps = trainer.state.global_step
+    used = UsedSettings(
+        batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        processes=job.processes,
+        learning_rate=trainer.args.learning_rate,
+        max_length=data.max_length,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=model.device.type,
+        seed=settings.seed,
+        group_by_length=settings.group_by_length,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        cache=attachment.decision.kind,
+        loaded_by=class_name(base_of(model).config),
+        quantization=quantization_of(base_of(model)),
+        quantization_corrected=bool(job.correction),
+        attention=getattr(model.config, "_attn_implementation", None),
+        keep=settings.keep,
+        evaluations=evaluations_of(len(data), settings, job.processes) or None,
+        early_stopping_patience=settings.patience,
+        rescale=job.scaled_loss is not None,
+        averaging="off" if trainer.average is None else "on",
+    )
+    seen = job.batches(steps)
+    before, kept = recorder.held_out_curve[0].loss, trainer.kept_step
+    after = recorder.loss_at(kept) if job.scaled_loss is None else job.scaled_loss
+    return Metrics(
+        model=job.plan.model,
+        data=data.identity,
+        tokenizer=data.tokenizer,
+        held_out_data=job.held_out.identity,
+        held_out_rows=len(job.held_out),
+        held_out_tokens=job.held_out.labelled_tokens,
+        packages=package_versions(),
+        settings=used,
+        went_on_from=job.prepared.went_on_from,
+        rate_race=recorder.race,
+        rows_truncated=data.truncated,
+        rows_skipped=data.skipped,
+        steps=steps,
+        planned_steps=trainer.args.max_steps,
+        kept_step=kept,
+        kept_scale=job.scale,
+        tokens=sum(len(row) for batch in seen for row in batch),
+        labelled_tokens=sum(row.labelled_tokens for batch in seen for row in batch),
+        boundary=job.plan.boundary,
+        early_steps=min(job.plan.early_steps(trainer.args.max_steps), steps),
+        trainable_parameters=job.plan.trainable_parameters,
+        seconds=PhaseSeconds(**job.seconds, **recorder.seconds),
+        peak_memory_bytes=peak_memory_bytes(model.device),
+        cache_bytes=attachment.decision.size_bytes,
+        cache_reason=attachment.decision.reason,
+        steps_computed_by=attachment.ways,
+        held_out_loss_before=before,
+        held_out_loss_after=after,
+        verdict=verdict(job.has_learned, before, after),
+        train_curve=tuple(recorder.train_curve),
+        held_out_curve=tuple(recorder.held_out_curve),
+    )
