@@ -144,16 +144,26 @@ def rows_of_plain(run: Run) -> list[float]:
 
 
 def rows_of_ours(run: Run) -> list[float]:
-    """Row losses of what ``aletheia train`` keeps: of the average over several passes, and less of it where that is better."""
+    """Row losses of what ``aletheia train`` keeps."""
+    return ours(run)[0]
+
+
+def ours(run: Run) -> tuple[list[float], int, int]:
+    """Row losses of what ``aletheia train`` keeps: of the average over several passes, and less of it where that is better.
+
+    And the step after which the run stops, and how many strengths are tried.
+    """
     eta = 3 if (run["task"], run["length"]) in AVERAGED else 0
     averages = [(step, nats) for step, own, nats in run.get("averages", ()) if own == eta]
-    step, best, _ = kept(run, points=averages)
+    step, best, stop = kept(run, points=averages)
     scaled = {scale: nats for at, own, scale, nats in run.get("scaled", ()) if (at, own) == (step, eta)}
+    tries = 0
     for scale in sorted(scaled, reverse=True):
+        tries += 1
         if loss(scaled[scale], run) >= loss(best, run):
             break
         best = scaled[scale]
-    return best
+    return best, stop, tries
 
 
 def difference(

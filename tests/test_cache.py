@@ -414,7 +414,8 @@ def test_the_prefix_leaves_memory_while_training(family, examples, tmp_path, mon
     scores = {"llama": probe(model, examples, batches=2)}
     settings = {"steps": 8, "evaluations": 2, "cache": "memory"}
     adapted_model, run = trained(examples, scores, tmp_path / "run", model, free_prefix=True, **settings)
-    assert alive == [[False] * len(gone) + [True]] * 3  # before, during and after
+    assert len(alive) > 3  # before, during, after, and at less strength
+    assert alive == [[False] * len(gone) + [True]] * len(alive)
     assert run.metrics.seconds.cache > 0
     assert run.metrics.cache_reason == "filled before the first step"
     with pytest.raises(TrainingError, match="were freed for training; load the model again"):

@@ -100,7 +100,7 @@ def test_a_run_at_too_high_a_rate_keeps_less_of_its_adapter(plan, examples, tmp_
     assert metrics.seconds.eval > 0
 
 
-@pytest.mark.parametrize("settings", [{"rescale": False}, {"keep": "last"}, {"free_prefix": True}])
+@pytest.mark.parametrize("settings", [{"rescale": False}, {"keep": "last"}])
 def test_where_nothing_is_tried(settings, plan, examples, tmp_path, monkeypatch):
     losses = iter([5.0, 4.0, 3.0, 2.0])
     monkeypatch.setattr(loop, "held_out_loss", lambda *given: next(losses))
@@ -108,6 +108,28 @@ def test_where_nothing_is_tried(settings, plan, examples, tmp_path, monkeypatch)
     assert (run.metrics.kept_scale, run.metrics.held_out_loss_after) == (1.0, 2.0)
     assert "strength" not in kept_point(run.metrics) + model_card(run)
     assert ("--no-rescale" in repeat_command(run)) == ("keep" not in settings)
+
+
+def test_a_point_before_the_freeze_is_judged_by_its_own_lower_layers(examples, tmp_path, monkeypatch):
+    """The cache holds what later lower layers computed, which have another average than those that are kept."""
+    scores = aletheia.probe(make_model("llama"), examples, batches=2)
+    plan = aletheia.plan(scores, policy="last", rank=4, freeze_after=0.4)
+    before = iter([9.0, 8.0, *range(10, 20)])
+
+    def lower_at_the_end(*given):
+        return next(before) if len(seen) < 7 and not seen.append(0) else held_out_loss(*given)
+
+    seen = []
+    monkeypatch.setattr(loop, "held_out_loss", lower_at_the_end)
+    settings = {"steps": 12, "evaluations": 6, "cache": "memory", "early_stop": False, "averaging": "on"}
+    run = trained(plan, examples, tmp_path, **settings)
+    monkeypatch.undo()
+    assert run.metrics.kept_step == 2 < run.metrics.early_steps
+    assert run.metrics.cache_bytes > 0
+    assert run.metrics.kept_scale < 1
+    adapter = PeftModel.from_pretrained(make_model("llama"), tmp_path)
+    held_out = examples.subset(range(40, 46))
+    assert held_out_loss(adapter, held_out, 4) == pytest.approx(run.metrics.held_out_loss_after, abs=1e-5)
 
 
 def test_it_is_part_of_the_record(plan, examples, tmp_path):

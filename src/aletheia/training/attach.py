@@ -145,11 +145,13 @@ class Attachment(TrainerCallback):
         self._decided = decision
         self.ways: tuple[str, ...] = ()
         self.cache_seconds = 0.0
+        self.at_end: Callable[[], None] = lambda: None  # steps are over, and the model is still as they computed it
         self._trainer, self._plan, self._settings = trainer, plan, settings
         self._notify = notify if trainer.is_world_process_zero() else say_nothing
         self._recompute, self._prefix, self._free = recompute, prefix, free
         self._phases: list[Phase] = []
         self._phase: Phase | None = None
+        self._is_over = False
         self._steps_per_epoch: int | None = None
         self._source: PrefixSource | None = None
         self._use_for_other_runs: Use = "none"  # of rows that do not come back in this one
@@ -186,6 +188,7 @@ class Attachment(TrainerCallback):
     ) -> None:
         """Begin the phase of the step that comes next; a run that goes on may be in its last one already."""
         self.leave()
+        self._is_over = False
         self._phases = phases(self._plan, state.max_steps)
         self._steps_per_epoch = _steps_per_epoch(kwargs.get("train_dataloader"), args)
         self._begin(phase_at(self._phases, state.global_step))
@@ -199,15 +202,12 @@ class Attachment(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the model as it was."""
+        """Leave the model as it was, after what was to be done in it as it trained."""
+        self._is_over = True
+        self.at_end()
         self.leave()
 
     # --- phases
-
-    @property
-    def frees(self) -> bool:
-        """Whether the layers below the boundary are dropped from memory for good."""
-        return self._free and self._prefix is not None
 
     @property
     def _model(self) -> nn.Module:
@@ -230,7 +230,7 @@ class Attachment(TrainerCallback):
         self._source = self._make_source(model, phase)
         # the stored prefix comes first, so that its look-up sees a batch before other hooks do
         if self._prefix is not None or self._source is not None:
-            context = stored_prefix(model, phase.boundary, self.frees, self._source)
+            context = stored_prefix(model, phase.boundary, self._free and self._prefix is not None, self._source)
             self._stack.enter_context(context)
         self._stack.enter_context(frozen_prefix(model))
         ways = step_ways(model, reads(self._trainer), self._recompute) if self._settings.fast_steps else {}
@@ -315,7 +315,7 @@ class Attachment(TrainerCallback):
     def _use(self) -> Use:
         """Whether the rows that pass now come back: held-out rows do, those of the last epoch do not."""
         state, phase = self._trainer.state, self._phase
-        if phase is None:
+        if phase is None or self._is_over:  # adapters below may be of an earlier step, once training is over
             return "none"
         if not self._model.training:
             return "keep" if state.global_step < state.max_steps else "read"

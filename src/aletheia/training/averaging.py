@@ -19,8 +19,8 @@ class WeightAverage(TrainerCallback):
 
     After optimizer step n of a run, counted from 1, each moves towards its parameter by (ETA + 1) / (n + ETA), at most
     by all of the way (Shamir and Zhang 2013 [arXiv:1212.1824], sec. 4). So it needs no state besides the number of
-    steps, which a checkpoint of Trainer has. Training itself goes on from the weights; when it ends, the parameters
-    take the averages, of the best checkpoint where Trainer has loaded that. Every process holds the same averages.
+    steps, which a checkpoint of Trainer has. Training itself goes on from the weights; :meth:`leave` gives the
+    parameters the averages. Every process holds the same ones.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -76,10 +76,10 @@ class WeightAverage(TrainerCallback):
         """Layers may have been frozen; an evaluation may follow."""
         self._settle()
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leave the averages in the model."""
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self.load(Path(state.best_model_checkpoint))
+    def leave(self, best: str | None) -> None:
+        """Training is over: the parameters take the averages, those of the checkpoint ``best`` where there is one."""
+        if best is not None:
+            self.load(Path(best))
         self._apply(self._parameters)
 
     @torch.no_grad()

@@ -8,8 +8,8 @@ SHORT_RUN_STEPS = 200
 def default_learning_rate(hidden_size: int, steps: int, passes: float = 1.0) -> float:
     """Peak learning rate for LoRA at alpha = 2 x rank: ``5e-5 x m x (2000 / hidden)^0.781``, m from 15 down to 10.
 
-    Divided by the root of ``passes`` over the data beyond one. A run that keeps an average of its weights takes the rate
-    of one pass.
+    Divided by the root of ``passes`` over the data beyond one. A run that keeps an average of its weights takes the
+    rate of one pass.
 
     The fit of Schulman et al., "LoRA Without Regret" (Thinking Machines, 2025), over Llama models: 10 times the best
     rate of full fine-tuning, 15 times in short runs, falling with width, nearly independent of rank. Here m is 15 up

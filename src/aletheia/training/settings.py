@@ -144,7 +144,7 @@ class TrainSettings(Settings):
     rescale: bool = option(
         True,
         "With `keep` best: try the adapter at 0.8 of its strength, then at 0.6 and 0.4 while the held-out loss falls, "
-        "and keep the best. Not where layers are sharded or left memory, nor for an adapter that is trained on.",
+        "and keep the best. Not where layers are sharded, nor for an adapter that is trained on.",
         TRAINING,
     )
     early_stop: bool = option(

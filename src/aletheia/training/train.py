@@ -34,7 +34,6 @@ from aletheia.runs.manifest import TrainingCheckpoint, newest_checkpoint
 from aletheia.runs.schema import Run, StartingAdapter
 from aletheia.training.attach import Attachment, AttachSettings, prefix_computed_as
 from aletheia.training.checkpoints import trustworthy_checkpoints
-from aletheia.training.fast_steps import fast_steps
 from aletheia.training.interrupts import Interrupts, SaveInTime, interrupts
 from aletheia.training.learning_rate import default_learning_rate, warm_up_steps
 from aletheia.training.loop import (
@@ -191,6 +190,7 @@ class Job:
     ) -> None:
         """From the start, or from the checkpoint ``found``, to the last step or a signal."""
         trainer.add_callback(interrupted)
+        attachment.at_end = partial(self._at_end, trainer, interrupted)
         trainer.add_callback(SaveInTime())
         if found is not None:
             self.recorder.restore(found.manifest.extra)
@@ -216,18 +216,18 @@ class Job:
                 f"stop   after step {state.global_step} of {state.max_steps}: the held-out loss was lowest after step "
                 f"{state.best_global_step}"
             )
-        if interrupted.signal is None:
-            self._rescale(trainer, attachment)
 
-    def _rescale(self, trainer: RowTrainer, attachment: Attachment) -> None:
-        """Keep less of the adapter where that is better."""
-        is_off = not self.settings.rescale or self.settings.keep != "best" or self.prepared.went_on_from is not None
-        if is_off or attachment.frees or is_sharded(trainer):
+    def _at_end(self, trainer: RowTrainer, interrupted: Interrupts) -> None:
+        """Leave in the model what is kept: the average, and less of it where that is better."""
+        state, settings = trainer.state, self.settings
+        if trainer.average is not None:
+            trainer.average.leave(state.best_model_checkpoint if settings.keep == "best" else None)
+        is_off = not settings.rescale or settings.keep == "last" or self.prepared.went_on_from is not None
+        if is_off or is_sharded(trainer) or interrupted.signal is not None:
             return
         started = time.perf_counter()
         full = self.recorder.loss_at(trainer.kept_step)
-        with fast_steps(self.model):
-            self.scale, self.scaled_loss = rescale(self.model, trainer.held_out_loss, full)
+        self.scale, self.scaled_loss = rescale(self.model, trainer.held_out_loss, full)
         self.recorder.eval_seconds += time.perf_counter() - started
         if self.scale != 1:
             self._say(
