@@ -3,8 +3,9 @@
     .venv/bin/python benchmarks/defaults_page.py [RUNS.jsonl ...]
 
 Adds the runs of the files to docs/results/defaults/runs.jsonl.xz, then writes from all that is there: curves.csv (every
-run's settings and held-out losses), arms.csv (every arm against uniform LoRA), and README.md. Differences are paired by
-seed and held-out row; their intervals come from 2,000 draws of seeds and rows.
+run's settings and held-out losses), arms.csv (every arm against uniform LoRA), stopping.csv (uniform LoRA with several
+patiences, averages and decays), and the table of README.md. Differences are paired by seed and held-out row; their
+intervals come from 2,000 draws of seeds and rows.
 """
 
 import csv
@@ -25,7 +26,6 @@ DRAWS, PATIENCE = 2000, 3
 Run = dict[str, Any]
 Cell = tuple[str, str, str]  # task, length, where it ran
 NAMES = {"gsm8k": "GSM8K", "strategyqa": "StrategyQA", "mix": "mix"}
-IN_PAGE = ("uniform", "freeze-0.5-15", "freeze-0.25-15")
 HEAD = ("cell", "arm", "rate", "seeds", "loss kept", "against uniform", "steps")
 # how a default run of each cell was run: the arm, and its default rate
 EVERY, FREEZING = "uniform", "freeze-0.5-15+mean"
@@ -275,16 +275,6 @@ def near(rate: float, other: float) -> bool:
     return abs(rate / other - 1) < 0.01
 
 
-def table_of_arms(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Uniform LoRA at its rates, and lower layers that freeze, of which every cell has some."""
-    own = [line for line in lines if line[1] in IN_PAGE]
-    return [
-        "| " + " | ".join(HEAD) + " |",
-        "|---|---|---:|---:|---:|---:|---:|",
-        *(f"| {' | '.join(x)} |" for x in own),
-    ]
-
-
 def write_arms(lines: Sequence[Sequence[str]]) -> None:
     """Every arm."""
     with (PLACE / "arms.csv").open("w", newline="") as file:
@@ -298,28 +288,26 @@ def mean_of_averages(runs: Sequence[Run], eta: int) -> str:
     return f"{np.mean(lowest):.4f}" if lowest else ""
 
 
-def table_of_stopping(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> list[str]:
-    """What patience gives up and saves, on uniform LoRA at every rate, and what a decay from a point would reach."""
-    lines = [
-        "| cell | rate | last | best | patience 1 | 2 | 3 | mean 8 | mean 3 | decayed from a point |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---|",
-    ]
+def write_stopping(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> None:
+    """What patience gives up and saves, on uniform LoRA at every rate, and what averages and decays would reach."""
+    head = ["cell", "arm", "rate", "last", "best"]
+    head += [f"patience {patience}{what}" for patience in (1, 2, 3) for what in ("", ", steps")]
+    lines = [[*head, "mean 8", "mean 3", "decayed from a point"]]
     for (task, length, place), arms in found.items():
         for (arm, rate), runs in sorted(arms.items()):
             if arm not in ("uniform", "uniform~settle") or len(runs[0]["points"]) < 5:
                 continue
             last = np.mean([loss(run["points"][-1][1], run) for run in runs])
-            stopped = [
-                f"{mean_kept(runs, patience):.4f}, {np.mean([kept(run, patience)[2] / run['steps'] for run in runs]):.0%}"
-                for patience in (1, 2, 3)
-            ]
-            means = [mean_of_averages(runs, eta) for eta in (8, 3)]
+            line = [f"{NAMES[task]} {LENGTHS[length]}, {place}", arm, f"{rate:g}", f"{last:.4f}"]
+            line.append(f"{mean_kept(runs, None):.4f}")
+            for patience in (1, 2, 3):
+                stops = np.mean([kept(run, patience)[2] / run["steps"] for run in runs])
+                line += [f"{mean_kept(runs, patience):.4f}", f"{stops:.0%}"]
+            line += [mean_of_averages(runs, eta) for eta in (8, 3)]
             decays = ", ".join(f"{step}: {loss(nats, run):.4f}" for run in runs for step, nats in run["decays"])
-            name = f"{NAMES[task]} {LENGTHS[length]}, {place}" + ("" if arm == "uniform" else f", {arm}")
-            lines.append(
-                f"| {name} | {rate:g} | {last:.4f} | {mean_kept(runs, None):.4f} | {' | '.join((*stopped, *means))} | {decays} |"
-            )
-    return lines
+            lines.append([*line, decays])
+    with (PLACE / "stopping.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(lines)
 
 
 def main() -> None:
@@ -327,24 +315,12 @@ def main() -> None:
     write_store(runs)
     write_curves(runs)
     found = cells(runs)
+    write_arms(compared(found))
+    write_stopping(found)
     page = PLACE / "README.md"
-    text = (
-        page.read_text()
-        if page.exists()
-        else "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in ("defaults", "arms", "stopping"))
-    )
-    lines_of_arms = compared(found)
-    write_arms(lines_of_arms)
-    tables = {
-        "defaults": table_of_defaults(found),
-        "arms": table_of_arms(lines_of_arms),
-        "stopping": table_of_stopping(found),
-    }
-    for name, lines in tables.items():
-        start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, _, rest = text.partition(start)
-        text = before + start + "\n" + "\n".join(lines) + "\n" + end + rest.partition(end)[2]
-    page.write_text(text)
+    start, end = "<!-- defaults -->", "<!-- /defaults -->"
+    before, _, rest = (page.read_text() if page.exists() else start + end).partition(start)
+    page.write_text(before + start + "\n" + "\n".join(table_of_defaults(found)) + "\n" + end + rest.partition(end)[2])
 
 
 if __name__ == "__main__":
