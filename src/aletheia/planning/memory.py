@@ -7,7 +7,7 @@ from aletheia.errors import PlanError
 from aletheia.probing.scores import Scores, WeightBytes
 
 PROCESS_BYTES = 1_000_000_000  # Python, torch, transformers, PEFT, the tokenizer, the rows
-ADAPTER_BYTES = 16  # per parameter: value, gradient and both moments of AdamW in float32
+ADAPTER_BYTES = 20  # per parameter: value, gradient, both moments of AdamW and the average, in float32
 LOGIT_COPIES = 3  # logits, their gradient, and the float32 copy of a half-precision model's
 
 
