@@ -103,9 +103,9 @@ def measured(model: torch.nn.Module, own: Task, settings: TrainSettings, rounds:
     }
 
 
-def shares(parts: dict[str, Any], known: tuple[float, float, float]) -> dict[str, float]:
+def shares(parts: dict[str, Any], ends: tuple[float, float, float]) -> dict[str, float]:
     """Our time as a share of theirs: of plain steps alone, with held-out losses, and both stopped early."""
-    our_stop, their_stop, strengths = known
+    our_stop, their_stop, strengths = ends
 
     def of_ours(done: float) -> float:
         early, seconds = min(done, parts["early_steps"]), parts["step_seconds"]

@@ -151,7 +151,6 @@ class Attachment(TrainerCallback):
         self._recompute, self._prefix, self._free = recompute, prefix, free
         self._phases: list[Phase] = []
         self._phase: Phase | None = None
-        self._is_over = False
         self._steps_per_epoch: int | None = None
         self._source: PrefixSource | None = None
         self._use_for_other_runs: Use = "none"  # of rows that do not come back in this one
@@ -188,7 +187,6 @@ class Attachment(TrainerCallback):
     ) -> None:
         """Begin the phase of the step that comes next; a run that goes on may be in its last one already."""
         self.leave()
-        self._is_over = False
         self._phases = phases(self._plan, state.max_steps)
         self._steps_per_epoch = _steps_per_epoch(kwargs.get("train_dataloader"), args)
         self._begin(phase_at(self._phases, state.global_step))
@@ -203,7 +201,7 @@ class Attachment(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the model as it was, after what was to be done in it as it trained."""
-        self._is_over = True
+        self._phase = None  # adapters below may be of an earlier step now, so nothing is read from a cache
         self.at_end()
         self.leave()
 
@@ -315,7 +313,7 @@ class Attachment(TrainerCallback):
     def _use(self) -> Use:
         """Whether the rows that pass now come back: held-out rows do, those of the last epoch do not."""
         state, phase = self._trainer.state, self._phase
-        if phase is None or self._is_over:  # adapters below may be of an earlier step, once training is over
+        if phase is None:
             return "none"
         if not self._model.training:
             return "keep" if state.global_step < state.max_steps else "read"

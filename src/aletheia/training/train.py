@@ -170,7 +170,8 @@ class Job:
         reset_peak_memory(self.model.device)
         with interrupts() as interrupted:
             with self.stack, self.correction:
-                self._train(trainer, attachment, found, interrupted)
+                attachment.at_end = partial(self._at_end, trainer, interrupted)
+                self._train(trainer, found, interrupted)
                 is_done = interrupted.signal is None or trainer.state.global_step >= trainer.state.max_steps
                 self.has_learned = is_done and digest_of_b(self.model) != self.recorder.start
             check_adapters(self.model, self.plan)
@@ -181,16 +182,9 @@ class Job:
                 so_far = self._keep_so_far(trainer)
         raise interrupted.error(so_far)
 
-    def _train(
-        self,
-        trainer: RowTrainer,
-        attachment: Attachment,
-        found: TrainingCheckpoint | None,
-        interrupted: Interrupts,
-    ) -> None:
+    def _train(self, trainer: RowTrainer, found: TrainingCheckpoint | None, interrupted: Interrupts) -> None:
         """From the start, or from the checkpoint ``found``, to the last step or a signal."""
         trainer.add_callback(interrupted)
-        attachment.at_end = partial(self._at_end, trainer, interrupted)
         trainer.add_callback(SaveInTime())
         if found is not None:
             self.recorder.restore(found.manifest.extra)
@@ -260,7 +254,6 @@ class Job:
             settings,
             str(self.folder.checkpoints),
             max_steps=steps,
-            **({} if settings.learning_rate in (None, "auto") else {"learning_rate": settings.learning_rate}),
             warmup_steps=warm_up_steps(settings.warmup_steps, steps),
             fp16=model.dtype == torch.float16,
             use_cpu=model.device.type == "cpu",
@@ -278,9 +271,11 @@ class Job:
         )
         attachment.install()
         trainer.begin_average()
-        if settings.learning_rate in (None, "auto"):
+        rate = settings.learning_rate
+        if rate is None or rate == "auto":
             passes = 1.0 if trainer.average else planned_passes(len(self.data), settings, self.processes)
-            trainer.args.learning_rate = default_learning_rate(text_config(model).hidden_size, steps, passes)
+            rate = default_learning_rate(text_config(model).hidden_size, steps, passes)
+        trainer.args.learning_rate = rate
         trainer.before_training = self.correction.off
         return trainer, attachment
 
