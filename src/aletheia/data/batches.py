@@ -1,15 +1,17 @@
-"""Padded batches of examples. Shapes: B rows of the batch, T tokens of its longest row."""
+"""Batches of examples, padded or packed. Shapes: B rows of the batch, T tokens of its longest row, N of all rows."""
 
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 
 from aletheia.data.examples import NO_LOSS, Example, Examples
 from aletheia.errors import DataError
 
-Collator = Callable[[Sequence[Example]], dict[str, torch.Tensor]]
+Collator = Callable[[Sequence[Example]], dict[str, Any]]
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -29,10 +31,38 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.T
     return {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "labels": labels_BT}
 
 
-def on_device_of(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def collate_packed(examples: Sequence[Example]) -> dict[str, Any]:
+    """One row after another in one sequence, without padding: ``input_ids``, ``position_ids`` and ``labels`` [1, N].
+
+    ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (int32 [S + 1]) say where the S rows begin, ``max_length_q`` and
+    ``max_length_k`` how many tokens the longest may have, up to the next power of two: few values, so that compiled
+    code is used again. What attention needs to know is in these, so the ``attention_mask`` is a mere sign [1, 1, 1, 1]
+    that no other is to be made. A row's first token is predicted by nothing and has no label.
+    """
+    lengths = [len(example) for example in examples]
+    input_ids_1N = torch.tensor([[token for example in examples for token in example.input_ids]])
+    labels_1N = torch.tensor([[label for example in examples for label in (NO_LOSS, *example.labels[1:])]])
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    longest = 1 << (max(lengths) - 1).bit_length()
+    return {
+        "input_ids": input_ids_1N,
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
+        "labels": labels_1N,
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def on_device_of(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     """The batch where the model's parameters are."""
     device = next(model.parameters()).device
-    return {name: tensor.to(device) for name, tensor in batch.items()}
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
 
 
 def labelled_tokens(labels_BT: torch.Tensor) -> torch.Tensor:
@@ -58,7 +88,7 @@ def sample_batches(examples: Examples, batches: int, batch_size: int, seed: int)
 
 def length_sorted_batches(
     examples: Examples, batch_size: int, collator: Collator | None = None
-) -> Iterator[dict[str, torch.Tensor]]:
+) -> Iterator[dict[str, Any]]:
     """Every row once, longest first: little padding, and a lack of memory shows at once.
 
     ``collator`` makes a batch of rows, by default :func:`collate`.

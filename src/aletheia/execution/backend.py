@@ -38,6 +38,8 @@ def step_ways(model: nn.Module, reads: Reads = "loss", recompute: Recompute = "o
     elif reads == "sums" and next(model.parameters()).device.type == "cpu":  # elsewhere the loop does so itself
         ways["hidden states at labelled positions"] = labelled_states
     ways |= layer_ways(model)
+    if recompute == "selective":
+        ways["low-rank products in place"] = partial(lean_adapters, as_operator=True)
     if reads == "loss":
         ways["loss in the buffer of its logits"] = lean_loss
     if recompute != "off":

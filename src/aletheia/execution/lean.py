@@ -3,6 +3,7 @@
 Shapes: N tokens, I inputs, O outputs, R rank, V vocabulary.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -78,16 +79,46 @@ def _lora_linear_backward(ctx: Any, grad_NO: torch.Tensor, _: object) -> tuple[t
 lora_linear.register_autograd(_lora_linear_backward, setup_context=_keep)
 
 
+class _LoraLinear(torch.autograd.Function):
+    """:func:`lora_linear` without an operator's dispatch, which takes as long as three small kernels on a GPU."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
+        output_NO, reduced_NR = lora_linear._init_fn(*inputs)
+        _keep(ctx, inputs, (output_NO, reduced_NR))
+        return output_NO  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad_NO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _lora_linear_backward(ctx, grad_NO, None)
+
+
+def _lora_sum(
+    x_NI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    a_RI: torch.Tensor,
+    b_OR: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """:func:`lora_linear` as a compiler likes it: every product in sight."""
+    reduced_NR = x_NI @ a_RI.to(x_NI.dtype).T
+    plain_NO = nn.functional.linear(x_NI, weight_OI, bias_O)
+    return torch.addmm(plain_NO, reduced_NR, b_OR.to(x_NI.dtype).T, alpha=scale)
+
+
 @contextmanager
-def lean_adapters(model: nn.Module) -> Iterator[int]:
+def lean_adapters(model: nn.Module, as_operator: bool = False) -> Iterator[int]:
     """Compute the adapters of ``model`` with fewer copies; yields how many modules that covers.
+
+    ``as_operator``: as one operator, whose result selective recomputation can keep.
 
     Covered are plain Linear modules with one adapter and without dropout, DoRA, hooks or a bias of its own, the adapter
     in the dtype of the weight or in float32 beside bfloat16; the others keep PEFT's forward. The sums are the same up
     to the order of rounding; beside bfloat16, up to bfloat16's rounding of the low-rank products, as under autocast.
     """
     covered = [module for module in model.modules() if isinstance(module, LoraLinear) and _is_plain(module)]
-    with replaced_forwards(covered, _forward):
+    with replaced_forwards(covered, _as_operator if as_operator else _as_function):
         yield len(covered)
 
 
@@ -105,18 +136,33 @@ def adapters_in_bfloat16(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def replaced_forwards(modules: Sequence[nn.Module], forward: Forward) -> Iterator[None]:
-    """Put ``forward(module, its own forward, ...)`` in the place of each module's forward."""
-    own = [(module, module.__dict__.get("forward")) for module in modules]  # a hook of accelerate's, perhaps
-    for module in modules:
-        module.forward = partial(forward, module, module.forward)
+    """Put ``forward(module, its own forward, ...)`` in the place of each module's forward.
+
+    By a class of the same name: to a compiler all modules of a kind then run one function. A forward that somebody set
+    on a module itself, as accelerate's hooks do, is wrapped where it is.
+    """
+    own = [(module, type(module), module.__dict__.get("forward")) for module in modules]
+    for module, kind, hooked in own:
+        if hooked is None:
+            module.__class__ = _with_forward(kind, forward)
+        else:
+            module.forward = partial(forward, module, hooked)
     try:
         yield
     finally:
-        for module, before in own:
-            if before is None:
-                del module.forward
+        for module, kind, hooked in own:
+            if hooked is None:
+                module.__class__ = kind
             else:
-                module.forward = before
+                module.forward = hooked
+
+
+@functools.cache
+def _with_forward(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
+    def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return forward(self, lambda *given, **named: kind.forward(self, *given, **named), *args, **kwargs)
+
+    return type(kind)(kind.__name__, (kind,), {"forward": replaced, "__module__": kind.__module__})
 
 
 def bfloat16_autocast(model: nn.Module) -> torch.autocast:
@@ -155,7 +201,18 @@ def _is_bare(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and not watched and "forward" not in linear.__dict__
 
 
-def _forward(module: LoraLinear, plain: Forward, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _as_operator(module: LoraLinear, plain: Forward, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return _forward(lambda *inputs: lora_linear(*inputs)[0], module, plain, x, *args, **kwargs)
+
+
+def _as_function(module: LoraLinear, plain: Forward, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    product = _lora_sum if torch.compiler.is_compiling() else _LoraLinear.apply
+    return _forward(product, module, plain, x, *args, **kwargs)
+
+
+def _forward(
+    product: Forward, module: LoraLinear, plain: Forward, x: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
     usual = not (module.disable_adapters or module.merged or args or kwargs) and x.numel() > 0
     if not usual or not _is_plain(module):
         return plain(x, *args, **kwargs)
@@ -163,15 +220,9 @@ def _forward(module: LoraLinear, plain: Forward, x: torch.Tensor, *args: Any, **
     casts = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype
     if x.dtype != base.weight.dtype or casts:
         return plain(x)
-    y_NO: torch.Tensor
-    y_NO, _ = lora_linear(
-        x.reshape(-1, x.shape[-1]),
-        base.weight,
-        base.bias,
-        module.lora_A[name].weight,
-        module.lora_B[name].weight,
-        module.scaling[name],
-    )
+    a, b = module.lora_A[name].weight, module.lora_B[name].weight
+    inputs = x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, module.scaling[name]
+    y_NO = product(*inputs)
     return y_NO.view(*x.shape[:-1], -1)
 
 

@@ -43,6 +43,8 @@ def find_spans(batch: Mapping[str, Any]) -> list[Span] | None:
     if given - WITHOUT_INFLUENCE - set(INPUTS) or (given & OF_PACKS and "position_ids" not in given):
         return None
     mask_BT, positions_BT = batch.get("attention_mask"), batch.get("position_ids")
+    if "cu_seq_lens_q" in given and isinstance(mask_BT, torch.Tensor) and mask_BT.numel() == 1:
+        mask_BT = None  # a sign of packed rows, no mask
     for found in (mask_BT, positions_BT):
         if found is not None and not (isinstance(found, torch.Tensor) and found.dim() == 2):
             return None

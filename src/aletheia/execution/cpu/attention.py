@@ -10,14 +10,13 @@ from typing import Any
 
 import torch
 from torch import library, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from aletheia.execution.attention import OTHER_WAYS, Attention, attention_by, sees_backward_only
 
 SCORES_AT_ONCE = 2**20  # 2 MB of bfloat16, which stay in the processor's cache
 # Measured on 2 cores, heads of 64 and 128: quicker than the fused kernel up to here, slower at 2,048 tokens.
 LONGEST, MOST_SCORES = 1024, 2**22  # tokens, and scores GTS of a key head
 MOST_KEPT = 2**16  # scores TS of a head that backward keeps; of SmolLM2 a fifth of what a layer keeps anyway
-OTHER_WAYS = ("position_bias", "cache", "softcap", "s_aux")  # arguments that ask for more
 
 
 @library.custom_op("aletheia::attention", mutates_args=())
@@ -115,7 +114,6 @@ def _weights(
     return torch.softmax(scores, -1, out=out)
 
 
-_covered: list[set[nn.Module]] = []
 _repeating: list[None] = []
 
 
@@ -133,25 +131,15 @@ def repeated_weights() -> Iterator[None]:
 def lean_attention(model: nn.Module) -> Iterator[None]:
     """Compute the ``sdpa`` attention of ``model`` by :func:`attention` where that is the quicker way.
 
-    That is in bfloat16 on a processor, up to LONGEST tokens, without dropout or a bias; the rest, and a function that
-    someone else put in the place of ``sdpa``, keeps its way. Equal up to bfloat16's rounding of the scores, which
-    ``eager`` attention rounds, too. Backward with recomputation must run inside, as its forward does.
+    That is in bfloat16 on a processor, up to LONGEST tokens, without dropout or a bias. Equal up to bfloat16's rounding
+    of the scores, which ``eager`` attention rounds, too.
     """
-    own = set(model.modules())
-    applies = ALL_ATTENTION_FUNCTIONS["sdpa"] in (sdpa_attention_forward, _forward)
-    if applies:
-        _covered.append(own)
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = _forward
-    try:
+    with attention_by(model, _forward):
         yield
-    finally:
-        if applies:
-            _covered.remove(own)
-            if not _covered:
-                del ALL_ATTENTION_FUNCTIONS["sdpa"]  # what is registered for every model shows again
 
 
 def _forward(
+    plain: Attention,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -162,12 +150,11 @@ def _forward(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = sees_backward_only(module, is_causal)
     usual = not dropout and all(kwargs.get(name) is None for name in OTHER_WAYS)
-    usual = usual and any(module in own for own in _covered)
     if not (usual and _is_quicker(query, key, value) and _is_plain(attention_mask, query, key, causal)):
         kwargs |= {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return plain(module, query, key, value, attention_mask, **kwargs)
     if attention_mask is not None:
         seen_BTS = attention_mask[:, 0]
     else:

@@ -1,0 +1,53 @@
+"""Other ways to compute the ``sdpa`` attention of a model, for a while: one on top of the other."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+Attention = Callable[..., tuple[torch.Tensor, None]]
+OTHER_WAYS = ("position_bias", "cache", "softcap", "s_aux")  # arguments that ask for more than ways of ours can
+
+_ways: list[tuple[set[nn.Module], Attention]] = []
+
+
+@contextmanager
+def attention_by(model: nn.Module, way: Attention) -> Iterator[None]:
+    """Call ``way(next one, module, query, key, value, attention_mask, ...)`` where ``model`` asks for ``sdpa``.
+
+    The next one is what was entered before, in the end transformers' own. A function that someone else put in the place
+    of ``sdpa`` stays there. Backward with recomputation must run inside, as its forward does.
+    """
+    applies = ALL_ATTENTION_FUNCTIONS["sdpa"] in (sdpa_attention_forward, _dispatch)
+    entry = set(model.modules()), way
+    if applies:
+        _ways.append(entry)
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = _dispatch
+    try:
+        yield
+    finally:
+        if applies:
+            _ways.remove(entry)
+            if not _ways:
+                del ALL_ATTENTION_FUNCTIONS["sdpa"]  # what is registered for every model shows again
+
+
+def sees_backward_only(module: nn.Module, asked: bool | None) -> bool:
+    """Whether a module's attention is, unless its call says otherwise."""
+    return bool(getattr(module, "is_causal", True)) if asked is None else asked
+
+
+def _dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    found: Attention = sdpa_attention_forward
+    for own, way in _ways:
+        if module in own:
+            found = _on_top(way, found)
+    return found(module, *args, **kwargs)
+
+
+def _on_top(way: Attention, below: Attention) -> Attention:
+    return lambda *args, **kwargs: way(below, *args, **kwargs)

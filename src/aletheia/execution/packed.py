@@ -1,0 +1,155 @@
+"""Batches without padding: rows one after another in one sequence, each seeing itself alone.
+
+Shapes: N tokens of all rows, T of one row, H query heads, K key heads, D size of a head, S rows, V vocabulary.
+"""
+
+import inspect
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from aletheia.anatomy.access import text_config
+from aletheia.anatomy.modes import in_mode
+from aletheia.anatomy.read import adds_router_loss
+from aletheia.data.batches import collate, collate_packed, on_device_of
+from aletheia.data.examples import Example
+from aletheia.execution.attention import OTHER_WAYS, Attention, attention_by, sees_backward_only
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch below 2.10
+    varlen_attn = None
+
+_TAKEN = set(inspect.signature(varlen_attn).parameters) if varlen_attn is not None else set()
+SAME = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 0.02, torch.bfloat16: 0.1}  # of logits, relative
+KINDS = {"full_attention", "sliding_attention"}  # of layers whose mask a row's positions and a window define
+
+
+def has_kernel(model: nn.Module) -> bool:
+    """Whether attention by rows is one kernel for ``model``, where it is: a half-precision model on a CUDA device."""
+    weight = next(model.parameters())
+    half = text_config(model).dtype in (torch.bfloat16, torch.float16)
+    return weight.device.type == "cuda" and half and {"scale", "window_size"} <= _TAKEN
+
+
+@contextmanager
+def attention_by_row(model: nn.Module) -> Iterator[None]:
+    """Let each row of a packed batch (:func:`aletheia.data.batches.collate_packed`) see itself alone.
+
+    Padded batches are computed as before. On a CUDA device in half precision all rows go through one kernel, torch's
+    ``varlen_attn``; elsewhere one after another through the attention below.
+    """
+    with attention_by(model, _by_row):
+        yield
+
+
+def _by_row(
+    plain: Attention,
+    module: nn.Module,
+    query_1HND: torch.Tensor,
+    key_1KND: torch.Tensor,
+    value_1KND: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    bounds_S1 = kwargs.get("cu_seq_lens_q")
+    if bounds_S1 is None:
+        return plain(module, query_1HND, key_1KND, value_1KND, attention_mask, **kwargs)
+    if any(kwargs.get(name) is not None for name in OTHER_WAYS) or not sees_backward_only(
+        module, kwargs.get("is_causal")
+    ):
+        raise NotImplementedError("its attention takes more than a window and a scale")
+    if query_1HND.is_cuda and query_1HND.dtype != torch.float32 and not kwargs.get("dropout"):
+        return _in_one_kernel(query_1HND, key_1KND, value_1KND, bounds_S1, **kwargs), None
+    return _one_by_one(plain, module, query_1HND, key_1KND, value_1KND, bounds_S1, **kwargs), None
+
+
+def _in_one_kernel(
+    query_1HND: torch.Tensor,
+    key_1KND: torch.Tensor,
+    value_1KND: torch.Tensor,
+    bounds_S1: torch.Tensor,
+    *,
+    max_length_q: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> torch.Tensor:
+    """The output [1, N, H, D]."""
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query_1HND, key_1KND, value_1KND))
+    given: dict[str, Any] = {"scale": scaling, "window_size": ((sliding_window or 0) - 1, 0)}
+    if query.shape[1] != key.shape[1]:
+        if "enable_gqa" in _TAKEN:
+            given["enable_gqa"] = True
+        else:
+            shared = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    assert varlen_attn is not None
+    output_NHD: torch.Tensor = varlen_attn(
+        query, key, value, bounds_S1, bounds_S1, max_length_q, max_length_q, **given
+    )
+    return output_NHD[None]
+
+
+def _one_by_one(
+    plain: Attention,
+    module: nn.Module,
+    query_1HND: torch.Tensor,
+    key_1KND: torch.Tensor,
+    value_1KND: torch.Tensor,
+    bounds_S1: torch.Tensor,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """The output [1, N, H, D]."""
+    window = kwargs.get("sliding_window")
+    lengths = bounds_S1.diff().tolist()
+    rows = zip(*(tensor.split(lengths, 2) for tensor in (query_1HND, key_1KND, value_1KND)), strict=True)
+    outputs = []
+    for query, key, value in rows:
+        length = query.shape[2]
+        seen_11TT = _window(length, window, query.device) if window is not None and length > window else None
+        outputs.append(plain(module, query, key, value, seen_11TT, **kwargs)[0])
+    return torch.cat(outputs, 1)
+
+
+def _window(length: int, window: int, device: torch.device) -> torch.Tensor:
+    """Which keys a query sees of those up to its own: the last ``window``."""
+    seen_TT = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return seen_TT.triu(1 - window)[None, None]
+
+
+@torch.no_grad()
+def why_not_packed(model: nn.Module, rows: Sequence[Example], pad_token_id: int) -> str | None:
+    """Why packed rows would not get the logits they get alone, if so: tried on the two shortest rows.
+
+    The model runs twice, as it is, with fast steps or without.
+    """
+    config = text_config(model)
+    if getattr(config, "_attn_implementation", None) != "sdpa":
+        return "its attention is not `sdpa`"
+    if others := sorted(set(getattr(config, "layer_types", None) or ()) - KINDS):
+        return f"it has layers of the kind {others[0]}"
+    if adds_router_loss(model):
+        return "it adds a router loss, which is a mean over the positions of a batch"
+    two = sorted(rows, key=len)[:2]
+    two = two if len(two) == 2 else two * 2
+    try:
+        with in_mode(model, training=False), attention_by_row(model):
+            packed_NV, padded_STV = (
+                model.forward(**_without_labels(on_device_of(model, batch)), use_cache=False).logits
+                for batch in (collate_packed(two), collate(two, pad_token_id))
+            )
+    except Exception as error:  # whatever a family of tomorrow does with its batches
+        return f"{type(model).__name__} does not take packed rows ({type(error).__name__})"
+    alone_NV = torch.cat([padded_TV[: len(row)] for padded_TV, row in zip(padded_STV, two, strict=True)])
+    differs = (packed_NV[0].float() - alone_NV.float()).norm() / alone_NV.float().norm()
+    tolerance = SAME.get(next(model.parameters()).dtype, SAME[torch.bfloat16])
+    return None if math.isfinite(differs) and differs <= tolerance else "rows that are packed together see each other"
+
+
+def _without_labels(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name != "labels"}
