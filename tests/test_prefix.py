@@ -17,7 +17,7 @@ from aletheia.data.batches import collate
 from aletheia.errors import AdapterError, TrainingError
 from aletheia.execution import lean
 from aletheia.execution.cpu.norms import lean_norms
-from aletheia.execution.lean import bfloat16_autocast, lean_adapters, lean_causal_loss, lean_loss, lora_linear
+from aletheia.execution.lean import bfloat16_autocast, lean_adapters, lean_causal_loss, lean_loss
 from aletheia.execution.recompute import recomputation
 from aletheia.prefix.boundary import frozen_prefix
 from aletheia.prefix.cache import MemoryCache, collate_with_prefix
@@ -118,7 +118,8 @@ def test_beside_bfloat16_fast_steps_are_as_exact_as_autocast(family, rows):
 
 def test_lean_adapters_are_taken_under_autocast(rows, monkeypatch):
     calls = []
-    monkeypatch.setattr(lean, "lora_linear", lambda *given: calls.append(given) or lora_linear(*given))
+    product = lean._lora_linear
+    monkeypatch.setattr(lean, "_lora_linear", lambda *given: calls.append(given) or product(*given))
     model, batch = adapted().bfloat16(), collate(rows, 0)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.float() if "lora_" in name else parameter.data

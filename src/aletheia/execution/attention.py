@@ -12,7 +12,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 Attention = Callable[..., tuple[torch.Tensor, None]]
 OTHER_WAYS = ("position_bias", "cache", "softcap", "s_aux")  # arguments that ask for more than ways of ours can
 
-_ways: list[tuple[set[nn.Module], Attention]] = []
+WAYS = "_aletheia_attention_ways"  # of a module: a compiler would take modules in a container for constants
+_entered: list[Attention] = []
 
 
 @contextmanager
@@ -22,18 +23,27 @@ def attention_by(model: nn.Module, way: Attention) -> Iterator[None]:
     The next one is what was entered before, in the end transformers' own. A function that someone else put in the place
     of ``sdpa`` stays there. Backward with recomputation must run inside, as its forward does.
     """
-    applies = ALL_ATTENTION_FUNCTIONS["sdpa"] in (sdpa_attention_forward, _dispatch)
-    entry = set(model.modules()), way
-    if applies:
-        _ways.append(entry)
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = _dispatch
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] not in (sdpa_attention_forward, _dispatch):
+        yield
+        return
+    modules = list(model.modules())
+    _entered.append(way)
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _dispatch
+    for module in modules:
+        setattr(module, WAYS, (*getattr(module, WAYS, ()), way))
     try:
         yield
     finally:
-        if applies:
-            _ways.remove(entry)
-            if not _ways:
-                del ALL_ATTENTION_FUNCTIONS["sdpa"]  # what is registered for every model shows again
+        for module in modules:
+            ways = list(getattr(module, WAYS))
+            ways.remove(way)
+            if ways:
+                setattr(module, WAYS, tuple(ways))
+            else:
+                delattr(module, WAYS)
+        _entered.remove(way)
+        if not _entered:
+            del ALL_ATTENTION_FUNCTIONS["sdpa"]  # what is registered for every model shows again
 
 
 def sees_backward_only(module: nn.Module, asked: bool | None) -> bool:
@@ -43,9 +53,8 @@ def sees_backward_only(module: nn.Module, asked: bool | None) -> bool:
 
 def _dispatch(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
     found: Attention = sdpa_attention_forward
-    for own, way in _ways:
-        if module in own:
-            found = _on_top(way, found)
+    for way in getattr(module, WAYS, ()):
+        found = _on_top(way, found)
     return found(module, *args, **kwargs)
 
 

@@ -1,5 +1,6 @@
 """Which way a step is computed on the device at hand: decided here and nowhere else, by name."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
@@ -11,6 +12,7 @@ from torch import nn
 from aletheia.execution.cpu.attention import lean_attention
 from aletheia.execution.cpu.norms import lean_norms
 from aletheia.execution.lean import adapters_in_bfloat16, lean_adapters, lean_loss
+from aletheia.execution.packed import attention_by_row, has_kernel
 from aletheia.execution.recompute import Recompute, recomputation
 from aletheia.probing.logits import labelled_logits, labelled_states
 
@@ -30,21 +32,54 @@ def layer_ways(model: nn.Module) -> dict[str, Way]:
     return ways
 
 
-def step_ways(model: nn.Module, reads: Reads = "loss", recompute: Recompute = "off") -> dict[str, Way]:
-    """What makes a whole step cheaper, by name; ``reads`` is what its loop looks at of the outputs."""
+def step_ways(
+    model: nn.Module,
+    reads: Reads = "loss",
+    recompute: Recompute = "off",
+    packed: bool = False,
+    compiled: bool = False,
+) -> dict[str, Way]:
+    """What makes a whole step cheaper, by name.
+
+    Args:
+        model: the adapted model.
+        reads: what its loop looks at of the outputs.
+        recompute: what is computed again in backward.
+        packed: whether batches hold rows one after another.
+        compiled: whether layers that learn are to be compiled.
+    """
     ways: dict[str, Way] = {"adapters in the dtype of the base": adapters_in_bfloat16}
     if reads == "loss":
         ways["logits at labelled positions"] = labelled_logits
     elif reads == "sums" and next(model.parameters()).device.type == "cpu":  # elsewhere the loop does so itself
         ways["hidden states at labelled positions"] = labelled_states
     ways |= layer_ways(model)
-    if recompute == "selective":
-        ways["low-rank products in place"] = partial(lean_adapters, as_operator=True)
     if reads == "loss":
         ways["loss in the buffer of its logits"] = lean_loss
+    if packed:
+        ways["rows packed without padding"] = attention_by_row
     if recompute != "off":
         ways[f"{recompute} recomputation"] = partial(recomputation, kind=recompute)
+    if compiled:
+        ways["compiled layers"] = _compiled_layers
     return ways
+
+
+def compile_seconds() -> float:
+    """Seconds that this process has spent on compiling layers so far."""
+    loaded = sys.modules.get("aletheia.execution.compiled")
+    return loaded.compile_seconds() if loaded else 0.0
+
+
+def _compiled_layers(model: nn.Module) -> AbstractContextManager[object]:
+    from aletheia.execution.compiled import compiled_layers  # the compiler takes a second to load
+
+    return compiled_layers(model)
+
+
+def packing_pays(model: nn.Module) -> bool:
+    """Whether rows are packed where nobody says: attention has one kernel for all of them."""
+    return has_kernel(model)
 
 
 @contextmanager

@@ -22,8 +22,7 @@ from aletheia.errors import TrainingError
 Forward = Callable[..., torch.Tensor]
 
 
-@library.custom_op("aletheia::lora_linear", mutates_args=())
-def lora_linear(
+def _lora_linear(
     x_NI: torch.Tensor,
     weight_OI: torch.Tensor,
     bias_O: torch.Tensor | None,
@@ -34,13 +33,17 @@ def lora_linear(
     """``x Wt + b + s (x At) Bt`` [N, O] for a frozen W, and the low-rank ``x At`` [N, R].
 
     PEFT computes the low-rank output, its scaled copy and the sum, each [N, O], and as many gradients. Here the
-    low-rank products are added by the matrix product itself, and the scale is applied to [N, R]. It is one operator
-    to autograd and to selective recomputation, which may keep its result. A and B may be float32 beside a bfloat16 W:
-    they are rounded for the products, as under autocast, and their gradients are float32 again.
+    low-rank products are added by the matrix product itself, and the scale is applied to [N, R]. A and B may be float32
+    beside a bfloat16 W: they are rounded for the products, as under autocast, and their gradients are float32 again.
     """
     reduced_NR = x_NI @ a_RI.to(x_NI.dtype).T
     y_NO = nn.functional.linear(x_NI, weight_OI, bias_O)
     return y_NO.addmm_(reduced_NR, b_OR.to(x_NI.dtype).T, alpha=scale), reduced_NR
+
+
+# one operator, whose result selective recomputation can keep; elsewhere its dispatch would take as long as three small
+# kernels on a GPU
+lora_linear = library.custom_op("aletheia::lora_linear", _lora_linear, mutates_args=())
 
 
 @lora_linear.register_fake
@@ -80,13 +83,13 @@ lora_linear.register_autograd(_lora_linear_backward, setup_context=_keep)
 
 
 class _LoraLinear(torch.autograd.Function):
-    """:func:`lora_linear` without an operator's dispatch, which takes as long as three small kernels on a GPU."""
+    """The same without an operator's dispatch."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        output_NO, reduced_NR = lora_linear._init_fn(*inputs)
+        output_NO, reduced_NR = _lora_linear(*inputs)
         _keep(ctx, inputs, (output_NO, reduced_NR))
-        return output_NO  # type: ignore[no-any-return]
+        return output_NO
 
     @staticmethod
     def backward(ctx: Any, grad_NO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -101,24 +104,22 @@ def _lora_sum(
     b_OR: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """:func:`lora_linear` as a compiler likes it: every product in sight."""
+    """The same as a compiler likes it: every product in sight."""
     reduced_NR = x_NI @ a_RI.to(x_NI.dtype).T
     plain_NO = nn.functional.linear(x_NI, weight_OI, bias_O)
     return torch.addmm(plain_NO, reduced_NR, b_OR.to(x_NI.dtype).T, alpha=scale)
 
 
 @contextmanager
-def lean_adapters(model: nn.Module, as_operator: bool = False) -> Iterator[int]:
+def lean_adapters(model: nn.Module) -> Iterator[int]:
     """Compute the adapters of ``model`` with fewer copies; yields how many modules that covers.
-
-    ``as_operator``: as one operator, whose result selective recomputation can keep.
 
     Covered are plain Linear modules with one adapter and without dropout, DoRA, hooks or a bias of its own, the adapter
     in the dtype of the weight or in float32 beside bfloat16; the others keep PEFT's forward. The sums are the same up
     to the order of rounding; beside bfloat16, up to bfloat16's rounding of the low-rank products, as under autocast.
     """
     covered = [module for module in model.modules() if isinstance(module, LoraLinear) and _is_plain(module)]
-    with replaced_forwards(covered, _as_operator if as_operator else _as_function):
+    with replaced_forwards(covered, _forward):
         yield len(covered)
 
 
@@ -144,7 +145,7 @@ def replaced_forwards(modules: Sequence[nn.Module], forward: Forward) -> Iterato
     own = [(module, type(module), module.__dict__.get("forward")) for module in modules]
     for module, kind, hooked in own:
         if hooked is None:
-            module.__class__ = _with_forward(kind, forward)
+            module.__class__ = _with_forward(kind, forward)  # type: ignore[arg-type]  # a class is hashable
         else:
             module.forward = partial(forward, module, hooked)
     try:
@@ -162,7 +163,8 @@ def _with_forward(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
     def replaced(self: nn.Module, *args: Any, **kwargs: Any) -> torch.Tensor:
         return forward(self, lambda *given, **named: kind.forward(self, *given, **named), *args, **kwargs)
 
-    return type(kind)(kind.__name__, (kind,), {"forward": replaced, "__module__": kind.__module__})
+    made: type[nn.Module] = type(kind.__name__, (kind,), {"forward": replaced, "__module__": kind.__module__})
+    return made
 
 
 def bfloat16_autocast(model: nn.Module) -> torch.autocast:
@@ -201,18 +203,20 @@ def _is_bare(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and not watched and "forward" not in linear.__dict__
 
 
-def _as_operator(module: LoraLinear, plain: Forward, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    return _forward(lambda *inputs: lora_linear(*inputs)[0], module, plain, x, *args, **kwargs)
+_as_operators: list[None] = []
 
 
-def _as_function(module: LoraLinear, plain: Forward, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    product = _lora_sum if torch.compiler.is_compiling() else _LoraLinear.apply
-    return _forward(product, module, plain, x, *args, **kwargs)
+@contextmanager
+def adapters_as_operators() -> Iterator[None]:
+    """Let every adapted module be one operator, whose result recomputation can keep."""
+    _as_operators.append(None)
+    try:
+        yield
+    finally:
+        _as_operators.pop()
 
 
-def _forward(
-    product: Forward, module: LoraLinear, plain: Forward, x: torch.Tensor, *args: Any, **kwargs: Any
-) -> torch.Tensor:
+def _forward(module: LoraLinear, plain: Forward, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     usual = not (module.disable_adapters or module.merged or args or kwargs) and x.numel() > 0
     if not usual or not _is_plain(module):
         return plain(x, *args, **kwargs)
@@ -221,8 +225,11 @@ def _forward(
     if x.dtype != base.weight.dtype or casts:
         return plain(x)
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    inputs = x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, module.scaling[name]
-    y_NO = product(*inputs)
+    inputs: Any = x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, module.scaling[name]
+    if torch.compiler.is_compiling():
+        y_NO = _lora_sum(*inputs)
+    else:
+        y_NO = lora_linear(*inputs)[0] if _as_operators else _LoraLinear.apply(*inputs)
     return y_NO.view(*x.shape[:-1], -1)
 
 

@@ -19,12 +19,13 @@ from aletheia.data.batches import collate, collate_packed, on_device_of
 from aletheia.data.examples import Example
 from aletheia.execution.attention import OTHER_WAYS, Attention, attention_by, sees_backward_only
 
+varlen: Any
 try:
-    from torch.nn.attention.varlen import varlen_attn
+    from torch.nn.attention import varlen
 except ImportError:  # torch below 2.10
-    varlen_attn = None
+    varlen = None
 
-_TAKEN = set(inspect.signature(varlen_attn).parameters) if varlen_attn is not None else set()
+_TAKEN = set(inspect.signature(varlen.varlen_attn).parameters) if varlen is not None else set()
 SAME = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 0.02, torch.bfloat16: 0.1}  # of logits, relative
 KINDS = {"full_attention", "sliding_attention"}  # of layers whose mask a row's positions and a window define
 
@@ -88,13 +89,13 @@ def _in_one_kernel(
         else:
             shared = query.shape[1] // key.shape[1]
             key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
-    assert varlen_attn is not None
-    output_NHD: torch.Tensor = varlen_attn(
+    output_NHD: torch.Tensor = varlen.varlen_attn(
         query, key, value, bounds_S1, bounds_S1, max_length_q, max_length_q, **given
     )
     return output_NHD[None]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # how long rows are is not in the graph
 def _one_by_one(
     plain: Attention,
     module: nn.Module,
@@ -107,7 +108,7 @@ def _one_by_one(
     """The output [1, N, H, D]."""
     window = kwargs.get("sliding_window")
     lengths = bounds_S1.diff().tolist()
-    rows = zip(*(tensor.split(lengths, 2) for tensor in (query_1HND, key_1KND, value_1KND)), strict=True)
+    rows = zip(*(torch.split(tensor, lengths, 2) for tensor in (query_1HND, key_1KND, value_1KND)), strict=True)
     outputs = []
     for query, key, value in rows:
         length = query.shape[2]

@@ -1,17 +1,17 @@
 """Gradient checkpointing of the suffix: everything inside a layer computed again, or all but the matrix products."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext, create_selective_checkpoint_contexts
 
-import aletheia.execution.lean  # noqa: F401  (registers an operator that is kept)
 from aletheia.anatomy.access import base_of
 from aletheia.errors import TrainingError
 from aletheia.execution.cpu.attention import repeated_weights
+from aletheia.execution.lean import adapters_as_operators
 
 Recompute = Literal["off", "selective", "full"]
 _aten = torch.ops.aten
@@ -61,7 +61,10 @@ def recomputation(model: torch.nn.Module, kind: Recompute) -> Iterator[None]:
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
     base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
     try:
-        with repeated_weights() if kind == "selective" else nullcontext():
+        with ExitStack() as stack:
+            if kind == "selective":
+                stack.enter_context(repeated_weights())
+                stack.enter_context(adapters_as_operators())
             yield
     finally:
         base.activation_checkpointing_disable()

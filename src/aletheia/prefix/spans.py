@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from aletheia.data.examples import NO_LOSS, Example
+from aletheia.prefix.stored import INPUTS, OF_PACKS
 
-INPUTS = ("input_ids", "attention_mask", "position_ids")
-# arguments of a forward pass that hidden states do not depend on, or that repeat what INPUTS say
-OF_PACKS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}  # what positions say, too
-WITHOUT_INFLUENCE = OF_PACKS | {
+# arguments of a forward pass that hidden states do not depend on, or that repeat what positions say
+WITHOUT_INFLUENCE = {
+    *OF_PACKS,
     *("labels", "shift_labels", "num_items_in_batch", "use_cache", "return_dict", "logits_to_keep", "fused_lm_head"),
     "length",
 }
@@ -40,7 +40,7 @@ def find_spans(batch: Mapping[str, Any]) -> list[Span] | None:
     if not isinstance(ids_BT, torch.Tensor) or ids_BT.dim() != 2:
         return None
     given = {name for name, value in batch.items() if value is not None and value is not False}
-    if given - WITHOUT_INFLUENCE - set(INPUTS) or (given & OF_PACKS and "position_ids" not in given):
+    if given - WITHOUT_INFLUENCE - set(INPUTS) or (given & set(OF_PACKS) and "position_ids" not in given):
         return None
     mask_BT, positions_BT = batch.get("attention_mask"), batch.get("position_ids")
     if "cu_seq_lens_q" in given and isinstance(mask_BT, torch.Tensor) and mask_BT.numel() == 1:

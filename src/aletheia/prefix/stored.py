@@ -25,6 +25,8 @@ from aletheia.anatomy.modes import in_mode
 from aletheia.anatomy.read import find_layers
 from aletheia.errors import TrainingError
 
+INPUTS = ("input_ids", "attention_mask", "position_ids")
+OF_PACKS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")  # where packed rows begin
 PREFIX = "prefix_BTD"  # key of the stored hidden states in a batch
 Source = Callable[[Mapping[str, Any]], torch.Tensor | None]
 
@@ -34,13 +36,14 @@ def prefix_output(model: nn.Module, boundary: int, batch: Mapping[str, Any]) -> 
     """Hidden states [B, T, D] that enter layer ``boundary``; nothing above the prefix is computed.
 
     The model runs in the mode it is in, without its own hooks, so it may be called from one of them. ``batch`` holds
-    ``input_ids`` and what else the prefix depends on, such as ``attention_mask`` or ``position_ids``, each [B, T].
+    ``input_ids`` and what else the prefix depends on, such as ``attention_mask`` or ``position_ids``, each [B, T], and
+    where packed rows begin.
 
     Raises:
         TrainingError: the layer is never called.
     """
     _, layers = find_layers(model)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    inputs = {name: batch[name] for name in (*INPUTS, *OF_PACKS) if name in batch}
     call = layer_call(model.forward, layers[boundary], inputs)
     if call is None:
         raise TrainingError(

@@ -139,6 +139,7 @@ def _conditions(runs: Sequence[Run]) -> dict[str, list[tuple[object, str]]]:
         "length grouping": [
             (setting.group_by_length, "on" if setting.group_by_length else "off") for setting in settings
         ],
+        "packing": [(setting.packing, "on" if setting.packing else "off") for setting in settings],
         "averaging": [(setting.averaging, setting.averaging) for setting in settings],
         "rescaling": [(setting.rescale, "on" if setting.rescale else "off") for setting in settings],
         "checkpointing": [(setting.gradient_checkpointing, setting.gradient_checkpointing) for setting in settings],
@@ -343,7 +344,10 @@ def repeat_command(run: Run) -> tuple[str, ...]:
         options.append(("--attention", settings.attention))
     model = metrics.went_on_from.name if metrics.went_on_from else metrics.model.name
     head = f"aletheia train {shlex.quote(model)}"
-    switches = [] if settings.group_by_length else ["--no-group-by-length"]
+    options.append(("--packing", "on" if settings.packing else "off"))
+    switches = ["--group-by-length" if settings.group_by_length else "--no-group-by-length"]
+    if settings.compile_layers:
+        switches.append("--compile-layers")
     if settings.early_stopping_patience is None:
         switches.append("--no-early-stop")
     if settings.keep == "best" and not settings.rescale:

@@ -76,7 +76,9 @@ class UsedSettings(BaseModel):
     dtype: str
     device: str
     seed: int
+    packing: bool = False  # rows of a batch in one sequence, without padding
     group_by_length: bool = False
+    compile_layers: bool = False
     gradient_checkpointing: Literal["off", "selective", "full"] = "off"
     cache: Literal["memory", "disk", "off"] = "off"
     loaded_by: str = "AutoModelForCausalLM"  # class of transformers that loads the base
@@ -144,6 +146,7 @@ class Metrics(Artifact):
     cache_bytes: int = 0
     cache_reason: str = ""
     steps_computed_by: tuple[str, ...] = ()
+    compile_seconds: FiniteFloat = 0.0  # of the seconds of training
     held_out_loss_before: FiniteFloat
     held_out_loss_after: FiniteFloat
     verdict: Verdict = "learned"

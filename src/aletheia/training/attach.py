@@ -17,10 +17,11 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from aletheia.adapters.adapt import check_adapters
+from aletheia.data.batches import collate_packed
 from aletheia.data.examples import NO_LOSS, Example
 from aletheia.data.tokenizer import identify_tokenizer
 from aletheia.errors import CacheError, TrainingError
-from aletheia.execution.backend import Reads, entered, layer_ways, step_ways
+from aletheia.execution.backend import Reads, Way, entered, layer_ways, step_ways
 from aletheia.planning.plan import Plan
 from aletheia.prefix.boundary import frozen_prefix
 from aletheia.prefix.cache import DiskCache, PrefixCache, SpillingCache
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 
 UNFIT = {
-    "torch_compile": "compiled code does not see hooks that change from phase to phase",
+    "torch_compile": "hooks that change from phase to phase break it; `compile_layers` of AttachSettings does as much",
     "use_liger_kernel": "its loss and ours exclude each other",
 }
 
@@ -50,6 +51,7 @@ class AttachSettings(Settings):
     cache: CacheKind = option("auto", "Where what enters the lowest layer that learns is kept.")
     cache_dir: Path | None = option(None, "For a cache on disk ($ALETHEIA_CACHE, or your cache folder).")
     fast_steps: bool = option(True, "Cheaper ways to compute a step that leave its result alone up to rounding.")
+    compile_layers: bool = option(False, "With `fast_steps`: compile the layers that learn.")
     whole_checkpoints: bool = option(
         True, "Checkpoints with a manifest, written beside and renamed; resume from these."
     )
@@ -231,9 +233,16 @@ class Attachment(TrainerCallback):
             context = stored_prefix(model, phase.boundary, self._free and self._prefix is not None, self._source)
             self._stack.enter_context(context)
         self._stack.enter_context(frozen_prefix(model))
-        ways = step_ways(model, reads(self._trainer), self._recompute) if self._settings.fast_steps else {}
+        ways = self._fast_ways() if self._settings.fast_steps else {}
         self._stack.enter_context(entered(model, ways))
         self.ways = tuple(ways)
+
+    def _fast_ways(self) -> dict[str, Way]:
+        trainer, compiled = self._trainer, self._settings.compile_layers
+        packed = trainer.data_collator is collate_packed
+        if compiled:
+            self._notify("compile  the layers that learn; the first steps take longer")
+        return step_ways(self._model, reads(trainer), self._recompute, packed, compiled)
 
     def _make_source(self, model: nn.Module, phase: Phase) -> PrefixSource | None:
         """What looks up a batch in this phase; None where nothing lies below or nothing is kept."""

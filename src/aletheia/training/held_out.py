@@ -1,31 +1,30 @@
 """The held-out loss: mean over completion tokens, not over batches."""
 
-from functools import partial
-
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from aletheia.anatomy.modes import in_mode
-from aletheia.data.batches import collate, labelled_tokens, length_sorted_batches, on_device_of
+from aletheia.data.batches import Collator, labelled_tokens, length_sorted_batches, on_device_of
 from aletheia.data.examples import Examples
 from aletheia.errors import DataError
 from aletheia.training.processes import Launch
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, examples: Examples, batch_size: int = 8) -> float:
+def held_out_loss(model: nn.Module, examples: Examples, batch_size: int = 8, collator: Collator | None = None) -> float:
     """Mean cross-entropy over the labelled tokens of ``examples``, in nats per token.
 
     The model is evaluated in eval mode; its modules are put back into the modes they were in. Where several processes
-    train it, all must call this: each takes every so many of the batches, and all get the same result.
+    train it, all must call this: each takes every so many of the batches, and all get the same result. ``collator``
+    makes a batch of rows, by default :func:`aletheia.data.batches.collate`.
 
     Raises:
         DataError: the examples hold no labelled token.
     """
     sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
     launch = Launch.here()
-    batches = list(length_sorted_batches(examples, batch_size, partial(collate, pad_token_id=examples.pad_token_id)))
+    batches = list(length_sorted_batches(examples, batch_size, collator))
     with in_mode(model, training=False):
         for start in range(0, len(batches), launch.processes):  # sharded layers must run equally often everywhere
             own = start + launch.rank < len(batches)

@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, Traini
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from aletheia.data.batches import collate, length_sorted_batches
+from aletheia.data.batches import Collator, collate, collate_packed, length_sorted_batches
 from aletheia.data.examples import Example, Examples
 from aletheia.data.order import epoch_order, training_batches
 from aletheia.data.sources import one_line
@@ -73,7 +73,7 @@ def rows_of_steps(data: Examples, settings: TrainSettings, steps: int, processes
     """The rows of each of the first ``steps`` of a run."""
     lengths = [len(row) for row in data.examples]
     per_step = rows_per_step(settings, processes)
-    batches = training_batches(lengths, per_step, steps, settings.seed, settings.group_by_length)
+    batches = training_batches(lengths, per_step, steps, settings.seed, settings.groups_by_length)
     return [[data[row] for row in batch] for batch in batches]
 
 
@@ -139,6 +139,11 @@ def evaluates_by_itself(settings: TrainSettings) -> bool:
     return bool({"eval_strategy", "eval_steps"} & set(settings.model_extra or {}))
 
 
+def collator_of(settings: TrainSettings, pad_token_id: int) -> Collator:
+    """What makes a batch of rows: packed where the settings say ``on``, else padded."""
+    return collate_packed if settings.packing == "on" else partial(collate, pad_token_id=pad_token_id)
+
+
 class EpochOrder(Sampler[int]):
     """Row indices of the epoch that the run is in."""
 
@@ -158,7 +163,7 @@ class EpochOrder(Sampler[int]):
         """In the order of this epoch."""
         epoch = self._trainer.state.global_step // self._per_epoch
         settings = self._settings
-        return iter(epoch_order(self._lengths, self._batch_size, settings.seed, epoch, settings.group_by_length))
+        return iter(epoch_order(self._lengths, self._batch_size, settings.seed, epoch, settings.groups_by_length))
 
 
 class RowTrainer(Trainer):
@@ -181,8 +186,10 @@ class RowTrainer(Trainer):
         callbacks: list[TrainerCallback] = [recorder]
         if settings.patience is not None:
             callbacks.append(EarlyStoppingCallback(settings.patience))
-        collator = partial(collate, pad_token_id=data.pad_token_id)
-        super().__init__(model, arguments, collator, train_dataset=data, eval_dataset=held_out, callbacks=callbacks)
+        self.collator = collator_of(settings, data.pad_token_id)
+        super().__init__(
+            model, arguments, self.collator, train_dataset=data, eval_dataset=held_out, callbacks=callbacks
+        )
         for noisy in (PrinterCallback, ProgressCallback):
             self.remove_callback(noisy)
         self._finite = Finite(self)
@@ -225,7 +232,7 @@ class RowTrainer(Trainer):
     def held_out_loss(self) -> float:
         """Of the model as it is."""
         assert self.model is not None
-        return held_out_loss(self.model, self._held_out, self._settings.batch_size)
+        return held_out_loss(self.model, self._held_out, self._settings.batch_size, self.collator)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -235,11 +242,10 @@ class RowTrainer(Trainer):
         It is that of the averaged weights where there are some.
         """
         started = time.perf_counter()
-        collator = partial(collate, pad_token_id=self._held_out.pad_token_id)
         averaged = self.average.swapped_in() if self.average is not None else nullcontext()
         with averaged, nullcontext() if self.state.global_step else self.before_training():
             loss = self.held_out_loss()
-            self._finite.held_out(loss, length_sorted_batches(self._held_out, self._settings.batch_size, collator))
+            self._finite.held_out(loss, length_sorted_batches(self._held_out, self._settings.batch_size, self.collator))
         if self.args.device.type != "cpu":
             torch.accelerator.synchronize()
         self._recorder.evaluated(self.state.global_step, loss, time.perf_counter() - started)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from aletheia.anatomy.access import base_of
 from aletheia.anatomy.families import class_name
 from aletheia.anatomy.load import quantization_of
+from aletheia.execution.backend import compile_seconds
 from aletheia.execution.peak_memory import peak_memory_bytes
 from aletheia.files import package_versions
 from aletheia.runs.schema import Metrics, PhaseSeconds, UsedSettings
@@ -29,7 +30,9 @@ def metrics_of(job: "Job", trainer: RowTrainer, attachment: Attachment) -> Metri
         dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.type,
         seed=settings.seed,
-        group_by_length=settings.group_by_length,
+        packing=settings.packing == "on",
+        group_by_length=settings.groups_by_length,
+        compile_layers=settings.compile_layers,
         gradient_checkpointing=settings.gradient_checkpointing,
         cache=attachment.decision.kind,
         loaded_by=class_name(base_of(model).config),
@@ -72,6 +75,7 @@ def metrics_of(job: "Job", trainer: RowTrainer, attachment: Attachment) -> Metri
         cache_bytes=attachment.decision.size_bytes,
         cache_reason=attachment.decision.reason,
         steps_computed_by=attachment.ways,
+        compile_seconds=compile_seconds() - job.compiled_before,
         held_out_loss_before=before,
         held_out_loss_after=after,
         verdict=verdict(job.has_learned, before, after),

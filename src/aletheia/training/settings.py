@@ -50,7 +50,7 @@ NOT_TAKEN = {
     "auto_find_batch_size": "the plan's phases are counted in steps",
     "ignore_data_skip": "a resumed run goes on with its own next row",
     "restore_callback_states_from_checkpoint": "a resumed run restores what it needs",
-    "torch_compile": "hooks of the frozen prefix break the graph",
+    "torch_compile": "it is `compile_layers` here",
     "torch_compile_backend": "hooks of the frozen prefix break the graph",
     "torch_compile_mode": "hooks of the frozen prefix break the graph",
     "dataloader_drop_last": "every row of an epoch is trained on",
@@ -117,7 +117,18 @@ class TrainSettings(Settings):
     gradient_checkpointing: Recompute = option(
         "off", "Less memory, more time: compute again in backward all but matrix products, or all.", TRAINING
     )
-    group_by_length: bool = option(True, "Make batches of rows of like length.", TRAINING)
+    packing: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Put the rows of a batch one after another, without padding, each seeing itself alone; auto: on a GPU, in half "
+        "precision, where the model's attention can.",
+        TRAINING,
+    )
+    group_by_length: bool | None = option(
+        None, "Make batches of rows of like length (by default where batches are padded).", TRAINING
+    )
+    compile_layers: bool = option(
+        False, "Compile the layers that learn: the first steps take longer, the others fewer launches.", TRAINING
+    )
     correct_quantization: bool = option(
         False,
         "With `quantize` nf4: a frozen part of each adapter takes back most of what that does. Fits NF4 only.",
@@ -179,6 +190,11 @@ class TrainSettings(Settings):
     )
 
     @property
+    def groups_by_length(self) -> bool:
+        """Whether rows of a batch are of like length: it saves padding, where there is some."""
+        return self.packing != "on" if self.group_by_length is None else self.group_by_length
+
+    @property
     def patience(self) -> int | None:
         """Held-out losses in a row without a new lowest one that end the run; None: every planned step is taken."""
         return (self.early_stopping_patience or PATIENCE) if self.early_stop else None
@@ -196,6 +212,11 @@ class TrainSettings(Settings):
             raise ValueError("`steps` and `epochs` are both given; expected one of them")
         if self.early_stopping_patience is not None and not self.early_stop:
             raise ValueError("`early_stopping_patience` is given and `early_stop` is false; expected one of them")
+        if self.compile_layers and self.gradient_checkpointing == "selective":
+            raise ValueError(
+                "`compile_layers` is given with `gradient_checkpointing` selective, which looks at every product; "
+                "expected full or off"
+            )
         if self.free_prefix and self.cache == "off":
             raise ValueError("`free_prefix` is given with `cache` off; expected a cache to train from")
         if (self.model_extra or {}).get("eval_strategy") == "no":

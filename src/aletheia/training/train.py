@@ -21,7 +21,8 @@ from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.data.batches import collate
 from aletheia.data.examples import Example, Examples
 from aletheia.errors import SettingsError, TrainingError
-from aletheia.execution.backend import entered, layer_ways
+from aletheia.execution.backend import compile_seconds, entered, layer_ways, packing_pays
+from aletheia.execution.packed import why_not_packed
 from aletheia.execution.peak_memory import reset_peak_memory
 from aletheia.names import printable
 from aletheia.planning.plan import Plan, layer_ranges
@@ -129,8 +130,31 @@ def train(
     with ExitStack() as stack:
         folder = out if isinstance(out, RunFolder) else stack.enter_context(RunFolder.claim(out))
         folder.check_room(bytes_needed)
-        job = Job(model, data, plan, held_out, settings, prepared or Prepared(), folder, show_progress)
+        prepared = prepared or Prepared()
+        packed, reason = _packs(model, data, settings, prepared)
+        settings = settings.model_copy(update={"packing": "on" if packed else "off"})
+        job = Job(model, data, plan, held_out, settings, prepared, folder, show_progress)
+        if reason is not None:
+            job.say(f"note: batches are padded: {reason}")
         return job.run()
+
+
+def _packs(model: PeftModel, data: Examples, settings: TrainSettings, prepared: Prepared) -> tuple[bool, str | None]:
+    """Whether batches are packed, and why not where that could be expected.
+
+    Raises:
+        SettingsError: it is asked for and not possible.
+    """
+    asked = settings.packing == "on"
+    if settings.packing == "off" or not (asked or packing_pays(model)):
+        return False, None
+    if prepared.prefix is not None:
+        reason: str | None = "the layers below the boundary are not in memory"
+    else:
+        reason = why_not_packed(model, data.examples, data.pad_token_id)
+    if asked and reason is not None:
+        raise SettingsError(f"`packing` is on, and {reason}; expected auto or off for this model")
+    return reason is None, reason
 
 
 class Job:
@@ -160,6 +184,7 @@ class Job:
         self.scaled_loss: float | None = None
         self.stack = ExitStack()  # closed when the run is over
         self.has_learned = False
+        self.compiled_before = 0.0  # seconds, of this process before this run
 
     def run(self) -> Run:
         """From adapters at their start to a folder that is written."""
@@ -191,10 +216,11 @@ class Job:
             interrupted.saved_step = found.step
             if trainer.average is not None:
                 trainer.average.load(found.path)
-            self._say(f"resume from step {found.step} of {trainer.args.max_steps}")
+            self.say(f"resume from step {found.step} of {trainer.args.max_steps}")
         if self.prepared.unquantized is not None:
             self._correct(self.prepared.unquantized, trainer.args.max_steps)
         self.recorder.start = self.recorder.start or digest_of_b(self.model)
+        self.compiled_before = compile_seconds()
         if self.settings.learning_rate == "auto":
             kept = found and found.manifest.about["peak_learning_rate"]  # a run that goes on does not race again
             trainer.args.learning_rate = kept or self._raced(trainer)
@@ -206,7 +232,7 @@ class Job:
             self.recorder.close()
         state = trainer.state
         if interrupted.signal is None and state.global_step < state.max_steps:
-            self._say(
+            self.say(
                 f"stop   after step {state.global_step} of {state.max_steps}: the held-out loss was lowest after step "
                 f"{state.best_global_step}"
             )
@@ -224,7 +250,7 @@ class Job:
         self.scale, self.scaled_loss = rescale(self.model, trainer.held_out_loss, full)
         self.recorder.eval_seconds += time.perf_counter() - started
         if self.scale != 1:
-            self._say(
+            self.say(
                 f"scale  {self.scale:g} of the adapter is kept: held-out loss {self.scaled_loss:.4f}, at full strength "
                 f"{full:.4f}"
             )
@@ -249,7 +275,7 @@ class Job:
                 f"started with CUDA_VISIBLE_DEVICES={model.device.index}"
             )
         if len(self.data) < (needed := rows_per_step(settings, self.processes)):
-            self._say(f"note: {len(self.data)} rows do not fill a step of {needed}; each pass over them is one step")
+            self.say(f"note: {len(self.data)} rows do not fill a step of {needed}; each pass over them is one step")
         arguments = training_arguments(
             settings,
             str(self.folder.checkpoints),
@@ -265,9 +291,11 @@ class Job:
         if prefix is None and settings.free_prefix and not plan.early_steps(steps):
             prefix, decision = self._filled(steps, trainer)
             free = prefix is not None
-        attached = AttachSettings(cache=settings.cache, cache_dir=settings.cache_dir)
+        attached = AttachSettings(
+            cache=settings.cache, cache_dir=settings.cache_dir, compile_layers=settings.compile_layers
+        )
         attachment = Attachment(
-            trainer, plan, attached, self._say, settings.gradient_checkpointing, prefix, free, decision
+            trainer, plan, attached, self.say, settings.gradient_checkpointing, prefix, free, decision
         )
         attachment.install()
         trainer.begin_average()
@@ -294,7 +322,7 @@ class Job:
             if isinstance(cache, DiskCache):
                 self.stack.callback(cache.close)
                 for note in cache.notes:
-                    self._say(f"note: {note}")
+                    self.say(f"note: {note}")
             fill(self.model, self.plan.boundary, rows, cache, self.settings.batch_size, self.show)
         self.seconds["cache"] = time.perf_counter() - started
         return cache, CacheDecision(kind, "filled before the first step", cache.size_bytes)
@@ -320,7 +348,7 @@ class Job:
         race = Launch.here().computed_by_first(partial(race_rates, *given, self.settings.gradient_checkpointing))
         self.recorder.race, self.recorder.race_seconds = race, time.perf_counter() - started
         if trainer.is_world_process_zero():
-            self._say(told(race))
+            self.say(told(race))
         return race.chosen
 
     def _about(self, trainer: RowTrainer) -> dict[str, Any]:
@@ -354,6 +382,7 @@ class Job:
             torch.distributed.barrier()
         return run
 
-    def _say(self, line: str) -> None:
+    def say(self, line: str) -> None:
+        """A line for people."""
         if self.show:
             Console(stderr=True).print(printable(line), highlight=False, markup=False, emoji=False, soft_wrap=True)

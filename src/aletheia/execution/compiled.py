@@ -1,0 +1,88 @@
+"""Decoder layers as compiled code: their small operations fused, far fewer launches on a GPU."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo import config as dynamo_config
+from torch._dynamo.callback import callback_handler
+
+from aletheia.anatomy.read import find_layers
+
+VARIANTS = 64  # of a layer's code that are kept: kinds of layers, training or not, grad or not, ranges of shapes
+_spent = [0.0]
+
+
+def compile_seconds() -> float:
+    """Seconds that this process has spent on compiling so far."""
+    return _spent[0]
+
+
+@contextmanager
+def compiled_layers(model: nn.Module) -> Iterator[None]:
+    """Run the decoder layers that hold parameters to learn, and those above them, as compiled code.
+
+    Layers of one kind share it, whatever their weights and the batch's shape; the first step of a kind compiles. Hooks
+    of a layer stay outside. Calls with a key-value cache, as in generation, run as they are, and so does what the
+    compiler fails at, after a warning of its own.
+    """
+    with dynamo_config.patch(recompile_limit=VARIANTS, suppress_errors=True), _timed_compilation(), _replaced(_learning_layers(model)):
+        yield
+
+
+def _learning_layers(model: nn.Module) -> Sequence[nn.Module]:
+    """From the lowest with a parameter that learns up."""
+    _, layers = find_layers(model)
+    for index, layer in enumerate(layers):
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            return list(layers[index:])
+    return []
+
+
+@contextmanager
+def _replaced(layers: Sequence[nn.Module]) -> Iterator[None]:
+    own = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = _Compiled(layer.forward)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, own, strict=True):
+            if forward is None:
+                del layer.forward
+            else:
+                layer.forward = forward
+
+
+class _Compiled:
+    """A layer's forward, compiled unless a call fills a key-value cache."""
+
+    def __init__(self, forward: Any) -> None:
+        self._plain, self._compiled = forward, torch.compile(forward, dynamic=True)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        caches = any(kwargs.get(name) is not None for name in ("past_key_values", "past_key_value", "layer_past"))
+        return (self._plain if caches else self._compiled)(*args, **kwargs)
+
+
+@contextmanager
+def _timed_compilation() -> Iterator[None]:
+    """Add to the seconds of compilation; code that is compiled within other code counts once."""
+    since: list[float] = []
+
+    def start(*_: Any) -> None:
+        since.append(time.perf_counter())
+
+    def end(*_: Any) -> None:
+        _spent[0] += time.perf_counter() - since.pop()
+
+    callback_handler.register_start_callback(start)
+    callback_handler.register_end_callback(end)
+    try:
+        yield
+    finally:
+        callback_handler.remove_start_callback(start)
+        callback_handler.remove_end_callback(end)

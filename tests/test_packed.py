@@ -1,0 +1,164 @@
+"""Packed batches: rows one after another, each with the loss and the gradients that it has alone."""
+
+import pytest
+import torch
+from families import config_of
+from test_prefix import adapted, difference, gradients
+from tiny import make_model
+from transformers import AutoModelForCausalLM
+
+import aletheia
+from aletheia.anatomy.access import text_config
+from aletheia.data.batches import collate, collate_packed
+from aletheia.data.examples import NO_LOSS, Example
+from aletheia.errors import SettingsError
+from aletheia.execution.attention import WAYS
+from aletheia.execution.backend import entered, step_ways
+from aletheia.execution.packed import attention_by_row, why_not_packed
+from aletheia.prefix.boundary import frozen_prefix
+from aletheia.prefix.spans import find_spans
+from aletheia.reporting.comparison import repeat_command
+from aletheia.training.settings import TrainSettings
+
+PACKED = ("llama", "qwen2", "qwen3_moe", "gpt2", "gpt_neox", "phi3", "olmo2", "deepseek_v3", "granite")
+WINDOWED = ("gemma3", "olmo3", "cohere2")  # layers that see a part of a row, shorter than ROWS[2]
+REFUSED = {
+    "stablelm": "see each other",  # does not hand on where rows begin
+    "falcon": "see each other",
+    "nemotron": "see each other",
+    "gemma2": "not `sdpa`",
+    "qwen3_next": "linear_attention",
+    "jamba": "linear_attention",
+    "recurrent_gemma": "linear_attention",
+    "lfm2": "conv",
+}
+
+
+def row(length, seed):
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, 250, (length,), generator=draw).tolist()
+    return Example(tokens, [NO_LOSS] * 3 + tokens[3:], f"row {seed}")
+
+
+ROWS = [row(9, 1), row(14, 2), row(70, 3), row(5, 4)]
+
+
+def of_family(family):
+    try:
+        return make_model(family)
+    except KeyError:
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config_of(family)).eval()
+
+
+def test_a_packed_batch_holds_every_token_once_and_says_where_rows_begin():
+    batch = collate_packed(ROWS)
+    assert batch["input_ids"].tolist() == [[token for example in ROWS for token in example.input_ids]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 9, 23, 93, 98]
+    assert batch["position_ids"][0, [0, 8, 9, 22, 23, 92, 93]].tolist() == [0, 8, 0, 13, 0, 69, 0]
+    assert batch["max_length_q"] == 128
+    everywhere = [Example(example.input_ids, example.input_ids, "labelled from its first token") for example in ROWS]
+    labels = collate_packed(everywhere)["labels"][0]
+    assert labels[[0, 9, 23, 93]].tolist() == [NO_LOSS] * 4  # nothing predicts a first token
+    assert (labels != NO_LOSS).sum() == 98 - 4
+    spans = find_spans({name: value for name, value in batch.items() if name != "labels"})
+    assert [(span.start, len(span.row)) for span in spans] == [(0, 9), (9, 14), (23, 70), (93, 5)]
+
+
+@pytest.mark.parametrize("family", PACKED + WINDOWED)
+def test_loss_and_gradients_are_those_of_padded_rows(family):
+    model = adapted(family)
+    if family in WINDOWED:
+        assert 0 < text_config(model).sliding_window < 70
+    assert why_not_packed(model, ROWS, 0) is None
+    expected = gradients(model, collate(ROWS, 0))
+    with attention_by_row(model):
+        assert difference(gradients(model, collate_packed(ROWS)), expected) < 2e-5
+        assert difference(gradients(model, collate(ROWS, 0)), expected) < 2e-5  # padded batches stay possible
+
+
+@pytest.mark.parametrize("recompute", ["off", "selective", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_everything_else_that_makes_steps_cheap(dtype, recompute):
+    model = adapted().to(dtype)
+    expected = gradients(model.float(), collate(ROWS, 0))
+    model.to(dtype)
+    with frozen_prefix(model), entered(model, step_ways(model, recompute=recompute, packed=True)):
+        found = gradients(model, collate_packed(ROWS))
+    with frozen_prefix(model), entered(model, step_ways(model, recompute=recompute)):
+        padded = gradients(model, collate(ROWS, 0))
+    if dtype == torch.float32:
+        assert difference(found, expected) < 1e-5
+    else:  # as far from float32 as padded batches are
+        found, padded = ((loss, grad.float()) for loss, grad in (found, padded))
+        assert difference(found, expected) < 1.5 * difference(padded, expected)
+
+
+def test_rows_that_see_each_other_differ():
+    """What the trial looks for: without attention by rows, a packed batch is one long row."""
+    model = adapted()
+    expected = gradients(model, collate(ROWS, 0))
+    assert difference(gradients(model, collate_packed(ROWS)), expected) > 1e-3
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_cannot_be_packed_says_why(family):
+    assert REFUSED[family] in why_not_packed(of_family(family), ROWS, 0)
+
+
+def test_a_router_loss_forbids_it():
+    model = make_model("qwen3_moe")
+    model.config.output_router_logits = True
+    assert "router loss" in why_not_packed(model, ROWS, 0)
+
+
+def test_nothing_is_left_behind():
+    model = make_model("llama")
+    with pytest.raises(ZeroDivisionError), attention_by_row(model), attention_by_row(model):
+        raise ZeroDivisionError
+    assert not any(hasattr(module, WAYS) for module in model.modules())
+
+
+@pytest.fixture(scope="module")
+def plan(examples):
+    """Layers 2 and 3 to the end, 0 and 1 for the first quarter of the steps."""
+    return aletheia.plan(aletheia.probe(make_model("llama"), examples, batches=2), policy="last", freeze_after=0.25)
+
+
+def trained(plan, examples, out, **settings):
+    settings = {"steps": 12, "learning_rate": 1e-2, "evaluations": 3, "early_stop": False} | settings
+    model = aletheia.adapt(make_model("llama"), plan)
+    data, held_out = examples.subset(range(20)), examples.subset(range(20, 26))
+    return aletheia.train(model, data, plan, out, held_out, show_progress=False, **settings)
+
+
+@pytest.mark.parametrize("cache", ["memory", "off"])
+def test_a_packed_run_is_a_padded_one(cache, plan, examples, tmp_path):
+    plain = trained(plan, examples, tmp_path / "padded", packing="off", cache=cache, group_by_length=False)
+    run = trained(plan, examples, tmp_path / "packed", packing="on", cache=cache)
+    padded, packed = plain.metrics, run.metrics
+    assert [point.loss for point in packed.train_curve] == pytest.approx([point.loss for point in padded.train_curve])
+    assert packed.held_out_loss_after == pytest.approx(padded.held_out_loss_after, rel=1e-4)
+    assert packed.tokens == padded.tokens
+    assert packed.settings.cache == cache
+    assert "rows packed without padding" in packed.steps_computed_by
+    assert not packed.settings.group_by_length  # saves padding, of which there is none
+    assert "rows packed without padding" not in padded.steps_computed_by
+    assert "--packing on" in " ".join(repeat_command(run))
+    assert "--packing off" in " ".join(repeat_command(plain))
+
+
+def test_a_processor_pads_by_default_and_groups_rows(plan, examples, tmp_path):
+    metrics = trained(plan, examples, tmp_path / "run").metrics
+    assert not metrics.settings.packing
+    assert metrics.settings.group_by_length
+    assert TrainSettings(packing="on", group_by_length=True).groups_by_length
+
+
+def test_asked_for_where_it_cannot_be(examples, tmp_path):
+    scores = aletheia.probe(make_model("falcon"), examples, batches=1)
+    plan = aletheia.plan(scores, policy="last")
+    model = aletheia.adapt(make_model("falcon"), plan)
+    with pytest.raises(SettingsError, match="`packing` is on, and rows that are packed together see each other"):
+        aletheia.train(model, examples, plan, tmp_path / "run", examples, packing="on", show_progress=False)
+    assert not (tmp_path / "run").exists()
