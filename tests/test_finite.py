@@ -12,6 +12,7 @@ from aletheia.adapters.adapt import adapt
 from aletheia.errors import ProbeError, TrainingError
 from aletheia.planning.make import plan as make_plan
 from aletheia.probing.resident import probe
+from aletheia.training import loop
 from aletheia.training.train import train
 
 STEP, STEPS = 4, 6  # where a value is spoiled, of how many
@@ -21,6 +22,8 @@ WAYS = {
     "accumulated": {"gradient_accumulation_steps": 3, "batch_size": 1, "cache": "off"},
     "recomputed": {"gradient_checkpointing": "full", "cache": "off"},
     "bfloat16": {"cache": "off"},
+    "without waiting": {"cache": "memory"},  # as on a GPU, where each step is looked at in the next one
+    "without waiting, saved seldom": {"cache": "memory", "save_steps": STEP - 1},
 }
 LAYER, MODULE = 2, "model.layers.2.mlp.down_proj"
 
@@ -59,7 +62,11 @@ class Spoiler:
 @pytest.mark.parametrize("value", [math.nan, pytest.param(math.inf, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("place", ["output", "gradient", "adapter", "base"])
-def test_what_is_not_finite_is_named_and_neither_applied_nor_saved(examples, scores, tmp_path, place, way, value):
+def test_what_is_not_finite_is_named_and_neither_applied_nor_saved(
+    examples, scores, tmp_path, monkeypatch, place, way, value
+):
+    if "without waiting" in way:
+        monkeypatch.setattr(loop, "is_behind", lambda device: True)
     model = make_model("llama")
     if way == "bfloat16":
         model = model.to(torch.bfloat16)
@@ -69,8 +76,8 @@ def test_what_is_not_finite_is_named_and_neither_applied_nor_saved(examples, sco
     data, held_out = examples.subset(range(12)), examples.subset(range(20, 25))
     with pytest.raises(TrainingError) as raised:
         train(
-            adapted, data, plan, tmp_path / "run", held_out, steps=STEPS, evaluations=1, save_steps=1,
-            show_progress=False, **WAYS[way],
+            adapted, data, plan, tmp_path / "run", held_out, steps=STEPS, evaluations=1, show_progress=False,
+            **{"save_steps": 1} | WAYS[way],
         )  # fmt: skip
     told = str(raised.value)
     assert f"layer {LAYER} ({MODULE}" in told, told

@@ -65,6 +65,9 @@ def on_device_of(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Any
     }
 
 
+LABELLED = "labelled_tokens"  # key of how many there are, for those who must not look at the labels' device
+
+
 def labelled_tokens(labels_BT: torch.Tensor) -> torch.Tensor:
     """How many tokens carry a loss, a 0-d tensor; position 0 is never predicted and never counts."""
     return (labels_BT[:, 1:] != NO_LOSS).sum()

@@ -65,6 +65,11 @@ def step_ways(
     return ways
 
 
+def is_behind(device: torch.device) -> bool:
+    """Whether ``device`` works off a queue, so that a step should look at none of its own results."""
+    return device.type != "cpu"
+
+
 def compile_seconds() -> float:
     """Seconds that this process has spent on compiling layers so far."""
     loaded = sys.modules.get("aletheia.execution.compiled")

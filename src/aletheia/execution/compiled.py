@@ -29,7 +29,11 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     of a layer stay outside. Calls with a key-value cache, as in generation, run as they are, and so does what the
     compiler fails at, after a warning of its own.
     """
-    with dynamo_config.patch(recompile_limit=VARIANTS, suppress_errors=True), _timed_compilation(), _replaced(_learning_layers(model)):
+    with (
+        dynamo_config.patch(recompile_limit=VARIANTS, suppress_errors=True),
+        _timed_compilation(),
+        _replaced(_learning_layers(model)),
+    ):
         yield
 
 

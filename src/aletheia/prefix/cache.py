@@ -74,7 +74,7 @@ class MemoryCache:
 
     def put(self, row: Example, hidden_TD: torch.Tensor) -> None:
         """Store a copy."""
-        entry = hidden_TD.detach().cpu().clone()
+        entry = hidden_TD.detach().to("cpu", copy=True)
         self.size_bytes += entry.nbytes
         self._entries[row_key(row.input_ids)] = entry
 

@@ -125,6 +125,22 @@ class PrefixSource:
         self.seconds += time.perf_counter() - started
         return found
 
+    def ahead(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
+        """The states of a batch that is being made, on the device of its tokens; None unless all are stored.
+
+        So they travel with the batch, while the step before is computed, and none waits for a look at its tokens.
+        """
+        cache = self.cache
+        if self._given_up or cache is None or self._group.sharded or self._use() == "none":
+            return None
+        started = time.perf_counter()
+        spans = find_spans(batch) or []
+        usable = bool(spans) and (self._packs_checked or not is_packed(spans))
+        usable = usable and not cache.missing([span.row for span in spans])
+        found = self._assembled(cache, batch["input_ids"], spans, {}) if usable else None
+        self.seconds += time.perf_counter() - started
+        return found
+
     def _agreed(self, numbers: Sequence[int]) -> Sequence[int]:
         """The largest over all processes, until the cache is open; then each decides for itself, unless sharded."""
         return self._group.largest(numbers) if self._group.sharded or not self._checked else numbers
@@ -163,6 +179,12 @@ class PrefixSource:
         by_key = {row_key(row.input_ids): hidden_TD for row, hidden_TD in zip(missing, computed, strict=True)}
         if by_key and self._writes and self._use() == "keep":
             self._store(cache, missing, computed)
+        return self._assembled(cache, ids_BT, spans, by_key)
+
+    def _assembled(
+        self, cache: PrefixCache, ids_BT: torch.Tensor, spans: list[Span], by_key: Mapping[str, torch.Tensor]
+    ) -> torch.Tensor | None:
+        """The states of a batch [B, T, D]: those of ``by_key``, the others from the cache."""
         hidden_BTD: torch.Tensor | None = None
         for span in spans:
             hidden_TD = by_key.get(row_key(span.row.input_ids))
@@ -184,8 +206,9 @@ class PrefixSource:
 
     def _store(self, cache: PrefixCache, rows: Sequence[Example], states: Sequence[torch.Tensor]) -> None:
         """Keep what is finite; a cache that cannot be written any more is only read from then on."""
-        for row, hidden_TD in zip(rows, states, strict=True):
-            if torch.isfinite(hidden_TD).all():
+        are_finite = torch.stack([torch.isfinite(hidden_TD).all() for hidden_TD in states]).tolist()  # waits once
+        for row, hidden_TD, is_finite in zip(rows, states, are_finite, strict=True):
+            if is_finite:
                 try:
                     cache.put(row, hidden_TD)
                 except CacheError as error:

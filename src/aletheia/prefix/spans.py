@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 
+from aletheia.data.batches import LABELLED
 from aletheia.data.examples import NO_LOSS, Example
 from aletheia.prefix.stored import INPUTS, OF_PACKS
 
 # arguments of a forward pass that hidden states do not depend on, or that repeat what positions say
 WITHOUT_INFLUENCE = {
     *OF_PACKS,
+    LABELLED,
     *("labels", "shift_labels", "num_items_in_batch", "use_cache", "return_dict", "logits_to_keep", "fused_lm_head"),
     "length",
 }

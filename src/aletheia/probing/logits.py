@@ -12,6 +12,7 @@ from torch import nn
 
 from aletheia.anatomy.access import base_of
 from aletheia.anatomy.layerwise import Call
+from aletheia.data.batches import LABELLED
 from aletheia.data.examples import NO_LOSS
 from aletheia.errors import TrainingError
 
@@ -23,7 +24,7 @@ def labelled_logits(model: nn.Module) -> Iterator[None]:
     The hidden states [B, T, D] before the head are gathered into one row [1, N + 1, D], and the labels move with
     them, so the model's own head, soft-capping, scaling and loss do the rest. The last position is a copy without a
     label, because causal losses shift labels by one. ``logits`` of the output are [1, N + 1, V]. Calls without labels
-    are left alone.
+    are left alone. A batch may bring the number of its labelled tokens as ``labelled_tokens``.
 
     Raises:
         TrainingError: the model has no head module, or calls it with another shape.
@@ -83,9 +84,10 @@ def _labels_moved(
 
     def move(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         pending.clear()
+        count = kwargs.pop(LABELLED, None)
         if kwargs.get("labels") is None:
             return args, kwargs
-        keep_N, moved_BN = _labelled(kwargs["labels"])
+        keep_N, moved_BN = _labelled(kwargs["labels"], count)
         if not applies(kwargs, keep_N):
             return args, kwargs
         pending.append(keep_N)
@@ -103,10 +105,15 @@ def _gathered(hidden_BTD: torch.Tensor, keep_N: torch.Tensor) -> torch.Tensor:
     return hidden_BTD.flatten(0, 1).index_select(0, keep_N.to(hidden_BTD.device))[None]
 
 
-def _labelled(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions that predict a label, flat, the last one twice [N + 1]; and their labels, shifted back [1, N + 1]."""
+def _labelled(labels_BT: torch.Tensor, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions that predict a label, flat, the last one twice [N + 1]; and their labels, shifted back [1, N + 1].
+
+    Where ``count``, their number, is known, nobody waits for the device to find it.
+    """
     targets_BT = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=NO_LOSS)
-    keep_N = (targets_BT.reshape(-1) != NO_LOSS).nonzero().squeeze(1)
+    is_labelled = targets_BT.reshape(-1) != NO_LOSS
+    found_N = is_labelled.nonzero().squeeze(1) if count is None else torch.argsort(~is_labelled, stable=True)
+    keep_N = found_N[:count]
     last = keep_N[-1:] if len(keep_N) else keep_N.new_zeros(1)
     moved = nn.functional.pad(targets_BT.reshape(-1)[keep_N], (1, 0), value=NO_LOSS)
     return torch.cat([keep_N, last]), moved[None]

@@ -17,7 +17,6 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from aletheia.adapters.adapt import check_adapters
-from aletheia.data.batches import collate_packed
 from aletheia.data.examples import NO_LOSS, Example
 from aletheia.data.tokenizer import identify_tokenizer
 from aletheia.errors import CacheError, TrainingError
@@ -27,7 +26,7 @@ from aletheia.prefix.boundary import frozen_prefix
 from aletheia.prefix.cache import DiskCache, PrefixCache, SpillingCache
 from aletheia.prefix.choose import CacheDecision, CachePlace, open_cache, prefix_key
 from aletheia.prefix.source import PrefixSource, Use, row_states
-from aletheia.prefix.stored import stored_prefix
+from aletheia.prefix.stored import PREFIX, stored_prefix
 from aletheia.settings import Settings, option
 from aletheia.training.checkpoints import TrustworthyCheckpoints, trustworthy_checkpoints
 from aletheia.training.freezing import adapters_below, freeze_below, layers_below
@@ -147,6 +146,7 @@ class Attachment(TrainerCallback):
         self._decided = decision
         self.ways: tuple[str, ...] = ()
         self.cache_seconds = 0.0
+        self.packed = False  # whether batches are as :func:`aletheia.data.batches.collate_packed` makes them
         self.at_end: Callable[[], None] = lambda: None  # steps are over, and the model is still as they computed it
         self._trainer, self._plan, self._settings = trainer, plan, settings
         self._notify = notify if trainer.is_world_process_zero() else say_nothing
@@ -239,10 +239,9 @@ class Attachment(TrainerCallback):
 
     def _fast_ways(self) -> dict[str, Way]:
         trainer, compiled = self._trainer, self._settings.compile_layers
-        packed = trainer.data_collator is collate_packed
         if compiled:
             self._notify("compile  the layers that learn; the first steps take longer")
-        return step_ways(self._model, reads(trainer), self._recompute, packed, compiled)
+        return step_ways(self._model, reads(trainer), self._recompute, self.packed, compiled)
 
     def _make_source(self, model: nn.Module, phase: Phase) -> PrefixSource | None:
         """What looks up a batch in this phase; None where nothing lies below or nothing is kept."""
@@ -330,6 +329,16 @@ class Attachment(TrainerCallback):
             return self._use_for_other_runs
         assert self._steps_per_epoch is not None
         return "read" if is_last_epoch(state.global_step, state.max_steps, self._steps_per_epoch) else "keep"
+
+    def ahead(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch that is being made, with what enters the boundary layer where all of that is stored already.
+
+        In the last phase only: what was made ahead would be of the boundary before.
+        """
+        if self._source is None or self._phase is not self._phases[-1]:
+            return batch
+        hidden_BTD = self._source.ahead(batch)
+        return batch if hidden_BTD is None else batch | {PREFIX: hidden_BTD}
 
     def _note_size(self) -> None:
         """Record what the cache of the phase that ends holds."""

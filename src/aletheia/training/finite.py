@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -11,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from aletheia.anatomy.read import find_layers
 from aletheia.errors import TrainingError
+from aletheia.execution.later import Later
 from aletheia.probing.preflight import broken_output, told_place
 from aletheia.training.processes import Launch
 
@@ -20,16 +22,20 @@ class Finite(TrainerCallback):
 
     One number per step is waited for; where it is not finite, a forward pass finds the place. Under float16 the loss
     scaler skips steps whose gradients overflow, so these are not looked at.
+
+    Where the trainer must not wait (``looks_back``), the optimizer leaves out a step with a gradient that is not
+    finite, by itself, and what happened is read a step later, or before anything is evaluated or saved.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
-        """Add it to the callbacks before all that evaluate or save."""
-        self._trainer = trainer
+    def __init__(self, trainer: Trainer, looks_back: bool = False) -> None:
+        """Add it to the callbacks before all that evaluate or save; ``looks_back`` needs torch's fused optimizer."""
+        self._trainer, self._looks_back = trainer, looks_back
+        self._unread: _Unread | None = None
         self._loss: torch.Tensor | None = None  # of the step so far; a NaN or an infinity stays one in the sum
         self._batches: list[Mapping[str, Any]] = []  # of the step so far
 
-    def after_backward(self, loss: torch.Tensor, batch: Mapping[str, Any]) -> None:
-        """Look at a batch, and before the optimizer step at all of its gradients.
+    def after_backward(self, loss: torch.Tensor, batch: Mapping[str, Any]) -> Later | None:
+        """Look at a batch, and before the optimizer step at all of its gradients; the loss of the step once it is done.
 
         Raises:
             TrainingError: something is not finite; nothing was applied.
@@ -37,15 +43,42 @@ class Finite(TrainerCallback):
         self._loss = loss.detach().float() if self._loss is None else self._loss + loss.detach().float()
         self._batches.append(batch)
         if not self._trainer.accelerator.sync_gradients:
-            return
+            return None
         total, self._loss = self._loss, None
+        batches, self._batches = self._batches, []
         gradients = {} if self._trainer.args.fp16 else dict(_gradients(self._model))
-        if _all_finite([total, *gradients.values()]):
-            self._batches.clear()
-            return
+        are_finite = _all_finite([total, *gradients.values()])
         step = self._trainer.state.global_step + 1
-        if not math.isfinite(total.item()):
-            self._fail(f"the loss is {total.item()}", step, self._batches)
+        if self._looks_back:
+            self._read()
+            is_left_out = (~are_finite).float()
+            self._optimizer.found_inf = is_left_out  # torch's fused optimizers look at it, for the loss scaler
+            self._unread = _Unread(step, Later(is_left_out), Later(total), batches)
+        elif not are_finite:
+            self._explain(total.item(), step, batches)
+        return Later(total)
+
+    @property
+    def _optimizer(self) -> Any:
+        return getattr(self._trainer.optimizer, "optimizer", self._trainer.optimizer)  # accelerate's wraps it
+
+    def _read(self) -> None:
+        """What became of the step before."""
+        unread, self._unread = self._unread, None
+        if unread is None or not unread.is_left_out.read():
+            return
+        loss = unread.loss.read()
+        if math.isfinite(loss):  # its gradients are gone: nothing has changed since, so they come again
+            self._model.zero_grad()
+            for batch in unread.batches:
+                self._model(**batch).loss.backward()
+        self._explain(loss, unread.step, unread.batches)
+
+    def _explain(self, loss: float, step: int, batches: Iterable[Mapping[str, Any]]) -> NoReturn:
+        """Why a step was not applied."""
+        if not math.isfinite(loss):
+            self._fail(f"the loss is {loss}", step, batches)
+        gradients = dict(_gradients(self._model))
         broken = [name for name, value in gradients.items() if not torch.isfinite(value).all()]
         # backward goes down, so the last one is nearest to where it began
         place = f" in {self._place(broken[-1])}" if broken else ""
@@ -57,9 +90,19 @@ class Finite(TrainerCallback):
         Raises:
             TrainingError: one is not finite.
         """
-        own = {name: value for name, value in self._model.named_parameters() if value.requires_grad}
-        if not _all_finite(_local(own.values())):
-            self._fail("a weight is not finite", state.global_step)
+        if not self._looks_back or state.global_step == state.max_steps:
+            self.settle()
+
+    def settle(self) -> None:
+        """Look at all that was not looked at yet; to be called before anything is evaluated or saved.
+
+        Raises:
+            TrainingError: something is not finite.
+        """
+        self._read()
+        own = [value for value in self._model.parameters() if value.requires_grad]
+        if not _all_finite(_local(own)):
+            self._fail("a weight is not finite", self._trainer.state.global_step)
 
     def held_out(self, loss: float, batches: Iterable[Mapping[str, Any]]) -> None:
         """Look at a held-out loss; ``batches`` are those it was taken on.
@@ -105,11 +148,21 @@ def _local(values: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     return [value.to_local() if isinstance(value, DTensor) else value for value in values]
 
 
-def _all_finite(values: list[torch.Tensor]) -> bool:
-    """Whether all values are finite; waits for the device once."""
+@dataclass(frozen=True)
+class _Unread:
+    """A step whose outcome is still on the device."""
+
+    step: int
+    is_left_out: Later
+    loss: Later
+    batches: list[Mapping[str, Any]]
+
+
+def _all_finite(values: list[torch.Tensor]) -> torch.Tensor:
+    """Whether all values are finite, on their device."""
     filled = [value.detach() for value in values if value.numel()]
     norms = torch._foreach_norm(filled, float("inf"))  # keeps a NaN, and overflows for no finite value
-    return bool(torch.isfinite(torch.stack([norm.float() for norm in norms])).all())
+    return torch.isfinite(torch.stack([norm.float() for norm in norms])).all()
 
 
 def _is_finite(value: torch.Tensor) -> bool:

@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import Sampler
+from torch.utils.data import Sampler, get_worker_info
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from aletheia.data.batches import Collator, collate, collate_packed, length_sorted_batches
+from aletheia.data.batches import LABELLED, Collator, collate, collate_packed, labelled_tokens, length_sorted_batches
 from aletheia.data.examples import Example, Examples
 from aletheia.data.order import epoch_order, training_batches
 from aletheia.data.sources import one_line
 from aletheia.errors import SettingsError
+from aletheia.execution.backend import is_behind
 from aletheia.training.averaging import WeightAverage
 from aletheia.training.finite import Finite
 from aletheia.training.held_out import held_out_loss
@@ -30,6 +31,7 @@ from aletheia.training.settings import EVALUATIONS, TrainSettings
 from aletheia.training.sharded import is_sharded
 
 NEVER = 10**9  # steps
+LOOKED_AT_EVERY = 10  # steps, by loggers, where no step waits for its own results
 
 
 def steps_per_epoch(rows: int, settings: TrainSettings, processes: int = 1) -> int:
@@ -144,6 +146,12 @@ def collator_of(settings: TrainSettings, pad_token_id: int) -> Collator:
     return collate_packed if settings.packing == "on" else partial(collate, pad_token_id=pad_token_id)
 
 
+def _looks_back(arguments: TrainingArguments) -> bool:
+    """Whether no step waits for its own results, which are then read a step later."""
+    plain = arguments.optim == "adamw_torch_fused" and not arguments.fp16 and arguments.world_size == 1
+    return plain and is_behind(arguments.device)
+
+
 class EpochOrder(Sampler[int]):
     """Row indices of the epoch that the run is in."""
 
@@ -187,12 +195,15 @@ class RowTrainer(Trainer):
         if settings.patience is not None:
             callbacks.append(EarlyStoppingCallback(settings.patience))
         self.collator = collator_of(settings, data.pad_token_id)
-        super().__init__(
-            model, arguments, self.collator, train_dataset=data, eval_dataset=held_out, callbacks=callbacks
-        )
+        self.ahead: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # puts stored states into a batch
+        self.looks_back = _looks_back(arguments)
+        recorder.looks_back = self.looks_back
+        if self.looks_back:
+            arguments.logging_steps = LOOKED_AT_EVERY
+        super().__init__(model, arguments, self._batch, train_dataset=data, eval_dataset=held_out, callbacks=callbacks)
         for noisy in (PrinterCallback, ProgressCallback):
             self.remove_callback(noisy)
-        self._finite = Finite(self)
+        self._finite = Finite(self, self.looks_back)
         self.add_callback(self._finite)
 
     def begin_average(self) -> None:
@@ -211,6 +222,7 @@ class RowTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's, of the weights that learn, and beside them the average."""
+        self._finite.settle()
         super().save_model(output_dir, _internal_call)
         if self.average is not None and output_dir is not None and self.args.should_save:
             self.average.save(Path(output_dir))
@@ -218,8 +230,19 @@ class RowTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Trainer's, and a look at what came of it before it is applied."""
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self._finite.after_backward(loss, inputs)
+        of_step = self._finite.after_backward(loss, inputs)
+        if self.looks_back and of_step is not None:
+            self._recorder.stepped(self.state.global_step + 1, of_step)
         return loss
+
+    def _batch(self, rows: Sequence[Example]) -> dict[str, Any]:
+        """A batch of rows; with what a step would have to wait for, where it must not."""
+        batch = self.collator(rows)
+        if not self.looks_back:
+            return batch
+        if self.ahead is not None and get_worker_info() is None:  # workers have no cache
+            batch = self.ahead(batch)
+        return batch | {LABELLED: int(labelled_tokens(batch["labels"]))}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return EpochOrder(self._rows, self._settings, self)
@@ -242,6 +265,7 @@ class RowTrainer(Trainer):
         It is that of the averaged weights where there are some.
         """
         started = time.perf_counter()
+        self._finite.settle()
         averaged = self.average.swapped_in() if self.average is not None else nullcontext()
         with averaged, nullcontext() if self.state.global_step else self.before_training():
             loss = self.held_out_loss()

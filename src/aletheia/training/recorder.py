@@ -1,6 +1,7 @@
 """What a run leaves behind beside its adapter: losses and times of every step, held-out losses, a progress bar."""
 
 import time
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from aletheia.execution.later import Later
 from aletheia.runs.schema import HeldOutPoint, RateRace, TrainPoint
 
 
@@ -16,7 +18,9 @@ class Recorder(TrainerCallback):
     """Record the loss and time of every logged step and every held-out loss; draw a bar.
 
     The clock stands still during evaluation, logging and saving, so ``train_seconds`` is optimizer steps alone. A run
-    that goes on takes up the curves of the one before (:meth:`restore`).
+    that goes on takes up the curves of the one before (:meth:`restore`). With ``looks_back`` nothing waits for the
+    device but where a held-out loss is due: losses come by :meth:`stepped`, and a step's time is that between its ends
+    as the host sees them, which is at most one step ahead.
     """
 
     def __init__(self, evaluations: int, show_progress: bool) -> None:
@@ -31,6 +35,8 @@ class Recorder(TrainerCallback):
         self._evaluations, self._show = evaluations, show_progress
         self._resumed_at = 0.0
         self._evaluating_since: float | None = None
+        self.looks_back = False
+        self._unread: deque[tuple[int, Later]] = deque()
         self._progress: Progress | None = None
         self._task: TaskID | None = None
 
@@ -84,12 +90,24 @@ class Recorder(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the clock; ask for the held-out loss when an interval is over."""
-        if args.device.type != "cpu":
+        due = due_steps(state.max_steps, self._evaluations) if self._evaluations else {state.max_steps}
+        is_due = state.global_step in due
+        if args.device.type != "cpu" and (is_due or not self.looks_back):
             torch.accelerator.synchronize()  # or the clock would stop before the device does
         self.train_seconds += time.perf_counter() - self._resumed_at
-        due = due_steps(state.max_steps, self._evaluations) if self._evaluations else {state.max_steps}
-        if state.global_step in due:
+        if is_due:
             control.should_evaluate = True
+        self._read(0 if is_due else 1)
+
+    def stepped(self, step: int, loss: Later) -> None:
+        """With ``looks_back``: the loss of a step, on its way from the device."""
+        self._unread.append((step, loss))
+
+    def _read(self, left: int) -> None:
+        """Record the steps whose loss is known by now, all but the last ``left``."""
+        while len(self._unread) > left:
+            step, loss = self._unread.popleft()
+            self._record(step, loss.read())
 
     def on_log(
         self,
@@ -100,9 +118,10 @@ class Recorder(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Record a step."""
-        if not logs or "loss" not in logs:
-            return
-        step, loss = state.global_step, float(logs["loss"])
+        if logs and "loss" in logs and not self.looks_back:
+            self._record(state.global_step, float(logs["loss"]))
+
+    def _record(self, step: int, loss: float) -> None:
         self.train_curve.append(TrainPoint(step=step, loss=loss, train_seconds=self.train_seconds))
         self._draw(step)
 
@@ -123,6 +142,7 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Close the bar."""
+        self._read(0)
         self.close()
 
     def close(self) -> None:

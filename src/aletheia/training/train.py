@@ -297,7 +297,9 @@ class Job:
         attachment = Attachment(
             trainer, plan, attached, self.say, settings.gradient_checkpointing, prefix, free, decision
         )
+        attachment.packed = settings.packing == "on"
         attachment.install()
+        trainer.ahead = attachment.ahead
         trainer.begin_average()
         rate = settings.learning_rate
         if rate is None or rate == "auto":
