@@ -47,6 +47,7 @@ class Recorder(TrainerCallback):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps for :meth:`restore`."""
+        self._read(0)
         return {
             "train_curve": [point.model_dump() for point in self.train_curve],
             "held_out_curve": [point.model_dump() for point in self.held_out_curve],
