@@ -20,6 +20,7 @@ import aletheia
 from aletheia.data.batches import collate, on_device_of
 from aletheia.data.examples import NO_LOSS, Example
 from aletheia.data.order import training_batches
+from aletheia.execution.backend import compile_seconds
 from aletheia.execution.lean import bfloat16_autocast
 from aletheia.execution.peak_memory import peak_memory_bytes, reset_peak_memory
 from aletheia.lab.campaign.steps import StepKind, prepared
@@ -28,8 +29,9 @@ from aletheia.prefix.cache import MemoryCache, collate_with_prefix
 from aletheia.prefix.fill import fill
 from aletheia.training.attach import Attachment, AttachSettings
 from aletheia.training.loop import RowTrainer, training_arguments
+from aletheia.training.packing import packs
 from aletheia.training.recorder import Recorder
-from aletheia.training.settings import Recompute, TrainSettings
+from aletheia.training.settings import TrainSettings
 
 Batch = dict[str, torch.Tensor]
 Collate = Callable[[list[Any]], Batch]
@@ -112,7 +114,8 @@ class Counted:
     def __call__(self, rows: list[Any]) -> Batch:
         batch = self._own(rows)
         places = batch["input_ids"].numel()
-        tokens = int(batch["attention_mask"].sum()) if "attention_mask" in batch else places
+        is_padded = "attention_mask" in batch and "cu_seq_lens_q" not in batch
+        tokens = int(batch["attention_mask"].sum()) if is_padded else places
         self.batches.append((tokens, int((batch["labels"][:, 1:] != NO_LOSS).sum()), places))
         return batch
 
@@ -216,22 +219,22 @@ def unpatched(module: Any) -> Iterator[None]:
         vars(module).update(before)
 
 
-def ours_every_layer(work: Work) -> list[Measured]:
-    """Our training with adapters in every layer."""
-    done, notes = ours(work, work.uniform, epochs=2)
-    found = measured(work, "ours, every layer", work.uniform, done, work.last_steps)
+def ours_every_layer(work: Work, how: str = "", **settings: Any) -> list[Measured]:
+    """Our training with adapters in every layer; ``how`` tells ``settings`` that are no defaults."""
+    done, notes = ours(work, work.uniform, 2, settings)
+    found = measured(work, f"ours, every layer{how}", work.uniform, done, work.last_steps)
     found.notes += notes
     return [found]
 
 
-def ours_upper_half(work: Work) -> list[Measured]:
+def ours_upper_half(work: Work, how: str = "", **settings: Any) -> list[Measured]:
     """Our training of the upper half: an epoch that fills the cache in memory, later ones that read it.
 
     The first steps of the first epoch warm up, so it is not over every row.
     """
-    done, notes = ours(work, work.half, epochs=3)
-    first = measured(work, "ours, upper half, first epoch", work.half, done, slice(work.warm_up, work.steps))
-    later = measured(work, "ours, upper half, cached", work.half, done, work.last_steps, cached=True)
+    done, notes = ours(work, work.half, 3, settings)
+    first = measured(work, f"ours, upper half, first epoch{how}", work.half, done, slice(work.warm_up, work.steps))
+    later = measured(work, f"ours, upper half, cached{how}", work.half, done, work.last_steps, cached=True)
     first.peak_bytes, later.peak_bytes = done[0].peaks[0], done[0].peaks[-1]
     later.notes += notes
     return [first, later]
@@ -239,19 +242,23 @@ def ours_upper_half(work: Work) -> list[Measured]:
 
 def ours_recomputed(work: Work) -> list[Measured]:
     """The same with selective recomputation; its first epoch is not reported."""
-    done, notes = ours(work, work.half, epochs=3, recompute="selective")
-    found = measured(work, "ours, cached, selective recomputation", work.half, done, work.last_steps, cached=True)
-    found.peak_bytes = done[0].peaks[-1]
-    found.notes += notes
-    return [found]
+    return ours_upper_half(work, ", selective recomputation", gradient_checkpointing="selective")[1:]
 
 
-def ours(work: Work, plan: Plan, epochs: int, recompute: Recompute = "off") -> tuple[tuple[Clock, Counted], list[str]]:
+def ours_in_nf4(work: Work) -> list[Measured]:
+    """Both kinds of step over weights in NF4, by bitsandbytes."""
+    with work.quantized():
+        return ours_every_layer(work, ", NF4") + ours_upper_half(work, ", NF4")
+
+
+def ours(work: Work, plan: Plan, epochs: int, options: dict[str, Any]) -> tuple[tuple[Clock, Counted], list[str]]:
     """Epochs over the rows as ``aletheia train`` takes them, less what stands around training; and what it says."""
     model = aletheia.adapt(work.model(), plan)
     settings = TrainSettings(
-        epochs=epochs, batch_size=work.shape.batch_size, keep="last", early_stop=False, gradient_checkpointing=recompute
+        epochs=epochs, batch_size=work.shape.batch_size, keep="last", early_stop=False, averaging="off", **options
     )
+    packed, reason = packs(model, work.data, settings)
+    settings = settings.model_copy(update={"packing": "on" if packed else "off"})
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(
             settings, folder, max_steps=epochs * work.steps, learning_rate=1e-4, use_cpu=work.device == "cpu",
@@ -259,12 +266,14 @@ def ours(work: Work, plan: Plan, epochs: int, recompute: Recompute = "off") -> t
         )  # fmt: skip
         held_out = work.data.subset(range(work.shape.batch_size))
         trainer = RowTrainer(model, work.data, held_out, settings, arguments, Recorder(0, False))
-        notes: list[str] = []
-        cache = AttachSettings(cache="memory" if plan.boundary else "off")
-        attachment = Attachment(trainer, plan, cache, notes.append, recompute)
+        notes: list[str] = [f"padded: {reason}"] if reason else []
+        attached = AttachSettings(cache="memory" if plan.boundary else "off", compile_layers=settings.compile_layers)
+        attachment = Attachment(trainer, plan, attached, notes.append, settings.gradient_checkpointing)
+        attachment.packed = packed
         attachment.install()
+        trainer.ahead = attachment.ahead
         done = trained(work, trainer)
-    return done, [*notes, *attachment.ways]
+    return done, [*notes, *attachment.ways, f"{compile_seconds():.1f} s spent on compiling so far"]
 
 
 def plain_alone(work: Work) -> list[Measured]:
@@ -326,7 +335,12 @@ ARMS: dict[str, Callable[[Work], list[Measured]]] = {
     "trl-best": trl_at_its_best,
     "every-layer": ours_every_layer,
     "upper-half": ours_upper_half,
+    "every-layer-compiled": partial(ours_every_layer, how=", compiled", compile_layers=True),
+    "upper-half-compiled": partial(ours_upper_half, how=", compiled", compile_layers=True),
     "recomputed": ours_recomputed,
+    "every-layer-padded": partial(ours_every_layer, how=", padded", packing="off"),
+    "upper-half-padded": partial(ours_upper_half, how=", padded", packing="off"),
+    "nf4": ours_in_nf4,
     "cached-alone": cached_alone,
     "plain-alone": plain_alone,
     "every-layer-alone": every_layer_alone,

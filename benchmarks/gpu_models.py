@@ -3,6 +3,8 @@
 import copy
 import math
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -89,6 +91,23 @@ def build(shape: Shape, device: str) -> PreTrainedModel:
     return model.eval()
 
 
+def to_nf4(model: PreTrainedModel) -> None:
+    """Quantize the matrices of the layers in place, as ``aletheia train --quantize nf4`` loads them."""
+    import bitsandbytes as bnb
+
+    _, layers = find_layers(model)
+    for layer in layers:
+        for path, linear in [pair for pair in layer.named_modules() if type(pair[1]) is torch.nn.Linear]:
+            made = bnb.nn.Linear4bit(
+                linear.in_features, linear.out_features, linear.bias is not None, torch.bfloat16, quant_type="nf4"
+            )
+            made.weight = bnb.nn.Params4bit(linear.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+            made.bias = linear.bias
+            parent, _, name = path.rpartition(".")
+            setattr(layer.get_submodule(parent), name, made.to(linear.weight.device))
+    model.is_loaded_in_4bit = True
+
+
 def rows_of(shape: Shape, count: int) -> Examples:
     """``count`` rows of random tokens; token 0 is left for padding."""
     draw = random.Random(0)
@@ -139,6 +158,7 @@ class Work:
     def __init__(self, shape: Shape, device: str, steps: int, warm_up: int) -> None:
         """Probes a random model once, for plans: ``uniform`` adapts every layer, ``half`` the upper half."""
         self.shape, self.device, self.steps, self.warm_up = shape, device, steps, warm_up
+        self._in_nf4 = False
         self.data = rows_of(shape, shape.batch_size * steps)
         model = build(shape, device)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -165,4 +185,16 @@ class Work:
 
     def model(self) -> PreTrainedModel:
         """A model of one's own."""
-        return build(self.shape, self.device)
+        model = build(self.shape, self.device)
+        if self._in_nf4:
+            to_nf4(model)
+        return model
+
+    @contextmanager
+    def quantized(self) -> Iterator[None]:
+        """Models come in NF4 for a while."""
+        self._in_nf4 = True
+        try:
+            yield
+        finally:
+            self._in_nf4 = False

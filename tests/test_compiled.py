@@ -9,7 +9,7 @@ from tiny import make_model
 import aletheia
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate, collate_packed
-from aletheia.errors import SettingsError
+from aletheia.errors import SettingsError, TrainingError
 from aletheia.execution import packed
 from aletheia.execution.backend import compile_seconds, entered, step_ways
 from aletheia.execution.compiled import compiled_layers
@@ -109,6 +109,12 @@ def test_a_compiled_run_is_one_that_is_not(plan, examples, tmp_path, graphs):
 def test_it_does_not_go_with_selective_recomputation():
     with pytest.raises(SettingsError, match="`compile_layers` is given with `gradient_checkpointing` selective"):
         aletheia.TrainSettings(compile_layers=True, gradient_checkpointing="selective")
+
+
+def test_adapted_experts_are_refused():
+    model = adapted("qwen3_moe")
+    with pytest.raises(TrainingError, match="experts are adapted; expected it off"), compiled_layers(model):
+        pass
 
 
 @pytest.mark.slow

@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.callback import callback_handler
 
 from aletheia.anatomy.read import find_layers
+from aletheia.errors import TrainingError
 
 VARIANTS = 64  # of a layer's code that are kept: kinds of layers, training or not, grad or not, ranges of shapes
 _spent = [0.0]
@@ -28,11 +30,17 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     Layers of one kind share it, whatever their weights and the batch's shape; the first step of a kind compiles. Hooks
     of a layer stay outside. Calls with a key-value cache, as in generation, run as they are, and so does what the
     compiler fails at, after a warning of its own.
+
+    Raises:
+        TrainingError: PEFT adapts experts, by classes that it makes anew in each call: each would be compiled again.
     """
+    layers = _learning_layers(model)
+    if any(isinstance(module, ParamWrapper) for layer in layers for module in layer.modules()):
+        raise TrainingError("`compile_layers` is on, and experts are adapted; expected it off for this plan")
     with (
         dynamo_config.patch(recompile_limit=VARIANTS, suppress_errors=True),
         _timed_compilation(),
-        _replaced(_learning_layers(model)),
+        _replaced(layers),
     ):
         yield
 

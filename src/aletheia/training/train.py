@@ -21,8 +21,7 @@ from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.data.batches import collate
 from aletheia.data.examples import Example, Examples
 from aletheia.errors import SettingsError, TrainingError
-from aletheia.execution.backend import compile_seconds, entered, layer_ways, packing_pays
-from aletheia.execution.packed import why_not_packed
+from aletheia.execution.backend import compile_seconds, entered, layer_ways
 from aletheia.execution.peak_memory import reset_peak_memory
 from aletheia.names import printable
 from aletheia.planning.plan import Plan, layer_ranges
@@ -48,6 +47,7 @@ from aletheia.training.loop import (
 )
 from aletheia.training.measured import metrics_of
 from aletheia.training.outcome import digest_of_b, whole_adapter
+from aletheia.training.packing import packs
 from aletheia.training.processes import Launch
 from aletheia.training.race import race_rates, race_steps, told
 from aletheia.training.recorder import Recorder
@@ -131,30 +131,12 @@ def train(
         folder = out if isinstance(out, RunFolder) else stack.enter_context(RunFolder.claim(out))
         folder.check_room(bytes_needed)
         prepared = prepared or Prepared()
-        packed, reason = _packs(model, data, settings, prepared)
+        packed, reason = packs(model, data, settings, prepared.prefix is not None)
         settings = settings.model_copy(update={"packing": "on" if packed else "off"})
         job = Job(model, data, plan, held_out, settings, prepared, folder, show_progress)
         if reason is not None:
             job.say(f"note: batches are padded: {reason}")
         return job.run()
-
-
-def _packs(model: PeftModel, data: Examples, settings: TrainSettings, prepared: Prepared) -> tuple[bool, str | None]:
-    """Whether batches are packed, and why not where that could be expected.
-
-    Raises:
-        SettingsError: it is asked for and not possible.
-    """
-    asked = settings.packing == "on"
-    if settings.packing == "off" or not (asked or packing_pays(model)):
-        return False, None
-    if prepared.prefix is not None:
-        reason: str | None = "the layers below the boundary are not in memory"
-    else:
-        reason = why_not_packed(model, data.examples, data.pad_token_id)
-    if asked and reason is not None:
-        raise SettingsError(f"`packing` is on, and {reason}; expected auto or off for this model")
-    return reason is None, reason
 
 
 class Job:
