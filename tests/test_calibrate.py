@@ -35,6 +35,30 @@ def test_every_part_is_measured_and_the_model_is_left_as_it_was(family, examples
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_where_rows_are_packed_packed_steps_are_timed(examples, monkeypatch):
+    """The prefix is computed on padded rows there, too, and its seconds are those of as many tokens as a step has."""
+    monkeypatch.setattr(calibrate_module, "packing_pays", lambda model: True)
+    ran, prefixes = [], []
+    monkeypatch.setattr(calibrate_module, "_timed", lambda job: (ran.append(1), job(), 1.0)[2])
+    parts, own = {}, calibrate_module._parts
+    monkeypatch.setattr(
+        calibrate_module, "_parts", lambda *given: parts.update(batch=given[2], stretched=given[4]) or own(*given)
+    )
+    prefix = calibrate_module.prefix_output
+    monkeypatch.setattr(
+        calibrate_module, "prefix_output", lambda *given: (prefixes.append(given[2]), prefix(*given))[1]
+    )
+    timings = aletheia.calibrate(make_model("llama"), examples, batch_size=4)
+    packed = parts["batch"]
+    lengths = packed["cu_seq_lens_q"].diff()
+    assert len(lengths) == 4
+    assert packed["input_ids"].shape == (1, lengths.sum())
+    assert parts["stretched"] == pytest.approx(float(4 * lengths.max() / lengths.sum()))
+    assert {"cu_seq_lens_q" in batch for batch in prefixes} == {True, False}
+    assert len(ran) == 6 * calibrate_module.ROUNDS
+    assert timings.tokens == pytest.approx(examples.tokens / len(examples) * 4, rel=0.1)
+
+
 def test_seconds_are_shared_out_so_that_steps_come_back():
     """Steps that take what the cost model says, in a model with layers of two shapes, give the parts back."""
     model = make_model("llama", layers=6)

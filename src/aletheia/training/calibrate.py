@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +17,12 @@ from aletheia.adapters.adapt import lora_config
 from aletheia.anatomy.modes import in_mode
 from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import Anatomy
-from aletheia.data.batches import collate, labelled_tokens, on_device_of
+from aletheia.data.batches import collate, collate_packed, labelled_tokens, on_device_of
 from aletheia.data.examples import Examples
 from aletheia.data.order import training_batches
-from aletheia.execution.backend import lean_layers
+from aletheia.execution.backend import lean_layers, packing_pays
 from aletheia.execution.lean import adapters_in_bfloat16, bfloat16_autocast
+from aletheia.execution.packed import attention_by_row, why_not_packed
 from aletheia.planning.cost import layer_costs
 from aletheia.prefix.stored import PREFIX, prefix_output
 from aletheia.probing.timings import LayerTiming, Timings
@@ -30,7 +32,7 @@ ROUNDS = 3
 SHORT_SECONDS, MOST_REPEATS = 0.2, 25
 SAMPLED_BATCHES = 200
 RANK, HIGH_RANK = 16, 64  # adapters are timed at both; between and beyond, their time is a line in the parameters
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -63,11 +65,14 @@ def calibrate(model: nn.Module, data: Examples, batch_size: int = 4, seed: int =
     """
     started = time.perf_counter()
     anatomy = read_anatomy(model)
-    rows, tokens = _average_batch(data, batch_size, seed, grouped=True)
+    packed = packing_pays(model) and why_not_packed(model, data.examples, data.pad_token_id) is None
+    rows, tokens = _average_batch(data, batch_size, seed, grouped=not packed, packed=packed)
     random_rows, random_tokens = _average_batch(data, batch_size, seed, grouped=False)
-    batch, random_batch = (
+    padded, random_batch = (
         on_device_of(model, collate([data[row] for row in chosen], data.pad_token_id)) for chosen in (rows, random_rows)
     )
+    batch = on_device_of(model, collate_packed([data[row] for row in rows])) if packed else padded
+    batches = {"fast": batch, "plain": random_batch, "prefix": padded}  # what is stored is computed on padded rows
     last, middle = anatomy.layer_count - 1, anatomy.layer_count // 2
     upper = range(middle, last + 1)
     baseline = _Step(range(last + 1), way="plain")
@@ -77,12 +82,13 @@ def calibrate(model: nn.Module, data: Examples, batch_size: int = 4, seed: int =
         with in_mode(model, training=False), torch.random.fork_rng():  # adapters are drawn
             for _ in range(ROUNDS):  # every kind in each, so that a machine that slows down slows all of them
                 for step in (baseline, *steps):
-                    with _prepared(model, anatomy, step, random_batch if step is baseline else batch) as job:
+                    with _prepared(model, anatomy, step, batches[step.way], packed) as job:
                         step.seconds.append(_timed(job))
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-    layers, head = _parts(anatomy, steps, batch, tokens)
+    stretched = padded["input_ids"].numel() / batch["input_ids"].numel()
+    layers, head = _parts(anatomy, steps, batch, tokens, stretched)
     return Timings(
         device=batch["input_ids"].device.type,
         dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -98,22 +104,27 @@ def calibrate(model: nn.Module, data: Examples, batch_size: int = 4, seed: int =
     )
 
 
-def _average_batch(data: Examples, batch_size: int, seed: int, grouped: bool) -> tuple[list[int], float]:
-    """Rows of the batch whose padded size is nearest to the mean, and that mean, in tokens."""
+def _average_batch(
+    data: Examples, batch_size: int, seed: int, grouped: bool, packed: bool = False
+) -> tuple[list[int], float]:
+    """Rows of the batch whose size is nearest to the mean, and that mean, in tokens, padding included."""
     lengths = [len(example) for example in data.examples]
     size = min(batch_size, len(lengths))
 
-    def padded(batch: Sequence[int]) -> int:
-        return max(lengths[row] for row in batch) * len(batch)
+    def size_of(batch: Sequence[int]) -> int:
+        own = [lengths[row] for row in batch]
+        return sum(own) if packed else max(own) * len(own)
 
     count = min(SAMPLED_BATCHES, max(1, len(lengths) // size))
     batches = training_batches(lengths, size, count, seed, grouped)
-    mean = statistics.fmean(map(padded, batches))
-    return min(batches, key=lambda batch: abs(padded(batch) - mean)), mean
+    mean = statistics.fmean(map(size_of, batches))
+    return min(batches, key=lambda batch: abs(size_of(batch) - mean)), mean
 
 
 @contextmanager
-def _prepared(model: nn.Module, anatomy: Anatomy, step: _Step, batch: Batch) -> Iterator[Callable[[], object]]:
+def _prepared(
+    model: nn.Module, anatomy: Anatomy, step: _Step, batch: Batch, packed: bool
+) -> Iterator[Callable[[], object]]:
     """The step as something to call; afterwards the model has no adapters again."""
     boundary = min(step.layers)
     if step.way == "prefix":
@@ -128,9 +139,10 @@ def _prepared(model: nn.Module, anatomy: Anatomy, step: _Step, batch: Batch) -> 
         stack.callback(adapted.unload)
         if step.way == "fast":
             if boundary:
-                batch = batch | {PREFIX: prefix_output(adapted, boundary, batch)}
+                with attention_by_row(adapted):
+                    batch = batch | {PREFIX: prefix_output(adapted, boundary, batch)}
             stack.enter_context(adapters_in_bfloat16(adapted))
-            stack.enter_context(fast_steps(adapted, boundary or None))
+            stack.enter_context(fast_steps(adapted, boundary or None, packed=packed))
 
         def run() -> None:
             with bfloat16_autocast(model) if step.way == "plain" else nullcontext():
@@ -161,15 +173,18 @@ def _synchronize() -> None:
 
 
 def _parts(
-    anatomy: Anatomy, steps: Sequence[_Step], batch: Batch, tokens: float
+    anatomy: Anatomy, steps: Sequence[_Step], batch: Batch, tokens: float, stretched: float = 1.0
 ) -> tuple[tuple[LayerTiming, ...], float]:
     """Seconds per layer, and of the head and the rest, for a batch of ``tokens``.
+
+    ``stretched`` is how many times as many tokens the prefix was timed on.
 
     A fast step from boundary k over layers S takes ``rest + sum_{l >= k} (u F_l + v B_l) + sum_{l in S} (p + q r) w_l``
     with the operations F and B of the cost model and w the in and out features of a layer's modules; a step's row is
     divided by its seconds, so that relative errors count.
     """
-    sequence, count = batch["input_ids"].shape[1], batch["input_ids"].numel()
+    count, bounds = batch["input_ids"].numel(), batch.get("cu_seq_lens_q")
+    sequence = count / (len(batch["input_ids"]) if bounds is None else len(bounds) - 1)
     share = float(labelled_tokens(batch["labels"])) / count
     operations = layer_costs(anatomy, {module.name: RANK for module in anatomy.modules}, RANK, sequence, share)
     features = [0] * anatomy.layer_count
@@ -180,7 +195,7 @@ def _parts(
         boundary, spent = min(step.layers), statistics.median(step.seconds)
         width = sum(features[layer] for layer in step.layers)
         if step.way == "prefix":
-            row = [0.0, sum(operations.forward[:boundary]), 0.0, 0.0, 0.0]
+            row = [0.0, stretched * sum(operations.forward[:boundary]), 0.0, 0.0, 0.0]
         else:
             crossed = sum(operations.forward[boundary:]), sum(operations.backward[boundary:])
             row = [1.0, *crossed, width, width * step.rank]

@@ -13,7 +13,11 @@ from aletheia.prefix.stored import stored_prefix
 
 @contextmanager
 def fast_steps(
-    model: PeftModel, stored_from: int | None = None, free: bool = False, recompute: Recompute = "off"
+    model: PeftModel,
+    stored_from: int | None = None,
+    free: bool = False,
+    recompute: Recompute = "off",
+    packed: bool = False,
 ) -> Iterator[None]:
     """Everything that makes a step cheaper and leaves loss and gradients alone, for a training loop of one's own, too.
 
@@ -28,10 +32,12 @@ def fast_steps(
         free: see :func:`aletheia.prefix.stored.stored_prefix`.
         recompute: what of a step is computed again in backward, see
             :func:`aletheia.execution.recompute.recomputation`.
+        packed: whether batches may hold rows one after another, as :func:`aletheia.data.batches.collate_packed` makes
+            them.
     """
     with ExitStack() as stack:
         if stored_from is not None:  # first, so that nothing else holds the layers that it frees
             stack.enter_context(stored_prefix(model, stored_from, free))
         stack.enter_context(frozen_prefix(model))
-        stack.enter_context(entered(model, step_ways(model, recompute=recompute)))
+        stack.enter_context(entered(model, step_ways(model, recompute=recompute, packed=packed)))
         yield
