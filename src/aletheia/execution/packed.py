@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aletheia.anatomy.access import text_config
+from aletheia.anatomy.access import input_weight, text_config
 from aletheia.anatomy.modes import in_mode
 from aletheia.anatomy.read import adds_router_loss
 from aletheia.data.batches import collate, collate_packed, on_device_of
@@ -32,9 +32,9 @@ KINDS = {"full_attention", "sliding_attention"}  # of layers whose mask a row's 
 
 def has_kernel(model: nn.Module) -> bool:
     """Whether attention by rows is one kernel for ``model``, where it is: a half-precision model on a CUDA device."""
-    weight = next(model.parameters())
-    half = text_config(model).dtype in (torch.bfloat16, torch.float16)
-    return weight.device.type == "cuda" and half and {"scale", "window_size"} <= _TAKEN
+    weight = input_weight(model)
+    is_half = weight.dtype in (torch.bfloat16, torch.float16)
+    return weight.device.type == "cuda" and is_half and {"scale", "window_size"} <= _TAKEN
 
 
 @contextmanager
@@ -148,7 +148,7 @@ def why_not_packed(model: nn.Module, rows: Sequence[Example], pad_token_id: int)
         return f"{type(model).__name__} does not take packed rows ({type(error).__name__})"
     alone_NV = torch.cat([padded_TV[: len(row)] for padded_TV, row in zip(padded_STV, two, strict=True)])
     differs = (packed_NV[0].float() - alone_NV.float()).norm() / alone_NV.float().norm()
-    tolerance = SAME.get(next(model.parameters()).dtype, SAME[torch.bfloat16])
+    tolerance = SAME.get(input_weight(model).dtype, SAME[torch.bfloat16])
     return None if math.isfinite(differs) and differs <= tolerance else "rows that are packed together see each other"
 
 

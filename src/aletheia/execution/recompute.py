@@ -26,7 +26,10 @@ KEPT = {  # what takes the time: products with weights, and attention, of which 
     torch.ops.aletheia.attention.default,
     torch.ops.aletheia.lora_linear.default,
 }
-KEPT_BY_NAME = {"bitsandbytes::gemm_4bit", "bitsandbytes::int8_mixed_scaled_mm", "bitsandbytes::int8_scaled_mm"}
+KEPT_BY_NAME = {  # operators that not every installation has
+    *("bitsandbytes::gemm_4bit", "bitsandbytes::int8_mixed_scaled_mm", "bitsandbytes::int8_scaled_mm"),
+    "torch_attn::_varlen_attn",
+}
 
 
 def _keep_products(ctx: SelectiveCheckpointContext, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
