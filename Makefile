@@ -1,10 +1,10 @@
-# make venv | demo | test | check | test-slow | bench | reproduce | lock
+# make venv | demo | test | check | test-slow | test-oldest | bench | reproduce | lock
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv demo test check test-slow bench reproduce lock
+.PHONY: venv demo test check test-slow test-oldest bench reproduce lock
 
 venv: $(READY)
 
@@ -31,6 +31,20 @@ check: venv
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow
+
+# the lower bounds of pyproject.toml, in an environment of their own: the lock first, then what is older than it;
+# import-linter is left out, as it asks for a newer rich
+OLDEST := .venv-oldest
+$(OLDEST)/ready: requirements-oldest.txt requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet $$(grep '^torch==' requirements-oldest.txt)
+	grep -vE '^(#|torch=|import-linter=)' requirements.lock | $(OLDEST)/bin/pip install --quiet --no-deps -r /dev/stdin
+	$(OLDEST)/bin/pip install --quiet -r requirements-oldest.txt
+	$(OLDEST)/bin/pip install --quiet --no-deps --no-build-isolation -e .
+	touch $@
+
+test-oldest: $(OLDEST)/ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2
 
 bench: venv
 	$(BIN)/python benchmarks/bench.py

@@ -6,9 +6,12 @@ import re
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import aletheia
 from aletheia.cli.app import app
@@ -146,6 +149,36 @@ def test_the_lock_pins_every_dependency():
     extras = PROJECT["optional-dependencies"]
     for requirement in PROJECT["dependencies"] + extras["demo"] + extras["dev"]:
         assert re.match(r"[\w.-]+", requirement)[0].lower() in locked
+
+
+def _requirements():
+    listed = [*PROJECT["dependencies"], *chain.from_iterable(PROJECT["optional-dependencies"].values())]
+    return [Requirement(one) for one in listed]
+
+
+def _bounds(operator):
+    """The version after ``operator`` of each package that has one."""
+    return {
+        requirement.name.lower(): Version(bound.version)
+        for requirement in _requirements()
+        for bound in requirement.specifier
+        if bound.operator == operator
+    }
+
+
+def test_the_oldest_versions_tested_are_the_lower_bounds():
+    text = (ROOT / "requirements-oldest.txt").read_text()
+    pins = {name: Version(version) for name, version in re.findall(r"^([\w.-]+)==(\S+)$", text, re.MULTILINE)}
+    assert pins == _bounds(">=")
+    assert next(iter(pins)) == "torch"  # which build it is decides what else it needs
+    assert len(pins) == len([line for line in text.splitlines() if not line.startswith("#")])
+
+
+@pytest.mark.parametrize("name", ["torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "trl"])
+def test_the_training_stack_ends_before_the_next_major_version(name):
+    text = (ROOT / "requirements.lock").read_text()
+    locked = Version(re.search(rf"^{name}==(\S+)$", text, re.MULTILINE)[1])
+    assert _bounds("<")[name] == Version(str(locked.major + 1))
 
 
 def test_decisions_are_numbered_without_gaps():

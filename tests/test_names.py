@@ -30,6 +30,7 @@ NASTY = (
 )  # fmt: skip
 PIECES = st.one_of(st.sampled_from(NASTY), st.text(st.characters(), max_size=12))
 NAMES = st.lists(PIECES, min_size=1, max_size=3).map("".join)
+LINE_OF_DASHES = re.compile(r"^---\n", re.MULTILINE)  # what bounds a card's front matter
 CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\u2028\u2029\ud800-\udfff]")
 
 
@@ -48,7 +49,7 @@ def every_name(test):
 @every_name
 def test_a_name_cannot_become_markup_of_the_card(name):
     card = model_card(nasty_run(name))
-    start, front, body = card.split("---\n", 2)
+    start, front, body = LINE_OF_DASHES.split(card, 2)
     assert start == ""
     about = yaml.safe_load(front)
     assert set(about) == {"base_model", "library_name", "pipeline_tag", "tags"}
@@ -58,7 +59,7 @@ def test_a_name_cannot_become_markup_of_the_card(name):
     assert rest == ""
     assert "<" not in text
     assert not re.search(r"(?<!\\)[\[\]]", text.replace("\\\\", ""))
-    plain, nasty = (model_card(nasty_run(one)).split("---\n", 2)[2].splitlines() for one in ("plain", name))
+    plain, nasty = (LINE_OF_DASHES.split(model_card(nasty_run(one)), 2)[2].splitlines() for one in ("plain", name))
     assert len(plain) == len(nasty)
     for line, other in zip(plain, nasty, strict=True):
         is_cell = line.startswith("| ")
@@ -89,7 +90,7 @@ def test_lines_and_errors_show_names_as_they_are(name, capsys, run):
     assert not CONTROL.search(out + err)
     assert out.replace("\n", "") == f"model {printable(name)}".replace("\n", "")
     assert err.count("\n") == 1
-    code, out, err = run("show", f"no {name}")
+    code, out, err = run("show", f"no {name}".replace("\0", ""))  # no argument of a program holds a null byte
     assert (code, out) == (2, "")
     assert not CONTROL.search(err)
     assert err.count("\n") == 1

@@ -383,6 +383,16 @@ def test_ranks_by_score_keep_the_budget_and_the_order(scores, data, rank):
             assert ranks[a] <= ranks[b] or read.modules[a] == read.modules[b]
 
 
+def test_the_smallest_scores_keep_their_order():
+    """Numbers that no division leaves above 0."""
+    read = make_scores([1.0] * 4)
+    modules = [module for module in read.anatomy.modules if module.name.endswith("mlp.up")]
+    found = ranks_by_score(modules, {module.name: 5e-324 * (at + 1) for at, module in enumerate(modules)}, 9_000)
+    ranks = [found[module.name] for module in modules]
+    assert ranks == sorted(ranks)
+    assert ranks[0] < ranks[-1]
+
+
 def test_ranks_by_score_are_proportional():
     read = make_scores([2.0, 3.0, 7.0], [1 / 3] * 9)
     modules = read.anatomy.modules

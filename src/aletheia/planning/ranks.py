@@ -38,13 +38,14 @@ def ranks_by_score(modules: Sequence[Module], scores: Mapping[str, float | None]
         )
     by_name = {module.name: module for module in modules}
 
-    def priority(name: str) -> float:
-        return -(scores[name] or 0.0) / (ranks[name] + RANK_STEP / 2)
+    def place(name: str) -> tuple[float, float, str]:
+        score = scores[name] or 0.0
+        return -score / (ranks[name] + RANK_STEP / 2), -score, name  # of scores so small that they end as 0, the larger
 
-    queue = [(priority(name), name) for name in ranks if scores[name]]  # an expert that saw no token stays at rank 4
+    queue = [place(name) for name in ranks if scores[name]]  # an expert that saw no token stays at rank 4
     heapq.heapify(queue)
     while queue:
-        _, name = heapq.heappop(queue)
+        *_, name = heapq.heappop(queue)
         module = by_name[name]
         cost = module.lora_parameters(RANK_STEP)
         too_large = ranks[name] + RANK_STEP > min(module.in_features, module.out_features)
@@ -52,5 +53,5 @@ def ranks_by_score(modules: Sequence[Module], scores: Mapping[str, float | None]
             continue  # this module is done: neither limit ever loosens
         ranks[name] += RANK_STEP
         spent += cost
-        heapq.heappush(queue, (priority(name), name))
+        heapq.heappush(queue, place(name))
     return ranks

@@ -19,32 +19,8 @@ if TYPE_CHECKING:
 
 def metrics_of(job: "Job", trainer: RowTrainer, attachment: Attachment) -> Metrics:
     """Everything measured in a run that is over."""
-    model, data, settings, recorder = job.model, job.data, job.settings, job.recorder
+    model, data, recorder = job.model, job.data, job.recorder
     steps = trainer.state.global_step
-    used = UsedSettings(
-        batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        processes=job.processes,
-        learning_rate=trainer.args.learning_rate,
-        max_length=data.max_length,
-        dtype=str(model.dtype).removeprefix("torch."),
-        device=model.device.type,
-        seed=settings.seed,
-        packing=settings.packing == "on",
-        group_by_length=settings.groups_by_length,
-        compile_layers=settings.compile_layers,
-        gradient_checkpointing=settings.gradient_checkpointing,
-        cache=attachment.decision.kind,
-        loaded_by=class_name(base_of(model).config),
-        quantization=quantization_of(base_of(model)),
-        quantization_corrected=bool(job.correction),
-        attention=getattr(model.config, "_attn_implementation", None),
-        keep=settings.keep,
-        evaluations=evaluations_of(len(data), settings, job.processes) or None,
-        early_stopping_patience=settings.patience,
-        rescale=job.scaled_loss is not None,
-        averaging="off" if trainer.average is None else "on",
-    )
     seen = job.batches(steps)
     before, kept = recorder.held_out_curve[0].loss, trainer.kept_step
     after = recorder.loss_at(kept) if job.scaled_loss is None else job.scaled_loss
@@ -56,7 +32,7 @@ def metrics_of(job: "Job", trainer: RowTrainer, attachment: Attachment) -> Metri
         held_out_rows=len(job.held_out),
         held_out_tokens=job.held_out.labelled_tokens,
         packages=package_versions(),
-        settings=used,
+        settings=used_settings(job, trainer, attachment),
         went_on_from=job.prepared.went_on_from,
         rate_race=recorder.race,
         rows_truncated=data.truncated,
@@ -81,4 +57,33 @@ def metrics_of(job: "Job", trainer: RowTrainer, attachment: Attachment) -> Metri
         verdict=verdict(job.has_learned, before, after),
         train_curve=tuple(recorder.train_curve),
         held_out_curve=tuple(recorder.held_out_curve),
+    )
+
+
+def used_settings(job: "Job", trainer: RowTrainer, attachment: Attachment) -> UsedSettings:
+    """What the run was trained with besides its plan."""
+    model, data, settings = job.model, job.data, job.settings
+    return UsedSettings(
+        batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        processes=job.processes,
+        learning_rate=trainer.args.learning_rate,
+        max_length=data.max_length,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device=model.device.type,
+        seed=settings.seed,
+        packing=settings.packing == "on",
+        group_by_length=settings.groups_by_length,
+        compile_layers=settings.compile_layers,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        cache=attachment.decision.kind,
+        loaded_by=class_name(base_of(model).config),
+        quantization=quantization_of(base_of(model)),
+        quantization_corrected=bool(job.correction),
+        attention=getattr(model.config, "_attn_implementation", None),
+        keep=settings.keep,
+        evaluations=evaluations_of(len(data), settings, job.processes) or None,
+        early_stopping_patience=settings.patience,
+        rescale=job.scaled_loss is not None,
+        averaging="off" if trainer.average is None else "on",
     )
