@@ -23,7 +23,7 @@ from aletheia.data.templates import read_template
 from aletheia.errors import ModelError
 from aletheia.job.adapter import adapter_folder, base_settings
 from aletheia.names import printable
-from aletheia.planning.estimate import RESIDENT_SHARE
+from aletheia.planning.memory import RESIDENT_SHARE
 from aletheia.probing.passes import check_passes
 from aletheia.probing.preflight import preflight
 from aletheia.reporting.preview import quoted
