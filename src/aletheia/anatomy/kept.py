@@ -1,4 +1,4 @@
-"""What backward keeps of a layer beside its matrices' inputs and outputs: asked of the norms and activations themselves.
+"""What backward keeps of a layer beside inputs and outputs of matrices: asked of its norms and activations.
 
 Each kind of them runs once, on a few tokens of the meta device in bfloat16, and what autograd saves is counted: nothing
 is computed, and the model is left as it is.
@@ -70,7 +70,7 @@ def _norm(
     attention_width: int,
 ) -> tuple[float, float]:
     """Elements that it keeps for a token, in the model's dtype and in float32."""
-    width = int(norm.weight.shape[0])  # type: ignore[union-attr, index]
+    width = int(norm.weight.shape[0])  # type: ignore[index]
     key = (type(norm), width)
     if key not in known:
         known[key] = _saved(norm, width) or LIKE_LLAMA

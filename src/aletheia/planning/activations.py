@@ -17,6 +17,7 @@ FLOAT32_BYTES = 4
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 SQUARE_WORK_BYTES = 8  # a score of attention that keeps them, in backward: two in float32
 PLAIN_HALF = 2.25  # gradients where PEFT adds its products itself in half precision, against where they share a buffer
+PLAIN_INPUTS = 3  # hidden states that PEFT rounds for each matrix anew on a processor, of those that share one
 NORM_GRADIENTS = 4  # hidden states in float32 that the backward pass of a norm holds
 MOST_SCORES_KEPT = 2**16  # of a head, by attention on a processor: aletheia.execution.cpu.attention.MOST_KEPT
 LOSS_ROWS = {True: 4096, False: 32}  # of logits in float32 at once, on a GPU or not: aletheia.execution.lean
@@ -35,6 +36,8 @@ class Step:
         dtype: of the activations: that of the model, or what its quantized weights are multiplied in.
         recompute: what backward computes again.
         on_gpu: whether it runs on a GPU.
+        resident: whether the weights below the boundary are in memory, as they are unless the model is streamed; a
+            prefix that is freed once it is cached is there at first. None: not known yet.
     """
 
     tokens: int
@@ -43,6 +46,7 @@ class Step:
     dtype: str = "bfloat16"
     recompute: Recompute = "off"
     on_gpu: bool = False
+    resident: bool | None = None
 
     @property
     def item_bytes(self) -> int:
@@ -104,6 +108,8 @@ class LayerWork:
             if role != "attention":
                 own += self.kept.activation * _width_in(modules[-1])
                 wide += self.kept.wide_activation * _width_in(modules[-1])
+        if self.kept.plain_products and not self.step.on_gpu and self.step.dtype != "float32":
+            own += PLAIN_INPUTS * self.anatomy.hidden_size
         per_token = self.step.item_bytes * own + FLOAT32_BYTES * wide
         return SLACK * self.step.tokens * (per_token + self._attention_bytes)
 
@@ -154,7 +160,7 @@ class LayerWork:
         outputs = sum(module.out_features for module in inner)
         width = self.anatomy.attention_width
         sides = 3 * width if self.is_masked else 0
-        is_latent = len(inner) > 3  # noqa: PLR2004  (more than queries, keys and values)
+        is_latent = len(inner) > 3
         outputs = outputs + sides if is_latent else max(outputs, sides)
         outputs += width if len(inner) == 1 else 0  # values that are part of one product keep all of it
         return sum({module.in_features for module in inner}) + outputs + last.in_features
@@ -178,8 +184,9 @@ class LayerWork:
 def step_bytes(anatomy: Anatomy, layers: Collection[int], ranks: Mapping[str, int], step: Step) -> float:
     """Peak of what a step holds beside weights, adapters and folded experts, where ``layers`` learn.
 
-    Everything that the layers from the lowest of them up keep, and the largest of three moments: the loss, the gradients
-    of the last norm, and those inside a layer. What runs below the boundary holds less at a time than backward does.
+    Everything that the layers from the lowest of them up keep, and the largest of three moments: the loss, the
+    gradients of the last norm, and those inside a layer. What runs below the boundary holds less at a time than
+    backward does.
     """
     works = [LayerWork(anatomy, step, layer, ranks) for layer in range(min(layers), anatomy.layer_count)]
     states = step.item_bytes * anatomy.hidden_size * step.tokens  # what enters the first layer

@@ -48,7 +48,6 @@ def training_bytes(
     layers: Collection[int],
     ranks: Mapping[str, int],
     step: Step,
-    resident: bool = True,
 ) -> int:
     """Peak memory while ``layers`` learn, estimated from above: of the GPU, or of the process.
 
@@ -63,9 +62,8 @@ def training_bytes(
         weights: bytes of its parts as loaded.
         layers: the adapted layers.
         ranks: rank by full module name.
-        step: the largest one, and how it is computed.
-        resident: whether the weights below the lowest of ``layers`` are in memory, as they are unless the model is
-            streamed; with a prefix that is freed once it is cached, they are there at first.
+        step: the largest one, and how it is computed; weights below the lowest of ``layers`` count unless it says that
+            they are not there.
     """
     boundary = min(layers)
     adapted = [
@@ -76,8 +74,9 @@ def training_bytes(
     parameters = sum(module.lora_parameters(ranks[module.name]) for module in adapted)
     own = GPU_BYTES if step.on_gpu else PROCESS_BYTES
     inside = _layer_bytes(anatomy, weights)
-    held = total_bytes(weights) - sum(weights.layers) - (weights.embedding if boundary and not resident else 0)
-    held += sum(inside if resident else inside[boundary:])
+    is_whole = step.resident is not False
+    held = sum(inside if is_whole else inside[boundary:]) + weights.outside
+    held += 0 if boundary and not is_whole else weights.embedding
     ranks = {module.name: ranks[module.name] for module in adapted}
     extra = _folded_bytes(anatomy, weights, ranks, step) + _unpacked_bytes(anatomy, weights, step)
     return int(own + held + extra + ADAPTER_BYTES * parameters + step_bytes(anatomy, layers, ranks, step))
@@ -89,12 +88,11 @@ def lowest_boundary(
     ranks: Mapping[str, int],
     step: Step,
     max_memory: int,
-    resident: bool = True,
 ) -> int | None:
     """The lowest boundary from which every layer can be trained within ``max_memory``, None if not even the last."""
     for boundary in range(anatomy.layer_count):
         layers = range(boundary, anatomy.layer_count)
-        if training_bytes(anatomy, weights, layers, ranks, step, resident) <= max_memory:
+        if training_bytes(anatomy, weights, layers, ranks, step) <= max_memory:
             return boundary
     return None
 
