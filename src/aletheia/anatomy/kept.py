@@ -17,6 +17,7 @@ NORM = re.compile(r"norm|^ln_", re.IGNORECASE)
 ACTIVATION = re.compile(r"act", re.IGNORECASE)
 TOKENS, WIDTH = 7, 16  # of a trial; an activation may get any width
 LIKE_LLAMA = (0.0, 1.0)  # elements in the model's dtype and in float32: what an RMSNorm in plain operations keeps
+DROPPED = 1.5  # elements of the residual stream that dropout keeps: its result, and a byte for what it drops
 SOFT_CAPPED, SCALED = 3, 2  # logits there at once where the model changes them after its head
 SCALES = ("logits_scaling", "logit_scale", "logits_scale")
 
@@ -35,7 +36,8 @@ def read_kept(text: Any, layers: nn.ModuleList, hidden_size: int, attention_widt
     own, wide = [], []
     for layer in layers:
         found = [_norm(parent, name, norm, known, hidden_size, attention_width) for parent, name, norm in _norms(layer)]
-        own.append(sum(elements for elements, _ in found))
+        dropouts = sum(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
+        own.append(sum(elements for elements, _ in found) + DROPPED * dropouts * hidden_size)
         wide.append(sum(elements for _, elements in found))
     activation = max((_saved(module, WIDTH) or (1.0, 0.0) for module in _activations(layers)), default=(1.0, 0.0))
     return Kept(
