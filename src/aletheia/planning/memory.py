@@ -7,7 +7,7 @@ from aletheia.errors import PlanError
 from aletheia.planning.activations import ITEM_BYTES, Step, step_bytes
 from aletheia.probing.scores import Scores, WeightBytes
 
-PROCESS_BYTES = 1_000_000_000  # in main memory: Python, torch, transformers, PEFT, the tokenizer, the rows
+PROCESS_BYTES = 1_200_000_000  # in main memory: Python, torch, transformers, PEFT, tokenizer, rows, what malloc keeps
 GPU_BYTES = 700_000_000  # on a GPU: its context, the libraries' workspaces, blocks that do not fit what is asked for
 ADAPTER_BYTES = 20  # per parameter: value, gradient, both moments of AdamW and the average, in float32
 RESIDENT_SHARE = 0.5  # of the memory: what weights may take if they are to be loaded as a whole
