@@ -1,4 +1,4 @@
-"""What training is predicted to take against steps that ran: on fake tensors as a GPU's, and for real on a processor."""
+"""What training is predicted to take, against steps that ran: over fake tensors, and with data on a processor."""
 
 import sys
 from pathlib import Path

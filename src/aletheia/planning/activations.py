@@ -22,6 +22,7 @@ NORM_GRADIENTS = 4  # hidden states in float32 that the backward pass of a norm 
 MOST_SCORES_KEPT = 2**16  # of a head, by attention on a processor: aletheia.execution.cpu.attention.MOST_KEPT
 LOSS_ROWS = {True: 4096, False: 32}  # of logits in float32 at once, on a GPU or not: aletheia.execution.lean
 HALF_LOSS_BYTES = 12  # of a float16 logit: it, its logarithm and its gradient in float32
+SCANNED = 2  # inputs and outputs of a layer without attention: states along the tokens, not counted one by one
 SLACK = 1.05  # small tensors that are not counted, and what an allocator rounds up
 
 
@@ -111,6 +112,9 @@ class LayerWork:
         if self.kept.plain_products and not self.step.on_gpu and self.step.dtype != "float32":
             own += PLAIN_INPUTS * self.anatomy.hidden_size
         per_token = self.step.item_bytes * own + FLOAT32_BYTES * wide
+        if not self.has_attention:
+            features = sum(module.features_per_token for module in self.modules)
+            per_token = max(per_token, FLOAT32_BYTES * SCANNED * features)
         return SLACK * self.step.tokens * (per_token + self._attention_bytes)
 
     @property
