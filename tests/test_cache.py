@@ -18,7 +18,7 @@ from tiny import make_model
 
 import aletheia
 from aletheia.adapters.adapt import adapt
-from aletheia.anatomy.load import free_memory_bytes
+from aletheia.anatomy.device_memory import free_memory_bytes
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate
 from aletheia.data.order import training_batches

@@ -6,8 +6,9 @@ from tiny import make_model
 
 import aletheia
 from aletheia.errors import PlanError
+from aletheia.planning.activations import Step
 from aletheia.planning.estimate import Job, Machine, estimate, estimate_plan
-from aletheia.planning.make import every_layer_fits
+from aletheia.planning.make import every_layer_bytes
 from aletheia.planning.memory import ADAPTER_BYTES, PROCESS_BYTES, lowest_boundary, training_bytes
 from aletheia.planning.plan import PlanSettings
 from aletheia.planning.targets import SPEED_SHARE
@@ -19,10 +20,14 @@ def scores(examples):
     return aletheia.probe(make_model("llama", layers=8), examples, batches=2)
 
 
-def needed(scores, boundary, tokens=1000):
+def step(share=0.5, tokens=1000):
+    return Step(tokens, tokens, share, "float32")
+
+
+def needed(scores, boundary, share=0.5):
     ranks = {module.name: 16 for module in scores.anatomy.adaptable()}
     layers = range(boundary, scores.anatomy.layer_count)
-    return training_bytes(scores.anatomy, scores.weight_bytes, layers, ranks, tokens, 0.5)
+    return training_bytes(scores.anatomy, scores.weight_bytes, layers, ranks, step(share))
 
 
 def test_weights_are_counted_as_they_lie_in_memory(scores):
@@ -45,12 +50,12 @@ def test_a_plan_keeps_to_max_memory(scores):
     for boundary in (0, 3, 7):
         cap = needed(scores, boundary)
         share = scores.probe.labelled_tokens / scores.probe.tokens
-        lowest = lowest_boundary(scores.anatomy, scores.weight_bytes, ranks, 1000, share, cap)
+        lowest = lowest_boundary(scores.anatomy, scores.weight_bytes, ranks, step(share), cap)
         made = aletheia.plan(scores, percent=100, max_memory=cap, batch_tokens=1000, labelled_share=share)
         assert made.boundary == lowest
         assert made.settings.freeze_after == (SPEED_SHARE if lowest == 0 else 0)
         settings = PlanSettings(percent=100)
-        assert every_layer_fits(scores, settings, cap, 1000, share) == (lowest == 0)
+        assert (every_layer_bytes(scores, settings, step(share)) <= cap) == (lowest == 0)
     cap = needed(scores, 3)
     lowest = aletheia.plan(scores, percent=100, max_memory=cap, batch_tokens=1000).boundary
     assert (
@@ -65,7 +70,7 @@ def test_a_plan_keeps_to_max_memory(scores):
     unweighed = scores.model_copy(update={"weight_bytes": None})
     with pytest.raises(PlanError, match="tell no weight sizes"):
         aletheia.plan(unweighed, max_memory=10**9)
-    assert not every_layer_fits(unweighed, PlanSettings(), 10**12, 1000, 1.0)
+    assert every_layer_bytes(unweighed, PlanSettings(), step()) is None
 
 
 def test_adapted_experts_are_held_twice(examples):
@@ -75,7 +80,7 @@ def test_adapted_experts_are_held_twice(examples):
     stacks = {module.name: module for module in modules if module.fused}
     sizes = [model.get_parameter(name).nbytes for name in stacks]
     without, added = (
-        training_bytes(scores.anatomy, scores.weight_bytes, [3], {module.name: 4 for module in some}, 100)
+        training_bytes(scores.anatomy, scores.weight_bytes, [3], {module.name: 4 for module in some}, step(tokens=10))
         for some in ([module for module in modules if not module.fused], modules)
     )
     adapters = ADAPTER_BYTES * sum(module.lora_parameters(4) for module in stacks.values())

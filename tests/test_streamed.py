@@ -18,8 +18,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 import aletheia
 from aletheia.anatomy.checkpoint import Checkpoint
+from aletheia.anatomy.device_memory import free_memory_bytes, growth_allowed
 from aletheia.anatomy.fingerprint import identify
-from aletheia.anatomy.load import free_memory_bytes, growth_allowed
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate
 from aletheia.errors import CacheError, ModelError, ProbeError

@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import psutil
 import torch
 from torch import nn
 from transformers import (
@@ -96,32 +95,6 @@ def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16 in hardware (AVX-512 BF16, AMX, or Arm's bf16)."""
     capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # older torch cannot tell
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "amx_tile", "bf16"))
-
-
-def free_memory_bytes(device: torch.device | None = None) -> int:
-    """What a GPU has left; else the system, or its control group, where that is less (containers, batch systems)."""
-    if device is not None and device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    free = int(psutil.virtual_memory().available)
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):  # no control group, or no limit in it ("max")
-        return free
-    return min(free, limit - used + int(counts.get("inactive_file", 0)))  # files read before are given up when needed
-
-
-def own_memory_bytes(device: torch.device) -> int:
-    """What this process holds on ``device``."""
-    if device.type == "cuda":
-        return int(torch.cuda.memory_reserved(device))
-    return int(psutil.Process().memory_info().rss)
-
-
-def growth_allowed(device: torch.device, max_memory: int | None) -> int:
-    """Bytes by which this process may still grow on ``device``: to ``max_memory`` in all, or what is free."""
-    return free_memory_bytes(device) if max_memory is None else max_memory - own_memory_bytes(device)
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:

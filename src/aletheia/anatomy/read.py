@@ -15,6 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from aletheia.anatomy.access import base_of, text_config
+from aletheia.anatomy.kept import read_kept
 from aletheia.anatomy.schema import Anatomy, LeftOut, Module, Role, SharedWeight
 from aletheia.anatomy.trial import refused
 from aletheia.errors import ModelError
@@ -148,6 +149,7 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         raise ModelError(f"the config of {type(model).__name__} has no hidden_size; expected a plain decoder")
     heads = _largest(text, "num_attention_heads")
     head_size = _largest(text, "head_dim") or (hidden_size // heads if heads else 0)
+    is_plain = any(type(module) is not nn.Linear for module in matrices_of(layers).values())
     return Anatomy(
         model_type=str(config.model_type),
         layer_count=len(layers),
@@ -161,6 +163,7 @@ def read_anatomy(model: nn.Module) -> Anatomy:
         modules=modules,
         left_out=left_out,
         shared=_shared(model, path),
+        kept=read_kept(text, layers, hidden_size, heads * head_size, is_plain),
     )
 
 

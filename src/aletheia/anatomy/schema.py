@@ -77,12 +77,39 @@ class SharedWeight(BaseModel):
     layers: tuple[int, ...]
 
 
+class Kept(BaseModel):
+    """What backward keeps beside the inputs and outputs of matrices: for the memory of training.
+
+    Attributes:
+        norms: per layer, elements for a token that its norms keep in the dtype of the model.
+        wide_norms: the same in float32.
+        activation: elements that an MLP's activation keeps beside its input, for each element of its result.
+        wide_activation: the same in float32.
+        heads: of attention.
+        square_copies: how often attention keeps a score for each two tokens of a row and head; 0 but for ``eager``.
+        window: tokens that some layers see, where they do not see all.
+        plain_products: whether PEFT itself computes some adapters: those of quantized weights and of Conv1D.
+        logit_copies: logits that are there at once, since the model caps or scales them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    norms: tuple[float, ...]
+    wide_norms: tuple[float, ...]
+    activation: float = 0.0
+    wide_activation: float = 0.0
+    heads: int = 0
+    square_copies: int = 0
+    window: int = 0
+    plain_products: bool = False
+    logit_copies: int = 1
+
+
 class Anatomy(BaseModel):
     """Decoder layers and their modules, plus the sizes around them.
 
     ``attention_width`` is heads x head size, the width of the two attention products. ``left_out`` names what of the
     layers LoRA cannot adapt, matrices among the ``modules`` included. Of ``shared`` weights each layer's module has an
-    adapter of its own.
+    adapter of its own. ``kept`` is None in files of an earlier release.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -98,6 +125,7 @@ class Anatomy(BaseModel):
     modules: tuple[Module, ...]
     left_out: tuple[LeftOut, ...] = ()
     shared: tuple[SharedWeight, ...] = ()
+    kept: Kept | None = None
 
     def in_layer(self, index: int) -> tuple[Module, ...]:
         """The modules of one decoder layer, in the model's order."""

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aletheia.adapters.adapt import adapt
+from aletheia.anatomy.access import input_weight
 from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.fingerprint import identify
-from aletheia.anatomy.load import free_memory_bytes, own_memory_bytes
 from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import ModelIdentity
 from aletheia.anatomy.settings import LoadSettings
@@ -25,6 +25,7 @@ from aletheia.errors import TrainingError
 from aletheia.files import beside, is_sealed, write_text
 from aletheia.job.adapter import Start
 from aletheia.job.finish import complete, push
+from aletheia.job.room import Room, largest_step
 from aletheia.job.settings import JobSettings
 from aletheia.job.source import (
     Say,
@@ -38,7 +39,8 @@ from aletheia.job.source import (
     stream_for,
     to_stderr,
 )
-from aletheia.planning.make import every_layer_fits
+from aletheia.planning.activations import Step
+from aletheia.planning.make import every_layer_bytes
 from aletheia.planning.make import plan as make_plan
 from aletheia.planning.memory import training_bytes
 from aletheia.planning.plan import Plan, PlanSettings, layer_ranges
@@ -279,25 +281,35 @@ class Job:
 
     def _make_plan(self, scores: Scores, base: Source, data: Examples) -> Plan:
         """What fits in memory, with lower layers that learn at first where those do, too."""
-        settings, streamed = self.settings, isinstance(base, Checkpoint)
+        settings, is_streamed = self.settings, isinstance(base, Checkpoint)
         asked: dict[str, Any] = {"epochs": self._passes(data), "seed": settings.training.seed}
         asked |= {name: getattr(settings.plan, name) for name in settings.plan.model_fields_set if name != "file"}
         choice = PlanSettings(**asked)
-        tokens, share = _largest_batch(data, settings.training.batch_size)
-        device = base.device if isinstance(base, Checkpoint) else base.model.device
-        room: int | None = settings.model.max_memory
-        unbounded = room is None and not streamed  # the plan is not to be bounded by what happens to be free
-        if room is None:
-            room = free_memory_bytes(device) + own_memory_bytes(device)
-        fits = not streamed and (not unbounded or every_layer_fits(scores, choice, room, tokens, share))
-        if not fits and choice.freeze_after is None:
+        room, step = self._room(base, data)
+        bounded = is_streamed or room.max_memory is not None
+        obstacle = room.why_no_early_layers(every_layer_bytes(scores, choice, step), is_streamed)
+        if obstacle and choice.freeze_after is None and (is_streamed or not bounded):
             choice = choice.model_copy(update={"freeze_after": 0.0, "target": None})
-        made = make_plan(
-            scores, choice, max_memory=None if unbounded else room, batch_tokens=tokens, labelled_share=share
-        )
-        if not fits and settings.plan.freeze_after is None and made.settings.policy == "depth-aware":
-            self.say(f"note: layers below {made.boundary} do not learn: they may not fit in memory")
+        made = make_plan(scores, choice, max_memory=room.usable_bytes if bounded else None, step=step)
+        if obstacle and settings.plan.freeze_after is None and made.settings.policy == "depth-aware":
+            self.say(f"note: layers below {made.boundary} do not learn: {obstacle}")
+        if scores.weight_bytes is not None:
+            ranks = {adapter.name: adapter.rank for adapter in made.adapters}
+            layers = (*made.layers, *made.early_layers)
+            warning = room.warning(training_bytes(scores.anatomy, scores.weight_bytes, layers, ranks, step))
+            if warning is not None:
+                self.say(warning)
         return made
+
+    def _room(self, base: Source, data: Examples) -> tuple[Room, Step]:
+        """The memory that training may take, and its largest step."""
+        is_streamed = isinstance(base, Checkpoint)
+        if isinstance(base, Checkpoint):
+            dtype, device = base.dtype, base.device
+        else:
+            dtype, device = input_weight(base.model).dtype, base.model.device
+        step = largest_step(data, self.settings.training, dtype, device, resident=not is_streamed)
+        return Room(device, self.settings.model.max_memory), step
 
     def _passes(self, data: Examples) -> float:
         """Passes over the data that the time is counted for; without a cache, later ones cost as much as the first."""
@@ -317,15 +329,17 @@ class Job:
             anatomy, weights = base.anatomy, by_layer.weight_bytes(base)
         else:
             anatomy, weights = read_anatomy(base.model), resident.weight_bytes(base.model)
-        room = self.settings.model.max_memory
+        room, step = self._room(base, data)
         ranks = {adapter.name: adapter.rank for adapter in plan.adapters}
-        tokens, share = _largest_batch(data, self.settings.training.batch_size)
-        needed = training_bytes(anatomy, weights, (*plan.layers, *plan.early_layers), ranks, tokens, share)
-        if room is not None and needed > room:
+        needed = training_bytes(anatomy, weights, (*plan.layers, *plan.early_layers), ranks, step)
+        if room.max_memory is not None and needed > room.max_memory:
             raise TrainingError(
-                f"`max_memory` is {room / 1e9:.1f} GB; the plan takes up to {needed / 1e9:.1f} GB with batches of "
-                f"{tokens:,} tokens; expected a plan made with that `max_memory`, smaller batches or shorter rows"
+                f"`max_memory` is {room.max_memory / 1e9:.1f} GB; the plan takes up to {needed / 1e9:.1f} GB with "
+                f"batches of {step.tokens:,} tokens; expected a plan made with that `max_memory`, smaller batches or "
+                "shorter rows"
             )
+        if (warning := room.warning(needed)) is not None:
+            self.say(warning)
 
     # --- train
 
@@ -358,12 +372,6 @@ def _about_plan(plan: Plan, cache: str) -> str:
         + ("" if cache == "off" else f", {predicted.cached_speedup:.2f}x from a filled cache")
         + run
     )
-
-
-def _largest_batch(data: Examples, batch_size: int) -> tuple[int, float]:
-    """Tokens of a batch of the longest rows, and the largest share of a row that is labelled."""
-    tokens = batch_size * max(map(len, data.examples))
-    return tokens, max(row.labelled_tokens / len(row) for row in data.examples)
 
 
 def _check_plan_streamed(plan: Plan) -> None:

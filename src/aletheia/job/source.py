@@ -8,7 +8,8 @@ from typing import Any
 
 from aletheia.anatomy.access import stop_ids_of, text_config
 from aletheia.anatomy.checkpoint import Checkpoint
-from aletheia.anatomy.load import Loaded, free_memory_bytes, load, pick, pick_device
+from aletheia.anatomy.device_memory import usable_memory_bytes
+from aletheia.anatomy.load import Loaded, load, pick, pick_device
 from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import Anatomy
 from aletheia.anatomy.settings import LoadSettings
@@ -23,7 +24,7 @@ from aletheia.data.templates import read_template
 from aletheia.errors import ModelError
 from aletheia.job.adapter import adapter_folder, base_settings
 from aletheia.names import printable
-from aletheia.planning.estimate import RESIDENT_SHARE
+from aletheia.planning.memory import RESIDENT_SHARE
 from aletheia.probing.passes import check_passes
 from aletheia.probing.preflight import preflight
 from aletheia.reporting.preview import quoted
@@ -54,7 +55,7 @@ def is_streamed(how: LoadSettings, say: Say = to_stderr) -> bool:
         return bool(how.stream)
     device = pick_device()
     needed = weights_bytes(how.model, pick(how.dtype, device), how.trust_remote_code)
-    limit = free_memory_bytes(device) if how.max_memory is None else how.max_memory
+    limit = usable_memory_bytes(device) if how.max_memory is None else how.max_memory
     if needed is None or needed <= RESIDENT_SHARE * limit:
         return False
     say(f"stream {needed / 1e9:.1f} GB of weights, {limit / 1e9:.1f} GB of memory: layer by layer")

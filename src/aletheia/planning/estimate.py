@@ -18,11 +18,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from aletheia.anatomy.schema import Anatomy
-from aletheia.planning.memory import PROCESS_BYTES, known_weights, training_bytes
+from aletheia.planning.activations import Step
+from aletheia.planning.memory import GPU_BYTES, PROCESS_BYTES, is_resident, known_weights, total_bytes, training_bytes
 from aletheia.planning.plan import Plan
 from aletheia.probing.scores import Scores, WeightBytes
 
-RESIDENT_SHARE = 0.5  # of the memory: what weights may take if they are to be loaded as a whole
 PROBE_BATCHES = 5
 
 
@@ -34,6 +34,7 @@ class Machine:
     memory: float
     flops: float
     read: float
+    is_gpu: bool = False
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Phase:
-    """What a phase takes: peak memory of the process, bytes on disk, bytes read, seconds."""
+    """What a phase takes: peak memory of the process or the GPU, bytes on disk, bytes read, seconds."""
 
     name: str
     memory: float
@@ -82,8 +83,9 @@ def estimate(
     """
     boundary = min(layers)
     tokens = job.rows * job.tokens_per_row
-    total = sum(weights.layers) + weights.outside + weights.embedding
-    streamed = total > RESIDENT_SHARE * machine.memory
+    total = total_bytes(weights)
+    streamed = not is_resident(weights, machine.memory)
+    own = GPU_BYTES if machine.is_gpu else PROCESS_BYTES
     probe_tokens = PROBE_BATCHES * job.tokens_per_row
     held = 3 * max(weights.layers) if streamed else total
     states = tokens * anatomy.hidden_size * item_bytes
@@ -96,7 +98,14 @@ def estimate(
         if module.layer in layers and module.name in ranks
     )
     head = 4 * anatomy.hidden_size * anatomy.vocab_size * job.labelled_share
-    batch_tokens = job.batch_size * job.tokens_per_row
+    step = Step(
+        tokens=job.batch_size * job.tokens_per_row,
+        row_tokens=job.tokens_per_row,
+        labelled_share=job.labelled_share,
+        dtype="float32" if item_bytes > 2 else "bfloat16",
+        on_gpu=machine.is_gpu,
+        resident=not streamed,
+    )
     read = sum(weights.layers[:boundary]) if streamed else 0
     every = range(anatomy.layer_count)
     learning = [range(boundary, anatomy.layer_count), *([every] if early else [])]
@@ -105,23 +114,21 @@ def estimate(
     return [
         Phase(
             name="probe, streamed" if streamed else "probe",
-            memory=PROCESS_BYTES + held + work,
+            memory=own + held + work,
             disk=anatomy.layer_count * probe_tokens * anatomy.hidden_size * item_bytes if streamed else 0,
             read=probe_read,
             seconds=max(probe_operations / machine.flops, probe_read / machine.read),
         ),
         Phase(
             name="cache, streamed" if streamed else "cache",
-            memory=PROCESS_BYTES + held + job.batch_size * work,
+            memory=own + held + job.batch_size * work,
             disk=(2 if streamed else 1) * states,
             read=read,
             seconds=max(tokens * 2 * below / machine.flops, read / machine.read),
         ),
         Phase(
             name="training",
-            memory=max(
-                training_bytes(anatomy, weights, those, ranks, batch_tokens, job.labelled_share) for those in learning
-            ),
+            memory=max(training_bytes(anatomy, weights, those, ranks, step) for those in learning),
             disk=states,
             read=(1 - early) * job.epochs * states,
             seconds=job.epochs * tokens * step_operations / machine.flops,
@@ -131,8 +138,8 @@ def estimate(
 
 MACHINES = (
     Machine("laptop, 16 GB", 16e9, 5e11, 2e9),
-    Machine("GPU, 80 GB", 80e9, 1.5e14, 3e9),
-    Machine("8 GPUs, 640 GB", 640e9, 1.2e15, 3e9),
+    Machine("GPU, 80 GB", 80e9, 1.5e14, 3e9, is_gpu=True),
+    Machine("8 GPUs, 640 GB", 640e9, 1.2e15, 3e9, is_gpu=True),
 )
 
 

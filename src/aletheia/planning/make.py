@@ -7,9 +7,10 @@ from typing import Any
 from aletheia.anatomy.schema import Anatomy, Module
 from aletheia.errors import AdapterError, PlanError, SettingsError
 from aletheia.files import package_versions
+from aletheia.planning.activations import Step
 from aletheia.planning.cost import LayerCosts, layer_costs, measured_costs, run_time
 from aletheia.planning.frontier import FrontierPoint, point
-from aletheia.planning.memory import known_weights, lowest_boundary, training_bytes
+from aletheia.planning.memory import is_resident, known_weights, lowest_boundary, step_of, training_bytes
 from aletheia.planning.plan import PERCENT, Adapter, Plan, PlanSettings, Prediction, check_dropout, leaf
 from aletheia.planning.policies import Candidates, layer_share, select_layers
 from aletheia.planning.ranks import ranks_by_role, ranks_by_score, ranks_uniform
@@ -24,6 +25,7 @@ def plan(
     max_memory: int | None = None,
     batch_tokens: int = 4096,
     labelled_share: float = 1.0,
+    step: Step | None = None,
     **options: Any,
 ) -> Plan:
     """Choose layers and ranks for the model that ``scores`` were measured on.
@@ -31,9 +33,11 @@ def plan(
     Args:
         scores: what a probe measured.
         settings: which layers and modules are adapted, and how; all defaults without them.
-        max_memory: bytes that training may take in all, from a filled prefix cache: bounds the lowest adapted layer.
+        max_memory: bytes that training may take in all: bounds the lowest adapted layer. Weights over half of it are
+            taken to be streamed, so that those below the boundary take none.
         batch_tokens: tokens of the largest training batch, for ``max_memory``.
         labelled_share: the most of them that carry a label, for ``max_memory``.
+        step: more about that batch and how it is computed, instead of these two.
         options: fields of :class:`aletheia.planning.plan.PlanSettings`, instead of ``settings``:
             ``plan(scores, policy="last", rank=4)``.
 
@@ -41,7 +45,9 @@ def plan(
         SettingsError: a setting is out of range or unknown, or contradicts another.
         PlanError: the model has no such modules, memory is too small, or no plan is as fast as asked.
     """
-    draft = _draft(scores, _given(settings, options), _Room(max_memory, batch_tokens, labelled_share))
+    draft = _draft(
+        scores, _given(settings, options), _Room(max_memory, step or _step(scores, batch_tokens, labelled_share))
+    )
     settings, candidates = draft.settings, draft.candidates
     layers = select_layers(settings, candidates)
     early = tuple(layer for layer in candidates.layers if layer not in layers) if settings.freeze_after else ()
@@ -104,7 +110,7 @@ def plan_frontier(
         PlanError: the model has no such modules, or memory is too small.
     """
     given = _given(settings, options).model_copy(update={"speedup": None})
-    draft = _draft(scores, given, _Room(max_memory, batch_tokens, 1.0))
+    draft = _draft(scores, given, _Room(max_memory, _step(scores, batch_tokens, 1.0)))
     candidates, share = draft.candidates, draft.settings.freeze_after or 0.0
     early = share * candidates.costs.step(candidates.layers) / candidates.costs.baseline
     return [
@@ -113,20 +119,14 @@ def plan_frontier(
     ]
 
 
-def every_layer_fits(
-    scores: Scores, settings: PlanSettings, max_memory: float, batch_tokens: int, labelled_share: float
-) -> bool:
-    """Whether all layers can be trained at once in ``max_memory`` bytes; False where the scores tell no weight sizes.
-
-    Where they cannot, the default of ``freeze_after`` is 0.
-    """
+def every_layer_bytes(scores: Scores, settings: PlanSettings, step: Step) -> int | None:
+    """Memory while all layers that ``settings`` may adapt learn at once; None where the scores tell no weight sizes."""
     if scores.weight_bytes is None:
-        return False
+        return None
     modules = _targeted(scores.anatomy, settings)
     ranks = _nominal_ranks(modules, settings.resolved())
     layers = range(min(module.layer for module in modules), scores.anatomy.layer_count)
-    taken = training_bytes(scores.anatomy, scores.weight_bytes, layers, ranks, batch_tokens, labelled_share)
-    return taken <= max_memory
+    return training_bytes(scores.anatomy, scores.weight_bytes, layers, ranks, step)
 
 
 def plan_of_adapters(scores: Scores, settings: PlanSettings, adapters: Mapping[str, tuple[int, float]]) -> Plan:
@@ -168,25 +168,30 @@ def plan_of_adapters(scores: Scores, settings: PlanSettings, adapters: Mapping[s
     )
 
 
+def _step(scores: Scores, batch_tokens: int, labelled_share: float) -> Step:
+    if batch_tokens < 1:
+        raise PlanError(f"`batch_tokens` is {batch_tokens}; expected at least 1")
+    return step_of(scores, batch_tokens, labelled_share)
+
+
 @dataclass(frozen=True)
 class _Room:
-    """The memory that training may take, if bounded, and the batch that has to fit."""
+    """The memory that training may take, if bounded, and the step that has to fit."""
 
     max_memory: int | None
-    batch_tokens: int
-    labelled_share: float
+    step: Step
 
     def lowest(self, scores: Scores, ranks: dict[str, int]) -> int:
         """The lowest layer from which on the model can be trained."""
         if self.max_memory is None:
             return 0
-        given = scores.anatomy, known_weights(scores)
-        if self.batch_tokens < 1:
-            raise PlanError(f"`batch_tokens` is {self.batch_tokens}; expected at least 1")
-        found = lowest_boundary(*given, ranks, self.batch_tokens, self.labelled_share, self.max_memory)
+        weights = known_weights(scores)
+        resident = is_resident(weights, self.max_memory) if self.step.resident is None else self.step.resident
+        step = replace(self.step, resident=resident)
+        found = lowest_boundary(scores.anatomy, weights, ranks, step, self.max_memory)
         if found is None:
             last = [scores.anatomy.layer_count - 1]
-            least = training_bytes(*given, last, ranks, self.batch_tokens, self.labelled_share)
+            least = training_bytes(scores.anatomy, weights, last, ranks, step)
             raise PlanError(
                 f"`max_memory` is {self.max_memory / 1e9:.1f} GB; the last layer alone takes {least / 1e9:.1f} GB to "
                 "train; expected at least that; take smaller batches, shorter rows or less rank"

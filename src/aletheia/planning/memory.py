@@ -1,14 +1,18 @@
-"""The memory model: what training the layers from a boundary up takes, the prefix being stored."""
+"""The memory model: what training some layers takes at its peak, on the device that the model is on."""
 
 from collections.abc import Collection, Mapping
 
 from aletheia.anatomy.schema import Anatomy
 from aletheia.errors import PlanError
+from aletheia.planning.activations import ITEM_BYTES, Step, step_bytes
 from aletheia.probing.scores import Scores, WeightBytes
 
-PROCESS_BYTES = 1_000_000_000  # Python, torch, transformers, PEFT, the tokenizer, the rows
+PROCESS_BYTES = 1_200_000_000  # in main memory: Python, torch, transformers, PEFT, tokenizer, rows, what malloc keeps
+GPU_BYTES = 700_000_000  # on a GPU: its context, the libraries' workspaces, blocks that do not fit what is asked for
 ADAPTER_BYTES = 20  # per parameter: value, gradient, both moments of AdamW and the average, in float32
-LOGIT_COPIES = 3  # logits, their gradient, and the float32 copy of a half-precision model's
+RESIDENT_SHARE = 0.5  # of the memory: what weights may take if they are to be loaded as a whole
+QUANTIZED_SHARE = 1.125  # of 4-bit weights: a float32 scale for every 64, which is no parameter
+ROW_TOKENS = 1024  # of the longest row, where nobody says
 
 
 def known_weights(scores: Scores) -> WeightBytes:
@@ -22,54 +26,104 @@ def known_weights(scores: Scores) -> WeightBytes:
     return scores.weight_bytes
 
 
+def total_bytes(weights: WeightBytes) -> int:
+    """Of all weights as loaded."""
+    return sum(weights.layers) + weights.outside + weights.embedding
+
+
+def is_resident(weights: WeightBytes, memory_bytes: float) -> bool:
+    """Whether a model is loaded as a whole into so much memory; if not, its prefix is streamed and never there."""
+    return total_bytes(weights) <= RESIDENT_SHARE * memory_bytes
+
+
+def step_of(scores: Scores, tokens: int, labelled_share: float = 1.0) -> Step:
+    """A step with batches of so many ``tokens``, in the dtype and on the kind of device that the probe ran on."""
+    probe = scores.probe
+    return Step(tokens, min(tokens, ROW_TOKENS), labelled_share, probe.dtype, on_gpu=probe.device.startswith("cuda"))
+
+
 def training_bytes(
     anatomy: Anatomy,
     weights: WeightBytes,
     layers: Collection[int],
     ranks: Mapping[str, int],
-    tokens: int,
-    labelled_share: float = 1.0,
+    step: Step,
 ) -> int:
-    """Peak memory of the process while it trains ``layers`` from a filled cache, estimated from above.
+    """Peak memory while ``layers`` learn, estimated from above: of the GPU, or of the process.
 
-    The weights from the boundary up and the head; a second copy of every adapted stack of experts, into which PEFT
-    folds the adapter and which backward needs, and the gradient of the largest; adapters with gradients and AdamW;
-    activations, counted as twice the inputs and outputs of every matrix from the boundary up in float32, which covers
-    norms, attention that keeps no square matrix or a small one, and backward's own needs; the logits at labelled
-    positions; and the process itself.
+    ``own + weights + folded + 20 P_adapters + step``: what the process or the GPU's context takes; weights; of every
+    adapted stack of experts a second copy, into which PEFT folds the adapter and which backward needs (where layers are
+    computed again, those of one layer at a time), and the gradient of the largest; one dequantized matrix where
+    weights are quantized; adapters with gradients, AdamW and average; and
+    :func:`aletheia.planning.activations.step_bytes`.
 
     Args:
         anatomy: of the whole model.
         weights: bytes of its parts as loaded.
         layers: the adapted layers.
         ranks: rank by full module name.
-        tokens: of the largest batch, padding included.
-        labelled_share: of the tokens, at most.
+        step: the largest one, and how it is computed; weights below the lowest of ``layers`` count unless it says that
+            they are not there.
     """
     boundary = min(layers)
-    suffix = [module for module in anatomy.modules if module.layer >= boundary]
-    adapted = [module for module in suffix if module.layer in layers and module.name in ranks]
+    adapted = [
+        module
+        for module in anatomy.modules
+        if module.layer >= boundary and module.layer in layers and module.name in ranks
+    ]
     parameters = sum(module.lora_parameters(ranks[module.name]) for module in adapted)
-    per_parameter = [size / count for size, count in zip(weights.layers, anatomy.layer_parameters, strict=True)]
-    stacks = [module.parameters * per_parameter[module.layer] for module in adapted if module.fused]
-    folded = sum(stacks) + max(stacks, default=0)
-    widths = sum(module.features_per_token for module in suffix)
-    logits = LOGIT_COPIES * tokens * labelled_share * anatomy.vocab_size
-    held = sum(weights.layers[boundary:]) + weights.outside + (0 if boundary else weights.embedding)
-    return int(PROCESS_BYTES + held + folded + ADAPTER_BYTES * parameters + 4 * (2 * tokens * widths + logits))
+    own = GPU_BYTES if step.on_gpu else PROCESS_BYTES
+    inside = _layer_bytes(anatomy, weights)
+    is_whole = step.resident is not False
+    held = sum(inside if is_whole else inside[boundary:]) + weights.outside
+    held += 0 if boundary and not is_whole else weights.embedding
+    ranks = {module.name: ranks[module.name] for module in adapted}
+    extra = _folded_bytes(anatomy, weights, ranks, step) + _unpacked_bytes(anatomy, weights, step)
+    return int(own + held + extra + ADAPTER_BYTES * parameters + step_bytes(anatomy, layers, ranks, step))
 
 
 def lowest_boundary(
     anatomy: Anatomy,
     weights: WeightBytes,
     ranks: Mapping[str, int],
-    tokens: int,
-    labelled_share: float,
+    step: Step,
     max_memory: int,
 ) -> int | None:
     """The lowest boundary from which every layer can be trained within ``max_memory``, None if not even the last."""
     for boundary in range(anatomy.layer_count):
         layers = range(boundary, anatomy.layer_count)
-        if training_bytes(anatomy, weights, layers, ranks, tokens, labelled_share) <= max_memory:
+        if training_bytes(anatomy, weights, layers, ranks, step) <= max_memory:
             return boundary
     return None
+
+
+def _per_parameter(anatomy: Anatomy, weights: WeightBytes) -> list[float]:
+    """Bytes of a parameter, by layer."""
+    return [size / max(1, count) for size, count in zip(weights.layers, anatomy.layer_parameters, strict=True)]
+
+
+def _layer_bytes(anatomy: Anatomy, weights: WeightBytes) -> list[float]:
+    """Of each layer, the scales of 4-bit weights included."""
+    each = zip(weights.layers, _per_parameter(anatomy, weights), strict=True)
+    return [size * (QUANTIZED_SHARE if per_parameter < 1 else 1.0) for size, per_parameter in each]
+
+
+def _folded_bytes(anatomy: Anatomy, weights: WeightBytes, ranks: Mapping[str, int], step: Step) -> float:
+    """Copies of adapted stacks of experts, and the gradient of the largest."""
+    per_parameter = _per_parameter(anatomy, weights)
+    by_layer: dict[int, list[float]] = {}
+    for module in anatomy.modules:
+        if module.fused and module.name in ranks:
+            by_layer.setdefault(module.layer, []).append(module.parameters * per_parameter[module.layer])
+    if not by_layer:
+        return 0.0
+    sums = [sum(stacks) for stacks in by_layer.values()]
+    return (sum(sums) if step.recompute == "off" else max(sums)) + max(map(max, by_layer.values()))
+
+
+def _unpacked_bytes(anatomy: Anatomy, weights: WeightBytes, step: Step) -> float:
+    """The largest quantized matrix as it is multiplied, and the copy that its gradient is multiplied with."""
+    per_parameter = _per_parameter(anatomy, weights)
+    item_bytes = ITEM_BYTES.get(step.dtype, 4)
+    packed = [module.parameters for module in anatomy.modules if per_parameter[module.layer] < item_bytes - 0.5]
+    return 2.0 * item_bytes * max(packed, default=0)

@@ -17,8 +17,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from aletheia.anatomy.access import base_of, input_weight, text_config
+from aletheia.anatomy.device_memory import free_memory_bytes
 from aletheia.anatomy.fingerprint import configuration
-from aletheia.anatomy.load import free_memory_bytes
 from aletheia.anatomy.read import find_layers
 from aletheia.anatomy.versions import computing_versions, processor
 from aletheia.errors import CacheError

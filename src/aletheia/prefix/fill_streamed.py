@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from aletheia.anatomy.checkpoint import Checkpoint
+from aletheia.anatomy.device_memory import growth_allowed
 from aletheia.anatomy.layerwise import hidden_states, with_hidden_states
-from aletheia.anatomy.load import growth_allowed
 from aletheia.anatomy.read import adds_router_loss
 from aletheia.anatomy.shards import checksum
 from aletheia.data.batches import collate

@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from aletheia.anatomy.checkpoint import Checkpoint
+from aletheia.anatomy.device_memory import growth_allowed
 from aletheia.anatomy.fingerprint import LayerSample, identity, sample_embedding, sample_layer
 from aletheia.anatomy.layerwise import hidden_states, with_hidden_states
-from aletheia.anatomy.load import growth_allowed
 from aletheia.anatomy.read import adds_router_loss, matrices_of, stacks_of
 from aletheia.anatomy.schema import Anatomy, ModelIdentity
 from aletheia.anatomy.shards import checksum

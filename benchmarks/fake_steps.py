@@ -1,0 +1,262 @@
+"""Peak memory of one training step of a model of any size, on a machine that could not hold it.
+
+The step runs as ``aletheia train`` takes it, forward, backward, clipping and AdamW, over fake tensors, which have shapes
+and no data. Storages are counted while something refers to them. Fake tensors are on the processor, whose attention
+keeps what a GPU's does; what is done only on a processor is left out, so that the step is a GPU's. Not seen are buffers
+within a kernel, the GPU's context and its allocator's loss. ``real=True`` takes the same step with data, as a processor
+does.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import transformers.masking_utils
+from peft import get_peft_model
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from aletheia.adapters.adapt import lora_config
+from aletheia.anatomy.read import find_layers, read_anatomy
+from aletheia.anatomy.schema import Anatomy
+from aletheia.data.examples import NO_LOSS
+from aletheia.execution import lean
+from aletheia.execution.backend import entered, step_ways
+from aletheia.planning.activations import Step
+from aletheia.planning.memory import GPU_BYTES, PROCESS_BYTES, training_bytes
+from aletheia.prefix.boundary import frozen_prefix
+from aletheia.prefix.stored import PREFIX, stored_prefix
+from aletheia.probing import logits
+from aletheia.probing.resident import weight_bytes
+from aletheia.probing.scores import WeightBytes
+
+ONLY_ON_CPU = ("norms in fewer passes", "attention by matrix products")
+BLOCK = 512  # bytes that CUDA's allocator rounds up to
+NF4_BLOCK = 64  # weights that share a scale
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of step: a model's shape, the layers that learn, the batch and how it is computed.
+
+    ``cached``: what enters layer ``boundary`` comes with the batch; its weights below are there all the same.
+    """
+
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    boundary: int
+    rows: int
+    row_tokens: int
+    labelled_share: float = 0.55
+    recompute: Any = "off"
+    cached: bool = False
+    nf4: bool = False
+    rank: int = 16
+
+    @property
+    def step(self) -> Step:
+        """As the memory model is told of it."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        tokens = self.rows * self.row_tokens
+        return Step(tokens, self.row_tokens, self.labelled_share, dtype, self.recompute, on_gpu=True)
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes at the peak of a step, of them adapters and weights; and what the memory model says, its own share left out."""
+
+    measured: int
+    weights: int
+    predicted: int
+
+    @property
+    def ratio(self) -> float:
+        """Predicted against measured."""
+        return self.predicted / self.measured
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts storages that operators return for as long as they live; ``peak`` is the most at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def count(self, tensor: torch.Tensor) -> None:
+        """Its storage, once."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._seen:
+            return
+        size = -(-storage.nbytes() // BLOCK) * BLOCK
+        self._seen.add(key)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._gone, key, size)
+
+    def _gone(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor)
+        return output
+
+
+def peak_of(kind: Kind, real: bool = False) -> Peak:
+    """Of the second step: AdamW has its moments by then."""
+    with ExitStack() as stack:
+        anatomy, weights, model = _adapted(kind, real)
+        if not real:
+            stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+            _make_fake(model)
+            stack.enter_context(_labels_known(round(kind.rows * kind.row_tokens * kind.labelled_share)))
+            stack.enter_context(patch.object(torch, "is_autocast_enabled", _casts))
+            stack.enter_context(patch.dict(lean.ROWS_AT_ONCE, cpu=lean.ROWS_ON_DEVICE))
+            if kind.rows == 1:  # masks are made from values, which fake tensors have not
+                stack.enter_context(patch.object(transformers.masking_utils, "find_packed_sequence_indices", _none))
+        live = LiveBytes()
+        for tensor in _tensors(model):
+            live.count(tensor)
+        held = live.now
+        ways = {
+            name: way
+            for name, way in step_ways(model, recompute=kind.recompute).items()
+            if real or name not in ONLY_ON_CPU
+        }
+        if kind.cached:
+            stack.enter_context(stored_prefix(model, kind.boundary))
+        stack.enter_context(frozen_prefix(model))
+        stack.enter_context(entered(model, ways))
+        stack.enter_context(live)
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+        for _ in range(2):
+            batch = _batch(kind, anatomy.hidden_size)
+            live.peak = live.now
+            loss = model(**batch, use_cache=False).loss
+            loss.backward()
+            del loss
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        step = kind.step
+        ranks = {module.name: kind.rank for module in anatomy.adaptable()}
+        own = GPU_BYTES if step.on_gpu else PROCESS_BYTES
+        layers = range(kind.boundary, anatomy.layer_count)
+        return Peak(live.peak, held, training_bytes(anatomy, weights, layers, ranks, step) - own)
+
+
+def _adapted(kind: Kind, real: bool) -> tuple[Anatomy, WeightBytes, nn.Module]:
+    """The model with adapters; without data unless ``real``."""
+    with nullcontext() if real else torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(kind.config, dtype=kind.dtype)
+    if kind.nf4:
+        _pack(model)
+    anatomy, weights = read_anatomy(model), weight_bytes(model)
+    if kind.nf4:  # what a packed weight stands for is told by its scales, which it has once it is there
+        counts = (sum(module.parameters for module in anatomy.in_layer(layer)) for layer in range(anatomy.layer_count))
+        anatomy = anatomy.model_copy(update={"layer_parameters": tuple(counts)})
+    wanted = [module for module in anatomy.adaptable() if module.layer >= kind.boundary]
+    adapted = get_peft_model(model.eval(), lora_config(wanted, model, kind.rank, 2.0 * kind.rank))
+    return anatomy, weights, adapted.train()
+
+
+def _pack(model: nn.Module) -> None:
+    """Put bitsandbytes' 4-bit matrices in the place of those of the layers."""
+    import bitsandbytes
+
+    for parent in list(find_layers(model)[1].modules()):
+        for name, linear in list(parent.named_children()):
+            if type(linear) is nn.Linear:
+                packed = bitsandbytes.nn.Linear4bit(
+                    linear.in_features, linear.out_features, linear.bias is not None,
+                    compute_dtype=torch.bfloat16, quant_type="nf4", device="meta",
+                )  # fmt: skip
+                size = linear.weight.numel() // 2
+                packed.weight = bitsandbytes.nn.Params4bit(
+                    torch.empty(size, 1, dtype=torch.uint8, device="meta"), False, quant_type="nf4", bnb_quantized=True
+                )
+                setattr(parent, name, packed)
+    model.is_loaded_in_4bit = True
+
+
+def _make_fake(model: nn.Module) -> None:
+    """Give a model of the meta device fake tensors of the processor; tied weights stay so."""
+    made: dict[
+        int, tuple[torch.Tensor, torch.Tensor]
+    ] = {}  # holds the old ones, so that none gets the place of another
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, value in own.items():
+                if value is None:
+                    continue
+                if id(value) not in made:
+                    fake = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+                    if isinstance(value, nn.Parameter):
+                        fake = nn.Parameter(fake, requires_grad=value.requires_grad)
+                    made[id(value)] = (fake, value)
+                own[name] = made[id(value)][0]
+        if type(module).__name__ == "Linear4bit" and "weight" in module._parameters:
+            module.weight.quant_state = _scales(module)  # type: ignore[union-attr]
+
+
+def _scales(linear: Any) -> Any:
+    from bitsandbytes.functional import QuantState
+
+    count = linear.in_features * linear.out_features // NF4_BLOCK
+    shape = torch.Size((linear.out_features, linear.in_features))
+    return QuantState(
+        absmax=torch.empty(count, device="cpu"), shape=shape, code=torch.empty(16, device="cpu"), blocksize=NF4_BLOCK,
+        quant_type="nf4", dtype=torch.bfloat16,
+    )  # fmt: skip
+
+
+def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from (*model.parameters(), *model.buffers())
+    for parameter in model.parameters():
+        if (scales := getattr(parameter, "quant_state", None)) is not None:
+            yield scales.absmax
+
+
+def _batch(kind: Kind, hidden_size: int) -> dict[str, torch.Tensor]:
+    shape = (kind.rows, kind.row_tokens)
+    batch = {"input_ids": torch.ones(shape, dtype=torch.long), "labels": torch.ones(shape, dtype=torch.long)}
+    batch["labels"][:, : kind.row_tokens - round(kind.row_tokens * kind.labelled_share)] = NO_LOSS
+    if kind.rows > 1:
+        batch["attention_mask"] = torch.ones(shape, dtype=torch.long)
+        batch["attention_mask"][0, -1] = 0
+    if kind.cached:
+        batch[PREFIX] = torch.zeros(*shape, hidden_size, dtype=kind.dtype)
+    return batch
+
+
+@contextmanager
+def _labels_known(count: int) -> Iterator[None]:
+    """How many there are cannot be seen from fake tensors."""
+
+    def labelled(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return labels_BT.new_zeros(count + 1), labels_BT.new_zeros(1, count + 1)
+
+    with patch.object(logits, "_labelled", labelled):
+        yield
+
+
+def _casts(device_type: str = "cpu", own: Any = torch.is_autocast_enabled) -> bool:
+    """PEFT asks it of a GPU, and copies its input where it hears no."""
+    return bool(own(device_type))
+
+
+def _none(*_: Any, **__: Any) -> None:
+    """No mask."""

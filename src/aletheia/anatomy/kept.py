@@ -1,0 +1,145 @@
+"""What backward keeps of a layer beside inputs and outputs of matrices: asked of its norms and activations.
+
+Each kind of them runs once, on a few tokens of the meta device in bfloat16, and what autograd saves is counted: nothing
+is computed, and the model is left as it is.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from aletheia.anatomy.schema import Kept
+
+NORM = re.compile(r"norm|^ln_", re.IGNORECASE)
+ACTIVATION = re.compile(r"act", re.IGNORECASE)
+TOKENS, WIDTH = 7, 16  # of a trial; an activation may get any width
+LIKE_LLAMA = (0.0, 1.0)  # elements in the model's dtype and in float32: what an RMSNorm in plain operations keeps
+DROPPED = 1.5  # elements of the residual stream that dropout keeps: its result, and a byte for what it drops
+SOFT_CAPPED, SCALED = 3, 2  # logits there at once where the model changes them after its head
+SCALES = ("logits_scaling", "logit_scale", "logits_scale")
+
+
+def read_kept(text: Any, layers: nn.ModuleList, hidden_size: int, attention_width: int, is_plain: bool) -> Kept:
+    """Ask a model's layers.
+
+    Args:
+        text: config of the language model.
+        layers: its decoder layers, on any device.
+        hidden_size: width of the residual stream.
+        attention_width: heads x head size; a norm that is narrower than the layers' states runs once per head.
+        is_plain: whether PEFT itself computes the adapters of some matrices.
+    """
+    known: dict[tuple[type, int], tuple[float, float]] = {}
+    own, wide = [], []
+    for layer in layers:
+        found = [_norm(parent, name, norm, known, hidden_size, attention_width) for parent, name, norm in _norms(layer)]
+        dropouts = sum(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
+        own.append(sum(elements for elements, _ in found) + DROPPED * dropouts * hidden_size)
+        wide.append(sum(elements for _, elements in found))
+    activation = max((_saved(module, WIDTH) or (1.0, 0.0) for module in _activations(layers)), default=(1.0, 0.0))
+    return Kept(
+        norms=tuple(own),
+        wide_norms=tuple(wide),
+        activation=max(0.0, activation[0] - 1),  # its input is the output of a matrix
+        wide_activation=activation[1],
+        heads=_heads(text),
+        square_copies=_square_copies(text),
+        window=_positive(getattr(text, "sliding_window", None)),
+        plain_products=is_plain,
+        logit_copies=_logit_copies(text),
+    )
+
+
+def _norms(layer: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Parent, own name and module of every norm with a weight, a vector."""
+    for parent in layer.modules():
+        for name, module in parent.named_children():
+            weight = getattr(module, "weight", None)
+            is_norm = NORM.search(type(module).__name__) or NORM.search(name)
+            if is_norm and isinstance(weight, torch.Tensor) and weight.ndim == 1:
+                yield parent, name, module
+
+
+def _norm(
+    parent: nn.Module,
+    name: str,
+    norm: nn.Module,
+    known: dict[tuple[type, int], tuple[float, float]],
+    hidden_size: int,
+    attention_width: int,
+) -> tuple[float, float]:
+    """Elements that it keeps for a token, in the model's dtype and in float32."""
+    width = int(norm.weight.shape[0])  # type: ignore[index]
+    key = (type(norm), width)
+    if key not in known:
+        known[key] = _saved(norm, width) or LIKE_LLAMA
+    taken = width
+    if width < hidden_size and width < attention_width and "_a_" not in name:  # latents of attention have norms, too
+        of_its_own = getattr(parent, f"{name[0]}_proj", None)  # q_norm, k_norm
+        taken = int(getattr(of_its_own, "out_features", attention_width))
+    return known[key][0] * taken, known[key][1] * taken
+
+
+def _activations(layers: nn.ModuleList) -> Iterator[nn.Module]:
+    """One module of each kind."""
+    kinds: dict[type, nn.Module] = {}
+    for name, module in layers.named_modules():
+        is_leaf = not any(True for _ in module.children()) and not any(True for _ in module.parameters())
+        if is_leaf and ACTIVATION.search(f"{name.rpartition('.')[2]} {type(module).__name__}"):
+            kinds.setdefault(type(module), module)
+    yield from kinds.values()
+
+
+def _saved(module: nn.Module, width: int) -> tuple[float, float] | None:
+    """Elements saved for each element of the input: in bfloat16 and in float32; None where the module wants more."""
+    kept: dict[int, torch.Tensor] = {}  # holds them, so that none gets the place of another
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.ndim and tensor.shape[0] == TOKENS:
+            kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    tensors = {
+        name: value.detach().to("meta", torch.bfloat16)
+        for name, value in (*module.named_parameters(), *module.named_buffers())
+    }
+    x = torch.empty(TOKENS, width, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            torch.func.functional_call(module, tensors, (x,))
+    except Exception:  # it wants more than one argument, or another shape
+        return None
+    return _elements(kept.values(), torch.bfloat16), _elements(kept.values(), torch.float32)
+
+
+def _elements(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> float:
+    """Of all that have that dtype, for each element of a trial's input."""
+    whole = [tensor for tensor in tensors if tensor.dtype == dtype and tensor.shape[-1] > 1]
+    return float(sum(tensor.numel() / tensor.shape[-1] for tensor in whole) / TOKENS)
+
+
+def _heads(text: Any) -> int:
+    try:
+        return _positive(getattr(text, "num_attention_heads", None))
+    except Exception:  # transformers raises where layers differ
+        return max(_positive(getattr(own, "num_attention_heads", None)) for own in text.per_layer_config)
+
+
+def _positive(value: Any) -> int:
+    """A size in a config, 0 where there is none."""
+    return value if isinstance(value, int) and value > 0 else 0
+
+
+def _square_copies(text: Any) -> int:
+    if getattr(text, "_attn_implementation", None) != "eager":
+        return 0
+    return 2 if getattr(text, "attn_logit_softcapping", None) else 1
+
+
+def _logit_copies(text: Any) -> int:
+    if getattr(text, "final_logit_softcapping", None):
+        return SOFT_CAPPED
+    return SCALED if any(getattr(text, name, None) not in (None, 1.0) for name in SCALES) else 1

@@ -1,0 +1,82 @@
+"""Whether training fits: what it is predicted to take, of how much, and a line for people where that decides."""
+
+from dataclasses import dataclass
+
+import torch
+
+from aletheia.anatomy.device_memory import (
+    free_memory_bytes,
+    own_memory_bytes,
+    total_memory_bytes,
+    usable_memory_bytes,
+    usable_share,
+)
+from aletheia.data.examples import Examples
+from aletheia.planning.activations import Step
+from aletheia.training.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class Room:
+    """The memory that training may take: what was asked for, else a fixed share of all, whatever is free now."""
+
+    device: torch.device
+    max_memory: int | None
+
+    @property
+    def usable_bytes(self) -> int:
+        """In all, weights included."""
+        return usable_memory_bytes(self.device) if self.max_memory is None else self.max_memory
+
+    @property
+    def about(self) -> str:
+        """Where that comes from."""
+        if self.max_memory is not None:
+            return f"`max_memory` of {_gigabytes(self.max_memory)}"
+        total = _gigabytes(total_memory_bytes(self.device))
+        return f"{_gigabytes(self.usable_bytes)}, which is {usable_share(self.device):.0%} of the {total} there are"
+
+    def why_no_early_layers(self, every_bytes: int | None, is_streamed: bool) -> str | None:
+        """Why the lower layers cannot learn at first, in a few words; None where they can."""
+        if is_streamed:
+            return "the model is streamed, and they are not in memory"
+        if every_bytes is None:
+            return "the scores tell no weight sizes"
+        if every_bytes <= self.usable_bytes:
+            return None
+        return f"every layer is predicted to take {_gigabytes(every_bytes)} to train, more than {self.about}"
+
+    def warning(self, predicted_bytes: int) -> str | None:
+        """A line where a plan may not fit, or not beside what else is running; None where it does."""
+        if predicted_bytes > self.usable_bytes:
+            return (
+                f"note: training is predicted to take {_gigabytes(predicted_bytes)}, more than {self.about}; smaller "
+                "batches, shorter rows and `gradient_checkpointing` take less"
+            )
+        now = free_memory_bytes(self.device) + own_memory_bytes(self.device)
+        if predicted_bytes <= now:
+            return None
+        return (
+            f"note: training is predicted to take {_gigabytes(predicted_bytes)}, and {_gigabytes(now)} are free now: "
+            "other programs take the rest"
+        )
+
+
+def largest_step(
+    data: Examples, training: TrainSettings, dtype: torch.dtype, device: torch.device, resident: bool
+) -> Step:
+    """A batch of the longest rows, with the largest share of a row that is labelled."""
+    longest = max(map(len, data.examples))
+    return Step(
+        tokens=training.batch_size * longest,
+        row_tokens=longest,
+        labelled_share=max(row.labelled_tokens / len(row) for row in data.examples),
+        dtype=str(dtype).removeprefix("torch."),
+        recompute=training.gradient_checkpointing,
+        on_gpu=device.type == "cuda",
+        resident=resident,
+    )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
