@@ -56,6 +56,7 @@ from aletheia.runs.schema import PLAN_FILE, SCORES_FILE, Run
 from aletheia.settings import MOST_EPOCHS
 from aletheia.training.interrupts import Interrupts, interrupts
 from aletheia.training.loop import planned_passes, rows_of_steps, training_arguments
+from aletheia.training.packing import packs
 from aletheia.training.processes import Launch, say_nothing
 from aletheia.training.settings import TrainSettings
 from aletheia.training.train import Prepared, train
@@ -308,7 +309,10 @@ class Job:
             dtype, device = base.dtype, base.device
         else:
             dtype, device = input_weight(base.model).dtype, base.model.device
-        step = largest_step(data, self.settings.training, dtype, device, resident=not is_streamed)
+        training = self.settings.training
+        if not isinstance(base, Checkpoint) and packs(base.model, data, training)[0]:
+            training = training.model_copy(update={"packing": "on"})
+        step = largest_step(data, training, dtype, device, resident=not is_streamed)
         return Room(device, self.settings.model.max_memory), step
 
     def _passes(self, data: Examples) -> float:

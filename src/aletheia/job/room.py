@@ -12,7 +12,9 @@ from aletheia.anatomy.device_memory import (
     usable_share,
 )
 from aletheia.data.examples import Examples
+from aletheia.data.order import training_batches
 from aletheia.planning.activations import Step
+from aletheia.training.loop import planned_steps
 from aletheia.training.settings import TrainSettings
 
 
@@ -65,10 +67,20 @@ class Room:
 def largest_step(
     data: Examples, training: TrainSettings, dtype: torch.dtype, device: torch.device, resident: bool
 ) -> Step:
-    """A batch of the longest rows, with the largest share of a row that is labelled."""
-    longest = max(map(len, data.examples))
+    """The largest batch, with the largest share of a row that is labelled.
+
+    Where rows are padded that is one of the longest rows; where they are packed, and drawn at random, the largest one
+    of the run.
+    """
+    lengths = [len(row) for row in data.examples]
+    longest = max(lengths)
+    tokens = training.batch_size * longest
+    if training.packing == "on" and not training.groups_by_length:
+        steps = planned_steps(len(data), training) * training.gradient_accumulation_steps
+        batches = training_batches(lengths, training.batch_size, steps, training.seed, group_by_length=False)
+        tokens = max(sum(lengths[row] for row in batch) for batch in batches)
     return Step(
-        tokens=training.batch_size * longest,
+        tokens=tokens,
         row_tokens=longest,
         labelled_share=max(row.labelled_tokens / len(row) for row in data.examples),
         dtype=str(dtype).removeprefix("torch."),

@@ -1,0 +1,77 @@
+"""Whether training fits is decided by all the memory there is, not by what happens to be free."""
+
+import torch
+
+import aletheia
+from aletheia.anatomy import device_memory
+from aletheia.data.order import training_batches
+from aletheia.job import room as room_module
+from aletheia.job.room import Room, largest_step
+from aletheia.training.settings import TrainSettings
+
+CPU = torch.device("cpu")
+
+
+def step_of(examples, **settings):
+    return largest_step(examples, TrainSettings(batch_size=4, **settings), torch.bfloat16, CPU, resident=True)
+
+
+def test_the_largest_padded_batch_is_of_the_longest_rows(examples):
+    longest = max(map(len, examples.examples))
+    step = step_of(examples, epochs=2)
+    assert (step.tokens, step.row_tokens, step.dtype) == (4 * longest, longest, "bfloat16")
+    assert step_of(examples, epochs=2, packing="on", group_by_length=True).tokens == 4 * longest
+
+
+def test_the_largest_packed_batch_is_the_largest_of_the_run(examples):
+    lengths = [len(row) for row in examples.examples]
+    batches = training_batches(lengths, 4, 2 * len(lengths) // 4, seed=3, group_by_length=False)
+    expected = max(sum(lengths[row] for row in batch) for batch in batches)
+    assert step_of(examples, epochs=2, packing="on", seed=3).tokens == expected < 4 * max(lengths)
+
+
+def test_what_is_free_decides_nothing_and_is_told(monkeypatch):
+    monkeypatch.setattr(room_module, "total_memory_bytes", lambda device: 100 * 10**9)
+    monkeypatch.setattr(room_module, "usable_memory_bytes", lambda device: 80 * 10**9)
+    monkeypatch.setattr(room_module, "own_memory_bytes", lambda device: 10**9)
+    found = []
+    for free in (10**9, 90 * 10**9):
+        monkeypatch.setattr(room_module, "free_memory_bytes", lambda device, free=free: free)
+        room = Room(CPU, None)
+        found.append((room.usable_bytes, room.why_no_early_layers(70 * 10**9, False)))
+        assert ("2.0 GB are free now" in (room.warning(70 * 10**9) or "")) == (free == 10**9)
+    assert found == [(80 * 10**9, None)] * 2
+    reason = Room(CPU, None).why_no_early_layers(81 * 10**9, False)
+    assert reason is not None
+    assert "to take 81.0 GB to train, more than 80.0 GB, which is 80% of the 100.0 GB there are" in reason
+    assert "more than `max_memory` of 6.0 GB" in Room(CPU, 6 * 10**9).why_no_early_layers(7 * 10**9, False)
+
+
+def test_the_same_command_decides_the_same_whatever_else_runs(monkeypatch, data_file, model_folder, tmp_path):
+    """A plan of a long run: its layers and phases, and what is said."""
+    plans, told = [], []
+    for number, free in enumerate((10**12, 10**6)):
+        for module in (device_memory, room_module):
+            monkeypatch.setattr(module, "free_memory_bytes", lambda device=None, free=free: free)
+        training = {"epochs": 3, "batch_size": 4, "cache": "off"}
+        out, lines = tmp_path / str(number), []
+        plans.append(
+            aletheia.fine_tune(str(model_folder), str(data_file), out, training=training, say=lines.append).plan
+        )
+        told.append([line for line in lines if "free now" in line])
+    assert plans[0].layers == plans[1].layers
+    assert plans[0].early_layers == plans[1].early_layers
+    assert [len(lines) for lines in told] == [0, 1]
+
+
+def test_layers_that_do_not_fit_do_not_learn_and_the_figures_are_told(monkeypatch, data_file, model_folder, tmp_path):
+    monkeypatch.setattr(room_module, "usable_memory_bytes", lambda device: 10**6)
+    lines: list[str] = []
+    training = {"epochs": 3, "batch_size": 4, "cache": "off", "steps": None}
+    plan = {"target": None}
+    run = aletheia.fine_tune(
+        str(model_folder), str(data_file), tmp_path / "run", plan=plan, training=training, say=lines.append
+    )
+    assert not run.plan.early_layers
+    told = next(line for line in lines if "do not learn" in line)
+    assert "every layer is predicted to take 1.2 GB to train, more than 0.0 GB" in told
