@@ -3,27 +3,32 @@
 import copy
 
 import torch
-from test_prefix import adapted, difference, gradients
+from test_prefix import adapters_on, difference, gradients
+from tiny import make_model
 
 from aletheia.anatomy.access import text_config
 from aletheia.data.batches import on_device_of
 from aletheia.execution.lean import bfloat16_autocast
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "vocab_size": 1024}
-GPT_NEOX = {name: value for name, value in WIDE.items() if name != "head_dim"}
 DTYPES = (torch.float32, torch.bfloat16)
 SAME_IN_FLOAT32 = 1e-5
 AS_NEAR_AS_PLAIN = 1.5  # times how far plain PEFT in bfloat16 is from the exact numbers
 
 
-def wide(dtype, device, family="llama", **shape):
-    """LoRA in float32 on the upper half of a frozen model of ``dtype``: four heads of 64, two of them for keys."""
-    model = adapted(family, **(GPT_NEOX if family == "gpt_neox" else WIDE) | shape)
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(dtype)
-        parameter.data = parameter.data.float() if "lora_" in name else parameter.data
+def base(dtype, device, family="llama", layers=4, **shape):
+    """A random model of ``dtype``: four heads of 64, of which two have keys of their own."""
+    wide = {name: value for name, value in WIDE.items() if family != "gpt_neox" or name != "head_dim"}
+    model = make_model(family, layers, **wide | shape)
+    for parameter in model.parameters():  # buffers stay in float32, as where a model is loaded
+        parameter.data = parameter.data.to(device, dtype)
     text_config(model).dtype = dtype
     return model.to(device)
+
+
+def wide(dtype, device, family="llama", **shape):
+    """The same with adapters in float32 on the upper half of its layers."""
+    return adapters_on(base(dtype, device, family, **shape)).to(device)
 
 
 def step(model, batch):

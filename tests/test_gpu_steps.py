@@ -162,11 +162,10 @@ def test_the_prefix_cache_changes_no_step(packs, recompute, dtype, device):
 def nf4(device, tmp_path):
     """An adapted model whose base has 4 bits, and the same weights in bfloat16."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    base = make_model(**WIDE)
-    base.save_pretrained(tmp_path / "base")
+    make_model(**WIDE).save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
-    quantized = aletheia.load(str(tmp_path / "base"), "bfloat16", quantize="nf4").model
-    plain = aletheia.load(str(tmp_path / "base"), "bfloat16").model
+    given = str(tmp_path / "base"), "bfloat16", str(device)
+    quantized, plain = aletheia.load(*given, quantize="nf4").model, aletheia.load(*given).model
     for name, module in quantized.named_modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             values = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
