@@ -11,6 +11,7 @@ from test_packed import row
 from tiny import make_model
 
 import aletheia
+from aletheia.anatomy.load import own_memory_bytes
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate
 from aletheia.errors import Interrupted
@@ -73,10 +74,10 @@ def test_a_plan_for_less_memory_is_trained_in_it(device, examples, tmp_path):
     """A model of which half the layers fit, in batches of rows of one length, from a cache that is filled first."""
     on_gpu = device.type == "cuda"
     width, length, count = (1024, 512, 16) if on_gpu else (256, 128, 16)
-    shape = {"hidden_size": width, "intermediate_size": 3 * width, "head_dim": width // 4, "vocab_size": 8 * width}
+    shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_attention_heads": 8, "head_dim": width // 8}
     rows = tuple(row(length, seed) for seed in range(2 * count))
     data = replace(examples, examples=rows, max_length=length)
-    model = base(torch.bfloat16, device, layers=8, **shape)
+    model = base(torch.bfloat16, device, layers=8, vocab_size=8 * width, **shape)
     scores = aletheia.probe(model, data, batches=1)
     ranks, share = {module.name: RANK for module in scores.anatomy.adaptable()}, rows[0].labelled_tokens / length
     room = training_bytes(scores.anatomy, scores.weight_bytes, range(4, 8), ranks, count * length, share)
@@ -84,6 +85,7 @@ def test_a_plan_for_less_memory_is_trained_in_it(device, examples, tmp_path):
         scores, percent=100, rank=RANK, max_memory=room, batch_tokens=count * length, labelled_share=share
     )
     assert plan.layers == (4, 5, 6, 7)
+    held = 0 if on_gpu else own_memory_bytes(device)  # the process, which a GPU's count does not have in it
     reset_peak_memory(device)
     run = aletheia.train(
         aletheia.adapt(model, plan), data, plan, tmp_path / "run", data.subset(range(count)), steps=3,
@@ -91,7 +93,7 @@ def test_a_plan_for_less_memory_is_trained_in_it(device, examples, tmp_path):
     )  # fmt: skip
     assert run.metrics.settings.packing == on_gpu
     assert run.metrics.boundary == 4
-    assert peak_memory_bytes(device) < room - (PROCESS_BYTES if on_gpu else 0)  # a GPU does not hold the process
+    assert peak_memory_bytes(device) - held < room - PROCESS_BYTES
 
 
 def batches_of(device):
