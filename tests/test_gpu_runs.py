@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 
 RANK = 16
 # of losses, relative, after the same steps: kernels of a GPU add up in another order each time
-AGAIN = {("cuda", torch.float32): 1e-4, ("cuda", torch.bfloat16): 5e-3}
+AGAIN = {("cuda", torch.float32): 1e-4, ("cuda", torch.bfloat16): 2e-3}
 
 
 class Stopped(SaveInTime):
@@ -47,10 +47,9 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(dtype, packing, device,
 
     def trained(out):
         settings = {"steps": 16, "save_steps": 3, "learning_rate": 3e-3, "evaluations": 4, "early_stop": False}
+        settings |= {"packing": packing, "cache": "memory", "show_progress": False}
         adapted = aletheia.adapt(base(dtype, device), plan)
-        return aletheia.train(
-            adapted, data, plan, tmp_path / out, held_out, packing=packing, show_progress=False, **settings
-        ).metrics
+        return aletheia.train(adapted, data, plan, tmp_path / out, held_out, **settings).metrics
 
     whole = trained("whole")
     with monkeypatch.context() as patched:
