@@ -1,10 +1,10 @@
-# make venv | demo | test | check | test-slow | test-oldest | bench | reproduce | lock
+# make venv | demo | test | check | test-slow | test-gpu | test-oldest | bench | reproduce | lock
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv demo test check test-slow test-oldest bench reproduce lock
+.PHONY: venv demo test check test-slow test-gpu test-oldest bench reproduce lock
 
 venv: $(READY)
 
@@ -31,6 +31,10 @@ check: venv
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow
+
+# a test that hangs says where after two minutes
+test-gpu: venv
+	$(BIN)/python -m pytest -m gpu -o faulthandler_timeout=120 tests/test_gpu_steps.py tests/test_gpu_runs.py
 
 # the lower bounds of pyproject.toml, in an environment of their own: the lock first, then what is older than it;
 # import-linter is left out, as it asks for a newer rich

@@ -7,6 +7,7 @@ import sys
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+import torch
 from hypothesis import settings
 from tiny import make_model, make_tokenizer
 
@@ -53,6 +54,15 @@ def model_folder(tmp_path_factory, tokenizer):
     make_model("llama").save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def device():
+    """Where tests marked ``gpu`` run; ``ALETHEIA_GPU_TESTS_ON=cpu`` tries the tests themselves on a processor."""
+    chosen = torch.device(os.environ.get("ALETHEIA_GPU_TESTS_ON", "cuda"))
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    return chosen
 
 
 @pytest.fixture

@@ -37,9 +37,12 @@ STORED = tuple(
 )
 
 
-def adapted(family="llama", boundary=BOUNDARY, layers=4):
+def adapted(family="llama", boundary=BOUNDARY, layers=4, **shape):
     """LoRA with random B on every weight from ``boundary`` up, routers left out; A and B alike get gradients."""
-    model = make_model(family, layers)
+    return adapters_on(make_model(family, layers, **shape), boundary)
+
+
+def adapters_on(model, boundary=BOUNDARY):
     weights = [module for module in read_anatomy(model).adaptable() if module.layer >= boundary]
     with torch.random.fork_rng():
         torch.manual_seed(3)

@@ -140,12 +140,14 @@ MORE_FAMILIES = (
 MIXTURES = MORE_FAMILIES[-7:]
 
 
-def make_model(family: str = "llama", layers: int = 4, seed: int = 0):
-    """A tiny random model; the same weights for a seed."""
+def make_model(family: str = "llama", layers: int = 4, seed: int = 0, **shape):
+    """A tiny random model; the same weights for a seed. ``shape`` holds fields of its config that are to be others."""
+    config = make_config(family, layers)
+    config = type(config).from_dict(config.to_dict() | shape) if shape else config
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         kind = AutoModelForImageTextToText if family in (WRAPPERS | BESIDE_AN_IMAGE) else AutoModelForCausalLM
-        model = kind.from_config(make_config(family, layers), dtype=torch.float32)
+        model = kind.from_config(config, dtype=torch.float32)
         for name, parameter in model.named_parameters():  # biases start at 0 and norms at 1: make them real
             if parameter.dim() == 1:
                 torch.nn.init.normal_(parameter, mean=0.0 if "bias" in name else 1.0, std=0.1)
