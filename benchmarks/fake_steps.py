@@ -9,7 +9,7 @@ does.
 
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from aletheia.adapters.adapt import lora_config
 from aletheia.anatomy.read import find_layers, read_anatomy
 from aletheia.anatomy.schema import Anatomy
+from aletheia.data.batches import LABELLED
 from aletheia.data.examples import NO_LOSS
 from aletheia.execution import lean
 from aletheia.execution.backend import entered, step_ways
@@ -33,7 +34,6 @@ from aletheia.planning.activations import Step
 from aletheia.planning.memory import GPU_BYTES, PROCESS_BYTES, training_bytes
 from aletheia.prefix.boundary import frozen_prefix
 from aletheia.prefix.stored import PREFIX, stored_prefix
-from aletheia.probing import logits
 from aletheia.probing.resident import weight_bytes
 from aletheia.probing.scores import WeightBytes
 
@@ -121,7 +121,6 @@ def peak_of(kind: Kind, real: bool = False) -> Peak:
         if not real:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             _make_fake(model)
-            stack.enter_context(_labels_known(round(kind.rows * kind.row_tokens * kind.labelled_share)))
             stack.enter_context(patch.object(torch, "is_autocast_enabled", _casts))
             stack.enter_context(patch.dict(lean.ROWS_AT_ONCE, cpu=lean.ROWS_ON_DEVICE))
             if kind.rows == 1:  # masks are made from values, which fake tensors have not
@@ -230,27 +229,21 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
             yield scales.absmax
 
 
-def _batch(kind: Kind, hidden_size: int) -> dict[str, torch.Tensor]:
+def _batch(kind: Kind, hidden_size: int) -> dict[str, Any]:
     shape = (kind.rows, kind.row_tokens)
-    batch = {"input_ids": torch.ones(shape, dtype=torch.long), "labels": torch.ones(shape, dtype=torch.long)}
-    batch["labels"][:, : kind.row_tokens - round(kind.row_tokens * kind.labelled_share)] = NO_LOSS
+    batch: dict[str, Any] = {
+        "input_ids": torch.ones(shape, dtype=torch.long),
+        "labels": torch.ones(shape, dtype=torch.long),
+    }
+    unlabelled = max(1, kind.row_tokens - round(kind.row_tokens * kind.labelled_share))
+    batch["labels"][:, :unlabelled] = NO_LOSS
+    batch[LABELLED] = kind.rows * (kind.row_tokens - unlabelled)  # not to be seen from fake tensors
     if kind.rows > 1:
         batch["attention_mask"] = torch.ones(shape, dtype=torch.long)
         batch["attention_mask"][0, -1] = 0
     if kind.cached:
         batch[PREFIX] = torch.zeros(*shape, hidden_size, dtype=kind.dtype)
     return batch
-
-
-@contextmanager
-def _labels_known(count: int) -> Iterator[None]:
-    """How many there are cannot be seen from fake tensors."""
-
-    def labelled(labels_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return labels_BT.new_zeros(count + 1), labels_BT.new_zeros(1, count + 1)
-
-    with patch.object(logits, "_labelled", labelled):
-        yield
 
 
 def _casts(device_type: str = "cpu", own: Any = torch.is_autocast_enabled) -> bool:
