@@ -40,6 +40,9 @@ def main() -> None:
     import torch
     from gpu_arms import ARMS
     from gpu_models import Work, shapes
+    from gpu_predictions import predictions
+
+    arms = ARMS | {"predicted": predictions}
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     report = Report(options.out, about(device, options))
@@ -57,11 +60,11 @@ def main() -> None:
         if work is None:
             continue
         report.models[name] = described(work)
-        for arm in options.arms.split(",") if options.arms else ARMS:
+        for arm in options.arms.split(",") if options.arms else arms:
             if spent() > options.seconds:
                 report.skip(name, arm)
                 continue
-            found = report.take(name, arm, lambda arm=arm, work=work: ARMS[arm](work))
+            found = report.take(name, arm, lambda arm=arm, work=work: arms[arm](work))
             report.add(name, found or [])
             release()
     if options.end_to_end:

@@ -166,7 +166,7 @@ class Work:
         self.computed_by = {
             kind: getattr(model.config, f"_{kind}_implementation", None) for kind in ("attn", "experts")
         }
-        self._scores = aletheia.probe(model, self.data, batches=1)
+        self.scores = aletheia.probe(model, self.data, batches=1)
 
     @property
     def last_steps(self) -> slice:
@@ -176,12 +176,12 @@ class Work:
     @cached_property
     def uniform(self) -> Plan:
         """Rank 16 on every module of every layer."""
-        return aletheia.plan(self._scores, policy="uniform")
+        return aletheia.plan(self.scores, policy="uniform")
 
     @cached_property
     def half(self) -> Plan:
         """The same in the upper half of the layers, from the first step on."""
-        return aletheia.plan(self._scores, policy="last", percent=50, freeze_after=0)
+        return aletheia.plan(self.scores, policy="last", percent=50, freeze_after=0)
 
     def model(self) -> PreTrainedModel:
         """A model of one's own."""
