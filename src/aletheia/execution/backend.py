@@ -11,6 +11,8 @@ from torch import nn
 
 from aletheia.execution.cpu.attention import lean_attention
 from aletheia.execution.cpu.norms import lean_norms
+from aletheia.execution.cuda.liger import has_liger, liger_gates, liger_norms
+from aletheia.execution.cuda.rotary import liger_rotary
 from aletheia.execution.lean import adapters_in_bfloat16, lean_adapters, lean_loss
 from aletheia.execution.packed import attention_by_row, has_kernel
 from aletheia.execution.recompute import Recompute, recomputation
@@ -21,15 +23,29 @@ Reads = Literal["loss", "sums", "logits"]
 Way = Callable[[nn.Module], AbstractContextManager[object]]
 
 
-def layer_ways(model: nn.Module) -> dict[str, Way]:
-    """What makes layers cheaper and leaves their results alone up to rounding, in steps as in a stored prefix."""
+def layer_ways(model: nn.Module, compiled: bool = False, liger: bool = True) -> dict[str, Way]:
+    """What makes layers cheaper and leaves their results alone up to rounding, in steps as in a stored prefix.
+
+    Args:
+        model: the model, adapted or not.
+        compiled: whether layers that learn are to be compiled, which fuses what Liger's kernels fuse.
+        liger: whether Liger's kernels may be taken, on a GPU, where they are installed.
+    """
     parameter = next(model.parameters())
     ways: dict[str, Way] = {"low-rank products in place": lean_adapters}
     if parameter.device.type == "cpu" and parameter.dtype == torch.bfloat16:
         ways["attention by matrix products"] = lean_attention
     if parameter.device.type == "cpu":
         ways["norms in fewer passes"] = lean_norms
+    if _is_cuda(parameter) and liger and not compiled and has_liger():
+        ways["norms by Liger"] = liger_norms
+        ways["gates by Liger"] = liger_gates
+        ways["rotary positions by Liger"] = liger_rotary
     return ways
+
+
+def _is_cuda(parameter: torch.Tensor) -> bool:
+    return parameter.device.type == "cuda"
 
 
 def step_ways(
@@ -38,6 +54,7 @@ def step_ways(
     recompute: Recompute = "off",
     packed: bool = False,
     compiled: bool = False,
+    liger: bool = True,
 ) -> dict[str, Way]:
     """What makes a whole step cheaper, by name.
 
@@ -47,13 +64,14 @@ def step_ways(
         recompute: what is computed again in backward.
         packed: whether batches hold rows one after another.
         compiled: whether layers that learn are to be compiled.
+        liger: whether Liger's kernels may be taken.
     """
     ways: dict[str, Way] = {"adapters in the dtype of the base": adapters_in_bfloat16}
     if reads == "loss":
         ways["logits at labelled positions"] = labelled_logits
     elif reads == "sums" and next(model.parameters()).device.type == "cpu":  # elsewhere the loop does so itself
         ways["hidden states at labelled positions"] = labelled_states
-    ways |= layer_ways(model)
+    ways |= layer_ways(model, compiled, liger)
     if reads == "loss":
         ways["loss in the buffer of its logits"] = lean_loss
     if packed:
@@ -97,7 +115,7 @@ def entered(model: nn.Module, ways: dict[str, Way]) -> Iterator[None]:
 
 
 @contextmanager
-def lean_layers(model: nn.Module) -> Iterator[None]:
+def lean_layers(model: nn.Module, liger: bool = True) -> Iterator[None]:
     """Adapters, attention and norms in their cheaper forms."""
-    with entered(model, layer_ways(model)):
+    with entered(model, layer_ways(model, liger=liger)):
         yield

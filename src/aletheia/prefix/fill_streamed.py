@@ -130,7 +130,7 @@ def _fill(
             _check_repeats(checkpoint, index, layer, states, groups, pad_token_id)
             if index == first:
                 checkpoint.check_layers(_batch(checkpoint, groups[-1], pad_token_id))
-            with lean_layers(layer):  # as in the steps
+            with lean_layers(layer, liger=False):  # whatever runs choose, they share the folder; reading takes longer
                 for state, group in zip(states, groups, strict=True):
                     if state.layer == index:
                         hidden_BTD = _run(checkpoint, index, layer, state, group, pad_token_id)

@@ -348,6 +348,8 @@ def repeat_command(run: Run) -> tuple[str, ...]:
     switches = ["--group-by-length" if settings.group_by_length else "--no-group-by-length"]
     if settings.compile_layers:
         switches.append("--compile-layers")
+    if not settings.liger:
+        switches.append("--no-liger")
     if settings.early_stopping_patience is None:
         switches.append("--no-early-stop")
     if settings.keep == "best" and not settings.rescale:

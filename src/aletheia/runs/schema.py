@@ -79,6 +79,7 @@ class UsedSettings(BaseModel):
     packing: bool = False  # rows of a batch in one sequence, without padding
     group_by_length: bool = False
     compile_layers: bool = False
+    liger: bool = True  # whether Liger's kernels were allowed; those taken stand in `steps_computed_by`
     gradient_checkpointing: Literal["off", "selective", "full"] = "off"
     cache: Literal["memory", "disk", "off"] = "off"
     loaded_by: str = "AutoModelForCausalLM"  # class of transformers that loads the base

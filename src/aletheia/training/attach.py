@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 UNFIT = {
     "torch_compile": "hooks that change from phase to phase break it; `compile_layers` of AttachSettings does as much",
-    "use_liger_kernel": "its loss and ours exclude each other",
+    "use_liger_kernel": "its loss and ours exclude each other; `liger` of AttachSettings takes its other kernels",
 }
 
 
@@ -51,6 +51,7 @@ class AttachSettings(Settings):
     cache_dir: Path | None = option(None, "For a cache on disk ($ALETHEIA_CACHE, or your cache folder).")
     fast_steps: bool = option(True, "Cheaper ways to compute a step that leave its result alone up to rounding.")
     compile_layers: bool = option(False, "With `fast_steps`: compile the layers that learn.")
+    liger: bool = option(True, "With `fast_steps`, on a GPU: Liger's kernels, where they are installed.")
     whole_checkpoints: bool = option(
         True, "Checkpoints with a manifest, written beside and renamed; resume from these."
     )
@@ -241,7 +242,7 @@ class Attachment(TrainerCallback):
         trainer, compiled = self._trainer, self._settings.compile_layers
         if compiled:
             self._notify("compile  the layers that learn; the first steps take longer")
-        return step_ways(self._model, reads(trainer), self._recompute, self.packed, compiled)
+        return step_ways(self._model, reads(trainer), self._recompute, self.packed, compiled, self._settings.liger)
 
     def _make_source(self, model: nn.Module, phase: Phase) -> PrefixSource | None:
         """What looks up a batch in this phase; None where nothing lies below or nothing is kept."""
@@ -261,7 +262,7 @@ class Attachment(TrainerCallback):
         self.decision = CacheDecision("off", "no row came back")
         group = group_of(self._trainer)
         # gathers what is sharded, and leaves it sharded: not from within a forward pass
-        computed_as = prefix_computed_as(self._trainer, self._settings.fast_steps)
+        computed_as = prefix_computed_as(self._trainer, self._settings)
         key = prefix_key(model, phase.boundary, computed_as) if is_sharded(self._trainer) else None
         return PrefixSource(
             model,
@@ -284,7 +285,7 @@ class Attachment(TrainerCallback):
             kind=self._settings.cache,
             folder=self._settings.cache_dir,
             private=_private_name(args.output_dir) if has_own_prefix else None,
-            computed_as=prefix_computed_as(trainer, self._settings.fast_steps),
+            computed_as=prefix_computed_as(trainer, self._settings),
             shared_by=args.world_size,
             key=key,
         )
@@ -352,10 +353,11 @@ class Attachment(TrainerCallback):
         self._source = None
 
 
-def prefix_computed_as(trainer: Trainer, fast_steps: bool = True) -> str:
+def prefix_computed_as(trainer: Trainer, settings: AttachSettings) -> str:
     """What the states of a prefix depend on beyond model and dtype: runs that differ in it share no cache."""
     assert trainer.model is not None
-    return f"{trainer.accelerator.mixed_precision} {sorted(layer_ways(trainer.model)) if fast_steps else ''}"
+    ways = layer_ways(trainer.model, settings.compile_layers, settings.liger)
+    return f"{trainer.accelerator.mixed_precision} {sorted(ways) if settings.fast_steps else ''}"
 
 
 def reads(trainer: Trainer) -> Reads:

@@ -18,6 +18,7 @@ def fast_steps(
     free: bool = False,
     recompute: Recompute = "off",
     packed: bool = False,
+    liger: bool = True,
 ) -> Iterator[None]:
     """Everything that makes a step cheaper and leaves loss and gradients alone, for a training loop of one's own, too.
 
@@ -34,10 +35,11 @@ def fast_steps(
             :func:`aletheia.execution.recompute.recomputation`.
         packed: whether batches may hold rows one after another, as :func:`aletheia.data.batches.collate_packed` makes
             them.
+        liger: whether Liger's kernels may be taken, on a GPU, where they are installed.
     """
     with ExitStack() as stack:
         if stored_from is not None:  # first, so that nothing else holds the layers that it frees
             stack.enter_context(stored_prefix(model, stored_from, free))
         stack.enter_context(frozen_prefix(model))
-        stack.enter_context(entered(model, step_ways(model, recompute=recompute, packed=packed)))
+        stack.enter_context(entered(model, step_ways(model, recompute=recompute, packed=packed, liger=liger)))
         yield

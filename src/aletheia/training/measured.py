@@ -75,6 +75,7 @@ def used_settings(job: "Job", trainer: RowTrainer, attachment: Attachment) -> Us
         packing=settings.packing == "on",
         group_by_length=settings.groups_by_length,
         compile_layers=settings.compile_layers,
+        liger=settings.liger,
         gradient_checkpointing=settings.gradient_checkpointing,
         cache=attachment.decision.kind,
         loaded_by=class_name(base_of(model).config),

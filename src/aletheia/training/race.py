@@ -85,6 +85,7 @@ def race_rates(
     boundary: int = 0,
     prefix: PrefixCache | None = None,
     recompute: Recompute = "off",
+    liger: bool = True,
 ) -> RateRace:
     """Train a little at a third of the trainer's rate, at it and at three times it, and choose.
 
@@ -98,6 +99,7 @@ def race_rates(
         boundary: with ``prefix``, the layer at which stored states enter.
         prefix: a cache that holds every row; the layers below may not be in memory.
         recompute: what of a step is computed again in backward.
+        liger: whether Liger's kernels may be taken.
 
     Raises:
         SettingsError: layers are sharded over processes.
@@ -113,7 +115,7 @@ def race_rates(
     count = min(len(held_out), MOST_ROWS)
     judges = [held_out[number * len(held_out) // count] for number in range(count)]  # evenly spaced
     losses: dict[float, list[float] | None] = {}
-    with fast_steps(model, boundary if prefix is not None else None, recompute=recompute):
+    with fast_steps(model, boundary if prefix is not None else None, recompute=recompute, liger=liger):
         for rate in (default * factor for factor in FACTORS):
             with _as_it_was(model):
                 torch.manual_seed(trainer.args.seed)

@@ -59,7 +59,7 @@ NOT_TAKEN = {
     "logging_strategy": "every step is logged: the curve and the check for values that are not finite need it",
     "logging_first_step": "every step is logged",
     "eval_on_start": "the held-out loss is taken before the first step",
-    "use_liger_kernel": "its loss and ours exclude each other",
+    "use_liger_kernel": "its loss and ours exclude each other; `liger` takes its other kernels",
     "deepspeed": "DeepSpeed is not supported; take FSDP",
     "logging_nan_inf_filter": "a loss that is not finite ends the run",
     "prediction_loss_only": "the held-out loss is what is evaluated",
@@ -128,6 +128,12 @@ class TrainSettings(Settings):
     )
     compile_layers: bool = option(
         False, "Compile the layers that learn: the first steps take longer, the others fewer launches.", TRAINING
+    )
+    liger: bool = option(
+        True,
+        "On a GPU, with the extra `gpu`: Liger's kernels for norms, gates and rotary positions, unless layers are "
+        "compiled.",
+        TRAINING,
     )
     correct_quantization: bool = option(
         False,

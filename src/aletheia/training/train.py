@@ -268,14 +268,17 @@ class Job:
             dataloader_pin_memory=model.device.type == "cuda",
         )
         trainer = RowTrainer(model, self.data, self.held_out, settings, arguments, self.recorder)
+        attached = AttachSettings(
+            cache=settings.cache,
+            cache_dir=settings.cache_dir,
+            compile_layers=settings.compile_layers,
+            liger=settings.liger,
+        )
         prefix, free = self.prepared.prefix, self.prepared.prefix is not None
         decision = None
         if prefix is None and settings.free_prefix and not plan.early_steps(steps):
-            prefix, decision = self._filled(steps, trainer)
+            prefix, decision = self._filled(steps, trainer, attached)
             free = prefix is not None
-        attached = AttachSettings(
-            cache=settings.cache, cache_dir=settings.cache_dir, compile_layers=settings.compile_layers
-        )
         attachment = Attachment(
             trainer, plan, attached, self.say, settings.gradient_checkpointing, prefix, free, decision
         )
@@ -291,16 +294,18 @@ class Job:
         trainer.before_training = self.correction.off
         return trainer, attachment
 
-    def _filled(self, steps: int, trainer: RowTrainer) -> tuple[PrefixCache | None, CacheDecision]:
+    def _filled(
+        self, steps: int, trainer: RowTrainer, attached: AttachSettings
+    ) -> tuple[PrefixCache | None, CacheDecision]:
         """A full cache for a prefix that leaves memory, there or on disk; None where that cannot be, and why."""
         rows = [row for batch in self.batches(steps) for row in batch] + [*self.held_out.examples]
         started = time.perf_counter()
-        with entered(self.model, layer_ways(self.model)):
+        with entered(self.model, layer_ways(self.model, attached.compile_layers, attached.liger)):
             obstacle, dtype = why_not_exact(self.model, self.plan.boundary, rows, self.data.pad_token_id)
             if obstacle is not None:
                 return None, CacheDecision("off", obstacle)
             kind: Literal["memory", "disk"] = "disk" if self.settings.cache == "disk" else "memory"
-            place = CachePlace(kind, self.settings.cache_dir, computed_as=prefix_computed_as(trainer))
+            place = CachePlace(kind, self.settings.cache_dir, computed_as=prefix_computed_as(trainer, attached))
             cache, _ = open_cache(self.model, self.plan.boundary, dtype, place, lambda: 0.0)
             assert cache is not None
             if isinstance(cache, DiskCache):
@@ -329,7 +334,9 @@ class Job:
         started = time.perf_counter()
         steps = self.batches(race_steps(trainer.args.max_steps))
         given = trainer, steps, self.held_out, self.plan.boundary, self.prepared.prefix
-        race = Launch.here().computed_by_first(partial(race_rates, *given, self.settings.gradient_checkpointing))
+        race = Launch.here().computed_by_first(
+            partial(race_rates, *given, self.settings.gradient_checkpointing, self.settings.liger)
+        )
         self.recorder.race, self.recorder.race_seconds = race, time.perf_counter() - started
         if trainer.is_world_process_zero():
             self.say(told(race))

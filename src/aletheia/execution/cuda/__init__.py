@@ -1,0 +1,1 @@
+"""Ways to compute a step that pay on a GPU."""

@@ -1,0 +1,197 @@
+"""Liger's kernels for norms and gated activations, with the extra ``gpu``. Exact up to rounding.
+
+Each is tried on random values where the model lies, against what the model itself computes; what it does not equal, or
+what fails, stays as it is.
+
+Shapes: N tokens (or heads), D values that are normalized together, I values within an MLP.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from aletheia.errors import TrainingError
+from aletheia.execution.cuda.trial import agree, dtype_of, not_taken, random_values
+from aletheia.execution.lean import Forward, replaced_forwards
+
+TRIAL_ROWS = (8, 2**15)  # of many short rows, Liger takes several at a time: another kernel
+SHORT = 256
+
+
+def has_liger() -> bool:
+    """Whether Liger's kernels are installed, and what compiles them."""
+    return find_spec("liger_kernel") is not None and find_spec("triton") is not None
+
+
+# --- norms
+
+
+@contextmanager
+def liger_norms(model: nn.Module) -> Iterator[int]:
+    """Compute the frozen RMSNorms of ``model`` by Liger's kernels; yields how many modules that covers.
+
+    Covered is what is called RMSNorm, has a weight and nothing else, and returns what the formula does, with ``w`` or
+    Gemma's ``1 + w``.
+    """
+    covered: dict[Forward, list[nn.Module]] = {forward: [] for forward in _NORMS}
+    for module in model.modules():
+        if (forward := _norm_of(module)) is not None:
+            covered[forward].append(module)
+    with ExitStack() as stack:
+        for forward, modules in covered.items():
+            stack.enter_context(replaced_forwards(modules, forward))
+        yield sum(map(len, covered.values()))
+
+
+def _norm(rounds_as: str, offset: float, module: nn.Module, plain: Forward, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """The norm of a tensor: Llama rounds before the weight, Gemma after it and adds an offset to it."""
+    weight = module.weight
+    if not _is_alone(args, kwargs) or weight.requires_grad:
+        return plain(*args, **kwargs)
+    (x,) = args
+    if (x.dtype, x.device, x.shape[-1:]) != (weight.dtype, weight.device, weight.shape):
+        return plain(x)
+    from liger_kernel.ops import LigerRMSNormFunction
+
+    in_place = False  # a residual may need the same gradient
+    normed: torch.Tensor = LigerRMSNormFunction.apply(x, weight, _eps(module), offset, rounds_as, in_place)
+    return normed
+
+
+def _is_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call has one tensor and nothing else; a compiler fuses by itself."""
+    return len(args) == 1 and not kwargs and args[0].numel() > 0 and not torch.compiler.is_compiling()
+
+
+_NORMS: tuple[Forward, ...] = tuple(partial(_norm, *how) for how in (("llama", 0.0), ("gemma", 1.0), ("gemma", 0.0)))
+
+
+def _eps(module: nn.Module) -> float | None:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def _norm_of(module: Any) -> Forward | None:
+    """The forward that equals the norm's, if there is one."""
+    own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    if "RMSNorm" not in type(module).__name__ or own != {"weight"} or not isinstance(_eps(module), float):
+        return None
+    weight = module.weight
+    if weight.ndim != 1 or weight.requires_grad or not weight.is_floating_point() or "forward" in vars(module):
+        return None
+    rows = TRIAL_ROWS if len(weight) <= SHORT else TRIAL_ROWS[:1]
+    trials = [random_values(2, count // 2, len(weight), like=weight) for count in rows]
+    for forward in _NORMS:
+        if all(agree(module.forward, partial(forward, module, not_taken), x) for x in trials):
+            return forward
+    return None
+
+
+# --- gated activations
+
+
+@contextmanager
+def liger_gates(model: nn.Module) -> Iterator[int]:
+    """Compute ``silu(gate) * up`` of the MLPs of ``model`` by one kernel; yields how many modules that covers.
+
+    Covered is what has a ``gate_proj``, an ``up_proj`` and a ``down_proj``, or a ``gate_up_proj`` and a ``down_proj``,
+    and computes no more around them than that. Gradients take the place of what the projections returned: there is one
+    backward pass.
+    """
+    gated: dict[Forward, list[nn.Module]] = {_gated_mlp: [], _fused_mlp: []}
+    dtype = dtype_of(model)
+    for module in model.modules():
+        if (forward := _mlp_of(module, dtype)) is not None:
+            gated[forward].append(module)
+    with replaced_forwards(gated[_gated_mlp], _gated_mlp), replaced_forwards(gated[_fused_mlp], _fused_mlp):
+        yield sum(map(len, gated.values()))
+
+
+class _Gated(torch.autograd.Function):
+    """``silu(gate) * up`` [N, I]; backward writes both gradients over its inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_NI: torch.Tensor, up_NI: torch.Tensor) -> torch.Tensor:
+        from liger_kernel.ops import swiglu_forward
+
+        gate_NI, up_NI = gate_NI.contiguous(), up_NI.contiguous()
+        product_NI: torch.Tensor = swiglu_forward(gate_NI, up_NI)[2]
+        ctx.save_for_backward(gate_NI, up_NI)
+        ctx.is_spent = False
+        return product_NI
+
+    @staticmethod
+    def backward(ctx: Any, grad_NI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        from liger_kernel.ops import swiglu_backward
+
+        if ctx.is_spent:
+            raise TrainingError(
+                "a loss was differentiated twice, which the buffers of Liger's kernels do not outlast; expected one "
+                "backward pass; set `liger` off for more"
+            )
+        ctx.is_spent = True
+        gate_NI, up_NI = ctx.saved_tensors
+        grads: tuple[torch.Tensor, torch.Tensor] = swiglu_backward(gate_NI, up_NI, grad_NI.contiguous())
+        return grads
+
+
+def _gated_mlp(module: Any, plain: Forward, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if not _is_alone(args, kwargs) or _is_watched(module.gate_proj) or _is_watched(module.up_proj):
+        return plain(*args, **kwargs)
+    output: torch.Tensor = module.down_proj(_Gated.apply(module.gate_proj(*args), module.up_proj(*args)))
+    return output
+
+
+def _fused_mlp(module: Any, plain: Forward, *args: Any, **kwargs: Any) -> torch.Tensor:
+    if not _is_alone(args, kwargs):
+        return plain(*args, **kwargs)
+    from liger_kernel.ops import LigerFusedGateUpSiLUMulFunction
+
+    both = module.gate_up_proj(*args)
+    with torch.cuda.device_of(both):
+        # in one row of tokens: its gradient has no other shape
+        product = LigerFusedGateUpSiLUMulFunction.apply(both.view(-1, both.shape[-1]))
+    output: torch.Tensor = module.down_proj(product.view(*both.shape[:-1], -1))
+    return output
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody sees what it returns, and may keep it for longer than a backward pass."""
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def _mlp_of(module: nn.Module, dtype: torch.dtype) -> Forward | None:
+    """The forward that equals the module's, if there is one; its projections stay out of the trial."""
+    parts = dict(module.named_children())
+    stand_ins: dict[str, nn.Module] = {"down_proj": nn.Identity()}
+    if {"gate_proj", "up_proj", "down_proj"} <= parts.keys():
+        forward: Forward = _gated_mlp
+        stand_ins |= {"gate_proj": _Half(0), "up_proj": _Half(1)}
+    elif {"gate_up_proj", "down_proj"} <= parts.keys():
+        forward = _fused_mlp
+        stand_ins["gate_up_proj"] = nn.Identity()
+    else:
+        return None
+    weight = next(module.parameters(), None)
+    if weight is None or "forward" in vars(module):
+        return None
+    bare = copy.copy(module)
+    vars(bare)["_modules"] = parts | stand_ins
+    x = random_values(2, 4, 2 * 96, like=torch.empty(0, dtype=dtype, device=weight.device))
+    return forward if agree(bare.forward, partial(forward, bare, not_taken), x) else None
+
+
+class _Half(nn.Module):
+    """The first or second half of every row, for a trial."""
+
+    def __init__(self, which: int) -> None:
+        super().__init__()
+        self._which = which
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.chunk(2, dim=-1)[self._which]

@@ -1,0 +1,52 @@
+"""Whether a kernel does what a model does: both are run on random values, where the model lies."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """The dtype of the first weight that is not quantized."""
+    return next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+
+
+def random_values(*shape: int, like: torch.Tensor, seed: int = 0) -> torch.Tensor:
+    """Random values, from row to row a tenth of to ten times the usual; the same for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    scales = torch.logspace(-1, 1, shape[0]).view(-1, *(1 for _ in shape[1:]))
+    return (torch.randn(shape, generator=generator) * scales).to(like.device, like.dtype)
+
+
+def agree(plain: Callable[..., Any], ours: Callable[..., Any], *inputs: torch.Tensor, rounded: float = 1 / 8) -> bool:
+    """Whether both return the same and have the same gradients; values may differ by ``rounded`` times the epsilon."""
+    try:
+        with torch.enable_grad():
+            expected, found = _results(plain, inputs), _results(ours, inputs)
+        pairs = list(zip(found, expected, strict=True))
+        epsilon = torch.finfo(inputs[0].dtype).eps
+        bounds = [rounded * epsilon] * (len(expected) - len(inputs)) + [epsilon] * len(inputs)
+        return all(_is_near(*pair, max(bound, 1e-5)) for pair, bound in zip(pairs, bounds, strict=True))
+    except Exception:  # no compiler, a shape of its own, not a tensor: then the model's own way it is
+        return False
+
+
+def _results(function: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """What it returns, and the gradients of its inputs."""
+    given = [x.detach().clone().requires_grad_() for x in inputs]
+    returned = function(*given)
+    values = [returned] if isinstance(returned, torch.Tensor) else list(returned)
+    above = [random_values(*value.shape, like=value, seed=1) for value in values]
+    return [value.detach() for value in values] + list(torch.autograd.grad(values, given, above))
+
+
+def _is_near(found: torch.Tensor, expected: torch.Tensor, bound: float) -> bool:
+    if (found.dtype, found.shape) != (expected.dtype, expected.shape):
+        return False
+    return bool((found - expected).float().norm() <= bound * expected.float().norm())
+
+
+def not_taken(*_: Any) -> torch.Tensor:
+    """Stands where a kernel falls back on the model's own way, which a trial would compare with itself."""
+    raise TypeError("the kernel was not taken, so there is nothing to compare")
