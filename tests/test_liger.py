@@ -195,6 +195,27 @@ def by_liger(model, batch, recompute="off"):
         return gradients(model, batch)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not (torch.cuda.is_available() and liger.has_liger()), reason="needs a GPU and liger-kernel")
+@pytest.mark.parametrize("family", EXPECTED)
+def test_on_a_gpu_steps_learn_the_same(family, examples):
+    model, batch = adapted(family, boundary=1, layers=2).cuda(), collate(examples[:2], 0)
+    batch = {name: value.cuda() for name, value in batch.items()}
+
+    def learned(**choice):
+        with frozen_prefix(model), entered(model, step_ways(model, **choice)):
+            return gradients(model, batch)
+
+    exact = learned(liger=False)
+    assert difference(learned(), exact) < 1e-5
+    model = model.bfloat16()
+    with liger_norms(model) as norms, liger_gates(model) as gates, liger_rotary(model) as files:
+        assert (norms, gates, files) == EXPECTED[family]
+    plain = difference(learned(liger=False), exact)
+    for recompute in ("off", "selective", "full"):
+        assert difference(learned(recompute=recompute), exact) < 1.5 * plain
+
+
 @interpreted
 def test_everything_is_put_back(kernels):
     model = make_model("llama", 2).requires_grad_(False)
