@@ -169,7 +169,9 @@ def _bounds(operator):
 def test_the_oldest_versions_tested_are_the_lower_bounds():
     text = (ROOT / "requirements-oldest.txt").read_text()
     pins = {name: Version(version) for name, version in re.findall(r"^([\w.-]+)==(\S+)$", text, re.MULTILINE)}
-    assert pins == _bounds(">=")
+    bounds = _bounds(">=")
+    del bounds["liger-kernel"]  # needs triton, which the tests on a processor go without
+    assert pins == bounds
     assert next(iter(pins)) == "torch"  # which build it is decides what else it needs
     assert len(pins) == len([line for line in text.splitlines() if not line.startswith("#")])
 
