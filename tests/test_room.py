@@ -1,12 +1,15 @@
 """Whether training fits is decided by all the memory there is, not by what happens to be free."""
 
+import pytest
 import torch
 
 import aletheia
 from aletheia.anatomy import device_memory
 from aletheia.data.order import training_batches
+from aletheia.job import fine_tune as fine_tune_module
 from aletheia.job import room as room_module
-from aletheia.job.room import Room, largest_step
+from aletheia.job.room import Room, largest_step, room_for
+from aletheia.job.settings import JobSettings
 from aletheia.training.settings import TrainSettings
 
 CPU = torch.device("cpu")
@@ -75,3 +78,44 @@ def test_layers_that_do_not_fit_do_not_learn_and_the_figures_are_told(monkeypatc
     assert not run.plan.early_layers
     told = next(line for line in lines if "do not learn" in line)
     assert "every layer is predicted to take 1.2 GB to train, more than 0.0 GB" in told
+
+
+TAKES = {"off": 9 * 10**9, "selective": 8 * 10**9, "full": 10**9}
+
+
+@pytest.mark.parametrize(
+    ("asked", "usable", "taken"),
+    [
+        ({}, 10 * 10**9, "off"),
+        ({}, 8 * 10**9, "selective"),
+        ({}, 7 * 10**9, "full"),
+        ({}, 10**8, "off"),  # nothing helps
+        ({"gradient_checkpointing": "off"}, 7 * 10**9, "off"),
+        ({"compile_layers": True}, 8 * 10**9, "full"),  # compiled layers hide their products
+    ],
+)
+def test_backward_computes_again_what_would_not_fit(
+    asked, usable, taken, monkeypatch, data_file, model_folder, tmp_path
+):
+    """Lower layers go on to learn at first; what was asked for is done."""
+    monkeypatch.setattr(torch, "compile", lambda forward, **given: forward)
+    monkeypatch.setattr(room_module, "usable_memory_bytes", lambda device: usable)
+    monkeypatch.setattr(fine_tune_module, "bytes_of", lambda base, plan, step: TAKES[step.recompute])
+    monkeypatch.setattr(fine_tune_module, "every_layer_bytes", lambda scores, settings, step: TAKES[step.recompute])
+    lines: list[str] = []
+    training = {"steps": 2, "batch_size": 4, "cache": "off", "evaluations": 1} | asked
+    run = aletheia.fine_tune(
+        str(model_folder), str(data_file), tmp_path / "run", {"target": "speed"}, training, say=lines.append
+    )
+    assert run.metrics.settings.gradient_checkpointing == taken
+    assert bool(run.plan.early_layers) == (TAKES[taken] <= usable)
+    told = [line for line in lines if "which is taken" in line]
+    assert [f"`gradient_checkpointing` {taken}, which is taken" in line for line in told] == [True] * (taken != "off")
+
+
+def test_a_limit_that_was_given_bounds_the_layers_instead(data_file, model_folder, tmp_path):
+    base = aletheia.load(str(model_folder))
+    data = aletheia.load_data(str(data_file), base.tokenizer)
+    for limit, kinds in ((None, ("off", "selective", "full")), ("6GB", ("off",))):
+        settings = JobSettings.of({"model": str(model_folder), "max_memory": limit}, str(data_file), None, None)
+        assert room_for(base, data, settings)[0].kinds == kinds

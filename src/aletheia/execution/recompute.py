@@ -37,6 +37,13 @@ def _keep_products(ctx: SelectiveCheckpointContext, operator: Any, *args: Any, *
     return CheckpointPolicy.MUST_SAVE if is_product else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def recomputations(model: torch.nn.Module, compiled: bool = False) -> tuple[Recompute, ...]:
+    """What ``model`` can compute again, from nothing to all; compiled layers hide their products."""
+    if not base_of(model).supports_gradient_checkpointing:
+        return ("off",)
+    return ("off", "full") if compiled else ("off", "selective", "full")
+
+
 @contextmanager
 def recomputation(model: torch.nn.Module, kind: Recompute) -> Iterator[None]:
     """Keep fewer activations between forward and backward; gradients stay the same.

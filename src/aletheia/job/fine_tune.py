@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from aletheia.adapters.adapt import adapt
-from aletheia.anatomy.access import input_weight
 from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.fingerprint import identify
-from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import ModelIdentity
 from aletheia.anatomy.settings import LoadSettings
 from aletheia.data.examples import Example, Examples
@@ -25,7 +23,7 @@ from aletheia.errors import TrainingError
 from aletheia.files import beside, is_sealed, write_text
 from aletheia.job.adapter import Start
 from aletheia.job.finish import complete, push
-from aletheia.job.room import Room, largest_step
+from aletheia.job.room import bytes_of, room_for
 from aletheia.job.settings import JobSettings
 from aletheia.job.source import (
     Say,
@@ -39,10 +37,8 @@ from aletheia.job.source import (
     stream_for,
     to_stderr,
 )
-from aletheia.planning.activations import Step
 from aletheia.planning.make import every_layer_bytes
 from aletheia.planning.make import plan as make_plan
-from aletheia.planning.memory import training_bytes
 from aletheia.planning.plan import Plan, PlanSettings, layer_ranges
 from aletheia.prefix.cache import PrefixCache
 from aletheia.prefix.fill_streamed import fill_streamed, streamed_cache
@@ -56,9 +52,8 @@ from aletheia.runs.schema import PLAN_FILE, SCORES_FILE, Run
 from aletheia.settings import MOST_EPOCHS
 from aletheia.training.interrupts import Interrupts, interrupts
 from aletheia.training.loop import planned_passes, rows_of_steps, training_arguments
-from aletheia.training.packing import packs
 from aletheia.training.processes import Launch, say_nothing
-from aletheia.training.settings import TrainSettings
+from aletheia.training.settings import Recompute, TrainSettings
 from aletheia.training.train import Prepared, train
 
 
@@ -142,6 +137,8 @@ class Job:
             scores, plan, adapted = self._go_on(base, data, start, found)
             prefix = None
         self.say(_about_plan(plan, settings.training.cache))
+        recompute = self._recompute(base, plan, data, found)
+        training = settings.training.model_copy(update={"gradient_checkpointing": recompute})
         if self.launch.is_first:
             self._keep(plan, scores)
         unquantized = None
@@ -150,7 +147,7 @@ class Job:
         record = start.record if start is not None else None
         about = self.settings.about() | ({"adapter_sha256": record.sha256} if record is not None else {})
         prepared = Prepared(prefix, unquantized, self.seconds, about, record, found)
-        run = train(adapted, data, plan, folder, held_out, settings.training, prepared)
+        run = train(adapted, data, plan, folder, held_out, training, prepared)
         if self.launch.is_first:
             with self.interrupted.put_off():
                 complete(run, self.settings, base.tokenizer, scores)
@@ -286,34 +283,33 @@ class Job:
         asked: dict[str, Any] = {"epochs": self._passes(data), "seed": settings.training.seed}
         asked |= {name: getattr(settings.plan, name) for name in settings.plan.model_fields_set if name != "file"}
         choice = PlanSettings(**asked)
-        room, step = self._room(base, data)
+        room, step = room_for(base, data, settings)
         bounded = is_streamed or room.max_memory is not None
+        step = room.fitting(step, partial(every_layer_bytes, scores, choice))
         obstacle = room.why_no_early_layers(every_layer_bytes(scores, choice, step), is_streamed)
         if obstacle and choice.freeze_after is None and (is_streamed or not bounded):
             choice = choice.model_copy(update={"freeze_after": 0.0, "target": None})
         made = make_plan(scores, choice, max_memory=room.usable_bytes if bounded else None, step=step)
         if obstacle and settings.plan.freeze_after is None and made.settings.policy == "depth-aware":
             self.say(f"note: layers below {made.boundary} do not learn: {obstacle}")
-        if scores.weight_bytes is not None:
-            ranks = {adapter.name: adapter.rank for adapter in made.adapters}
-            layers = (*made.layers, *made.early_layers)
-            warning = room.warning(training_bytes(scores.anatomy, scores.weight_bytes, layers, ranks, step))
-            if warning is not None:
-                self.say(warning)
         return made
 
-    def _room(self, base: Source, data: Examples) -> tuple[Room, Step]:
-        """The memory that training may take, and its largest step."""
-        is_streamed = isinstance(base, Checkpoint)
-        if isinstance(base, Checkpoint):
-            dtype, device = base.dtype, base.device
-        else:
-            dtype, device = input_weight(base.model).dtype, base.model.device
-        training = self.settings.training
-        if not isinstance(base, Checkpoint) and packs(base.model, data, training)[0]:
-            training = training.model_copy(update={"packing": "on"})
-        step = largest_step(data, training, dtype, device, resident=not is_streamed)
-        return Room(device, self.settings.model.max_memory), step
+    def _recompute(self, base: Source, plan: Plan, data: Examples, found: TrainingCheckpoint | None) -> Recompute:
+        """What backward computes again, so that ``plan`` fits; a run that goes on does as it did.
+
+        Says so where that was not asked for, and warns where the plan may not fit.
+        """
+        if found is not None:
+            kept: Recompute = found.manifest.about["gradient_checkpointing"]
+            return kept
+        room, step = room_for(base, data, self.settings)
+        needed = partial(bytes_of, base, plan)
+        fitting = room.fitting(step, needed)
+        if len(room.kinds) > 1 and fitting.recompute != "off":
+            self.say(room.about_recomputation(fitting.recompute, needed(step), needed(fitting)))
+        if (warning := room.warning(needed(fitting))) is not None:
+            self.say(warning)
+        return fitting.recompute
 
     def _passes(self, data: Examples) -> float:
         """Passes over the data that the time is counted for; without a cache, later ones cost as much as the first."""
@@ -330,20 +326,14 @@ class Job:
             self.say(f"note: the plan was made from {plan.data.name}, this run trains on {data.identity.name}")
         if isinstance(base, Checkpoint):
             _check_plan_streamed(plan)
-            anatomy, weights = base.anatomy, by_layer.weight_bytes(base)
-        else:
-            anatomy, weights = read_anatomy(base.model), resident.weight_bytes(base.model)
-        room, step = self._room(base, data)
-        ranks = {adapter.name: adapter.rank for adapter in plan.adapters}
-        needed = training_bytes(anatomy, weights, (*plan.layers, *plan.early_layers), ranks, step)
+        room, step = room_for(base, data, self.settings)
+        needed = bytes_of(base, plan, step)
         if room.max_memory is not None and needed > room.max_memory:
             raise TrainingError(
                 f"`max_memory` is {room.max_memory / 1e9:.1f} GB; the plan takes up to {needed / 1e9:.1f} GB with "
                 f"batches of {step.tokens:,} tokens; expected a plan made with that `max_memory`, smaller batches or "
                 "shorter rows"
             )
-        if (warning := room.warning(needed)) is not None:
-            self.say(warning)
 
     # --- train
 

@@ -1,9 +1,12 @@
 """Whether training fits: what it is predicted to take, of how much, and a line for people where that decides."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 
+from aletheia.anatomy.access import input_weight
+from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.device_memory import (
     free_memory_bytes,
     own_memory_bytes,
@@ -11,11 +14,20 @@ from aletheia.anatomy.device_memory import (
     usable_memory_bytes,
     usable_share,
 )
+from aletheia.anatomy.read import read_anatomy
 from aletheia.data.examples import Examples
 from aletheia.data.order import training_batches
+from aletheia.execution.recompute import recomputations
+from aletheia.job.settings import JobSettings
+from aletheia.job.source import Source
 from aletheia.planning.activations import Step
+from aletheia.planning.memory import training_bytes
+from aletheia.planning.plan import Plan
+from aletheia.probing import resident
+from aletheia.probing import streamed as by_layer
 from aletheia.training.loop import planned_steps
-from aletheia.training.settings import TrainSettings
+from aletheia.training.packing import packs
+from aletheia.training.settings import Recompute, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -24,6 +36,7 @@ class Room:
 
     device: torch.device
     max_memory: int | None
+    kinds: tuple[Recompute, ...] = ("off",)  # of recomputation that may be taken, the least first
 
     @property
     def usable_bytes(self) -> int:
@@ -48,6 +61,18 @@ class Room:
             return None
         return f"every layer is predicted to take {_gigabytes(every_bytes)} to train, more than {self.about}"
 
+    def fitting(self, step: Step, needed: Callable[[Step], int | None]) -> Step:
+        """The step that computes least again of those that fit; as it is where none does."""
+        tried = [replace(step, recompute=kind) for kind in self.kinds]
+        return next((one for one in tried if (needed(one) or 0) <= self.usable_bytes), step)
+
+    def about_recomputation(self, kind: Recompute, plain_bytes: int, taken_bytes: int) -> str:
+        """A line where backward computes again what would not fit."""
+        return (
+            f"note: training is predicted to take {_gigabytes(plain_bytes)}, more than {self.about}; with "
+            f"`gradient_checkpointing` {kind}, which is taken, {_gigabytes(taken_bytes)}"
+        )
+
     def warning(self, predicted_bytes: int) -> str | None:
         """A line where a plan may not fit, or not beside what else is running; None where it does."""
         if predicted_bytes > self.usable_bytes:
@@ -62,6 +87,32 @@ class Room:
             f"note: training is predicted to take {_gigabytes(predicted_bytes)}, and {_gigabytes(now)} are free now: "
             "other programs take the rest"
         )
+
+
+def room_for(base: Source, data: Examples, settings: JobSettings) -> tuple[Room, Step]:
+    """The memory that training may take, and its largest step, with the recomputation that was asked for."""
+    training, limit = settings.training, settings.model.max_memory
+    asked = training.gradient_checkpointing
+    if isinstance(base, Checkpoint):
+        step = largest_step(data, training, base.dtype, base.device, resident=False)
+        return Room(base.device, limit, (training.recompute,)), step
+    model = base.model
+    if packs(model, data, training)[0]:
+        training = training.model_copy(update={"packing": "on"})
+    step = largest_step(data, training, input_weight(model).dtype, model.device, resident=True)
+    is_open = asked == "auto" and limit is None  # a limit that was given bounds the layers instead
+    kinds = recomputations(model, training.compile_layers) if is_open else (training.recompute,)
+    return Room(model.device, limit, kinds), step
+
+
+def bytes_of(base: Source, plan: Plan, step: Step) -> int:
+    """The memory that training takes by ``plan``, at most."""
+    if isinstance(base, Checkpoint):
+        anatomy, weights = base.anatomy, by_layer.weight_bytes(base)
+    else:
+        anatomy, weights = read_anatomy(base.model), resident.weight_bytes(base.model)
+    ranks = {adapter.name: adapter.rank for adapter in plan.adapters}
+    return training_bytes(anatomy, weights, (*plan.layers, *plan.early_layers), ranks, step)
 
 
 def largest_step(
@@ -84,7 +135,7 @@ def largest_step(
         row_tokens=longest,
         labelled_share=max(row.labelled_tokens / len(row) for row in data.examples),
         dtype=str(dtype).removeprefix("torch."),
-        recompute=training.gradient_checkpointing,
+        recompute=training.recompute,
         on_gpu=device.type == "cuda",
         resident=resident,
     )

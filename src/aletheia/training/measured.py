@@ -76,7 +76,7 @@ def used_settings(job: "Job", trainer: RowTrainer, attachment: Attachment) -> Us
         group_by_length=settings.groups_by_length,
         compile_layers=settings.compile_layers,
         liger=settings.liger,
-        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing=settings.recompute,
         cache=attachment.decision.kind,
         loaded_by=class_name(base_of(model).config),
         quantization=quantization_of(base_of(model)),

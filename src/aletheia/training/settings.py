@@ -114,8 +114,11 @@ class TrainSettings(Settings):
     )
     weight_decay: float = option(0.0, "Weight decay of the adapters.", TRAINING, ge=0, allow_inf_nan=False)
     max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", TRAINING, gt=0, allow_inf_nan=False)
-    gradient_checkpointing: Recompute = option(
-        "off", "Less memory, more time: compute again in backward all but matrix products, or all.", TRAINING
+    gradient_checkpointing: Recompute | Literal["auto"] = option(
+        "auto",
+        "Less memory, more time: compute again in backward all but matrix products (selective), or all (full); auto: "
+        "the least that is predicted to fit in memory.",
+        TRAINING,
     )
     packing: Literal["auto", "on", "off"] = option(
         "auto",
@@ -199,6 +202,11 @@ class TrainSettings(Settings):
     def groups_by_length(self) -> bool:
         """Whether rows of a batch are of like length: it saves padding, where there is some."""
         return self.packing != "on" if self.group_by_length is None else self.group_by_length
+
+    @property
+    def recompute(self) -> Recompute:
+        """What backward computes again; ``auto`` is off where nobody has looked at the memory."""
+        return "off" if self.gradient_checkpointing == "auto" else self.gradient_checkpointing
 
     @property
     def patience(self) -> int | None:

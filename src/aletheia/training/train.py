@@ -279,9 +279,7 @@ class Job:
         if prefix is None and settings.free_prefix and not plan.early_steps(steps):
             prefix, decision = self._filled(steps, trainer, attached)
             free = prefix is not None
-        attachment = Attachment(
-            trainer, plan, attached, self.say, settings.gradient_checkpointing, prefix, free, decision
-        )
+        attachment = Attachment(trainer, plan, attached, self.say, settings.recompute, prefix, free, decision)
         attachment.packed = settings.packing == "on"
         attachment.install()
         trainer.ahead = attachment.ahead
@@ -335,7 +333,7 @@ class Job:
         steps = self.batches(race_steps(trainer.args.max_steps))
         given = trainer, steps, self.held_out, self.plan.boundary, self.prepared.prefix
         race = Launch.here().computed_by_first(
-            partial(race_rates, *given, self.settings.gradient_checkpointing, self.settings.liger)
+            partial(race_rates, *given, self.settings.recompute, self.settings.liger)
         )
         self.recorder.race, self.recorder.race_seconds = race, time.perf_counter() - started
         if trainer.is_world_process_zero():
