@@ -11,7 +11,7 @@ from test_packed import row
 from tiny import make_model
 
 import aletheia
-from aletheia.anatomy.load import own_memory_bytes
+from aletheia.anatomy.device_memory import own_memory_bytes
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate
 from aletheia.errors import Interrupted

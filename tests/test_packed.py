@@ -145,7 +145,9 @@ def test_a_packed_run_is_a_padded_one(cache, plan, examples, tmp_path):
     assert not packed.settings.group_by_length  # saves padding, of which there is none
     assert "rows packed without padding" not in padded.steps_computed_by
     assert "--packing on" in " ".join(repeat_command(run))
-    assert "--packing off" in " ".join(repeat_command(plain))
+    assert "--packing" not in " ".join(repeat_command(plain))
+    assert "--no-group-by-length" in repeat_command(plain)
+    assert not {"--group-by-length", "--no-group-by-length"} & set(repeat_command(run))
 
 
 def test_a_processor_pads_by_default_and_groups_rows(plan, examples, tmp_path):

@@ -344,8 +344,11 @@ def repeat_command(run: Run) -> tuple[str, ...]:
         options.append(("--attention", settings.attention))
     model = metrics.went_on_from.name if metrics.went_on_from else metrics.model.name
     head = f"aletheia train {shlex.quote(model)}"
-    options.append(("--packing", "on" if settings.packing else "off"))
-    switches = ["--group-by-length" if settings.group_by_length else "--no-group-by-length"]
+    if settings.packing or settings.device != "cpu":  # a processor packs where it is asked to
+        options.append(("--packing", "on" if settings.packing else "off"))
+    switches = []
+    if settings.group_by_length == settings.packing:  # by default one or the other
+        switches.append("--group-by-length" if settings.group_by_length else "--no-group-by-length")
     if settings.compile_layers:
         switches.append("--compile-layers")
     if not settings.liger:
