@@ -262,7 +262,7 @@ def ours(work: Work, plan: Plan, epochs: int, options: dict[str, Any]) -> tuple[
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(
             settings, folder, max_steps=epochs * work.steps, learning_rate=1e-4, use_cpu=work.device == "cpu",
-            dataloader_pin_memory=work.device == "cuda",
+            dataloader_pin_memory=work.device == "cuda", accelerator_config={"non_blocking": work.device == "cuda"},
         )  # fmt: skip
         held_out = work.data.subset(range(work.shape.batch_size))
         trainer = RowTrainer(model, work.data, held_out, settings, arguments, Recorder(0, False))

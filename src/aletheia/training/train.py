@@ -266,6 +266,7 @@ class Job:
             fp16=model.dtype == torch.float16,
             use_cpu=model.device.type == "cpu",
             dataloader_pin_memory=model.device.type == "cuda",
+            accelerator_config={"non_blocking": model.device.type == "cuda"},  # a copy waits for no step before it
         )
         trainer = RowTrainer(model, self.data, self.held_out, settings, arguments, self.recorder)
         attached = AttachSettings(
