@@ -12,6 +12,7 @@ from aletheia.anatomy.access import text_config
 from aletheia.data.batches import collate, collate_packed
 from aletheia.data.examples import NO_LOSS, Example
 from aletheia.errors import SettingsError
+from aletheia.execution import packed
 from aletheia.execution.attention import WAYS
 from aletheia.execution.backend import entered, step_ways
 from aletheia.execution.packed import attention_by_row, why_not_packed
@@ -110,6 +111,24 @@ def test_a_router_loss_forbids_it():
     model = make_model("qwen3_moe")
     model.config.output_router_logits = True
     assert "router loss" in why_not_packed(model, ROWS, 0)
+
+
+def test_an_attention_without_a_gradient_is_refused(monkeypatch):
+    """A kernel may compute a batch and fail in backward."""
+    plain = packed._one_by_one
+
+    def without_gradient(*given, **named):
+        output = plain(*given, **named)
+        if output.requires_grad:
+            output.register_hook(lambda gradient: 1 / 0)
+        return output
+
+    monkeypatch.setattr(packed, "_one_by_one", without_gradient)
+    model = adapted()
+    flags = [parameter.requires_grad for parameter in model.parameters()]
+    assert "ZeroDivisionError" in why_not_packed(model, ROWS, 0)
+    assert [parameter.requires_grad for parameter in model.parameters()] == flags
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_nothing_is_left_behind():

@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -123,11 +123,11 @@ def _window(length: int, window: int, device: torch.device) -> torch.Tensor:
     return seen_TT.triu(1 - window)[None, None]
 
 
-@torch.no_grad()
 def why_not_packed(model: nn.Module, rows: Sequence[Example], pad_token_id: int) -> str | None:
     """Why packed rows would not get the logits they get alone, if so: tried on the two shortest rows.
 
-    The model runs twice, as it is, with fast steps or without.
+    The model runs twice, as it is, with fast steps or without, and back through its activations: not every kernel that
+    computes a batch has a gradient for it.
     """
     config = text_config(model)
     if getattr(config, "_attn_implementation", None) != "sdpa":
@@ -140,17 +140,38 @@ def why_not_packed(model: nn.Module, rows: Sequence[Example], pad_token_id: int)
     two = two if len(two) == 2 else two * 2
     try:
         with in_mode(model, training=False), attention_by_row(model):
-            packed_NV, padded_STV = (
-                model.forward(**_without_labels(on_device_of(model, batch)), use_cache=False).logits
-                for batch in (collate_packed(two), collate(two, pad_token_id))
-            )
+            with _gradients_of_activations(model):
+                packed_NV = _logits(model, collate_packed(two))
+                torch.autograd.backward(packed_NV.float().mean())
+            with torch.no_grad():
+                padded_STV = _logits(model, collate(two, pad_token_id))
     except Exception as error:  # whatever a family of tomorrow does with its batches
         return f"{type(model).__name__} does not take packed rows ({type(error).__name__})"
+    packed_NV = packed_NV.detach()
     alone_NV = torch.cat([padded_TV[: len(row)] for padded_TV, row in zip(padded_STV, two, strict=True)])
     differs = (packed_NV[0].float() - alone_NV.float()).norm() / alone_NV.float().norm()
     tolerance = SAME.get(input_weight(model).dtype, SAME[torch.bfloat16])
     return None if math.isfinite(differs) and differs <= tolerance else "rows that are packed together see each other"
 
 
-def _without_labels(batch: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if name != "labels"}
+def _logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    inputs = {name: value for name, value in on_device_of(model, batch).items() if name != "labels"}
+    logits: torch.Tensor = model.forward(**inputs, use_cache=False).logits
+    return logits
+
+
+@contextmanager
+def _gradients_of_activations(model: nn.Module) -> Iterator[None]:
+    """Let backward go through the whole model and leave a gradient at no parameter."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    embedding = cast(Any, model).get_input_embeddings()
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    handle = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        handle.remove()
+        for parameter in learning:
+            parameter.requires_grad_(True)
