@@ -101,7 +101,7 @@ def test_backward_computes_again_what_would_not_fit(
     """Lower layers go on to learn at first; what was asked for is done."""
     monkeypatch.setattr(torch, "compile", lambda forward, **given: forward)
     monkeypatch.setattr(room_module, "usable_memory_bytes", lambda device: usable)
-    monkeypatch.setattr(fine_tune_module, "bytes_of", lambda base, plan, step: TAKES[step.recompute])
+    monkeypatch.setattr(fine_tune_module, "bytes_by", lambda base, plan: lambda step: TAKES[step.recompute])
     monkeypatch.setattr(fine_tune_module, "every_layer_bytes", lambda scores, settings, step: TAKES[step.recompute])
     lines: list[str] = []
     training = {"steps": 2, "batch_size": 4, "cache": "off", "evaluations": 1} | asked

@@ -12,6 +12,7 @@ from aletheia.data.examples import NO_LOSS, Example, Examples
 from aletheia.errors import DataError
 
 Collator = Callable[[Sequence[Example]], dict[str, Any]]
+LABELLED = "labelled_tokens"  # key of how many a batch has, for those who must not look at the labels' device
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -63,9 +64,6 @@ def on_device_of(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Any
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
         for name, value in batch.items()
     }
-
-
-LABELLED = "labelled_tokens"  # key of how many there are, for those who must not look at the labels' device
 
 
 def labelled_tokens(labels_BT: torch.Tensor) -> torch.Tensor:

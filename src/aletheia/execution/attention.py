@@ -47,7 +47,7 @@ def attention_by(model: nn.Module, way: Attention) -> Iterator[None]:
 
 
 def sees_backward_only(module: nn.Module, asked: bool | None) -> bool:
-    """Whether a module's attention is, unless its call says otherwise."""
+    """Whether a query sees no later key: as its module says, unless the call does."""
     return bool(getattr(module, "is_causal", True)) if asked is None else asked
 
 

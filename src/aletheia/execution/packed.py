@@ -32,9 +32,13 @@ KINDS = {"full_attention", "sliding_attention"}  # of layers whose mask a row's 
 
 def has_kernel(model: nn.Module) -> bool:
     """Whether attention by rows is one kernel for ``model``, where it is: a half-precision model on a CUDA device."""
-    weight = input_weight(model)
-    is_half = weight.dtype in (torch.bfloat16, torch.float16)
-    return weight.device.type == "cuda" and is_half and {"scale", "window_size"} <= _TAKEN
+    return _in_kernel(input_weight(model))
+
+
+def _in_kernel(tensor: torch.Tensor) -> bool:
+    """Whether torch's ``varlen_attn`` is there, takes what attention needs, and takes such a tensor."""
+    is_half = tensor.dtype in (torch.bfloat16, torch.float16)
+    return tensor.is_cuda and is_half and {"scale", "window_size"} <= _TAKEN
 
 
 @contextmanager
@@ -64,7 +68,7 @@ def _by_row(
         module, kwargs.get("is_causal")
     ):
         raise NotImplementedError("its attention takes more than a window and a scale")
-    if query_1HND.is_cuda and query_1HND.dtype != torch.float32 and not kwargs.get("dropout"):
+    if _in_kernel(query_1HND) and not kwargs.get("dropout"):
         return _in_one_kernel(query_1HND, key_1KND, value_1KND, bounds_S1, **kwargs), None
     return _one_by_one(plain, module, query_1HND, key_1KND, value_1KND, bounds_S1, **kwargs), None
 

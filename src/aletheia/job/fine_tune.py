@@ -23,7 +23,7 @@ from aletheia.errors import TrainingError
 from aletheia.files import beside, is_sealed, write_text
 from aletheia.job.adapter import Start
 from aletheia.job.finish import complete, push
-from aletheia.job.room import bytes_of, room_for
+from aletheia.job.room import bytes_by, room_for
 from aletheia.job.settings import JobSettings
 from aletheia.job.source import (
     Say,
@@ -303,11 +303,12 @@ class Job:
             kept: Recompute = found.manifest.about["gradient_checkpointing"]
             return kept
         room, step = room_for(base, data, self.settings)
-        needed = partial(bytes_of, base, plan)
+        needed = bytes_by(base, plan)
         fitting = room.fitting(step, needed)
+        taken = needed(fitting)
         if len(room.kinds) > 1 and fitting.recompute != "off":
-            self.say(room.about_recomputation(fitting.recompute, needed(step), needed(fitting)))
-        if (warning := room.warning(needed(fitting))) is not None:
+            self.say(room.about_recomputation(fitting.recompute, needed(step), taken))
+        if (warning := room.warning(taken)) is not None:
             self.say(warning)
         return fitting.recompute
 
@@ -327,7 +328,7 @@ class Job:
         if isinstance(base, Checkpoint):
             _check_plan_streamed(plan)
         room, step = room_for(base, data, self.settings)
-        needed = bytes_of(base, plan, step)
+        needed = bytes_by(base, plan)(step)
         if room.max_memory is not None and needed > room.max_memory:
             raise TrainingError(
                 f"`max_memory` is {room.max_memory / 1e9:.1f} GB; the plan takes up to {needed / 1e9:.1f} GB with "

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -105,14 +106,14 @@ def room_for(base: Source, data: Examples, settings: JobSettings) -> tuple[Room,
     return Room(model.device, limit, kinds), step
 
 
-def bytes_of(base: Source, plan: Plan, step: Step) -> int:
-    """The memory that training takes by ``plan``, at most."""
+def bytes_by(base: Source, plan: Plan) -> Callable[[Step], int]:
+    """The memory that training takes by ``plan``, at most, for its largest step."""
     if isinstance(base, Checkpoint):
         anatomy, weights = base.anatomy, by_layer.weight_bytes(base)
     else:
         anatomy, weights = read_anatomy(base.model), resident.weight_bytes(base.model)
     ranks = {adapter.name: adapter.rank for adapter in plan.adapters}
-    return training_bytes(anatomy, weights, (*plan.layers, *plan.early_layers), ranks, step)
+    return partial(training_bytes, anatomy, weights, (*plan.layers, *plan.early_layers), ranks)
 
 
 def largest_step(

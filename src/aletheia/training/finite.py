@@ -35,7 +35,9 @@ class Finite(TrainerCallback):
         self._batches: list[Mapping[str, Any]] = []  # of the step so far
 
     def after_backward(self, loss: torch.Tensor, batch: Mapping[str, Any]) -> Later | None:
-        """Look at a batch, and before the optimizer step at all of its gradients; the loss of the step once it is done.
+        """Look at a batch, and before the optimizer step at all of its gradients.
+
+        Where the trainer must not wait, returns the loss of a step that is complete, on its way from the device.
 
         Raises:
             TrainingError: something is not finite; nothing was applied.
@@ -54,9 +56,10 @@ class Finite(TrainerCallback):
             is_left_out = (~are_finite).float()
             self._optimizer.found_inf = is_left_out  # torch's fused optimizers look at it, for the loss scaler
             self._unread = _Unread(step, Later(is_left_out), Later(total), batches)
-        elif not are_finite:
+            return self._unread.loss
+        if not are_finite:
             self._explain(total.item(), step, batches)
-        return Later(total)
+        return None
 
     @property
     def _optimizer(self) -> Any:

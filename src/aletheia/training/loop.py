@@ -231,7 +231,7 @@ class RowTrainer(Trainer):
         """Trainer's, and a look at what came of it before it is applied."""
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         of_step = self._finite.after_backward(loss, inputs)
-        if self.looks_back and of_step is not None:
+        if of_step is not None:
             self._recorder.stepped(self.state.global_step + 1, of_step)
         return loss
 

@@ -166,7 +166,7 @@ class Job:
         self.scaled_loss: float | None = None
         self.stack = ExitStack()  # closed when the run is over
         self.has_learned = False
-        self.compiled_before = 0.0  # seconds, of this process before this run
+        self.compiled_before = compile_seconds()  # of this process before this run
 
     def run(self) -> Run:
         """From adapters at their start to a folder that is written."""
@@ -202,7 +202,6 @@ class Job:
         if self.prepared.unquantized is not None:
             self._correct(self.prepared.unquantized, trainer.args.max_steps)
         self.recorder.start = self.recorder.start or digest_of_b(self.model)
-        self.compiled_before = compile_seconds()
         if self.settings.learning_rate == "auto":
             kept = found and found.manifest.about["peak_learning_rate"]  # a run that goes on does not race again
             trainer.args.learning_rate = kept or self._raced(trainer)
