@@ -60,7 +60,8 @@ reproduce: venv $(CAMPAIGNS:%=reproduce-%)
 
 reproduce-%: venv
 	$(BIN)/aletheia campaign run campaigns/$*.yaml --out results/$* --data-dir $(DATA); code=$$?; \
-	$(BIN)/aletheia campaign report results/$* --to docs/results/$* && exit $$code
+	$(BIN)/aletheia campaign report results/$* && \
+	$(BIN)/python benchmarks/campaign_results.py results/$* docs/results/$* && exit $$code
 
 lock: venv
 	{ sed -n '/^#/p' requirements.lock; $(BIN)/pip freeze --exclude-editable | sed 's/+cpu//'; } > requirements.new

@@ -1,4 +1,4 @@
-"""Interleaved steps, the gain taken apart, predictions, memory and growth; written to docs/benchmarks.md.
+"""Interleaved steps, the gain taken apart, predictions, memory and growth; written to docs/results/benchmarks/README.md.
 
     make bench
     .venv/bin/python benchmarks/bench.py steps predictions   # these sections; the others stay as they are
@@ -34,7 +34,7 @@ from aletheia.planning.targets import BALANCED_SHARE, SPEED_SHARE
 from aletheia.probing.scores import Scores
 
 DATA = Path(os.environ.get("ALETHEIA_DATA", "../shared/data")) / "gsm8k" / "train.jsonl"
-PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+PAGE = Path(__file__).parents[1] / "docs" / "results" / "benchmarks" / "README.md"
 ROWS, MAX_TOKENS, BATCH_SIZE, EPOCHS = 640, 256, 8, 3
 ROUNDS, PLAN_ROUNDS, PROBE_REPEATS = 8, 8, 5
 SECTIONS = {
@@ -74,24 +74,24 @@ def main() -> None:
 
 def head(data: Examples) -> str:
     """How everything was measured."""
+    packages = ", ".join(f"{name} {version}" for name, version in package_versions().items())
     return (
         "# Benchmarks\n\n"
-        f"Written by `make bench`: SmolLM2-135M-Instruct, {ROWS} GSM8K rows of up to {MAX_TOKENS} tokens "
-        f"(mean {data.tokens / ROWS:.0f}, {data.labelled_tokens / ROWS:.0f} with a label), batch {BATCH_SIZE}, "
-        f"{platform.machine()} with {torch.get_num_threads()} threads, no GPU; "
-        + ", ".join(f"{name} {version}" for name, version in package_versions().items())
-        + ".\n\n"
-        "The baseline is plain PEFT as transformers' Trainer steps it (forward, backward, clipping, fused AdamW): rank 16, "
-        "alpha 32, seven modules, every layer, random batches; in bfloat16 with `bf16=True`, the quicker way. Ratios are "
-        "sums over rounds, the arms interleaved in one process, with 95 % intervals (BCa with expanded levels over paired "
-        "rounds, see statistics.md)."
+        "Written by `make bench` on a machine without a GPU.\n\n"
+        f"- **Model and data**: SmolLM2-135M-Instruct, {ROWS} GSM8K rows of up to {MAX_TOKENS} tokens, batches of {BATCH_SIZE}. A row has "
+        f"{data.tokens / ROWS:.0f} tokens on average, {data.labelled_tokens / ROWS:.0f} of them with a label.\n"
+        "- **Baseline**: plain PEFT as transformers' Trainer steps it (forward, backward, clipping, fused AdamW), with random "
+        "batches. Rank 16, alpha 32, seven modules of every layer. In bfloat16 it has `bf16=True`, which is quicker than going without.\n"
+        "- **Ratios** are sums over rounds; all arms are interleaved in one process. Intervals are of 95 % "
+        "([how](../../explanation/statistics.md)): BCa with expanded levels over paired rounds.\n"
+        f"- **Made with** {platform.machine()}, {torch.get_num_threads()} threads, {packages}."
     )
 
 
 def section(title: str, lines: list[str], data: Examples, dtype: torch.dtype) -> None:
     """Print a section and put it into its place on the page; the others stay as they are."""
-    told = "float32" if title == SECTIONS["probe"] else str(dtype).removeprefix("torch.")
-    found = "\n".join([f"## {title}", "", f"Measured on {date.today()} in {told}.", "", *lines]).rstrip() + "\n"
+    dtype_name = "float32" if title == SECTIONS["probe"] else str(dtype).removeprefix("torch.")
+    found = "\n".join([f"## {title}", "", f"Measured on {date.today()} in {dtype_name}.", "", *lines]).rstrip() + "\n"
     print(found, flush=True)
     page = PAGE.read_text() if PAGE.exists() else ""
     parts = {part.partition("\n")[0]: f"## {part.rstrip()}\n" for part in page.split("\n## ")[1:]}
@@ -154,7 +154,7 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
         plain,
         StepKind("baseline + labelled-token logits", uniform, labelled=True),
         StepKind("baseline + length grouping", uniform, grouped=True),
-        StepKind("baseline + lean adapters, norms and loss", uniform, lean=True),
+        StepKind("baseline + adapters, norms and loss in place", uniform, lean=True),
         StepKind("baseline + attention by products", uniform, attention=True),
         every,
         StepKind("default plan alone (truncated backward)", default, truncated=True),
@@ -201,11 +201,11 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
             whole = once + early * every_s + (steps - early) * cached_s
             cells.append(f"{whole:.0f} | {baseline_s * steps / whole:.2f}x")
         lines.append(f"| {label} | {baseline_s * steps:.0f} | {' | '.join(cells)} |")
-    told = [
+    ratios = [
         f"{speedup(seconds[plain_full.name], seconds[ours.name])} {ours.recompute}"
         for ours in (cached_selective, cached_full)
     ]
-    lines += ["", f"Steps from the cache against the checkpointed baseline's: {', '.join(told)}. Memory: below."]
+    lines += ["", f"Steps from the cache against the checkpointed baseline's: {', '.join(ratios)}. Memory: below."]
     return lines
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from defaults_page import DEFAULTS, Run, cells, collected, kept, ours, yardstick
+from defaults_page import DEFAULTS, Run, best_uniform, cells, collected, kept, ours
 from tasks import DATA, Task, nats_per_row, task
 
 import aletheia
@@ -70,7 +70,7 @@ def known(arms: dict[tuple[str, float], list[Run]], name: str, length: str) -> t
     """The share of the planned steps that a default run takes, and plain LoRA at its best rate; strengths tried."""
     found = [(run["steps"], *ours(run)[1:]) for run in arms[DEFAULTS[name, length]]]
     defaults = [(stop / steps, max(1, tries)) for steps, stop, tries in found]  # one at least, where none was recorded
-    theirs = [kept(run)[2] / run["steps"] for run in yardstick(arms)[1]]
+    theirs = [kept(run)[2] / run["steps"] for run in best_uniform(arms)[1]]
     stop, tries = np.mean(defaults, axis=0)
     return float(stop), float(np.mean(theirs)), float(tries)
 

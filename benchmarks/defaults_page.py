@@ -2,7 +2,7 @@
 
     .venv/bin/python benchmarks/defaults_page.py [RUNS.jsonl ...]
 
-Adds the runs of the files to docs/results/defaults/runs.jsonl.xz, then writes from all that is there: curves.csv (every
+Adds the runs of the files to docs/results/defaults/runs.jsonl.xz, then writes from all that is there: curves.csv.xz (every
 run's settings and held-out losses), arms.csv (every arm against uniform LoRA), stopping.csv (uniform LoRA with several
 patiences, averages and decays), and the table of README.md. Differences are paired by seed and held-out row; their
 intervals come from 2,000 draws of seeds and rows.
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 PLACE = Path("docs/results/defaults")
-STORE = PLACE / "runs.jsonl.xz"
+STORE, CURVES = PLACE / "runs.jsonl.xz", PLACE / "curves.csv.xz"
 DRAWS, PATIENCE = 2000, 3
 Run = dict[str, Any]
 Cell = tuple[str, str, str]  # task, length, where it ran
@@ -65,29 +65,13 @@ def collected(files: Iterable[Path]) -> list[Run]:
 
 
 def slim(run: Run) -> Run:
-    """The losses of rows where something may be kept: at the lowest point so far. Elsewhere their sum is enough."""
+    """Losses of single rows where plain LoRA or ``aletheia train`` keeps them; elsewhere their sum is enough."""
+    keeps = {id(rows_of_plain(run)), id(rows_of_ours(run))}
 
-    def of_records(points: Sequence[list]) -> list[list]:
-        lowest, found = float("inf"), []
-        for *about, nats in points:
-            total = round(sum(nats), 2)
-            found.append([*about, nats if total < lowest else [total]])
-            lowest = min(lowest, total)
-        return found
+    def summed(points: Sequence[list]) -> list[list]:
+        return [[*about, nats if id(nats) in keeps else [round(sum(nats), 2)]] for *about, nats in points]
 
-    averages = run.get("averages", ())
-    by_eta = {
-        eta: of_records([point for point in averages if point[1] == eta]) for eta in {own for _, own, _ in averages}
-    }
-    slimmer = run | {
-        "points": of_records(run["points"]),
-        "averages": [point for own in by_eta.values() for point in own],
-    }
-    if run.get("scaled"):
-        eta = run["scaled"][0][1]
-        step = min(by_eta[eta], key=lambda point: sum(point[2]))[0] if eta else run["steps"]
-        slimmer["scaled"] = [point for point in run["scaled"] if point[0] == step]
-    return slimmer
+    return run | {name: summed(run[name]) for name in ("points", "averages", "decays", "scaled") if run.get(name)}
 
 
 def write_store(runs: Sequence[Run]) -> None:
@@ -98,11 +82,18 @@ def write_store(runs: Sequence[Run]) -> None:
 
 
 def write_curves(runs: Sequence[Run]) -> None:
-    """A line per held-out loss; those of decays and of averaged weights say so behind the arm."""
-    with (PLACE / "curves.csv").open("w", newline="") as file:
+    """A line per run: its settings, then every curve as ``STEP:LOSS STEP:LOSS``; a strength stands as ``STEPxSTRENGTH``."""
+    curves = ("losses", "mean 8", "mean 3", "decayed", "strengths", "strengths of mean 3")
+    with lzma.open(CURVES, "wt", newline="", preset=9 | lzma.PRESET_EXTREME) as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["task", "steps", "batch_size", "device", "seed", "rate", "arm", "step", "loss"])
+        table.writerow(["task", "steps", "batch_size", "device", "seed", "rate", "arm", *curves])
         for run in runs:
+            found: dict[str, list[tuple[Any, list[float]]]] = {name: [] for name in curves}
+            found["losses"], found["decayed"] = run["points"], run["decays"]
+            for step, eta, nats in run.get("averages", ()):
+                found[f"mean {eta}"].append((step, nats))
+            for step, eta, scale, nats in run.get("scaled", ()):
+                found[f"strengths of mean {eta}" if eta else "strengths"].append((f"{step}x{scale:g}", nats))
             about = [
                 run["task"],
                 run["steps"],
@@ -112,12 +103,8 @@ def write_curves(runs: Sequence[Run]) -> None:
                 f"{run['rate']:g}",
                 run["arm"],
             ]
-            tried = [("", *point) for point in run["points"]] + [(" decayed", *point) for point in run["decays"]]
-            tried += [(f" mean {eta}", step, nats) for step, eta, nats in run.get("averages", ())]
-            for step, eta, scale, nats in run.get("scaled", ()):
-                tried.append((f" mean {eta} x {scale:g}" if eta else f" x {scale:g}", step, nats))
-            for kind, step, nats in tried:
-                table.writerow([*about[:-1], about[-1] + kind, step, f"{loss(nats, run):.4f}"])
+            values = (" ".join(f"{at}:{loss(nats, run):.4f}" for at, nats in points) for points in found.values())
+            table.writerow([*about, *values])
 
 
 def loss(nats: Sequence[float], run: Run) -> float:
@@ -209,7 +196,7 @@ def mean_kept(runs: Sequence[Run], patience: int | None = PATIENCE) -> float:
     return float(np.mean([loss(kept(run, patience)[1], run) for run in runs]))
 
 
-def yardstick(arms: dict[tuple[str, float], list[Run]]) -> tuple[float, list[Run]]:
+def best_uniform(arms: dict[tuple[str, float], list[Run]]) -> tuple[float, list[Run]]:
     """Uniform LoRA at the best of its rates, each with early stopping; rates with fewer seeds do not count."""
     uniform = {rate: runs for (arm, rate), runs in arms.items() if arm == "uniform"}
     most = max(map(len, uniform.values()))
@@ -217,7 +204,7 @@ def yardstick(arms: dict[tuple[str, float], list[Run]]) -> tuple[float, list[Run
     return rate, uniform[rate]
 
 
-def told(value: tuple[float, float, float] | None) -> str:
+def in_percent(value: tuple[float, float, float] | None) -> str:
     """``+0.4 % (-0.1 to +0.9)``."""
     if value is None:
         return ""
@@ -226,14 +213,14 @@ def told(value: tuple[float, float, float] | None) -> str:
 
 
 def compared(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> list[list[str]]:
-    """Every arm and rate against the yardstick of its cell: cell, arm, rate, seeds, loss kept, difference, steps."""
+    """Every arm and rate against uniform LoRA at its best rate: cell, arm, rate, seeds, loss kept, difference, steps."""
     lines = []
     for (task, length, place), arms in found.items():
-        rate, best = yardstick(arms)
+        rate, best = best_uniform(arms)
         for (arm, own), runs in sorted(arms.items()):
             if "~" in arm:
                 continue
-            mark = "0 (it is that)" if (arm, own) == ("uniform", rate) else told(difference(runs, best))
+            mark = "0 (it is that)" if (arm, own) == ("uniform", rate) else in_percent(difference(runs, best))
             stops = np.mean([kept(run)[2] / run["steps"] for run in runs])
             cell = f"{NAMES[task]} {LENGTHS[length]}, {place}"
             lines.append([cell, arm, f"{own:g}", str(len(runs)), f"{mean_kept(runs):.4f}", mark, f"{stops:.0%}"])
@@ -251,13 +238,13 @@ def table_of_defaults(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> 
         for task in NAMES:
             arms = found[task, length, "H200"]
             name, rate = DEFAULTS[task, length]
-            best_rate, best = yardstick(arms)
+            best_rate, best = best_uniform(arms)
             runs = arms[name, rate]
             against = difference(runs, best, (rows_of_ours, rows_of_plain))
             differences.append(against[0] if against else 0.0)
             mean = np.mean([loss(rows_of_ours(run), run) for run in runs])
             others = [
-                told(difference(other, runs, (rows_of_ours, rows_of_ours)))
+                in_percent(difference(other, runs, (rows_of_ours, rows_of_ours)))
                 for times in (0.5, 2)
                 for other in [
                     next((x for (arm, own), x in arms.items() if (arm, near(own, times * rate)) == (name, True)), [])
@@ -265,7 +252,7 @@ def table_of_defaults(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> 
             ]
             lines.append(
                 f"| {NAMES[task]}, {LENGTHS[length]} | {rate:g} | {mean:.4f} | {mean_kept(best):.4f} at {best_rate:g} | "
-                f"{told(against)} | {' | '.join(other or 'not run' for other in others)} |"
+                f"{in_percent(against)} | {' | '.join(other or 'not run' for other in others)} |"
             )
     return [*lines, f"| mean | | | | {100 * np.mean(differences):+.2f} % | | |"]
 

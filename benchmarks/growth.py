@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from pictures import small_svg
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import aletheia
@@ -13,7 +14,7 @@ from aletheia.anatomy.schema import DataIdentity
 from aletheia.data.examples import NO_LOSS, Example, Examples
 from aletheia.lab.campaign.steps import StepKind, interleaved_steps
 
-PICTURE = Path(__file__).parents[1] / "docs" / "benchmarks-growth.svg"
+PICTURE = Path(__file__).parents[1] / "docs" / "results" / "benchmarks" / "growth.svg"
 LENGTHS, DEPTHS = (128, 256, 512, 1024), (6, 12, 24, 48)
 BATCH_SIZE, ROUNDS = 4, 15
 VOCABULARY = 4096
@@ -85,4 +86,4 @@ def _draw(by_length: dict[int, tuple[float, float]], by_depth: dict[int, tuple[f
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(PICTURE, metadata={"Date": None})
+    PICTURE.write_text(small_svg(figure))

@@ -24,7 +24,7 @@ PAGE = """# Does a score predict what a layer is worth?
 
 Made by `benchmarks/single_layers.py`, or the job `single` of `benchmarks/population.py` on a GPU, and `benchmarks/scores.py`. Tables:
 [gains.csv](gains.csv), [scores.csv](scores.csv), [spearman.csv](spearman.csv).
-gains.jsonl.gz has the loss of every held-out row, of tasks that are not finished, too: unpack it into OUT/gains.jsonl to go on from there.
+gains.jsonl.xz holds the loss of every held-out row, also of tasks that are not finished. To go on from there, unpack it into OUT/gains.jsonl.
 
 ## The question
 
