@@ -65,9 +65,9 @@ def attached_steps(base: Loaded, data: Examples, scores: Scores) -> list[str]:
     found = {"SFTTrainer": own[::2], "attached, first epoch": first}
     again = {"SFTTrainer": own[1::2], "attached, second epoch": later}
     return [
-        f"TRL {trl.__version__}, SFTTrainer with its defaults (gradient checkpointing among them), the same adapters in "
-        f"layers {plan.layers[0]}-{plan.layers[-1]} of {plan.layer_count} on both sides; seconds of an epoch of {STEPS} "
-        f"steps of {BATCH_SIZE} rows, {ROUNDS} interleaved rounds.",
+        f"TRL {trl.__version__}, SFTTrainer with its defaults, gradient checkpointing among them. Both sides have the same adapters in "
+        f"layers {plan.layers[0]}-{plan.layers[-1]} of {plan.layer_count}. Seconds of an epoch of {STEPS} steps of {BATCH_SIZE} rows, "
+        f"{ROUNDS} interleaved rounds.",
         "",
         "| steps | seconds | speed-up |",
         "|---|---:|---:|",

@@ -180,9 +180,9 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
         "|---|---:|---:|",
         *table(seconds),
         "",
-        f"A whole run of {EPOCHS} epochs, {steps} steps, from these parts: probe {scores.probe.seconds:.0f} s, "
-        f"cache {building[0]:.0f} s ({building[1]:.0f} s with adapters in the prefix). Every layer learns for a share of the steps "
-        f"({BALANCED_SHARE:.0%} is the default over three passes), the rest is taken from the cache.",
+        f"A whole run of {EPOCHS} epochs, {steps} steps, is put together from these parts. The probe takes {scores.probe.seconds:.0f} s. "
+        f"The cache takes {building[0]:.0f} s, or {building[1]:.0f} s with adapters in the prefix. Every layer learns for a share of the "
+        f"steps; the rest is taken from the cache. {BALANCED_SHARE:.0%} is the default over three passes.",
         "",
         "| run | baseline s | " + " | ".join(f"{share:.1%} first, s | speed-up" for share in shares) + " |",
         "|---|" + "---:|" * (1 + 2 * len(shares)),

@@ -37,8 +37,8 @@ def peaks(plan: Plan, batch_size: int) -> list[str]:
         plan.write(folder / "plan.json")
         found = {side: _measured(side, folder, batch_size) for side in SIDES}
     lines = [
-        f"Beyond the process before loading, {STEPS} steps over the longest rows, batch {batch_size}, each side in a process of its own; ours reads a "
-        "full cache on disk and holds the suffix only.",
+        f"Peak beyond the process before loading, in {STEPS} steps over the longest rows, batch {batch_size}. Each side has its own process. Ours "
+        "reads a full cache on disk and holds only the layers from the boundary up.",
         "",
         "| side | peak | against the first |",
         "|---|---:|---:|",

@@ -41,11 +41,15 @@ rate of 0.004. The gain is the share of the base model's held-out loss that this
 Scores come from the base model and {rows} training rows:
 
 - **Gradient norm**: `aletheia.probe`, a sum of norms over rows, with the published 5 rows and with {rows}.
+
 - **Noise taken out**: the norm of the mean gradient, estimated from products of the gradients of different rows. Negative
   estimates count as 0, matrix by matrix: {clipped}. Norms are summed over a layer's matrices, here and below.
+
 - **Per root of the parameters**: each matrix's norm is divided by the root of its number of entries.
+
 - **Inputs whitened**: the gradient is multiplied by the inverse root of its inputs' second moments. 1 % of the mean second moment
   is added to every direction first.
+
 - **Gain of an Adam step**: rate x sum of |s G At| for the mean gradient G, at LoRA's random start, mean of 4 draws of A.
 
 Depth and nearness to the middle look at no gradient. The second table divides each score by the FLOPs of a step that adapts the layer alone,
@@ -54,8 +58,8 @@ without a cache (`aletheia.planning.cost`).
 ## Rank correlation with the gains
 
 1 means the same order of layers, 0 none, -1 the opposite order. In brackets: 95 % intervals from {draws} draws of layers, held-out
-rows and seeds together. Of {count} layers, chance alone gives up to about {chance:.2f}. Drawing rows anew adds noise to the gains, so
-intervals lean towards 0. With the layers as they are, and rows and seeds alone drawn, the paper's score has a mean of {rows_alone}; all
+rows and seeds together. Of {count} layers, chance alone gives up to about {chance:.2f}. Drawing rows again adds noise to the gains, so
+intervals tend towards 0. With the layers as they are, and rows and seeds alone drawn, the paper's score has a mean of {rows_alone}; all
 such intervals are in spearman.csv.
 
 {plain}
@@ -101,7 +105,7 @@ def page(
         plain=_table(by, tasks, ""),
         per_flop=_table(by, tasks, COST),
         ceiling=_ceiling(agreement),
-        meaning="\n".join(f"- {line}" for line in _meaning(by, agreement)),
+        meaning="\n\n".join(f"- {line}" for line in _meaning(by, agreement)),
     )
 
 
@@ -143,7 +147,7 @@ def _said(line: dict) -> str:
     """What an interval says."""
     if line["low"] > 0:
         return "predicts the gains"
-    return "predicts the opposite of the gains" if line["high"] < 0 else "cannot be told from chance"
+    return "predicts the opposite of the gains" if line["high"] < 0 else "is not shown to differ from chance"
 
 
 def _meaning(by: dict, agreement: dict[str, tuple[dict, float]]) -> list[str]:
