@@ -19,9 +19,10 @@ DIGITS = 6
 def main() -> None:
     source, to = map(Path, sys.argv[1:])
     to.mkdir(parents=True, exist_ok=True)
-    (to / "figure.svg").write_text(first_figure((source / "report.html").read_text()))
+    figure = first_figure((source / "report.html").read_text())
+    (to / "figure.svg").write_text(figure)
     (to / "report.csv.xz").write_bytes(packed((source / "report.csv").read_text()))
-    (to / "report.md").write_text(with_figure((source / "report.md").read_text()))
+    (to / "report.md").write_text(with_figure((source / "report.md").read_text(), figure))
 
 
 def first_figure(page: str) -> str:
@@ -49,10 +50,11 @@ def packed(table: str) -> bytes:
     return lzma.compress(rounded.encode(), preset=9 | lzma.PRESET_EXTREME)
 
 
-def with_figure(report: str) -> str:
-    """The report with the figure in front of its first table."""
+def with_figure(report: str, figure: str) -> str:
+    """The report with the figure in front of its first table; what the figure shows is its text for those who do not see it."""
     head, mark, rest = report.partition("\n## ")
-    return f"{head}\n![the first figure of the page](figure.svg)\n{mark}{rest}"
+    label = re.search(r'aria-label="([^"]*)"', figure)
+    return f"{head}\n![{label[1] if label else 'Figure'}](figure.svg)\n{mark}{rest}"
 
 
 if __name__ == "__main__":

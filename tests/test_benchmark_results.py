@@ -19,7 +19,7 @@ sys.path.pop(0)
 
 PAGE = """<style>:root { --ground: #fff; --run-0: #0072b2; --unused: red; }
 @media screen and (prefers-color-scheme: dark) { :root { --ground: #000; --run-0: #4aa8e0; } }</style>
-<svg viewBox="0 0 10 10" style="fill: none">
+<svg viewBox="0 0 10 10" aria-label="Loss by steps: uniform." style="fill: none">
  <path d="M 1.23456 2.5" id="a" style="stroke: var(--run-0, #123456)" />
  <use href="#a" x="3.14159" style="stroke: var(--run-0, #123456)" />
  <text id="b" x="4.44444">0.8523</text>
@@ -42,6 +42,13 @@ def test_the_first_figure_of_a_page_stands_alone():
     assert "--unused" not in svg
     named = [node.attrib["id"] for node in ElementTree.fromstring(svg).iter() if "id" in node.attrib]
     assert [f'href="#{name}"' in svg for name in named] == [True]
+
+
+def test_the_report_shows_the_figure_before_its_first_table():
+    text = campaign_results.with_figure(
+        "# Title\n\nVerdict.\n\n## Scores\n\n| a |\n\n## More\n", campaign_results.first_figure(PAGE)
+    )
+    assert text == "# Title\n\nVerdict.\n\n![Loss by steps: uniform.](figure.svg)\n\n## Scores\n\n| a |\n\n## More\n"
 
 
 def test_a_page_without_a_figure_is_refused():
@@ -90,7 +97,8 @@ def test_losses_of_rows_stay_where_they_are_kept():
     assert defaults_page.slim(slim) == slim
 
 
-def test_the_store_gives_the_published_tables():
+def test_the_store_gives_the_published_tables(monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[1])
     runs = defaults_page.collected([])
     assert runs == [defaults_page.slim(run) for run in runs]
     own = [run for run in runs if (run["task"], run["length"]) == ("mix", "150")]
