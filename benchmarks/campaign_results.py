@@ -46,7 +46,9 @@ def colours(page: str, svg: str) -> str:
 
 def packed(table: str) -> bytes:
     """The table with its numbers rounded, compressed; the same table gives the same bytes."""
-    rounded = re.sub(r"(?<![\w.])\d+\.\d+(?:e-?\d+)?(?![\w.])", lambda number: f"{float(number[0]):.{DIGITS}g}", table)
+    rounded = re.sub(
+        r"(?<![\w.])\d+\.\d{4,}(?:e-?\d+)?(?![\w.])", lambda number: f"{float(number[0]):.{DIGITS}g}", table
+    )
     return lzma.compress(rounded.encode(), preset=9 | lzma.PRESET_EXTREME)
 
 

@@ -70,11 +70,19 @@ def test_a_small_picture_keeps_its_words():
 
 
 def test_a_table_is_rounded_to_six_digits_and_nothing_else_changes():
-    row = ["about.commit", "2.13.0+cpu", "0123456789abcdef1.5", "7473", "[10, 53.9174884549866, 0.98726]", "1.25e-05"]
+    row = [
+        "about.commit",
+        "2.13.0+cpu",
+        "0123456789abcdef1.5",
+        "2.0",
+        "2 (subjects 1.0)",
+        "[10, 53.9174884549866, 0.98726]",
+        "1.25e-05",
+    ]
     out = io.StringIO()
     csv.writer(out, lineterminator="\n").writerow(row)
     found = next(csv.reader(io.StringIO(lzma.decompress(campaign_results.packed(out.getvalue())).decode())))
-    assert found == [*row[:4], "[10, 53.9175, 0.98726]", "1.25e-05"]
+    assert found == [*row[:5], "[10, 53.9175, 0.98726]", "1.25e-05"]
 
 
 def run_of(points, averages=(), scaled=(), length="epochs"):
