@@ -27,21 +27,34 @@ def main() -> None:
 
 def first_figure(page: str) -> str:
     """The first figure of a page as a file of its own."""
-    svg = re.search(r"<svg.*?</svg>", page, re.DOTALL)
-    if not svg:
+    start = re.search(r'<svg [^>]*role="img"', page)
+    if not start:
         raise SystemExit("the page has no figure")
+    depth = 0
+    for tag in re.finditer(r"<svg\b|</svg>", page[start.start() :]):  # a figure may hold others
+        depth += 1 if tag[0] == "<svg" else -1
+        if not depth:
+            break
+    svg = page[start.start() : start.start() + tag.end()]
     head = '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" '
-    return smaller(svg[0].replace("<svg ", head, 1), colours(page, svg[0]))
+    return smaller(svg.replace("<svg ", head, 1), style(page, svg))
 
 
-def colours(page: str, svg: str) -> str:
-    """The page's light and dark values of the variables that ``svg`` names, and its ground and ink."""
-    names, found = dict.fromkeys(["--ground", "--ink", *re.findall(r"var\((--[\w-]+)", svg)]), []
-    for rule in re.findall(r":root\s*\{([^}]*)\}", page)[:2]:  # light, then dark
-        values = dict(re.findall(r"(--[\w-]+):\s*([^;]+);", rule))
+def style(page: str, svg: str) -> str:
+    """The page's rules for the classes of ``svg``, and its light and dark colours, the ground and the ink among them."""
+    css = "".join(re.findall(r"<style>(.*?)</style>", page, re.DOTALL))
+    everywhere = re.sub(r"@[^{]*\{(?:[^{}]*\{[^{}]*\})*[^{}]*\}", "", css)  # no rule for paper or narrow windows
+    classes = {name for names in re.findall(r'class="([^"]*)"', svg) for name in names.split()} - {"phone"}
+    rules = ""
+    for selector, body in re.findall(r"([^{}]+)\{([^{}]*)\}", everywhere):
+        if classes & set(re.findall(r"\.([\w-]+)", selector)) or re.search(r"\bsvg text\b", selector):
+            rules += f"{selector.strip()}{{{' '.join(body.split())}}}"
+    names, found = dict.fromkeys(["--ground", "--ink", *re.findall(r"var\((--[\w-]+)", svg + rules)]), []
+    for colours in re.findall(r":root\s*\{([^}]*)\}", css)[:2]:  # light, then dark
+        values = dict(re.findall(r"(--[\w-]+):\s*([^;]+);", colours))
         found.append("".join(f"{name}:{values[name]};" for name in names if name in values))
     light, *dark = (f":root{{{values}background:var(--ground);color:var(--ink)}}" for values in found)
-    return light + "".join(f"@media (prefers-color-scheme:dark){{{rule}}}" for rule in dark)
+    return light + "".join(f"@media (prefers-color-scheme:dark){{{rule}}}" for rule in dark) + rules
 
 
 def packed(table: str) -> bytes:
@@ -55,8 +68,8 @@ def packed(table: str) -> bytes:
 def with_figure(report: str, figure: str) -> str:
     """The report with the figure in front of its first table; what the figure shows is its text for those who do not see it."""
     head, mark, rest = report.partition("\n## ")
-    label = re.search(r'aria-label="([^"]*)"', figure)
-    return f"{head}\n![{label[1] if label else 'Figure'}](figure.svg)\n{mark}{rest}"
+    label = re.search(r'aria-label="([^"]*)"|<desc[^>]*>([^<]*)', figure)
+    return f"{head}\n![{(label[1] or label[2]) if label else 'Figure'}](figure.svg)\n{mark}{rest}"
 
 
 if __name__ == "__main__":

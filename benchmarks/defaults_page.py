@@ -307,7 +307,9 @@ def main() -> None:
     page = PLACE / "README.md"
     start, end = "<!-- defaults -->", "<!-- /defaults -->"
     before, _, rest = (page.read_text() if page.exists() else start + end).partition(start)
-    page.write_text(before + start + "\n\n" + "\n".join(table_of_defaults(found)) + "\n\n" + end + rest.partition(end)[2])
+    page.write_text(
+        before + start + "\n\n" + "\n".join(table_of_defaults(found)) + "\n\n" + end + rest.partition(end)[2]
+    )
 
 
 if __name__ == "__main__":

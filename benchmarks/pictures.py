@@ -20,13 +20,16 @@ def smaller(svg: str, css: str = "") -> str:
     """The same picture in fewer bytes: coordinates to a tenth of a unit, a class for every style; ``css`` goes first."""
     text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"\d+\.\d{2,}", _tenths, tag[0]), svg)
     text = re.sub(r' transform="rotate\(-?0 [^"]*"', "", re.sub(r"\s*([<>])\s*", r"\1", text))
-    styles = list(dict.fromkeys(re.findall(r'style="([^"]*)"', text)))
+    text = re.sub(r' aria-labelledby="[^"]*"', "", text)
+    styles = list(dict.fromkeys(re.findall(r'<(?:(?!class=)[^>])*style="([^"]*)"(?:(?!class=)[^>])*>', text)))
     for at, own in enumerate(styles):
-        text = text.replace(f'style="{own}"', f'class="s{at}"')
+        text = re.sub(
+            rf'(<(?:(?!class=)[^>])*)style="{re.escape(own)}"((?:(?!class=)[^>])*>)', rf'\1class="s-{at}"\2', text
+        )
     for at, name in enumerate(dict.fromkeys(re.findall(r' id="([^"]*)"', text))):
         short = f"\\1i{at}" if f"#{name}" in text else None
         text = re.sub(rf'(["#]){re.escape(name)}(?=["()])', short, text) if short else text.replace(f' id="{name}"', "")
-    rules = css + "".join(f".s{at}{{{own}}}" for at, own in enumerate(styles))
+    rules = css + "".join(f".s-{at}{{{own}}}" for at, own in enumerate(styles))
     return text.replace(">", f"><style>{rules}</style>", 1) + "\n"
 
 

@@ -18,13 +18,17 @@ import pictures
 sys.path.pop(0)
 
 PAGE = """<style>:root { --ground: #fff; --run-0: #0072b2; --unused: red; }
-@media screen and (prefers-color-scheme: dark) { :root { --ground: #000; --run-0: #4aa8e0; } }</style>
-<svg viewBox="0 0 10 10" aria-label="Loss by steps: uniform." style="fill: none">
+@media screen and (prefers-color-scheme: dark) { :root { --ground: #000; --run-0: #4aa8e0; } }
+.run { stroke: var(--run-0); } .card, .phone { color: red; }
+@media print { .run { stroke: black; } }</style>
+<svg class="key"></svg>
+<svg role="img" viewBox="0 0 10 10" aria-label="Loss by steps: uniform." style="fill: none">
  <path d="M 1.23456 2.5" id="a" style="stroke: var(--run-0, #123456)" />
+ <svg viewBox="0 0 5 5"><path class="run" style="fill: none" d="M 0 0" /></svg>
  <use href="#a" x="3.14159" style="stroke: var(--run-0, #123456)" />
  <text id="b" x="4.44444">0.8523</text>
 </svg>
-<svg viewBox="0 0 20 20"></svg>"""
+<svg role="img" viewBox="0 0 20 20"></svg>"""
 
 
 def texts(svg):
@@ -36,7 +40,11 @@ def test_the_first_figure_of_a_page_stands_alone():
     assert texts(svg) == ["0.8523"]  # a label is not a coordinate
     assert 'viewBox="0 0 10 10"' in svg
     assert 'd="M 1.2 2.5"' in svg
-    assert svg.count("var(--run-0") == 1  # one class for both
+    assert svg.count("var(--run-0, #123456)") == 1  # one class for both
+    assert ".run{stroke: var(--run-0);}" in svg
+    assert 'class="run" style="fill: none"' in svg  # a tag has one class
+    assert "red" not in svg
+    assert "black" not in svg
     assert "--run-0:#0072b2" in svg
     assert "--run-0:#4aa8e0" in svg
     assert "--unused" not in svg
