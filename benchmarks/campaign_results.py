@@ -36,7 +36,7 @@ def first_figure(page: str) -> str:
         if not depth:
             break
     svg = page[start.start() : start.start() + tag.end()]
-    head = '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" '
+    head = '<svg xmlns="http://www.w3.org/2000/svg" font-family="sans-serif" font-size="12.5" '
     return smaller(svg.replace("<svg ", head, 1), style(page, svg))
 
 
