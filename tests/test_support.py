@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 from families import OTHERS, RARELY, SHARED, STATE_SPACE, UNSTORED, WRAPPERS
 from test_packed import ROWS
 from test_prefix import adapters_on
@@ -44,32 +43,35 @@ def test_families_that_pack_do(family):
     assert (why_not_packed(adapters_on(model, half), ROWS, 0) is None) == (SAYS[family]["packed"] == "yes")
 
 
-def trained_in(folder, kind):
-    """Whether a quantized base learns: the loss of two rows, and gradients of its adapters."""
+def learns(folder, kind):
+    """Whether a quantized base has gradients for its adapters; False where nothing is quantized, or a product fails."""
     base = aletheia.load(str(folder), "float32", quantize=kind)
+    if not any(type(module).__module__.startswith("bitsandbytes.nn") for module in base.model.modules()):
+        return False
     batch = collate(ROWS[:2], 0)
-    plan = aletheia.plan(aletheia.probe(base.model, [batch]), policy="last", percent=50, rank=4)
-    model = aletheia.adapt(base.model, plan).train()
-    model(**batch, use_cache=False).loss.backward()
-    learns = [value.grad.abs().sum() > 0 for name, value in model.named_parameters() if "lora_B" in name]
-    is_quantized = any(type(module).__module__.startswith("bitsandbytes.nn") for module in model.modules())
-    return is_quantized and len(learns) > 0 and bool(torch.stack(learns).any())
+    try:
+        plan = aletheia.plan(aletheia.probe(base.model, [batch]), policy="last", percent=50, rank=4)
+        model = aletheia.adapt(base.model, plan).train()
+        model(**batch, use_cache=False).loss.backward()
+    except RuntimeError:  # torch's, of shapes and dtypes
+        return False
+    parts = [value.grad for name, value in model.named_parameters() if "lora_B" in name]
+    found = [part for part in parts if part is not None]  # shared blocks of Zamba 2 hold parts for other layers
+    return len(found) > len(parts) / 2 and sum(part.norm().item() for part in found) > 0
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 @pytest.mark.parametrize(
-    "family", [name if name in ("llama", "falcon", "mamba") else pytest.param(name, marks=pytest.mark.slow) for name in SAYS]
+    "family",
+    [
+        pytest.param(name, marks=[] if name in ("llama", "falcon", "mamba") else [pytest.mark.slow])
+        for name in SAYS
+    ],
 )  # fmt: skip
 def test_families_that_can_be_quantized_learn(family, kind, tmp_path):
     make_model(family).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
-    if SAYS[family]["NF4" if kind == "nf4" else kind] == "yes":
-        assert trained_in(tmp_path, kind)
-    else:
-        try:
-            assert not trained_in(tmp_path, kind)
-        except RuntimeError as error:  # of bitsandbytes, in a product
-            assert "size" in str(error) or "scalar type" in str(error)
+    assert learns(tmp_path, kind) == (SAYS[family]["NF4" if kind == "nf4" else kind] == "yes")
 
 
 @pytest.mark.parametrize("options", EXCLUDED)
