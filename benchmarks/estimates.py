@@ -1,4 +1,4 @@
-"""The tables of docs/scale.md: four models on three machines, on paper.
+"""The tables of docs/results/scale/README.md: four models on three machines, on paper.
 
 .venv/bin/python benchmarks/estimates.py
 """

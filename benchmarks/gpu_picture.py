@@ -1,4 +1,4 @@
-"""Draw docs/gpu-steps.svg: tokens per second of every arm that benchmarks/gpu.py measured.
+"""Draw docs/results/gpu/gpu-steps.svg: tokens per second of every arm that benchmarks/gpu.py measured.
 
 .venv/bin/python benchmarks/gpu_picture.py docs/results/gpu/h200-steps.json
 """
@@ -13,7 +13,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot
 from pictures import small_svg
 
-PICTURE = Path(__file__).parents[1] / "docs" / "gpu-steps.svg"
+PICTURE = Path(__file__).parents[1] / "docs" / "results" / "gpu" / "gpu-steps.svg"
 OURS, THEIRS, INK = "#1a7f5a", "#9aa0a6", "#202124"
 
 

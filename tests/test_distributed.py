@@ -319,7 +319,7 @@ def test_data_parallel_is_refused(examples):
 
 
 def test_rows_that_do_not_divide_are_filled_up_from_the_beginning():
-    """As docs/several-devices.md says of accelerate: 10 rows, two processes, batches of 2."""
+    """As docs/how-to/several-devices.md says of accelerate: 10 rows, two processes, batches of 2."""
     batches = BatchSampler(range(10), batch_size=2, drop_last=False)
     dealt = [list(BatchSamplerShard(batches, num_processes=2, process_index=rank)) for rank in (0, 1)]
     assert dealt == [[[0, 1], [4, 5], [8, 9]], [[2, 3], [6, 7], [0, 1]]]

@@ -4,7 +4,7 @@ The intervals are bias-corrected and accelerated (BCa, Efron 1987) with expanded
 86 to 90 of 100 cases at 8 to 12 rounds where it claims 95: it takes normal quantiles, and a resample spreads less than
 the sample by sqrt((n - 1) / n). The expansion replaces the normal quantile z by sqrt(n / (n - 1)) t, as Hesterberg
 2015 (The American Statistician 69:371-386, the expanded percentile interval) does for percentiles. The measured
-coverage is in ``docs/statistics.md``.
+coverage is in ``docs/results/statistics/README.md``.
 """
 
 from collections.abc import Callable
