@@ -140,7 +140,7 @@ def run_bash(block: Block, call) -> None:
             check_pip(words)
         else:
             left.append(words)
-    if not needs_shell and all(words[0] == "aletheia" for words in left):
+    if not needs_shell and all(Path(words[0]).name == "aletheia" for words in left):
         for words in left:
             code, _, said = call(*words[1:])
             assert code == 0, f"line {block.line}: {shlex.join(words)}: exit code {code}\n{said[-2000:]}"

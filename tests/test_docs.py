@@ -69,6 +69,7 @@ def place(ready, model_folder, tmp_path, monkeypatch):
         (tmp_path / name).symlink_to(model_folder)
     for name in ("examples", "benchmarks", "campaigns"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
     monkeypatch.setenv("ALETHEIA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
