@@ -227,6 +227,8 @@ def outside(page: str, link: str) -> str | None:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Put in what is made from the code, and lead links that leave docs to the copies in the site."""
     up = "../" * page.file.src_uri.count("/")
+    if not up:  # alone in its section: the width is better used by the page
+        page.meta["hide"] = ["navigation"]
 
     def led(match: re.Match[str]) -> str:
         target = outside(page.file.src_uri, match[2])
