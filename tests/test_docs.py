@@ -17,6 +17,7 @@ from pages import (
     LINKED,
     PAGES,
     ROOT,
+    Block,
     anchors_of,
     blocks_of,
     check_yaml,
@@ -165,10 +166,41 @@ def test_the_readme_names_the_steps_of_the_job_and_two_targets_of_make():
 
 @pytest.mark.skipif(importlib.util.find_spec("mkdocs") is None, reason="no mkdocs (the extra docs)")
 def test_the_site_builds_without_a_warning_and_asks_other_servers_for_nothing(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", tmp_path / "site"]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for page in ("index.html", "reference/commands/index.html"):
         html = (tmp_path / "site" / page).read_text()
         assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=\"?https?:", html)
     assert 'id="train--learning-rate"' in html
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "make nothing-of-the-kind",
+        "pip install 'aletheia-tune[nothing]'",
+        "pip install some-other-package",
+        "aletheia show missing.json  # a comment",
+        "ls train.jsonl && ls missing.jsonl",
+        "cat missing.jsonl | wc -l",
+    ],
+)
+def test_a_block_that_does_not_hold_is_found(code, place, run):
+    with pytest.raises(AssertionError):
+        run_bash(Block(1, "bash", code), run)
+
+
+def test_blocks_links_and_anchors_are_read_as_people_see_them():
+    text = "# A *title*: one\n<!-- not run: two GPUs -->\n```bash\n# no title\n[no](link)\n```\n[a](x.md#y) `[b](z)`\n"
+    [block] = blocks_of(text)
+    assert (block.language, block.mark, block.code) == ("bash", "not run", "# no title\n[no](link)")
+    assert links_of(text) == ["x.md#y"]
+    assert anchors_of(text) == {"a-title-one"}
+
+
+def test_a_link_out_of_docs_leads_to_a_copy_in_the_site():
+    assert hooks.outside("how-to/gpu.md", "../../examples/run.yaml") == "examples/run.yaml"
+    assert hooks.outside("index.md", "../CONTRIBUTING.md#habits") == "CONTRIBUTING.md"
+    assert hooks.outside("how-to/gpu.md", "../reference/files.md") is None
+    assert hooks.outside("index.md", "https://example.org/x.md") is None
