@@ -1,10 +1,10 @@
-# make venv | demo | test | check | test-slow | test-gpu | test-oldest | bench | reproduce | lock
+# make venv | demo | test | check | docs | test-slow | test-gpu | test-oldest | bench | reproduce | lock
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv demo test check test-slow test-gpu test-oldest bench reproduce lock
+.PHONY: venv demo test check docs test-slow test-gpu test-oldest bench reproduce lock
 
 venv: $(READY)
 
@@ -28,6 +28,10 @@ check: venv
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# into build/docs; with --quiet, mkdocs would count no warnings. The variable silences an advertisement.
+docs: venv
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test-slow: venv
 	$(BIN)/python -m pytest -m slow
