@@ -38,7 +38,7 @@ def test_a_job_repeats_itself_from_the_file_it_leaves(job, tmp_path):
     first = job(tmp_path / "first", plan, TRAINING)
     assert {path.name for path in first.path.iterdir()} - {".lock"} == {
         "adapter_config.json", "adapter_model.safetensors", "README.md", "plan.json", "scores.json", "metrics.json",
-        "config.yaml", "report.html", "manifest.json",
+        "config.yaml", "report.html", "manifest.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
     }  # fmt: skip
     sections = read_config(first.path / "config.yaml")
     assert JobSettings.of(**sections).to_yaml() == (first.path / "config.yaml").read_text()

@@ -6,31 +6,35 @@ from typing import Any
 from huggingface_hub import HfApi
 
 from aletheia.data.sources import one_line
-from aletheia.errors import ArtifactError, TrainingError
+from aletheia.errors import ArtifactError, ModelError, TrainingError
 from aletheia.files import write_text
 from aletheia.job.settings import JobSettings
 from aletheia.probing.scores import Scores
 from aletheia.reporting.page import report
 from aletheia.runs.contents import add_to_contents
-from aletheia.runs.folder import CONFIG_FILE
+from aletheia.runs.folder import CONFIG_FILE, save_tokenizer
 from aletheia.runs.schema import REPORT_FILE, SCORES_FILE, Run
 from aletheia.training.settings import TrainSettings
 
 
-def complete(run: Run, settings: JobSettings, tokenizer: Any, scores: Scores | None) -> None:
-    """Write settings, scores, the page, and the tokenizer where its chat template is not the model's.
+def complete(
+    run: Run, settings: JobSettings, tokenizer: Any, scores: Scores | None, say: Callable[[str], None]
+) -> None:
+    """Write settings, scores, the page, and the tokenizer with the chat template that the run learned with.
 
     Raises:
         ArtifactError: they cannot be written; the run is complete without them.
     """
     try:
         write_text(run.path / CONFIG_FILE, settings.to_yaml())
-        if settings.data.chat_template is not None:  # whoever serves the adapter needs it
-            tokenizer.save_pretrained(run.path)
         if scores is not None:
             scores.write(run.path / SCORES_FILE)
         report([run], run.path / REPORT_FILE)
         add_to_contents(run.path, [CONFIG_FILE, SCORES_FILE, REPORT_FILE])
+        try:
+            add_to_contents(run.path, save_tokenizer(tokenizer, run.path))
+        except ModelError as error:
+            say(f"note: {error}")
     except ArtifactError as error:
         raise ArtifactError(f"the run is complete, but what belongs beside its adapter is not: {error}") from error
 
