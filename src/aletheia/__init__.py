@@ -57,6 +57,7 @@ _HOMES = {
     "preview": "aletheia.job.preview",
     "probe": "aletheia.probing.resident",
     "probe_streamed": "aletheia.probing.streamed",
+    "push": "aletheia.job.push",
     "report": "aletheia.reporting.page",
     "split_held_out": "aletheia.data.examples",
     "train": "aletheia.training.train",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from aletheia.job.fine_tune import fine_tune
     from aletheia.job.generate import generate
     from aletheia.job.preview import preview
+    from aletheia.job.push import push
     from aletheia.lab.evaluation.against import compare
     from aletheia.lab.evaluation.evaluate import eval_settings, evaluate
     from aletheia.lab.evaluation.record import Evaluated

@@ -14,6 +14,7 @@ from aletheia.cli import (
     plan,
     preview,
     probe,
+    push,
     report,
     show,
     train,
@@ -31,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     cls=Group,
 )
-for module in (inspect, preview, probe, plan, show, train, generate, eval, report, cache, demo, doctor):
+for module in (inspect, preview, probe, plan, show, train, generate, eval, report, push, cache, demo, doctor):
     command = module.__name__.rsplit(".", 1)[-1]
     app.command(command, epilog=f"Example:\n\n\b\n{module.EXAMPLE}", cls=Command)(getattr(module, command))
 

@@ -3,11 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
-from huggingface_hub import HfApi
-
-from aletheia.data.sources import one_line
 from aletheia.errors import ArtifactError, ModelError, TrainingError
 from aletheia.files import write_text
+from aletheia.job.push import push as push_run
 from aletheia.job.settings import JobSettings
 from aletheia.probing.scores import Scores
 from aletheia.reporting.page import report
@@ -50,17 +48,7 @@ def push(run: Run, training: TrainSettings, say: Callable[[str], None]) -> None:
     extra = training.model_extra or {}
     repository = training.hub_model_id or run.path.resolve().name
     try:
-        api = HfApi()
-        made = api.create_repo(repository, exist_ok=True, private=extra.get("hub_private_repo", True))
-        api.upload_folder(
-            repo_id=made.repo_id,
-            folder_path=str(run.path),
-            revision=extra.get("hub_revision"),
-            ignore_patterns=[".lock", "checkpoints/*"],
-        )
-    except Exception as error:  # network, rights, names: the hub's client has many
-        raise TrainingError(
-            f"{run.path} is complete, but uploading it to {repository} failed: {one_line(error, 300)}; "
-            "log in with 'hf auth login' and upload the folder with 'hf upload'"
-        ) from error
-    say(f"pushed {made.repo_id}")
+        done = push_run(run, repository, extra.get("hub_private_repo", True), extra.get("hub_revision"), say=say)
+    except ArtifactError as error:
+        raise TrainingError(f"{run.path} is complete, but {error}; 'aletheia push' uploads it later") from error
+    say(f"pushed {done.address}")

@@ -15,7 +15,7 @@ class GenerateSettings(Settings):
     SECTION: ClassVar[str] = "generate"
     max_new_tokens: int = option(256, "Tokens of the longest answer.", GROUP, ge=1, le=LONGEST_ROW)
     temperature: float = option(
-        0.0, "0 always takes the likeliest token; above 0, tokens are drawn at this temperature.", GROUP, ge=0, le=100
+        0.0, "Temperature at which tokens are drawn; 0 always takes the likeliest one.", GROUP, ge=0, le=100
     )
     limit: int | None = option(None, "Rows of `data` to answer, from the first one (all by default).", GROUP, ge=1)
     batch_size: int = option(8, "Prompts computed at once.", GROUP, ge=1, le=MOST_ROWS)
