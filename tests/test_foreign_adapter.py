@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import make_model
+from tiny import make_model, make_tokenizer
 
 import aletheia
 from aletheia.errors import AdapterError, ArtifactError
@@ -15,14 +15,14 @@ from aletheia.runs.read_adapter import read_adapter, read_run
 
 def save_adapter(folder, family="llama", **settings):
     """What ``PeftModel.save_pretrained`` leaves, with its model."""
-    model = make_model(family)
+    model = make_model(family, initializer_range=0.3)
     model.name_or_path = "someone/tiny"
     told = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]} | settings
     adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **told))
     torch.manual_seed(1)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
+            torch.nn.init.normal_(parameter, std=1.0)
     adapted.save_pretrained(folder, save_embedding_layers=False)
     return adapted
 
@@ -37,6 +37,13 @@ def write_state(folder, steps, evaluate=True):
     history += [{"epoch": 0.1, "step": step, "eval_loss": 2.5 - step / 100} for step in steps] if evaluate else []
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "trainer_state.json").write_text(json.dumps({"global_step": max(steps), "log_history": history}))
+
+
+def huge_rank(folder):
+    """Weights whose header tells of a rank that nobody has."""
+    key = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
+    head = json.dumps({key: {"dtype": "F32", "shape": [100_000, 1], "data_offsets": [0, 4]}}).encode()
+    (folder / "adapter_model.safetensors").write_bytes(len(head).to_bytes(8, "little") + head + bytes(4))
 
 
 def test_uniform_lora_is_read_from_its_config_and_the_header_of_its_weights(tmp_path):
@@ -105,6 +112,38 @@ def test_show_names_layers_ranks_modules_parameters_and_base(tmp_path, run):
     assert AdapterFolder.model_validate_json(out) == read_adapter(tmp_path / "a")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"layers_to_transform": [1, 3]},
+        {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {"q_proj": 3}, "use_rslora": True},
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"bias": "lora_only"},
+    ],
+    ids=str,
+)
+def test_it_answers_as_in_peft(tmp_path, settings):
+    base = make_model(initializer_range=0.3)
+    base.save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    adapted = save_adapter(tmp_path / "a", **settings).eval()
+    told = {"model": str(tmp_path / "a"), "base": str(tmp_path / "base"), "dtype": "float32"}
+    (answer,) = aletheia.generate(
+        told, "say red", settings={"max_new_tokens": 8}, against="base", say=lambda line: None
+    )
+    tokenizer = make_tokenizer()
+    asked = [{"role": "user", "content": "say red"}]
+    ids = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    made = []
+    for model in (adapted, base):
+        out = model.generate(**ids, max_new_tokens=8, do_sample=False, eos_token_id=257, pad_token_id=0)
+        made.append(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+    assert [answer.answer, answer.base] == made
+    assert made[0] != made[1]
+
+
 def test_the_report_has_the_ranks_and_a_curve_where_there_is_one(tmp_path, run):
     save_adapter(tmp_path / "a", layers_to_transform=[1, 3])
     assert run("report", tmp_path / "a", "--out", tmp_path / "r.html")[0] == 0
@@ -139,6 +178,11 @@ def test_a_run_of_ours_stands_beside_it(tmp_path, model_folder, data_file):
     [
         (lambda at: (at / "adapter_model.safetensors").unlink(), "holds no adapter_model.safetensors"),
         (lambda at: (at / "adapter_model.safetensors").write_bytes(b"\0" * 40), "no safetensors file"),
+        (
+            lambda at: (at / "adapter_model.safetensors").rename(at / "adapter_model.bin"),
+            "a pickle, which is not opened to look at it",
+        ),
+        (lambda at: huge_rank(at), "has rank 100,000; expected at most 65,536"),
         (lambda at: (at / "adapter_config.json").write_text('{"peft_type": "IA3"}'), "expected LORA"),
         (lambda at: (at / "trainer_state.json").write_text("{"), "is not JSON of a Trainer's state"),
     ],

@@ -6,6 +6,7 @@ from aletheia.planning.plan import layer_ranges
 from aletheia.reporting import figures
 from aletheia.reporting.adapter_facts import adapter_facts
 from aletheia.reporting.blocks import Block, Card, Figure, Page, Table
+from aletheia.reporting.format import NOTHING
 from aletheia.runs.adapter_folder import AdapterFolder
 
 NO_LOSSES = "No losses are shown: the folder holds no trainer_state.json, and no metrics.json of 'aletheia train'."
@@ -15,6 +16,7 @@ def adapter_page(folders: Sequence[AdapterFolder], labels: Sequence[str]) -> Pag
     """Layers, ranks and losses of adapters, side by side; nothing is claimed of their times."""
     columns = [adapter_facts(folder) for folder in folders]
     rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
+    rows = [row for row in rows if set(row[1:]) != {NOTHING}]
     blocks: list[Block] = []
     if any(folder.train_curve or folder.held_out_curve for folder in folders):
         blocks.append(

@@ -8,14 +8,14 @@ from typing import Any
 
 from peft import LoraConfig
 
-from aletheia.adapters.saved_config import SAFETENSORS, header, not_trained_here, read_lora_config, resolved
+from aletheia.adapters.saved_config import PICKLE, SAFETENSORS, header, not_trained_here, read_lora_config, resolved
 from aletheia.anatomy import foreign
 from aletheia.anatomy.schema import role_of
 from aletheia.errors import AdapterError, ModelError
 from aletheia.planning.plan import Adapter
 from aletheia.runs.adapter_folder import AdapterFolder, Curve
 from aletheia.runs.schema import METRICS_FILE, Run
-from aletheia.settings import MOST_LAYERS
+from aletheia.settings import LARGEST_RANK, MOST_LAYERS
 
 STATE = "trainer_state.json"
 STATE_BYTES = 100_000_000  # of 10^6 logged steps
@@ -44,6 +44,11 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
         AdapterError: it holds no LoRA adapter in safetensors, or its files cannot be read.
     """
     folder = Path(folder)
+    if (folder / PICKLE).is_file() and not (folder / SAFETENSORS).is_file():
+        raise AdapterError(
+            f"{folder} holds its weights in {PICKLE}, a pickle, which is not opened to look at it; expected "
+            f"{SAFETENSORS}; save the adapter again with PEFT"
+        )
     config = read_lora_config(folder)
     sizes = _sizes(folder)
     stacks = {name: target for target in config.target_parameters or () if (name := target.rpartition(".")[0])}
@@ -58,6 +63,10 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
             continue
         fused = any(_ends_with(plain, stack) for stack in stacks)
         rank = ranks[name] if fused or stored_rank is None else stored_rank
+        if rank > LARGEST_RANK:
+            raise AdapterError(
+                f"{folder}: {plain} has rank {rank:,}; expected at most {LARGEST_RANK:,}; fetch it again"
+            )
         adapters.append(
             Adapter(
                 name=plain,
