@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -269,7 +270,7 @@ class Answering:
         if batch:
             yield batch
 
-    @property
+    @cached_property
     def _stops(self) -> Collection[int]:
         return stop_ids(self.tokenizer, stop_ids_of(self.model), len(input_weight(self.model)))
 
