@@ -11,7 +11,7 @@ import aletheia
 from aletheia.cli.config import read_config
 from aletheia.errors import SettingsError, TrainingError
 from aletheia.job import fine_tune as fine_tune_module
-from aletheia.job import finish as finish_module
+from aletheia.job import push as push_module
 from aletheia.job.settings import JobSettings
 from aletheia.training import train as train_module
 
@@ -38,7 +38,7 @@ def test_a_job_repeats_itself_from_the_file_it_leaves(job, tmp_path):
     first = job(tmp_path / "first", plan, TRAINING)
     assert {path.name for path in first.path.iterdir()} - {".lock"} == {
         "adapter_config.json", "adapter_model.safetensors", "README.md", "plan.json", "scores.json", "metrics.json",
-        "config.yaml", "report.html", "manifest.json",
+        "config.yaml", "report.html", "manifest.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
     }  # fmt: skip
     sections = read_config(first.path / "config.yaml")
     assert JobSettings.of(**sections).to_yaml() == (first.path / "config.yaml").read_text()
@@ -152,36 +152,30 @@ def test_settings_that_contradict_each_other_are_refused_before_anything_is_read
     assert not (tmp_path / "run").exists()
 
 
-class Hub:
-    """What the hub is asked for; ``refuses`` as it does without a login."""
-
-    refuses = False
-    asked: list = []  # noqa: RUF012  # of every instance
-
-    def create_repo(self, name, **options):
-        if self.refuses:
-            raise OSError("401 Client Error")
-        self.asked.append((name, options))
-        return type("Repository", (), {"repo_id": f"me/{name}"})
-
-    def upload_folder(self, **options):
-        self.asked.append(options)
-
-
 @pytest.mark.parametrize("refuses", [False, True])
 def test_a_finished_run_is_pushed(job, tmp_path, monkeypatch, refuses):
-    hub = type("Own", (Hub,), {"refuses": refuses, "asked": []})
-    monkeypatch.setattr(finish_module, "HfApi", hub)
+    pushed = []
+
+    class Hub:
+        def create_repo(self, name, **options):
+            if refuses:
+                raise OSError("401 Client Error")
+            pushed.append((name, options))
+            return type("Repository", (str,), {"repo_id": f"me/{name}"})()
+
+        def create_commit(self, name, operations, **options):
+            pushed.append((name, {operation.path_in_repo for operation in operations}))
+
+    monkeypatch.setattr(push_module, "HfApi", Hub)
     training = {"steps": 2, "push_to_hub": True, "hub_model_id": "thing"}
     if refuses:
-        with pytest.raises(TrainingError, match=r"run is complete, but uploading it to thing failed: 401 Client Error"):
+        with pytest.raises(TrainingError, match=r"run is complete, but uploading .* to thing failed: 401 Client Error"):
             job(tmp_path / "run", None, training)
     else:
         job(tmp_path / "run", None, training)
-        assert hub.asked[0] == ("thing", {"exist_ok": True, "private": True})
-        assert hub.asked[1]["repo_id"] == "me/thing"
-        assert hub.asked[1]["folder_path"] == str(tmp_path / "run")
-        assert "checkpoints/*" in hub.asked[1]["ignore_patterns"]
+        assert pushed[0] == ("thing", {"exist_ok": True, "private": True})
+        assert pushed[1][0] == "me/thing"
+        assert pushed[1][1] >= {"adapter_model.safetensors", "metrics.json", "README.md", "tokenizer.json"}
     assert (tmp_path / "run" / "metrics.json").exists()
     with pytest.raises(SettingsError, match="`hub_token` is given; expected it to be left out"):
         aletheia.TrainSettings(hub_token="secret")

@@ -168,7 +168,7 @@ def test_the_folder_is_a_standard_adapter(examples, scores, tmp_path):
     torch.testing.assert_close(merged(batch).logits, expected, rtol=1e-4, atol=1e-4)
     assert merged.generate(batch, max_new_tokens=3, do_sample=False).shape[1] > 9
     card = (tmp_path / "run" / "README.md").read_text()
-    assert card.startswith("---\nbase_model: ")
+    assert card.startswith("---\nlibrary_name: peft\n")
     assert "LoRA on 2 of 4 layers" in card
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert config["task_type"] == "CAUSAL_LM"

@@ -29,8 +29,10 @@ _HOMES = {
     "Plan": "aletheia.planning.plan",
     "Run": "aletheia.runs.schema",
     "Scores": "aletheia.probing.scores",
+    "Answer": "aletheia.runs.answers",
     "AttachSettings": "aletheia.training.attach",
     "DataSettings": "aletheia.data.settings",
+    "GenerateSettings": "aletheia.runs.answers",
     "LoadSettings": "aletheia.anatomy.settings",
     "PlanSettings": "aletheia.planning.plan",
     "RunFolder": "aletheia.runs.folder",
@@ -44,6 +46,7 @@ _HOMES = {
     "fine_tune": "aletheia.job.fine_tune",
     "fast_steps": "aletheia.training.fast_steps",
     "frozen_prefix": "aletheia.prefix.boundary",
+    "generate": "aletheia.job.generate",
     "held_out_loss": "aletheia.training.held_out",
     "inspect": "aletheia.anatomy.load",
     "load": "aletheia.anatomy.load",
@@ -54,6 +57,7 @@ _HOMES = {
     "preview": "aletheia.job.preview",
     "probe": "aletheia.probing.resident",
     "probe_streamed": "aletheia.probing.streamed",
+    "push": "aletheia.job.push",
     "report": "aletheia.reporting.page",
     "split_held_out": "aletheia.data.examples",
     "train": "aletheia.training.train",
@@ -71,7 +75,9 @@ if TYPE_CHECKING:
     from aletheia.data.examples import Examples, split_held_out
     from aletheia.data.settings import DataSettings
     from aletheia.job.fine_tune import fine_tune
+    from aletheia.job.generate import generate
     from aletheia.job.preview import preview
+    from aletheia.job.push import push
     from aletheia.lab.evaluation.against import compare
     from aletheia.lab.evaluation.evaluate import eval_settings, evaluate
     from aletheia.lab.evaluation.record import Evaluated
@@ -82,6 +88,7 @@ if TYPE_CHECKING:
     from aletheia.probing.scores import Scores
     from aletheia.probing.streamed import probe_streamed
     from aletheia.reporting.page import report
+    from aletheia.runs.answers import Answer, GenerateSettings
     from aletheia.runs.folder import RunFolder
     from aletheia.runs.saved import load_adapter
     from aletheia.runs.schema import Run

@@ -108,6 +108,11 @@ def is_full_disk(error: BaseException | None) -> bool:
     return False
 
 
+def whole_path(name: str) -> str:
+    """The absolute path of what lies on this machine; other names, such as hub ids, as they are."""
+    return os.path.abspath(name) if os.path.exists(name) else name
+
+
 def beside(path: Path, ending: str) -> Path:
     """A name beside ``path`` for what belongs to it: its own and ``ending``, shortened where that is too long."""
     name = os.fsencode(path.name)

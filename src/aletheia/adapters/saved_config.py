@@ -82,7 +82,7 @@ def as_stored(config: LoraConfig, folder: Path, model: nn.Module) -> LoraConfig:
     """
     ranks = stored_ranks(folder)
     modules = dict(model.named_modules())
-    own_ranks, own_alphas = _resolved(config.rank_pattern, ranks), _resolved(config.alpha_pattern, ranks)
+    own_ranks, own_alphas = resolved(config.rank_pattern, ranks), resolved(config.alpha_pattern, ranks)
     if not config.target_parameters and ranks and ranks.keys() <= modules.keys() & _meant(config, modules, ranks):
         for name, rank in ranks.items():
             if own_ranks.get(name, config.r) != rank:
@@ -112,7 +112,7 @@ def as_stored(config: LoraConfig, folder: Path, model: nn.Module) -> LoraConfig:
     return config
 
 
-def _resolved(patterns: dict[str, Any] | None, names: Iterable[str]) -> dict[str, Any]:
+def resolved(patterns: dict[str, Any] | None, names: Iterable[str]) -> dict[str, Any]:
     """The number that PEFT would find for each name, without its regular expressions: the first that fits wins."""
     by_end: dict[str, tuple[int, Any]] = {}
     for at, (pattern, value) in enumerate((patterns or {}).items()):
@@ -147,7 +147,7 @@ def stored_ranks(folder: Path) -> dict[str, int]:
     if not path.is_file():
         return {}
     found = {}
-    for key, told in _header(path).items():
+    for key, told in header(path).items():
         name, _, factor = key.removeprefix("base_model.model.").rpartition(".lora_")
         shape = told.get("shape") if isinstance(told, dict) else None
         if name and isinstance(shape, list) and shape and factor in ("A.weight", "embedding_A"):
@@ -242,7 +242,7 @@ def _check_count(name: str, values: Any) -> None:
 
 def _check_weights(folder: Path, allow_pickle: bool) -> None:
     if (folder / SAFETENSORS).is_file():
-        _header(folder / SAFETENSORS)
+        header(folder / SAFETENSORS)
         return
     if not (folder / PICKLE).is_file():
         raise AdapterError(f"{folder} holds no {SAFETENSORS}; expected the weights of an adapter beside its config")
@@ -253,8 +253,12 @@ def _check_weights(folder: Path, allow_pickle: bool) -> None:
         )
 
 
-def _header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file: names, dtypes, shapes."""
+def header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: names, dtypes, shapes.
+
+    Raises:
+        AdapterError: it is no safetensors file, or cannot be read.
+    """
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))

@@ -45,6 +45,7 @@ from aletheia.anatomy.settings import Attention
 from aletheia.anatomy.shards import STREAMED_QUANTIZERS, Buffers, Cast, opened, shard_state
 from aletheia.anatomy.versions import computing_versions, processor
 from aletheia.errors import ModelError
+from aletheia.files import whole_path
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -159,8 +160,7 @@ class Checkpoint:
                     quantizer.preprocess_model(model=model, dtype=self.dtype, device_map={"": self.device})
                     keep_gradients(model)
             model.tie_weights()
-        model.config._name_or_path = self.name
-        model.name_or_path = self.name
+        model.config._name_or_path = model.name_or_path = whole_path(self.name)
         for owner in model.modules():
             owner._buffers.update({name: buffer.to(self.device) for name, buffer in owner.named_buffers(recurse=False)})
         return model.eval().requires_grad_(False), quantizer
@@ -327,7 +327,7 @@ class Checkpoint:
         with self.embedding() as model:
             sample = sample_embedding(model.get_input_embeddings().weight)
         samples = [sample_layer(layer) for _, layer in self.read_layers(range(self.layer_count), ahead)]
-        return identity(self.name, self.anatomy, sample, samples)
+        return identity(whole_path(self.name), self.anatomy, sample, samples)
 
     def _fill(self, model: PreTrainedModel, part: Part, buffers: Buffers | None = None) -> None:
         """Load a part's tensors into ``model``, converted, quantized and cast as transformers does it.

@@ -28,6 +28,7 @@ from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import Anatomy
 from aletheia.anatomy.settings import Attention
 from aletheia.errors import ModelError
+from aletheia.files import whole_path
 from aletheia.libraries import quiet_stderr
 
 Quantize = Literal["nf4", "int8"]
@@ -232,8 +233,8 @@ def load(
     if "gguf_file" in place:
         _forget_gguf(model)
         model = model.to(target)
-    model.config._name_or_path = name  # what plans, adapters and model cards call the base model
-    model.name_or_path = name
+    # what plans, adapters and model cards call the base model, from any working folder
+    model.config._name_or_path = model.name_or_path = whole_path(name)
     return Loaded(model, tokenizer, quantize, trust_remote_code, allow_pickle)
 
 

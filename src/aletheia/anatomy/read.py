@@ -16,13 +16,12 @@ from transformers.pytorch_utils import Conv1D
 
 from aletheia.anatomy.access import base_of, text_config
 from aletheia.anatomy.kept import read_kept
-from aletheia.anatomy.schema import Anatomy, LeftOut, Module, Role, SharedWeight
+from aletheia.anatomy.schema import Anatomy, LeftOut, Module, SharedWeight, role_of
 from aletheia.anatomy.trial import refused
 from aletheia.errors import ModelError
 
 ACTIVE_EXPERTS = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 EXPERT_NAMES = re.compile(r"expert|moe", re.IGNORECASE)
-ATTENTION_NAMES = re.compile(r"attn|attention|query|[qkvo]_proj|qkv|wqkv", re.IGNORECASE)
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -191,7 +190,7 @@ def _modules(model: nn.Module, path: str, text: Any) -> tuple[tuple[Module, ...]
         experts, *sizes = getattr(owner, own_name).shape
         # stored as out x in, unless the owner says otherwise: the same mark that PEFT reads
         out_features, in_features = sizes[::-1] if getattr(owner, "is_transposed", False) else sizes
-        role = _role(name.removeprefix(f"{path}."))
+        role = role_of(name.removeprefix(f"{path}."))
         found.append(
             Module(
                 name=name,
@@ -261,23 +260,11 @@ def _describe(name: str, module: nn.Module, layer_path: str, is_refused: bool) -
     return Module(
         name=name,
         layer=layer_index(name, layer_path),
-        role=_role(name.removeprefix(f"{layer_path}.")),
+        role=role_of(name.removeprefix(f"{layer_path}.")),
         in_features=in_features,
         out_features=out_features,
         refused=is_refused,
     )
-
-
-def _role(inside: str) -> Role:
-    """Role from the path inside the layer list, e.g. ``3.self_attn.q_proj``."""
-    leaf = inside.rsplit(".", 1)[-1]
-    if "router" in inside or leaf in ("gate", "shared_expert_gate"):
-        return "router"
-    if "shared_expert" in inside:
-        return "shared_expert"
-    if "expert" in inside:
-        return "expert"
-    return "attention" if ATTENTION_NAMES.search(inside) else "mlp"
 
 
 def _parameters(module: nn.Module) -> int:

@@ -1,5 +1,6 @@
 """The anatomy of a model as plain data: what plans and reports need to know without loading torch."""
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -8,6 +9,19 @@ from pydantic import BaseModel, ConfigDict, Field
 BETWEEN_SOURCES = " + "  # in the name of a data set of several files
 FEW = 4  # names in a line about like weights
 Role = Literal["attention", "mlp", "expert", "shared_expert", "router"]
+ATTENTION_NAMES = re.compile(r"attn|attention|query|[qkvo]_proj|qkv|wqkv", re.IGNORECASE)
+
+
+def role_of(inside: str) -> Role:
+    """Role from the path inside the layer list, e.g. ``3.self_attn.q_proj``."""
+    leaf = inside.rsplit(".", 1)[-1]
+    if "router" in inside or leaf in ("gate", "shared_expert_gate"):
+        return "router"
+    if "shared_expert" in inside:
+        return "shared_expert"
+    if "expert" in inside:
+        return "expert"
+    return "attention" if ATTENTION_NAMES.search(inside) else "mlp"
 
 
 class Module(BaseModel):

@@ -33,6 +33,9 @@ class LoadSettings(Settings):
     fresh: bool = option(
         False, "MODEL is an adapter folder: merge it into its base and adapt that, instead of going on with it.", GROUP
     )
+    base: str | None = option(
+        None, "MODEL is an adapter folder: where its base model lies now (by default where the adapter says).", GROUP
+    )
     max_memory: ByteSize | None = option(None, "Memory that may be used, such as 6GB (by default what is free).", GROUP)
 
     @model_validator(mode="after")

@@ -25,6 +25,7 @@ EXAMPLE = "aletheia eval Qwen/Qwen2.5-0.5B-Instruct --adapter run --tasks mmlu,g
         "stream",
         "max_memory",
         "fresh",
+        "base",
         "data",
         "eval_data",
         "eval_fraction",

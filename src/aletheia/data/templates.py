@@ -36,7 +36,7 @@ def read_template(path: str | Path) -> str:
             raise DataError(f"{path}: found no such file for `chat_template`; {expected}")
         if file.stat().st_size > 50 * LARGEST:
             raise DataError(f"{path}: found {file.stat().st_size / 1e6:.0f} MB; {expected}")
-        text = file.read_text(encoding="utf-8-sig")
+        text = file.read_bytes().decode("utf-8-sig")  # with the line ends that it has
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     except UnicodeDecodeError as error:
@@ -60,6 +60,13 @@ def _from_json(text: str, path: str | Path, expected: str) -> str:
     if isinstance(found, dict):
         found = found.get("default")
     return found if isinstance(found, str) else ""
+
+
+def use_template(tokenizer: Any, template: str) -> None:
+    """Make ``template`` the chat template of a tokenizer; one that has it as the default of several keeps them all."""
+    own = getattr(tokenizer, "chat_template", None)
+    if template != (own.get("default") if isinstance(own, dict) else own):
+        tokenizer.chat_template = template
 
 
 def check_size(template: object, name: str) -> None:

@@ -1,5 +1,6 @@
 """MODEL is an adapter folder: its base model, and what a run goes on from."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,17 +9,24 @@ from aletheia.anatomy.foreign import ADAPTER_CONFIG, read_settings
 from aletheia.anatomy.settings import LoadSettings
 from aletheia.data.settings import DataSettings
 from aletheia.errors import ModelError, SettingsError
-from aletheia.files import file_sha256
+from aletheia.files import file_sha256, whole_path
 from aletheia.job.settings import JobSettings
 from aletheia.planning.plan import Plan
 from aletheia.probing.scores import Scores
-from aletheia.runs.saved import TEMPLATE_FILE
+from aletheia.runs.saved import template_file
 from aletheia.runs.schema import PLAN_FILE, SCORES_FILE, StartingAdapter
 from aletheia.settings import Settings
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 OF_A_RUN = {"seed", "epochs"}  # settings of a plan that a run has under the same names
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+
+
+def _may_be_there(name: str) -> bool:
+    """Whether a name is of something on this machine, or may be of the hub."""
+    if not name or ".." in Path(name).parts:
+        return False
+    return os.path.exists(name) or (_HUB_ID.fullmatch(name) is not None and not name.endswith(".gguf"))
 
 
 def adapter_folder(model: str) -> Path | None:
@@ -28,21 +36,17 @@ def adapter_folder(model: str) -> Path | None:
 
 
 def base_settings(how: LoadSettings, folder: Path) -> LoadSettings:
-    """The same settings for the base model that the adapter names.
+    """The same settings for the base model: where ``base`` says, else the one that the adapter names.
 
     Raises:
         ModelError: it names none, an adapter again, or something that is neither a hub id nor a folder that is there.
     """
     found = read_settings(folder / ADAPTER_CONFIG)
-    name = found.get("base_model_name_or_path")
-    shown = f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {str(name)[:120]!r}"
-    if (
-        not isinstance(name, str)
-        or not name
-        or ".." in Path(name).parts
-        or not (Path(name).exists() or _HUB_ID.fullmatch(name))
-    ):
-        raise ModelError(f"{shown}; expected a hub id or a folder that is there; correct it to where the base model is")
+    named = found.get("base_model_name_or_path")
+    shown = f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {str(named)[:200]!r}"
+    name = named if how.base is None else how.base
+    if not isinstance(name, str) or (how.base is None and not _may_be_there(name)):
+        raise ModelError(f"{shown}; found no such model; expected a hub id or a path; `base` names where it lies now")
     if adapter_folder(name) is not None:
         raise ModelError(
             f"{shown}, an adapter folder again; expected a base model; merge that adapter into its own, save "
@@ -57,7 +61,7 @@ def base_settings(how: LoadSettings, folder: Path) -> LoadSettings:
         raise SettingsError(
             "`stream` is given and MODEL is an adapter folder; expected its base to be loaded as a whole"
         )
-    return LoadSettings(**how.model_dump(exclude_unset=True) | {"model": name, "fresh": False})
+    return LoadSettings(**how.model_dump(exclude_unset=True) | {"model": name, "fresh": False, "base": None})
 
 
 @dataclass(frozen=True)
@@ -103,12 +107,12 @@ class Start:
     def record(self) -> StartingAdapter:
         """What the run folder says of it."""
         weights = next(self.folder / name for name in WEIGHTS if (self.folder / name).is_file())
-        return StartingAdapter(name=str(self.folder), sha256=file_sha256(weights))
+        return StartingAdapter(name=whole_path(str(self.folder)), sha256=file_sha256(weights))
 
     def data(self, asked: DataSettings) -> DataSettings:
         """The same settings, with the chat template that the adapter was trained with where none is asked for."""
-        template = self.folder / TEMPLATE_FILE
-        if asked.chat_template is not None or not template.is_file():
+        template = template_file(self.folder)
+        if asked.chat_template is not None or template is None:
             return asked
         return asked.model_copy(update={"chat_template": template})
 

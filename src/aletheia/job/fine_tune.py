@@ -150,7 +150,7 @@ class Job:
         run = train(adapted, data, plan, folder, held_out, training, prepared)
         if self.launch.is_first:
             with self.interrupted.put_off():
-                complete(run, self.settings, base.tokenizer, scores)
+                complete(run, self.settings, base.tokenizer, scores, self.say)
             push(run, settings.training, self.say)
         return run
 
@@ -254,6 +254,8 @@ class Job:
         scores = self.launch.computed_by_first(partial(self._probe, base, data)) if own is None else own[0]
         adapted = continue_adapter(base.model, start.folder, self.settings.model.allow_pickle, data.tokenizer)
         plan = plan_of_adapter(adapted, scores) if own is None else own[1]  # type: ignore[arg-type]
+        where = plan.model.model_copy(update={"name": base.model.name_or_path})  # the base may have been moved
+        plan = plan.model_copy(update={"model": where})
         self.say(f"go on  with {start.folder} on {start.base.model}")
         return scores, plan, adapted
 

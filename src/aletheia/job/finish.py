@@ -3,34 +3,36 @@
 from collections.abc import Callable
 from typing import Any
 
-from huggingface_hub import HfApi
-
-from aletheia.data.sources import one_line
-from aletheia.errors import ArtifactError, TrainingError
+from aletheia.errors import ArtifactError, ModelError, TrainingError
 from aletheia.files import write_text
+from aletheia.job.push import push as push_run
 from aletheia.job.settings import JobSettings
 from aletheia.probing.scores import Scores
 from aletheia.reporting.page import report
 from aletheia.runs.contents import add_to_contents
-from aletheia.runs.folder import CONFIG_FILE
+from aletheia.runs.folder import CONFIG_FILE, save_tokenizer
 from aletheia.runs.schema import REPORT_FILE, SCORES_FILE, Run
 from aletheia.training.settings import TrainSettings
 
 
-def complete(run: Run, settings: JobSettings, tokenizer: Any, scores: Scores | None) -> None:
-    """Write settings, scores, the page, and the tokenizer where its chat template is not the model's.
+def complete(
+    run: Run, settings: JobSettings, tokenizer: Any, scores: Scores | None, say: Callable[[str], None]
+) -> None:
+    """Write settings, scores, the page, and the tokenizer with the chat template that the run learned with.
 
     Raises:
         ArtifactError: they cannot be written; the run is complete without them.
     """
     try:
         write_text(run.path / CONFIG_FILE, settings.to_yaml())
-        if settings.data.chat_template is not None:  # whoever serves the adapter needs it
-            tokenizer.save_pretrained(run.path)
         if scores is not None:
             scores.write(run.path / SCORES_FILE)
         report([run], run.path / REPORT_FILE)
         add_to_contents(run.path, [CONFIG_FILE, SCORES_FILE, REPORT_FILE])
+        try:
+            add_to_contents(run.path, save_tokenizer(tokenizer, run.path))
+        except ModelError as error:
+            say(f"note: {error}")
     except ArtifactError as error:
         raise ArtifactError(f"the run is complete, but what belongs beside its adapter is not: {error}") from error
 
@@ -46,17 +48,7 @@ def push(run: Run, training: TrainSettings, say: Callable[[str], None]) -> None:
     extra = training.model_extra or {}
     repository = training.hub_model_id or run.path.resolve().name
     try:
-        api = HfApi()
-        made = api.create_repo(repository, exist_ok=True, private=extra.get("hub_private_repo", True))
-        api.upload_folder(
-            repo_id=made.repo_id,
-            folder_path=str(run.path),
-            revision=extra.get("hub_revision"),
-            ignore_patterns=[".lock", "checkpoints/*"],
-        )
-    except Exception as error:  # network, rights, names: the hub's client has many
-        raise TrainingError(
-            f"{run.path} is complete, but uploading it to {repository} failed: {one_line(error, 300)}; "
-            "log in with 'hf auth login' and upload the folder with 'hf upload'"
-        ) from error
-    say(f"pushed {made.repo_id}")
+        done = push_run(run, repository, extra.get("hub_private_repo", True), extra.get("hub_revision"), say=say)
+    except ArtifactError as error:
+        raise TrainingError(f"{run.path} is complete, but {error}; 'aletheia push' uploads it later") from error
+    say(f"pushed {done.address}")

@@ -10,6 +10,7 @@ from aletheia.anatomy.settings import LoadSettings
 from aletheia.data.find import whole_source
 from aletheia.data.settings import DataSettings
 from aletheia.errors import SettingsError
+from aletheia.files import whole_path
 from aletheia.planning.plan import PlanSettings
 from aletheia.settings import Settings
 from aletheia.training.settings import WITHOUT_INFLUENCE, TrainSettings
@@ -94,13 +95,15 @@ class JobSettings(Settings):
         for name in ("data", "eval_data"):
             data[name] = [whole_source(source) for source in data[name]]
         if "chat_template" in data:
-            data["chat_template"] = _whole_path(data["chat_template"])
+            data["chat_template"] = whole_path(data["chat_template"])
         if self.plan.file is None:
             plan = self.plan.model_dump(mode="json", exclude_none=True)
         else:
-            plan = {"file": _whole_path(str(self.plan.file))}
+            plan = {"file": whole_path(str(self.plan.file))}
+        if "base" in model:
+            model["base"] = whole_path(model["base"])
         return {
-            "model": {"name": _whole_path(model.pop("model"))} | model,
+            "model": {"name": whole_path(model.pop("model"))} | model,
             "data": data,
             "plan": plan,
             "training": self.training.model_dump(mode="json", exclude_none=True),
@@ -126,8 +129,3 @@ def _section(given: object, name: str) -> dict[str, Any]:
     if isinstance(given, Settings):
         return given.given()
     return dict(given) if isinstance(given, Mapping) else {name: given}
-
-
-def _whole_path(source: str) -> str:
-    """The absolute path of what lies on this machine; other names as they are."""
-    return str(Path(source).resolve()) if Path(source).exists() else source

@@ -20,8 +20,8 @@ from aletheia.data.preview import shown_row
 from aletheia.data.repeats import duplicates, overlap
 from aletheia.data.rows import Rows
 from aletheia.data.settings import DataSettings
-from aletheia.data.templates import read_template
-from aletheia.errors import ModelError
+from aletheia.data.templates import read_template, use_template
+from aletheia.errors import ModelError, SettingsError
 from aletheia.job.adapter import adapter_folder, base_settings
 from aletheia.names import printable
 from aletheia.planning.memory import RESIDENT_SHARE
@@ -90,7 +90,7 @@ def encoded(base: Source, rows: Rows, data: DataSettings) -> tuple[Examples, lis
     """
     notes = []
     if data.chat_template is not None:
-        base.tokenizer.chat_template = read_template(data.chat_template)
+        use_template(base.tokenizer, read_template(data.chat_template))
     positions = getattr(text_config(base.model), "max_position_embeddings", None) or data.max_length
     positions = positions if positions > 0 else data.max_length  # -1: without bounds
     if positions < data.max_length:
@@ -196,13 +196,25 @@ def stream_for(how: LoadSettings, rows: Rows, data: DataSettings, say: Say = to_
 
 
 def load_as_asked(how: LoadSettings) -> Loaded:
-    """:func:`aletheia.load` with all settings."""
+    """:func:`aletheia.load` with all settings.
+
+    Raises:
+        ModelError: as there.
+        SettingsError: ``base`` is given and MODEL is no adapter folder.
+    """
+    _refuse_base(how)
     return load(how.model, how.dtype, None, how.quantize, how.attention, how.trust_remote_code, how.allow_pickle)
 
 
 def checkpoint_as_asked(how: LoadSettings) -> Checkpoint:
-    """:class:`aletheia.Checkpoint` with all settings."""
+    """:class:`aletheia.Checkpoint` with all settings; raises as :func:`load_as_asked`."""
+    _refuse_base(how)
     return Checkpoint(how.model, how.dtype, attention=how.attention, trust_remote_code=how.trust_remote_code)
+
+
+def _refuse_base(how: LoadSettings) -> None:
+    if how.base is not None:
+        raise SettingsError(f"`base` is given and {how.model} is no adapter folder; expected one, or no `base`")
 
 
 def note_unusual(anatomy: Anatomy, say: Say) -> None:

@@ -17,6 +17,7 @@ from aletheia.reporting.format import (
     human_seconds,
     rank_summary,
 )
+from aletheia.runs.adapter_folder import AdapterFolder
 from aletheia.runs.schema import PHASES, HeldOutPoint, Metrics, Run, UsedSettings
 
 NO_INTERVAL = (
@@ -78,7 +79,7 @@ def counted_speed(run: Run, reference: Run) -> Speed:
     return Speed(counted_seconds(run), counted_seconds(reference))
 
 
-def run_labels(runs: Sequence[Run]) -> tuple[str, ...]:
+def run_labels(runs: Sequence[Run | AdapterFolder]) -> tuple[str, ...]:
     """The folder names; equal ones get their parent folder, and a number if that does not tell them apart.
 
     Raises:

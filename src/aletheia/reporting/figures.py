@@ -24,6 +24,7 @@ from aletheia.reporting.svg import (
     run_dash,
     to_svg,
 )
+from aletheia.runs.adapter_folder import AdapterFolder
 from aletheia.runs.schema import PHASES, PhaseSeconds, Run, TrainPoint
 
 # One width for all: 360 points stay legible on a phone and in two columns on a desk.
@@ -53,7 +54,7 @@ def layer_scores_svg(plan: Plan, label: str, index: int, identifier: str) -> str
         return to_svg(figure, identifier, words)
 
 
-def ranks_svg(plan: Plan, label: str, index: int, identifier: str) -> str:
+def ranks_svg(plan: Plan | AdapterFolder, label: str, index: int, identifier: str) -> str:
     """Heat map of the LoRA rank by layer and kind of module; darker is higher, empty is not adapted."""
     cells = rank_cells(plan.adapters)
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
@@ -121,6 +122,27 @@ def loss_by_seconds_svg(runs: Sequence[Run], labels: Sequence[str], identifier: 
         axes.set_xlim(left=0)
         _loss_axis(axes, "train time (s)")
         return to_svg(figure, identifier, f"Held-out loss by train seconds: {', '.join(labels)}.")
+
+
+def adapter_losses_svg(folders: Sequence[AdapterFolder], labels: Sequence[str], identifier: str) -> str:
+    """Held-out loss with markers and the smoothed training loss against the step, of the folders that have them."""
+    with drawing(identifier):
+        figure, axes = canvas(HEIGHT + 20, left=40)
+        for index, (folder, label) in enumerate(zip(folders, labels, strict=True)):
+            train = [TrainPoint(step=step, loss=loss, train_seconds=0.0) for step, loss in folder.train_curve]
+            is_only_one = not folder.held_out_curve
+            axes.plot(
+                *_columns(smoothed(train)),
+                color=run_color(index),
+                linewidth=0.9,
+                alpha=0.45,
+                label=shorten(label, LABEL_LENGTH) if train and is_only_one else None,
+            )
+            if folder.held_out_curve:
+                _held_out_line(axes, *_columns(folder.held_out_curve), label, index)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+        _loss_axis(axes, "optimizer step")
+        return to_svg(figure, identifier, f"Held-out and training loss by step: {', '.join(labels)}.")
 
 
 def phases_svg(runs: Sequence[Run], labels: Sequence[str], identifier: str) -> str:

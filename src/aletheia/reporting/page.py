@@ -13,6 +13,8 @@ from aletheia.files import write_text
 from aletheia.names import printable
 from aletheia.planning.plan import Plan, layer_ranges
 from aletheia.reporting import figures
+from aletheia.reporting.adapter_page import adapter_page
+from aletheia.reporting.blocks import Figure, Page, Pre, Table
 from aletheia.reporting.comparison import (
     NO_INTERVAL,
     Row,
@@ -39,6 +41,7 @@ from aletheia.reporting.format import (
     rank_summary,
 )
 from aletheia.reporting.svg import run_css_color
+from aletheia.runs.adapter_folder import AdapterFolder
 from aletheia.runs.schema import Metrics, Run
 
 _Thing = TypeVar("_Thing")
@@ -46,10 +49,11 @@ _MARK = '<meta name="generator" content="aletheia">'
 _MARK_WITHIN = 2048  # the mark stands in the first lines of our pages
 
 
-def report(runs: Sequence[Run], out: str | Path) -> Path:
+def report(runs: Sequence[Run | AdapterFolder], out: str | Path) -> Path:
     """Write one page about ``runs``; the first is the reference of the comparison. Returns its path.
 
-    The same runs give the same bytes. An existing file is replaced only if it is such a report.
+    The same runs give the same bytes. An existing file is replaced only if it is such a report. With an adapter folder
+    of another program among them, the page shows what all of them have: layers, ranks, and losses where there are some.
 
     Raises:
         ArtifactError: no runs, ``out`` holds something else, or it cannot be written.
@@ -57,7 +61,13 @@ def report(runs: Sequence[Run], out: str | Path) -> Path:
     out = Path(out)
     labels = run_labels(runs)
     refuse_foreign(out)
-    write_text(out, page_environment().get_template("report.html.j2").render(_content(runs, labels)))
+    ours = [run for run in runs if isinstance(run, Run)]
+    if len(ours) == len(runs):
+        page = page_environment().get_template("report.html.j2").render(_content(ours, labels))
+    else:
+        folders = [AdapterFolder.of_run(run) if isinstance(run, Run) else run for run in runs]
+        page = to_html(adapter_page(folders, labels))
+    write_text(out, page)
     return out
 
 
@@ -87,6 +97,16 @@ def page_environment() -> Environment:
     )
     environment.filters["lines"] = _lines
     return environment
+
+
+def to_html(page: Page) -> str:
+    """One self-contained page: no script, nothing loaded, dark and light, readable on a phone and in print."""
+    kinds = {Table: "table", Figure: "figure", Pre: "pre"}
+    blocks = [
+        {"kind": kinds[type(block)], "block": block, "svg": Markup(block.svg) if isinstance(block, Figure) else ""}
+        for block in page.blocks
+    ]
+    return page_environment().get_template("campaign.html.j2").render(page=page, blocks=blocks)
 
 
 def _lines(text: str) -> Markup:

@@ -10,6 +10,7 @@ from aletheia.names import printable
 from aletheia.planning.plan import Adapter, Plan, PlanSettings, Prediction, layer_ranges
 from aletheia.probing.scores import ProbeSettings, Scores
 from aletheia.probing.timings import Timings
+from aletheia.reporting.adapter_facts import adapter_facts
 from aletheia.reporting.comparison import (
     NO_INTERVAL,
     Row,
@@ -32,6 +33,7 @@ from aletheia.reporting.format import (
     rank_summary,
     shorten,
 )
+from aletheia.runs.adapter_folder import AdapterFolder
 from aletheia.runs.schema import PHASES, Run
 
 TOP_MODULES = 10
@@ -57,12 +59,14 @@ _COMPARED = (
 _HELD_OUT_NAMES = {"Before": "Held-out loss before", "After": "Held-out loss after"}
 
 
-def render(artifact: Scores | Plan | Run) -> RenderableType:
+def render(artifact: Scores | Plan | Run | AdapterFolder) -> RenderableType:
     """What ``aletheia show`` prints for an artefact."""
     if isinstance(artifact, Scores):
         return _render_scores(artifact)
     if isinstance(artifact, Plan):
         return _render_plan(artifact)
+    if isinstance(artifact, AdapterFolder):
+        return _render_adapter(artifact)
     return _render_run(artifact)
 
 
@@ -285,6 +289,24 @@ def _render_run(run: Run) -> RenderableType:
     over = f"{metrics.held_out_rows:,} rows, {metrics.held_out_tokens:,} tokens"
     title = Text.assemble("Held-out loss ", (f"{before} → {after}", "bold"), f" nats per token over {over}")
     return Group(head, Text(), title, _held_out_table(run))
+
+
+def _render_adapter(folder: AdapterFolder) -> RenderableType:
+    facts = [(name.lower(), value) for name, value in adapter_facts(folder).items() if value != NOTHING]
+    head = _head("Adapter", folder.name, facts)
+    by_layer: dict[int, list[Adapter]] = {}
+    for adapter in folder.adapters:
+        by_layer.setdefault(adapter.layer, []).append(adapter)
+    alike: dict[tuple[int, int, str], list[int]] = {}
+    for layer, adapters in by_layer.items():
+        size = sum(adapter.parameters for adapter in adapters)
+        alike.setdefault((len(adapters), size, rank_summary(adapters)), []).append(layer)
+    table = _table(("layers", 20, "left"), ("modules", 7, "right"), ("parameters", 10, "right"), ("ranks", 30, "left"))
+    for (count, size, ranks), layers in alike.items():
+        table.add_row(
+            layer_ranges(tuple(layers)), str(count * len(layers)), human_count(size * len(layers)), Text(ranks)
+        )
+    return Group(head, Text(), table)
 
 
 def _held_out_table(run: Run) -> Table:

@@ -1,32 +1,65 @@
 """The model card of a run: README.md of the adapter folder."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, not in its __all__
 
 from aletheia.anatomy.foreign import ADAPTER_CONFIG, read_settings
 from aletheia.errors import ModelError
-from aletheia.names import markdown, printable
+from aletheia.names import markdown
 from aletheia.planning.plan import Plan, layer_ranges
 from aletheia.runs.schema import Run
 
+TAGS = ("lora", "aletheia", "arxiv:2604.15351")  # the last one is the method
 
-def model_card(run: Run) -> str:
-    """Markdown with the front matter the hub reads: what was adapted, how it was trained, what it reached."""
+
+def card_metadata(base: str | None, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What the front matter of a card tells the hub; ``base`` is an id of the hub."""
+    known = {"base_model": base, "base_model_relation": "adapter"} if base else {}
+    about = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": list(TAGS)}
+    return known | about | dict(more or {})
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name is an id of the hub, rather than a path of this machine or the name of a class."""
+    is_elsewhere = os.path.exists(name) or name.endswith(".gguf") or not ("/" in name or name.islower())
+    return not is_elsewhere and is_hub_name(name)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether the hub takes such a name for a repository."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def with_metadata(metadata: Mapping[str, Any], body: str) -> str:
+    """A card: the front matter, then Markdown."""
+    front = yaml.safe_dump(dict(metadata), sort_keys=False, width=10_000)
+    return f"---\n{front}---\n\n{body}"
+
+
+def model_card(run: Run, metadata: Mapping[str, Any] | None = None) -> str:
+    """Markdown with the front matter the hub reads: what was adapted, how it was trained, what it reached.
+
+    ``metadata`` is the front matter where the run's own name of its base is not what the hub is to see.
+    """
+    name = run.metrics.model.name
+    return with_metadata(metadata or card_metadata(name if is_hub_id(name) else None), _body(run))
+
+
+def _body(run: Run) -> str:
     metrics, plan = run.metrics, run.plan
     data = metrics.data.name if metrics.data else "batches made in Python"
     settings, name = metrics.settings, markdown(metrics.model.name)
-    about = {
-        "base_model": printable(metrics.model.name),
-        "library_name": "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["lora", "aletheia"],
-    }
-    front = yaml.safe_dump(about, sort_keys=False, width=10_000)
-    return f"""---
-{front}---
-
-# LoRA on {len({adapter.layer for adapter in plan.adapters})} of {plan.layer_count} layers of {name}
+    return f"""# LoRA on {len({adapter.layer for adapter in plan.adapters})} of {plan.layer_count} layers of {name}
 
 Made with `aletheia-tune` {metrics.packages.get("aletheia-tune", "")}; the adapted modules were planned before training
 (policy `{plan.settings.policy}`).

@@ -4,14 +4,14 @@ import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from filelock import FileLock, Timeout
 
-from aletheia.errors import ArtifactError
-from aletheia.files import artifact_format, follow_umask, free_bytes, not_written, sync, write_text
+from aletheia.errors import ArtifactError, ModelError
+from aletheia.files import artifact_format, follow_umask, free_bytes, not_written, sync, whole_path, write_text
 from aletheia.runs.card import model_card
-from aletheia.runs.contents import write_contents
+from aletheia.runs.contents import Contents, write_contents
 from aletheia.runs.manifest import MANIFEST_FILE, Manifest, checkpoint_folders
 from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, REPORT_FILE, SCORES_FILE, Metrics, Run
 
@@ -213,6 +213,8 @@ def _write_beside(
 
     temporary = folder / PARTIAL_FOLDER
     shutil.rmtree(temporary, ignore_errors=True)
+    for config in model.peft_config.values():  # so that the adapter finds its base from any working folder
+        config.base_model_name_or_path = whole_path(config.base_model_name_or_path or "") or None
     try:
         model.save_pretrained(str(temporary), save_embedding_layers=False, state_dict=state)
         (temporary / CARD_FILE).unlink(missing_ok=True)  # PEFT's
@@ -229,6 +231,49 @@ def _write_beside(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return files
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
+    """Write a tokenizer with its chat template into a run folder, so that whoever serves the adapter has both.
+
+    Returns:
+        The names of its files in the folder.
+
+    Raises:
+        ArtifactError: they cannot be written.
+        ModelError: the tokenizer cannot be saved.
+    """
+    temporary = folder / PARTIAL_FOLDER
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        tokenizer.save_pretrained(str(temporary))
+        files = sorted(path.relative_to(temporary) for path in temporary.rglob("*") if path.is_file())
+        for file in files:
+            follow_umask(temporary / file)
+            sync(temporary / file)
+            (folder / file).parent.mkdir(exist_ok=True)
+            os.replace(temporary / file, folder / file)
+        sync(folder)
+    except OSError as error:
+        raise not_written(folder, error) from error
+    except Exception as error:  # of a tokenizer with code of its own, or without the file it was made from
+        raise ModelError(
+            f"the tokenizer cannot be saved ({type(error).__name__}: {str(error)[:200]}); expected one that "
+            f"`save_pretrained` writes; copy the base model's into {folder}"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return [file.as_posix() for file in files]
+
+
+def _of_former_run(folder: Path) -> list[str]:
+    """What a run that is replaced wrote by its manifest, its settings left out."""
+    try:
+        found = Contents.read(folder / MANIFEST_FILE).files if (folder / MANIFEST_FILE).exists() else {}
+    except ArtifactError:  # damaged, which is no matter any more
+        return []
+    inside = (name for name in found if not Path(name).is_absolute() and ".." not in Path(name).parts)
+    return [name for name in inside if name not in (CONFIG_FILE, *ADAPTER_FILES, CARD_FILE)]
 
 
 def _adapter_bytes(model: "PeftModel") -> int:
@@ -265,7 +310,7 @@ def save(model: "PeftModel", run: Run, state: "Mapping[str, Tensor] | None" = No
     """
     files = _write_beside(model, run.path, state, model_card(run))
     try:
-        for name in (METRICS_FILE, MANIFEST_FILE, PLAN_FILE, SCORES_FILE, REPORT_FILE):
+        for name in (METRICS_FILE, *_of_former_run(run.path), MANIFEST_FILE, PLAN_FILE, SCORES_FILE, REPORT_FILE):
             (run.path / name).unlink(missing_ok=True)
         for file in files:
             os.replace(file, run.path / file.name)

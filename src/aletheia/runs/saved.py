@@ -11,12 +11,13 @@ from transformers import PreTrainedModel
 from aletheia.adapters.adapt import adapted_modules
 from aletheia.adapters.saved_config import as_stored, not_trained_here, read_lora_config
 from aletheia.anatomy.fingerprint import identify
-from aletheia.anatomy.foreign import ADAPTER_CONFIG
+from aletheia.anatomy.foreign import ADAPTER_CONFIG, read_settings
 from aletheia.anatomy.load import quantization_of
 from aletheia.anatomy.schema import TokenizerIdentity
 from aletheia.data.sources import one_line
-from aletheia.data.templates import read_template
+from aletheia.data.templates import read_template, use_template
 from aletheia.errors import AdapterError, ArtifactError
+from aletheia.files import whole_path
 from aletheia.planning.make import plan_of_adapters
 from aletheia.planning.plan import Plan, PlanSettings
 from aletheia.probing.scores import Scores
@@ -24,7 +25,7 @@ from aletheia.runs.contents import check_contents
 from aletheia.runs.manifest import MANIFEST_FILE
 from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, Metrics
 
-TEMPLATE_FILE = "chat_template.jinja"  # as tokenizers of transformers save it
+TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"  # as tokenizers are saved
 
 
 def load_adapter(
@@ -84,7 +85,7 @@ def merge_adapter(model: nn.Module, folder: str | Path, allow_pickle: bool = Fal
         merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:  # of weights that are not finite
         raise AdapterError(f"{folder} cannot be merged: {one_line(error)}; expected finite weights") from error
-    merged.config._name_or_path = merged.name_or_path = str(folder)
+    merged.config._name_or_path = merged.name_or_path = whole_path(str(folder))
     return merged
 
 
@@ -126,6 +127,7 @@ def _put_on(
         plan.check_model(identify(model))
         metrics = _checked_metrics(folder, tokenizer)
     config = as_stored(read_lora_config(folder, allow_pickle), folder, model)
+    config.base_model_name_or_path = getattr(model, "name_or_path", None) or config.base_model_name_or_path
     try:
         adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
         expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
@@ -159,9 +161,20 @@ def use_template_of(folder: str | Path, tokenizer: Any) -> None:
     Raises:
         DataError: the file cannot be read, or holds no template.
     """
-    template = Path(folder) / TEMPLATE_FILE
-    if template.is_file():
-        tokenizer.chat_template = read_template(template)
+    if (file := template_file(Path(folder))) is not None:
+        use_template(tokenizer, read_template(file))
+
+
+def template_file(folder: Path) -> Path | None:
+    """The file of an adapter folder that holds its chat template; None where there is none.
+
+    Raises:
+        ModelError: the settings of its tokenizer cannot be read.
+    """
+    if (folder / TEMPLATE_FILE).is_file():
+        return folder / TEMPLATE_FILE
+    settings = folder / TOKENIZER_CONFIG  # of older releases of transformers
+    return settings if settings.is_file() and read_settings(settings).get("chat_template") else None
 
 
 def _checked_metrics(folder: Path, tokenizer: TokenizerIdentity | None) -> Metrics | None:

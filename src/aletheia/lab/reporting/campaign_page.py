@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment
-from markupsafe import Markup
 
 from aletheia.errors import CampaignError
 from aletheia.files import write_text
@@ -19,7 +17,7 @@ from aletheia.lab.reporting.behaviour_page import behaviour_page
 from aletheia.lab.reporting.speed_page import speed_page
 from aletheia.names import markdown, printable
 from aletheia.reporting.blocks import Block, Figure, Page, Pre, Table
-from aletheia.reporting.page import page_environment, refuse_foreign
+from aletheia.reporting.page import refuse_foreign, to_html
 
 HTML, MARKDOWN, CSV = "report.html", "report.md", "report.csv"
 
@@ -69,17 +67,6 @@ def _made_with(about: Mapping[str, Any]) -> tuple[str, str, str]:
     packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
     machine = f"{about['machine']}, {about['device']}, {about['threads']} threads, Python {about['python']}"
     return code, packages, machine
-
-
-def to_html(page: Page) -> str:
-    """One self-contained page: no script, nothing loaded, dark and light, readable on a phone and in print."""
-    environment: Environment = page_environment()
-    kinds = {Table: "table", Figure: "figure", Pre: "pre"}
-    blocks = [
-        {"kind": kinds[type(block)], "block": block, "svg": Markup(block.svg) if isinstance(block, Figure) else ""}
-        for block in page.blocks
-    ]
-    return environment.get_template("campaign.html.j2").render(page=page, blocks=blocks)
 
 
 def to_markdown(page: Page) -> str:

@@ -1,0 +1,46 @@
+"""``aletheia push``: a finished run on the hub."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from aletheia.cli.options import JsonOption, print_json, say
+
+EXAMPLE = "aletheia push run me/my-adapter --dry-run"
+
+
+def push(
+    run: Annotated[Path, typer.Argument(help="Run folder written by 'aletheia train'.", metavar="RUN")],
+    repo: Annotated[str, typer.Argument(help="Repository: owner/name, or name for your own.", metavar="REPO")],
+    private: Annotated[
+        bool, typer.Option("--private/--public", help="Who sees a repository that is made here.")
+    ] = True,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="Branch, made if need be (main by default).", metavar="BRANCH")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option("--base", help="Hub id of the base model, where the run has a local path.", metavar="HUB_ID"),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded; upload nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Upload a run to the hub, with a card that the hub understands. Checkpoints and data stay here."""
+    from aletheia.job.push import push as pushed
+    from aletheia.reporting.format import human_bytes
+
+    done = pushed(run, repo, private, revision, base, dry_run, say)
+    if as_json:
+        print_json(asdict(done))
+        return
+    if dry_run:
+        for name, size in sorted(done.files.items()):
+            typer.echo(f"{human_bytes(size):>10}  {name}")
+        typer.echo("")
+        for name, value in done.metadata.items():
+            typer.echo(f"{name}: {', '.join(value) if isinstance(value, list) else value}")
+    total = human_bytes(sum(done.files.values()))
+    where = f"{done.repo} would get" if dry_run else f"{done.address} has"
+    say(f"{where} {len(done.files)} files, {total}")

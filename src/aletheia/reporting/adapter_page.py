@@ -1,0 +1,47 @@
+"""The page about adapter folders of other programs: what they adapt, and losses where a Trainer's state has them."""
+
+from collections.abc import Sequence
+
+from aletheia.planning.plan import layer_ranges
+from aletheia.reporting import figures
+from aletheia.reporting.adapter_facts import adapter_facts
+from aletheia.reporting.blocks import Block, Card, Figure, Page, Table
+from aletheia.reporting.format import NOTHING
+from aletheia.runs.adapter_folder import AdapterFolder
+
+NO_LOSSES = "No losses are shown: the folder holds no trainer_state.json, and no metrics.json of 'aletheia train'."
+
+
+def adapter_page(folders: Sequence[AdapterFolder], labels: Sequence[str]) -> Page:
+    """Layers, ranks and losses of adapters, side by side; nothing is claimed of their times."""
+    columns = [adapter_facts(folder) for folder in folders]
+    rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
+    rows = [row for row in rows if set(row[1:]) != {NOTHING}]
+    blocks: list[Block] = []
+    if any(folder.train_curve or folder.held_out_curve for folder in folders):
+        blocks.append(
+            Figure(
+                "Loss",
+                figures.adapter_losses_svg(folders, labels, "losses"),
+                "Points: held-out loss. Faint: training loss, smoothed. As the Trainer logged them.",
+            )
+        )
+    blocks.append(Table("In numbers", ("", *labels), rows, "" if blocks else NO_LOSSES))
+    for index, (folder, label) in enumerate(zip(folders, labels, strict=True)):
+        if folder.adapters:
+            svg = figures.ranks_svg(folder, label, index, f"ranks-{index}")
+            blocks.append(
+                Figure(f"Ranks: {label}", svg, "Empty: not adapted. Layers above the highest one are not drawn.")
+            )
+    first = columns[0]
+    cards = (
+        Card("Adapted layers", str(len(folders[0].layers)), first["Layers"]),
+        Card("Parameters", first["Parameters"], "as stored"),
+        Card("Rank", str(folders[0].rank), f"alpha {folders[0].alpha:g}"),
+    )
+    return Page(", ".join(labels), _verdict(folders[0]), cards if len(folders) == 1 else (), tuple(blocks))
+
+
+def _verdict(folder: AdapterFolder) -> str:
+    layers = f"layers {layer_ranges(folder.layers)}" if folder.layers else "no layer"
+    return f"A LoRA adapter for {folder.base or 'a base model that is not named'}: it changes {layers}."
