@@ -64,7 +64,7 @@ def _command(path: str, command: Any) -> str:
     lines = [f"## `{path}`\n", inspect.cleandoc(command.help or ""), ""]
     lines += ["```text", re.sub(r"\s+", " ", usage), "```\n", "Example:\n", "```bash", example, "```\n"]
     groups: dict[str, list[Any]] = {}
-    for one in command.get_params(context):
+    for one in parameters_of(command):
         kind = "Arguments" if one.param_type_name == "argument" else getattr(one, "rich_help_panel", None) or "Options"
         groups.setdefault(str(kind), []).append(one)
     slug = path.split(" ", 1)[1].replace(" ", "-")
@@ -72,6 +72,11 @@ def _command(path: str, command: Any) -> str:
         lines.append(f"#### {group} {{ #{slug}-{group.lower().replace(' ', '-')} }}\n")
         lines += [_parameter(slug, one, context) for one in groups[group]]
     return "\n".join(lines)
+
+
+def parameters_of(command: Any) -> list[Any]:
+    """The arguments and options of a command that its help shows."""
+    return [one for one in command.params if not getattr(one, "hidden", False)]
 
 
 def _parameter(slug: str, one: Any, context: Any) -> str:

@@ -132,7 +132,7 @@ def test_the_reference_has_every_option_and_a_valid_example_of_each_command(path
     text = hooks.commands()
     section = text.split(f"## `{path}`\n")[1].split("\n## ")[0]
     slug = path.split(" ", 1)[1].replace(" ", "-")
-    for one in COMMANDS[path].params:
+    for one in hooks.parameters_of(COMMANDS[path]):
         shown = max(one.opts, key=len) if one.param_type_name == "option" else f"-{one.name.replace('_', '-')}"
         assert f"{{ #{slug}{shown} }}\n:   " in section
         assert one.param_type_name == "argument" or f"`{shown}" in section
