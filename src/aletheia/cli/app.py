@@ -3,7 +3,7 @@
 import typer
 
 from aletheia import __version__
-from aletheia.cli import cache, campaign, demo, doctor, eval, inspect, plan, preview, probe, report, show, train
+from aletheia.cli import cache, campaign, demo, doctor, eval, export, inspect, plan, preview, probe, report, show, train
 from aletheia.cli.help import Command, Group
 from aletheia.cli.wording import learn
 
@@ -17,7 +17,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     cls=Group,
 )
-for module in (inspect, preview, probe, plan, show, train, eval, report, cache, demo, doctor):
+for module in (inspect, preview, probe, plan, show, train, eval, report, export, cache, demo, doctor):
     command = module.__name__.rsplit(".", 1)[-1]
     app.command(command, epilog=f"Example:\n\n\b\n{module.EXAMPLE}", cls=Command)(getattr(module, command))
 

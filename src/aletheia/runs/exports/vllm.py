@@ -1,0 +1,43 @@
+"""A PEFT adapter folder of one rank and one alpha, for vLLM and whatever else reads only those two."""
+
+from safetensors.torch import save_file
+
+from aletheia.adapters.saved_config import SAFETENSORS
+from aletheia.errors import AdapterError
+from aletheia.runs.exports.factors import read_factors
+from aletheia.runs.exports.written import Task, Written, other_weights
+
+RANKS = (8, 16, 32, 64, 128, 256, 512)  # that `vllm serve` takes as its largest (vllm/config/lora.py)
+
+
+def write_vllm(task: Task) -> Written:
+    """Write the adapter padded to the next rank of ``RANKS``, each scale multiplied into its B.
+
+    Raises:
+        AdapterError: it is no plain LoRA, its rank is above all of ``RANKS``, or it fits its quantized base alone.
+    """
+    task.origin.check_fits_any_base()
+    factors = read_factors(task.source, "vLLM", task.allow_pickle)
+    rank = next((rank for rank in RANKS if rank >= factors.largest_rank), None)
+    if rank is None:
+        raise AdapterError(
+            f"{task.source} has rank {factors.largest_rank}; vLLM takes at most {RANKS[-1]}; "
+            "export it with `to` merged instead"
+        )
+    weights = {}
+    for name, pair in factors.at(rank).items():
+        weights[f"base_model.model.{name}.lora_A.weight"] = pair.A_RI
+        weights[f"base_model.model.{name}.lora_B.weight"] = pair.B_OR
+    save_file(weights, task.folder / SAFETENSORS, metadata={"format": "pt"})
+    config = factors.config
+    config.target_modules = sorted(factors.pairs)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.r = config.lora_alpha = rank
+    config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
+    config.base_model_name_or_path, config.inference_mode = task.origin.base, True
+    config.save_pretrained(str(task.folder))
+    return Written(
+        f"vllm serve {task.origin.base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={task.out}",
+        ("ask for the model `tuned`; vLLM's documentation lists the families that it takes adapters of",)
+        + other_weights(task.origin),
+    )
