@@ -12,7 +12,6 @@ from torch import Tensor
 
 from aletheia.adapters.adapt import adapt
 from aletheia.adapters.saved_config import PICKLE, SAFETENSORS, read_lora_config
-from aletheia.anatomy.foreign import ADAPTER_CONFIG
 from aletheia.anatomy.load import load_without_weights
 from aletheia.errors import ModelError
 from aletheia.planning.plan import Plan

@@ -16,7 +16,7 @@ from aletheia.anatomy.load import load_config
 from aletheia.errors import AdapterError, ModelError
 from aletheia.files import write_text
 from aletheia.runs.exports.factors import Factors, read_factors
-from aletheia.runs.exports.written import Task, Written, other_weights
+from aletheia.runs.exports.written import Task, Written, other_weights, shell
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -61,7 +61,7 @@ def write_gguf(task: Task) -> Written:
     notes = other_weights(task.origin)
     if base == "BASE.gguf":
         notes = (f"BASE.gguf is {task.origin.base} as llama.cpp's convert_hf_to_gguf.py writes it", *notes)
-    return Written(f'llama-cli -m {base} --lora {task.out / ADAPTER_FILE} -p "..."', notes)
+    return Written(shell("llama-cli", "-m", base, "--lora", task.out / ADAPTER_FILE, "-p", "..."), notes)
 
 
 def write_ollama(task: Task) -> Written:
@@ -79,7 +79,7 @@ def write_ollama(task: Task) -> Written:
     text = f"FROM {_weights_of(task.origin.base)}\nADAPTER ./{ADAPTER_FILE}\n{template}"
     write_text(task.folder / MODELFILE, text)
     return Written(
-        f"ollama create tuned -f {task.out / MODELFILE} && ollama run tuned",
+        shell("ollama", "create", "tuned", "-f", task.out / MODELFILE) + " && ollama run tuned",
         ("check the chat template with: ollama show tuned --template", *other_weights(task.origin)),
     )
 
@@ -123,9 +123,7 @@ def _write_adapter(task: Task) -> None:
     writer.close()
 
 
-def _tensors(
-    factors: Factors, rank: int, config: "PretrainedConfig", names: Any
-) -> list[tuple[str, Tensor, Tensor]]:
+def _tensors(factors: Factors, rank: int, config: "PretrainedConfig", names: Any) -> list[tuple[str, Tensor, Tensor]]:
     """The name of each matrix in llama.cpp, with its factors."""
     found = []
     for name, pair in factors.at(rank).items():

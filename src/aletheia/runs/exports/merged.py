@@ -3,7 +3,6 @@
 from dataclasses import replace
 
 import psutil
-import torch
 from transformers import PreTrainedModel
 
 from aletheia.anatomy.fingerprint import identify
@@ -39,7 +38,7 @@ def write_merged(task: Task) -> Written:
     model.config._name_or_path = ""  # it is a model of its own
     model.save_pretrained(task.folder)
     base.tokenizer.save_pretrained(task.folder)
-    return Written(f'{type(model).__name__}.from_pretrained("{task.out}")', notes)
+    return Written(f"transformers.{type(model).__name__}.from_pretrained({str(task.out)!r})", notes)
 
 
 def _dtype(task: Task) -> str:

@@ -12,7 +12,7 @@ from aletheia.anatomy.load import inspect
 from aletheia.errors import AdapterError
 from aletheia.files import write_text
 from aletheia.runs.exports.factors import read_factors
-from aletheia.runs.exports.written import Task, Written, other_weights
+from aletheia.runs.exports.written import Task, Written, other_weights, shell
 
 _AS_HERE = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "olmo3"),
@@ -55,6 +55,6 @@ def write_mlx(task: Task) -> Written:
     }
     write_text(task.folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
     return Written(
-        f'mlx_lm.generate --model {task.origin.base} --adapter-path {task.out} --prompt "..."',
+        shell("mlx_lm.generate", "--model", task.origin.base, "--adapter-path", task.out, "--prompt", "..."),
         other_weights(task.origin),
     )

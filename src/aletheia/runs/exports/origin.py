@@ -33,8 +33,8 @@ class Origin:
             ModelError: the adapter's configuration cannot be read.
         """
         if path.is_file() and artifact_format(path) == Plan.FORMAT:
-            plan = Plan.read(path)
-            return cls(path, _absolute(base or plan.model.name), plan=plan)
+            alone = Plan.read(path)
+            return cls(path, _absolute(base or alone.model.name), plan=alone)
         if not (path / ADAPTER_CONFIG).is_file():
             raise AdapterError(f"{path} holds no {ADAPTER_CONFIG}; expected a run folder, an adapter folder or a plan")
         run = Run.read(path) if (path / METRICS_FILE).is_file() else None
@@ -90,4 +90,4 @@ class Origin:
 
 def _absolute(base: str) -> str:
     path = Path(base)
-    return str(path.resolve()) if path.exists() else base
+    return str(path.absolute()) if path.exists() else base

@@ -13,7 +13,7 @@ import yaml
 from aletheia.files import write_text
 from aletheia.runs.exports.bridge import write_bridge
 from aletheia.runs.exports.recipe import Recipe, notes_on
-from aletheia.runs.exports.written import Task, Written
+from aletheia.runs.exports.written import Task, Written, shell
 
 ROWS = "rows"  # the name of the rows in LLaMA-Factory's list of data sets
 _HEAD = "# Rank and alpha of every module come from the folder adapter/; there are no settings for them here.\n"
@@ -45,7 +45,7 @@ def write_axolotl(task: Task) -> Written:
         "output_dir": recipe.out,
     }
     _write_yaml(task, "axolotl.yaml", settings)
-    return Written(f"axolotl train {task.out / 'axolotl.yaml'}", notes_on(task))
+    return Written(shell("axolotl", "train", task.out / "axolotl.yaml"), notes_on(task))
 
 
 def _axolotl_rows(file: str, columns: tuple[str, str] | None) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def write_llama_factory(task: Task) -> Written:
         for name, file in zip(names, recipe.data_files, strict=True)
     }
     write_text(task.folder / "dataset_info.json", json.dumps(info, indent=2) + "\n")
-    return Written(f"llamafactory-cli train {task.out / 'llama_factory.yaml'}", notes_on(task))
+    return Written(shell("llamafactory-cli", "train", task.out / "llama_factory.yaml"), notes_on(task))
 
 
 def _llama_factory_rows(columns: tuple[str, str] | None) -> dict[str, Any]:
@@ -125,7 +125,7 @@ model = PeftModel.from_pretrained(model, {recipe.adapter!r}, is_trainable=True)
 tokenizer = AutoTokenizer.from_pretrained({recipe.base!r})
 '''
     write_text(task.folder / "train_trl.py", head + _sft(recipe))
-    return Written(f"python {task.out / 'train_trl.py'}", notes_on(task))
+    return Written(shell("python", task.out / "train_trl.py"), notes_on(task))
 
 
 def write_unsloth(task: Task) -> Written:
@@ -154,7 +154,7 @@ model, tokenizer = FastLanguageModel.from_pretrained(
 )
 '''
     write_text(task.folder / "train_unsloth.py", head + _sft(recipe))
-    return Written(f"python {task.out / 'train_unsloth.py'}", notes_on(task))
+    return Written(shell("python", task.out / "train_unsloth.py"), notes_on(task))
 
 
 def _sft(recipe: Recipe) -> str:

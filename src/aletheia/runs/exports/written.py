@@ -1,5 +1,6 @@
 """What an export is made of: what goes in, and what the person is told."""
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,11 @@ class Written:
 
     command: str
     notes: tuple[str, ...] = ()
+
+
+def shell(*words: object) -> str:
+    """A command line of these words; ``...`` stands for what the person fills in."""
+    return " ".join('"..."' if word == "..." else shlex.quote(str(word)) for word in words)
 
 
 def other_weights(origin: Origin) -> tuple[str, ...]:
