@@ -238,6 +238,20 @@ def test_an_adapter_trained_elsewhere_goes_the_same_ways(adapted, tmp_path):
         torch.testing.assert_close(logits_of(model), expected, **EXACT)
 
 
+def test_the_chat_template_of_the_adapter_goes_with_it(adapted, tmp_path):
+    pytest.importorskip("gguf")
+    root, _ = adapted("llama", **BY_ROLE)
+    foreign(root, tmp_path / "a")
+    template = "{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
+    make_tokenizer(template).save_pretrained(tmp_path / "a")
+    vllm, gguf, merged, trl = (aletheia.export(tmp_path / "a", to) for to in ("vllm", "gguf", "merged", "trl"))
+    assert f"--chat-template {vllm.path / 'chat_template.jinja'}" in vllm.command
+    assert f"--chat-template-file {gguf.path / 'chat_template.jinja'}" in gguf.command
+    for folder in (merged.path, trl.path / "adapter"):
+        assert AutoTokenizer.from_pretrained(folder).chat_template == template
+    assert f"AutoTokenizer.from_pretrained({str(trl.path / 'adapter')!r})" in (trl.path / "train_trl.py").read_text()
+
+
 def test_base_overrides_what_the_adapter_names(adapted, tmp_path):
     root, _ = adapted("llama", **BY_ROLE)
     expected = foreign(root, tmp_path / "a")

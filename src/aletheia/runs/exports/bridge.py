@@ -15,9 +15,8 @@ from aletheia.adapters.saved_config import PICKLE, SAFETENSORS, read_lora_config
 from aletheia.anatomy.load import load_without_weights
 from aletheia.errors import ModelError
 from aletheia.planning.plan import Plan
-from aletheia.runs.exports.written import Task
+from aletheia.runs.exports.written import Task, copy_tokenizer
 from aletheia.runs.folder import CARD_FILE
-from aletheia.runs.saved import TEMPLATE_FILE
 
 FOLDER = "adapter"
 SEED = 0  # of the A matrices that a plan begins with
@@ -44,9 +43,9 @@ def write_bridge(task: Task) -> None:
         return
     task.origin.check_fits_any_base()
     config = read_lora_config(task.source, task.allow_pickle)
-    for name in (SAFETENSORS, PICKLE, TEMPLATE_FILE):
-        if (task.source / name).is_file() and not (name == PICKLE and (folder / SAFETENSORS).is_file()):
-            shutil.copyfile(task.source / name, folder / name)
+    weights = next(name for name in (SAFETENSORS, PICKLE) if (task.source / name).is_file())
+    shutil.copyfile(task.source / weights, folder / weights)
+    copy_tokenizer(task, folder)
     config.base_model_name_or_path, config.inference_mode = task.origin.base, True
     config.save_pretrained(str(folder))
 

@@ -16,7 +16,7 @@ from aletheia.anatomy.load import load_config
 from aletheia.errors import AdapterError, ModelError
 from aletheia.files import write_text
 from aletheia.runs.exports.factors import Factors, read_factors
-from aletheia.runs.exports.written import Task, Written, other_weights, shell
+from aletheia.runs.exports.written import Task, Written, copy_template, other_weights, shell
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -61,7 +61,10 @@ def write_gguf(task: Task) -> Written:
     notes = other_weights(task.origin)
     if base == "BASE.gguf":
         notes = (f"BASE.gguf is {task.origin.base} as llama.cpp's convert_hf_to_gguf.py writes it", *notes)
-    return Written(shell("llama-cli", "-m", base, "--lora", task.out / ADAPTER_FILE, "-p", "..."), notes)
+    options = ["-m", base, "--lora", task.out / ADAPTER_FILE]
+    if template := copy_template(task):
+        options += ["--jinja", "--chat-template-file", template]
+    return Written(shell("llama-cli", *options, "-p", "..."), notes)
 
 
 def write_ollama(task: Task) -> Written:

@@ -11,6 +11,8 @@ from aletheia.runs.exports.written import Task
 
 NO_ROWS = "train.jsonl"  # named where the rows are not known; a note says so
 
+_TOKENIZER = "tokenizer_config.json"
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -18,6 +20,7 @@ class Recipe:
 
     base: str
     adapter: str
+    tokenizer: str
     out: str
     data_files: tuple[str, ...]
     columns: tuple[str, str] | None
@@ -47,6 +50,7 @@ class Recipe:
         return cls(
             base=origin.base,
             adapter=str(task.out / FOLDER),
+            tokenizer=str(task.out / FOLDER) if (task.folder / FOLDER / _TOKENIZER).is_file() else origin.base,
             out=str(task.out / "trained"),
             data_files=_files(origin),
             columns=_columns(origin),

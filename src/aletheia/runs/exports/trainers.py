@@ -122,7 +122,7 @@ from trl import SFTConfig, SFTTrainer
 
 model = AutoModelForCausalLM.from_pretrained({recipe.base!r}, dtype="auto"{how})
 model = PeftModel.from_pretrained(model, {recipe.adapter!r}, is_trainable=True)
-tokenizer = AutoTokenizer.from_pretrained({recipe.base!r})
+tokenizer = AutoTokenizer.from_pretrained({recipe.tokenizer!r})
 '''
     write_text(task.folder / "train_trl.py", head + _sft(recipe))
     return Written(shell("python", task.out / "train_trl.py"), notes_on(task))

@@ -5,7 +5,7 @@ from safetensors.torch import save_file
 from aletheia.adapters.saved_config import SAFETENSORS
 from aletheia.errors import AdapterError
 from aletheia.runs.exports.factors import read_factors
-from aletheia.runs.exports.written import Task, Written, other_weights, shell
+from aletheia.runs.exports.written import Task, Written, copy_template, other_weights, shell
 
 RANKS = (8, 16, 32, 64, 128, 256, 512)  # that `vllm serve` takes as its largest (vllm/config/lora.py)
 
@@ -36,9 +36,11 @@ def write_vllm(task: Task) -> Written:
     config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
     config.base_model_name_or_path, config.inference_mode = task.origin.base, True
     config.save_pretrained(str(task.folder))
-    limits = ("--enable-lora", "--max-lora-rank", rank)
+    options = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", f"tuned={task.out}"]
+    if template := copy_template(task):
+        options += ["--chat-template", template]
     return Written(
-        shell("vllm", "serve", task.origin.base, *limits, "--lora-modules", f"tuned={task.out}"),
+        shell("vllm", "serve", task.origin.base, *options),
         (
             "ask for the model `tuned`; vLLM's documentation lists the families that it takes adapters of",
             *other_weights(task.origin),

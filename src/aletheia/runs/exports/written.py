@@ -1,10 +1,14 @@
 """What an export is made of: what goes in, and what the person is told."""
 
 import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from aletheia.runs.exports.origin import Origin
+
+TEMPLATE_FILE = "chat_template.jinja"  # as tokenizers of transformers save it
+_TOKENIZER = (TEMPLATE_FILE, "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,22 @@ class Written:
 
     command: str
     notes: tuple[str, ...] = ()
+
+
+def copy_tokenizer(task: Task, folder: Path) -> None:
+    """Put what the adapter's folder holds of its tokenizer, chat template included, into a folder."""
+    for pattern in _TOKENIZER:
+        for file in task.source.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+def copy_template(task: Task) -> Path | None:
+    """Put the adapter's chat template into the export, where there is one; its place when the export is finished."""
+    if not (task.source / TEMPLATE_FILE).is_file():
+        return None
+    shutil.copyfile(task.source / TEMPLATE_FILE, task.folder / TEMPLATE_FILE)
+    return task.out / TEMPLATE_FILE
 
 
 def shell(*words: object) -> str:
