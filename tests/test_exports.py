@@ -281,6 +281,23 @@ def test_what_vllm_cannot_take_is_refused_by_name(settings, named, adapted, tmp_
         aletheia.export(tmp_path / "a", "vllm", tmp_path / "out")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True},
+        {"modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"use_rslora": True, "rank_pattern": {"q_proj": 9}},
+    ],
+)
+def test_what_others_cannot_take_is_merged(settings, adapted, tmp_path):
+    root, _ = adapted("mistral", **BY_ROLE)
+    expected = foreign(root, tmp_path / "a", **settings)
+    done = aletheia.export(tmp_path / "a", "merged")
+    torch.testing.assert_close(logits_of(AutoModelForCausalLM.from_pretrained(done.path)), expected, **EXACT)
+
+
 def test_pickled_weights_are_read_only_where_allowed(adapted, tmp_path):
     root, _ = adapted("llama", **BY_ROLE)
     expected = foreign(root, tmp_path / "a")
@@ -545,5 +562,6 @@ def test_a_gguf_base_is_merged_into_a_plain_model_folder(smol, tmp_path):
         torch.testing.assert_close(model(ids).logits[0].softmax(-1), after, **EXACT)
     tokenizer = AutoTokenizer.from_pretrained(done.path)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).count("Hi") == 1
-    with pytest.raises(ModelError, match="no GGUF files"):
-        aletheia.export(folder, "trl", tmp_path / "trl")
+    for to in ("trl", "mlx"):
+        with pytest.raises(ModelError, match="no GGUF files"):
+            aletheia.export(folder, to, tmp_path / to)

@@ -13,7 +13,6 @@ from torch import Tensor
 from aletheia.adapters.adapt import adapt
 from aletheia.adapters.saved_config import PICKLE, SAFETENSORS, read_lora_config
 from aletheia.anatomy.load import load_without_weights
-from aletheia.errors import ModelError
 from aletheia.planning.plan import Plan
 from aletheia.runs.exports.written import Task, copy_tokenizer
 from aletheia.runs.folder import CARD_FILE
@@ -30,11 +29,7 @@ def write_bridge(task: Task) -> None:
         ModelError: the base is a GGUF file, which these trainers do not read, or cannot be found.
         PlanError: the plan does not fit the base.
     """
-    if task.origin.base.endswith(".gguf"):
-        raise ModelError(
-            f"the base is {task.origin.base}, and other trainers read no GGUF files; give the hub id or folder of the "
-            "same model as `base`"
-        )
+    task.origin.check_no_gguf("these trainers read")
     folder = task.folder / FOLDER
     folder.mkdir()
     if task.origin.is_plan:

@@ -26,9 +26,10 @@ def write_mlx(task: Task) -> Written:
 
     Raises:
         AdapterError: it is no plain LoRA, fits its quantized base alone, or the family has other names in mlx-lm.
-        ModelError: the base's configuration cannot be read.
+        ModelError: the base's configuration cannot be read, or it is a GGUF file.
     """
     task.origin.check_fits_any_base()
+    task.origin.check_no_gguf("mlx-lm reads")
     factors = read_factors(task.source, "mlx-lm", task.allow_pickle)
     anatomy = inspect(task.origin.base, task.trust_remote_code)
     if anatomy.model_type not in LAYERS:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from aletheia.anatomy.foreign import ADAPTER_CONFIG, read_settings
 from aletheia.anatomy.schema import DataIdentity
-from aletheia.errors import AdapterError, ArtifactError
+from aletheia.errors import AdapterError, ArtifactError, ModelError
 from aletheia.files import artifact_format
 from aletheia.planning.plan import Plan
 from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, Run, UsedSettings
@@ -76,6 +76,18 @@ class Origin:
             raise AdapterError(
                 f"half of each rank of {self.path} corrects its {self.quantization} base, so it fits no other weights; "
                 "export it with `to` merged, which keeps the quantized values"
+            )
+
+    def check_no_gguf(self, who_reads: str) -> None:
+        """Refuse a GGUF base; ``who_reads`` is such as "mlx-lm reads".
+
+        Raises:
+            ModelError: it is one.
+        """
+        if self.base.endswith(".gguf"):
+            raise ModelError(
+                f"the base is {self.base}, and {who_reads} no GGUF files; give the hub id or folder of the same model "
+                "as `base`"
             )
 
     def check_trained(self, to: str) -> None:

@@ -39,10 +39,7 @@ def write_vllm(task: Task) -> Written:
     options = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", f"tuned={task.out}"]
     if template := copy_template(task):
         options += ["--chat-template", template]
-    return Written(
-        shell("vllm", "serve", task.origin.base, *options),
-        (
-            "ask for the model `tuned`; vLLM's documentation lists the families that it takes adapters of",
-            *other_weights(task.origin),
-        ),
-    )
+    notes = ["ask for the model `tuned`; vLLM's documentation lists the families that it takes adapters of"]
+    if task.origin.base.endswith(".gguf"):
+        notes.append("vLLM's support of GGUF files is experimental; a model folder as `base` is the safer way")
+    return Written(shell("vllm", "serve", task.origin.base, *options), (*notes, *other_weights(task.origin)))
