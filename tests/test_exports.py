@@ -155,6 +155,20 @@ def test_mlx_puts_the_same_product_on_the_last_layers(family, settings, adapted,
     torch.testing.assert_close(logits_of(model), expected, **EXACT)
 
 
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_mlx_lm_itself_says_the_same(family, adapted, tmp_path):
+    mx = pytest.importorskip("mlx.core")
+    mlx_lm = pytest.importorskip("mlx_lm.utils")
+    tuner = pytest.importorskip("mlx_lm.tuner.utils")
+    mx.set_default_device(mx.cpu)
+    root, expected = adapted(family, **BY_ROLE)
+    done = aletheia.export(root / "adapter", "mlx", tmp_path / "out")
+    model = tuner.load_adapters(mlx_lm.load_model(root / "base")[0], str(done.path))
+    model.eval()
+    said = torch.tensor(model(mx.array(IDS.tolist())).tolist())
+    torch.testing.assert_close(said, expected, **EXACT)
+
+
 def gguf_rows(place, family, config, rows):
     """For each row of a matrix in transformers, where llama.cpp keeps it."""
     heads = config.num_attention_heads

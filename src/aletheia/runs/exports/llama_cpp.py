@@ -2,7 +2,7 @@
 
 llama.cpp's converters store some rows in another order than transformers: of q and k where it rotates neighbours, and
 of fused q, k and v that transformers keeps head by head (llama.cpp's conversion/, ``permute`` and ``modify_tensors``;
-read in b8000 and later). An adapter's B has the rows of its matrix, so it is reordered alike; A is not touched.
+as in llama-cpp-python 0.3.36). An adapter's B has the rows of its matrix, so it is reordered alike; A is not touched.
 """
 
 from importlib.util import find_spec

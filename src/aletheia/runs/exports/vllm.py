@@ -7,7 +7,7 @@ from aletheia.errors import AdapterError
 from aletheia.runs.exports.factors import read_factors
 from aletheia.runs.exports.written import Task, Written, copy_template, other_weights, shell
 
-RANKS = (8, 16, 32, 64, 128, 256, 512)  # that `vllm serve` takes as its largest (vllm/config/lora.py)
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank: MaxLoRARanks in vllm/config/lora.py
 
 
 def write_vllm(task: Task) -> Written:
