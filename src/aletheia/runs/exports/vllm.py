@@ -1,0 +1,45 @@
+"""A PEFT adapter folder of one rank and one alpha, for vLLM and whatever else reads only those two."""
+
+from safetensors.torch import save_file
+
+from aletheia.adapters.saved_config import SAFETENSORS
+from aletheia.errors import AdapterError
+from aletheia.runs.exports.factors import read_factors
+from aletheia.runs.exports.written import Task, Written, copy_template, other_weights, shell
+
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank: MaxLoRARanks in vllm/config/lora.py
+
+
+def write_vllm(task: Task) -> Written:
+    """Write the adapter padded to the next rank of ``RANKS``, each scale multiplied into its B.
+
+    Raises:
+        AdapterError: it is no plain LoRA, its rank is above all of ``RANKS``, or it fits its quantized base alone.
+    """
+    task.origin.check_fits_any_base()
+    factors = read_factors(task.source, "vLLM", task.allow_pickle)
+    rank = next((rank for rank in RANKS if rank >= factors.largest_rank), None)
+    if rank is None:
+        raise AdapterError(
+            f"{task.source} has rank {factors.largest_rank}; vLLM takes at most {RANKS[-1]}; "
+            "export it with `to` merged instead"
+        )
+    weights = {}
+    for name, pair in factors.at(rank).items():
+        weights[f"base_model.model.{name}.lora_A.weight"] = pair.A_RI
+        weights[f"base_model.model.{name}.lora_B.weight"] = pair.B_OR
+    save_file(weights, task.folder / SAFETENSORS, metadata={"format": "pt"})
+    config = factors.config
+    config.target_modules = sorted(factors.pairs)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.r = config.lora_alpha = rank
+    config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
+    config.base_model_name_or_path, config.inference_mode = task.origin.base, True
+    config.save_pretrained(str(task.folder))
+    options = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", f"tuned={task.out}"]
+    if template := copy_template(task):
+        options += ["--chat-template", template]
+    notes = ["ask for the model `tuned`; vLLM's documentation lists the families that it takes adapters of"]
+    if task.origin.base.endswith(".gguf"):
+        notes.append("vLLM's support of GGUF files is experimental; a model folder as `base` is the safer way")
+    return Written(shell("vllm", "serve", task.origin.base, *options), (*notes, *other_weights(task.origin)))
