@@ -156,7 +156,8 @@ def _check(out: Path, overwrite: bool) -> FolderState:
     if state == "foreign":
         raise ArtifactError(f"{out} holds other files; expected a new or empty folder, choose another `out`")
     if not overwrite and (out / METRICS_FILE).exists():
-        raise ArtifactError(f"{out} holds another run; choose another `out` or pass `overwrite`")
+        kind = "a finished run" if state == "finished" else "another run"
+        raise ArtifactError(f"{out} holds {kind}; choose another `out`, or replace it with `overwrite`")
     return state
 
 
