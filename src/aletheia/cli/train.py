@@ -1,7 +1,7 @@
 """``aletheia train``: the whole job. Load, probe, plan, adapt, train, report."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,10 +10,14 @@ from aletheia.cli.config import build, merge, read_config
 from aletheia.cli.help import OR_IN_FILE
 from aletheia.cli.options import MODEL_OR_ADAPTER, JsonOption, conclude, print_json, print_rich, say
 from aletheia.cli.settings_options import Given, from_settings
+from aletheia.cli.wording import translate
 from aletheia.data.settings import DataSettings
 from aletheia.planning.plan import PlanSettings
 from aletheia.settings import GIVEN, PLAN, SAVING
 from aletheia.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from aletheia.planning.outlook import DryRun
 
 EXAMPLE = "aletheia train Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --out run"
 
@@ -61,6 +65,15 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a finished run in RUN.", rich_help_panel=SAVING)
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Train and write nothing: load the model, plan, time a few steps, and show the plan, a row, and the "
+            "time, memory and disk that the run is predicted to take.",
+            rich_help_panel=GIVEN,
+        ),
+    ] = False,
     as_json: JsonOption = False,
     *,
     given: Given,
@@ -70,6 +83,7 @@ def train(
     If the run is stopped or killed, the same command resumes from the last checkpoint. The exit code is 3 if nothing
     was learned or the held-out loss rose; the adapter is kept.
     """
+    from aletheia.job.dry_run import dry_run as look_ahead
     from aletheia.job.fine_tune import fine_tune
     from aletheia.reporting.terminal import render
     from aletheia.training.processes import Launch
@@ -84,16 +98,11 @@ def train(
     if (file := merge(sections, given)["plan"].get("file")) is not None:
         plan = {"file": file} | made.given()
     training = build(TrainSettings, sections, given)
-    run = fine_tune(
-        build(LoadSettings, sections, given),
-        build(DataSettings, sections, given),
-        out,
-        plan,
-        training,
-        overwrite,
-        resume,
-        say,
-    )
+    loading, data = build(LoadSettings, sections, given), build(DataSettings, sections, given)
+    if dry_run:
+        _show_outlook(look_ahead(loading, data, out, plan, training, overwrite, resume, say), as_json)
+        return
+    run = fine_tune(loading, data, out, plan, training, overwrite, resume, say)
     if not Launch.here().is_first:
         conclude([run], training.allow_worse, aloud=False)
         return
@@ -103,3 +112,18 @@ def train(
         print_rich(render(run))
     say(f"wrote {out} (adapter, plan.json, metrics.json, config.yaml, report.html)")
     conclude([run], training.allow_worse)
+
+
+def _show_outlook(found: "DryRun", as_json: bool) -> None:
+    """Print what a run would do."""
+    from dataclasses import asdict, replace
+
+    from aletheia.reporting.outlook import dry_run_view
+
+    found = replace(found, notes=tuple(translate(note) for note in found.notes))
+    if as_json:
+        shown = asdict(replace(found, plan=found.plan.model_dump(mode="json")))  # type: ignore[arg-type]
+        print_json(shown | {"total_seconds": found.total_seconds})
+    else:
+        print_rich(dry_run_view(found))
+        say("to train, give the same command without --dry-run")
