@@ -32,6 +32,7 @@ from aletheia.prefix.cache_folders import default_cache_dir
 from aletheia.prefix.choose import MEMORY_SHARE
 from aletheia.probing.timings import Timings
 from aletheia.runs.folder import ADAPTER_FILES, CARD_FILE, CONFIG_FILE, RunFolder, check_out
+from aletheia.runs.manifest import MANIFEST_FILE
 from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, REPORT_FILE, SCORES_FILE
 from aletheia.training.calibrate import calibrate
 from aletheia.training.interrupts import Interrupts
@@ -148,7 +149,7 @@ def _outlook(job: Job, ready: Ready, notes: list[str], started: float) -> DryRun
         free_disk_bytes=free_bytes(job.folder.path),
         files=(
             *(*ADAPTER_FILES, PLAN_FILE, *([SCORES_FILE] if ready.scores else []), METRICS_FILE),
-            *(CONFIG_FILE, REPORT_FILE, CARD_FILE),
+            *(CONFIG_FILE, REPORT_FILE, CARD_FILE, MANIFEST_FILE),
         ),
         notes=tuple(dict.fromkeys(notes)),
         measured_seconds=time.perf_counter() - started,

@@ -62,8 +62,13 @@ def _steps(found: DryRun) -> str:
 def _time(found: DryRun) -> str:
     if not found.seconds:
         return f"not predicted: {found.why_no_seconds}"
-    parts = ", ".join(f"{PHASES[phase]} {human_seconds(seconds)}" for phase, seconds in found.seconds.items())
-    return f"about {human_seconds(found.total_seconds)} on this machine ({found.device}): {parts}"
+    parts = ", ".join(f"{PHASES[phase]} {_about(seconds)}" for phase, seconds in found.seconds.items())
+    return f"about {_about(found.total_seconds)} on this machine ({found.device}): {parts}"
+
+
+def _about(seconds: float) -> str:
+    """No more digits than a prediction has."""
+    return f"{max(1, round(seconds))} s" if seconds < 100 else human_seconds(float(f"{seconds:.2g}"))
 
 
 def _memory(found: DryRun) -> str:
