@@ -57,6 +57,7 @@ def test_1_a_path_is_misspelt(refuse):
     assert refuse("train model --data train.jsonl --out run --plan plna.json").endswith("did you mean plan.json?")
     assert refuse("plan score.json --out p.json").endswith("did you mean scores.json?")
     assert refuse("report don --out r.html").endswith("did you mean done?")
+    assert "did you mean" not in refuse("train model --data xylophone.jsonl --out run")
 
 
 def test_2_no_model_is_given(refuse):
@@ -74,7 +75,7 @@ def test_3_and_4_a_file_of_another_kind(refuse):
         "plan plan.json --out p.json": "plan.json is a plan; expected a scores file; to follow it: aletheia train "
         "MODEL --data ROWS --plan plan.json --out RUN",
         "plan done --out p.json": "done is a run folder; expected a scores file; those of the run are done/scores.json",
-        "plan model --out p.json": "model is a model; expected a scores file; to make them: aletheia probe model "
+        "plan model --out p.json": "model holds a model; expected a scores file; to make them: aletheia probe model "
         "--data ROWS --out scores.json",
         "train model --data train.jsonl --out run --plan scores.json": "scores.json holds scores; expected a plan "
         "file; to make one from these: aletheia plan scores.json --out plan.json",
@@ -86,10 +87,12 @@ def test_3_and_4_a_file_of_another_kind(refuse):
         "train MODEL --data ROWS --plan plan.json --out RUN",
         "train model --data done --out run": "done is a run folder; expected rows of data; to see it: aletheia show "
         "done",
-        "train model --data model --out run": "model is a model; expected rows of data; to fine-tune it: aletheia "
+        "train model --data model --out run": "model holds a model; expected rows of data; to fine-tune it: aletheia "
         "train model --data ROWS --out RUN",
-        "train --config plan.json --out run": "plan.json is a plan; expected a YAML file of settings; give a plan as "
-        "--plan",
+        "train --config plan.json --out run": "plan.json is a plan; expected a YAML file of settings; to follow "
+        "it: aletheia train MODEL --data ROWS --plan plan.json --out RUN",
+        "campaign run train.jsonl --out c": "train.jsonl holds rows of data; expected a YAML file that describes a "
+        "campaign; to learn from them: aletheia train MODEL --data train.jsonl --out RUN",
         "train --config done --out run": "done is a run folder; expected a YAML file of settings; those of the run "
         "are done/config.yaml",
     }.items():
@@ -181,7 +184,7 @@ def test_10_a_path_of_another_kind_for_what_shows_and_measures(refuse, model_fol
         "eval model --adapter plan.json --tasks mmlu --out X": "plan.json is a plan; expected a run folder or another "
         "adapter folder; to follow it: aletheia train MODEL --data ROWS --plan plan.json --out RUN",
         "eval done --out X": f"done is an adapter of the base model {model_folder}; expected that as MODEL, and the "
-        f"adapter beside it: aletheia eval {model_folder} --adapter done",
+        f"adapter beside it: aletheia eval {model_folder} --adapter done ...",
     }.items():
         assert refuse(command) == line
     assert refuse("report plan.json").startswith("--out is missing; expected for example: aletheia report ")

@@ -171,7 +171,7 @@ def test_the_options_of_train_stand_in_groups(run):
 
 def test_all_that_is_missing_is_named_at_once(run):
     for arguments, names in (
-        (("train",), "--out, MODEL and --data are missing"),
+        (("train",), "MODEL, --data and --out are missing"),
         (("train", "--data", "x.jsonl", "--out", "run"), "MODEL is missing"),
         (("plan",), "SCORES is missing"),
     ):
@@ -205,6 +205,7 @@ def test_a_usage_error_points_to_the_help_of_its_command(run):
         assert code == 2
         assert err.startswith("error: No such option")
         assert err.rstrip().endswith(f"{command} --help'")
+    assert run("train", "--steps")[2].rstrip().endswith("requires an argument; see 'aletheia train --help'")
     assert run("tune")[2].rstrip().endswith("see 'aletheia --help'")
 
 

@@ -12,7 +12,7 @@ from typing import Literal
 
 Kind = Literal[
     "rows", "scores", "plan", "metrics", "run", "stopped run", "adapter", "model", "model file", "settings",
-    "evaluation", "page",
+    "evaluation", "campaign", "page",
 ]  # fmt: skip
 
 WHAT: dict[Kind, str] = {
@@ -23,10 +23,11 @@ WHAT: dict[Kind, str] = {
     "run": "is a run folder",
     "stopped run": "is the folder of a run that is not finished",
     "adapter": "is an adapter folder",
-    "model": "is a model",
+    "model": "holds a model",
     "model file": "is one file of a model",
     "settings": "is a file of settings",
     "evaluation": "is the folder of an evaluation",
+    "campaign": "holds a campaign",
     "page": "is a web page",
 }
 # what to do with it, whatever was expected; {path} and {folder} stand ready for a shell
@@ -42,6 +43,7 @@ USE: dict[Kind, str] = {
     "model file": "give the model's folder, {folder}",
     "settings": "to run with it: aletheia train --config {path} --out RUN",
     "evaluation": "to see it: aletheia eval --out {path}",
+    "campaign": "to see it: aletheia campaign status {path}",
     "page": "open it in a browser",
 }
 # by what was expected and what was found, where there is a nearer way
@@ -60,8 +62,6 @@ INSTEAD: dict[tuple[Kind, Kind], str] = {
     ("adapter", "model file"): "give the folder, {folder}",
     ("rows", "settings"): "give settings as `config`",
     ("settings", "run"): "those of the run are {path}/config.yaml",
-    ("settings", "plan"): "give a plan as `plan`",
-    ("settings", "rows"): "give rows as `data`",
 }
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 PACKED = (".gz", ".zst")
@@ -114,7 +114,9 @@ def near(path: str | Path, *kinds: Kind) -> str:
         names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
     except (OSError, ValueError):
         return ""
-    alike = get_close_matches(path.name, names, 3, 0.6)
+    stems = {name: Path(name).stem.lower() for name in names}
+    close = get_close_matches(path.stem.lower(), list(stems.values()), 3, 0.6)
+    alike = sorted((name for name in names if stems[name] in close), key=lambda name: close.index(stems[name]))
     fitting = [name for name in alike if kind_of(path.parent / name) in kinds]
     chosen = (fitting or ([] if kinds else alike))[:2]
     return f"; did you mean {' or '.join(str(path.parent / name) for name in chosen)}?" if chosen else ""
@@ -125,6 +127,8 @@ def _of_folder(folder: Path) -> Kind | None:
         return "run"
     if (folder / "adapter_config.json").is_file():
         return "adapter"
+    if (folder / "campaign.db").is_file():
+        return "campaign"
     if (folder / "eval.json").is_file():
         return "evaluation"
     if _is_config(folder / "config.json"):
@@ -137,7 +141,7 @@ def _of_folder(folder: Path) -> Kind | None:
 def _of_file(path: Path) -> Kind | None:
     if path.suffix == ".gguf":
         return "model"
-    if path.suffix in WEIGHTS or path.name in OF_A_MODEL:
+    if path.suffix in WEIGHTS or (path.name in OF_A_MODEL and _holds_model(path.parent)):
         return "model file"
     if path.suffix in (".yaml", ".yml"):
         return "settings"
@@ -157,6 +161,10 @@ def _declared(path: Path) -> str | None:
     return found[1].decode() if found else None
 
 
+def _holds_model(folder: Path) -> bool:
+    return _is_config(folder / "config.json") or (folder / "adapter_config.json").is_file()
+
+
 def _is_config(path: Path) -> bool:
     """Whether it is the config of a transformers model."""
     if not path.is_file():
@@ -169,7 +177,7 @@ def _is_config(path: Path) -> bool:
 def _is_rows(path: Path) -> bool:
     suffixes = [one.lower() for one in path.suffixes[-2:]]
     last = suffixes[:-1] if suffixes and suffixes[-1] in PACKED else suffixes
-    return bool(last) and last[-1] in ROWS and path.name not in OF_A_MODEL and path.is_file()
+    return bool(last) and last[-1] in ROWS and path.is_file()
 
 
 def _first(entries: Iterable[Path], count: int) -> Iterator[Path]:

@@ -25,10 +25,14 @@ class Command(TyperCommand):
         Raises:
             SettingsError: something must be given and is not.
         """
-        given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
-        absent = [
-            _name(one) for one in self.get_params(ctx) if _must(one, given) and not _is_given(given.get(one.name))
-        ]
+        try:
+            given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
+        except Exception as error:
+            if getattr(error, "ctx", ctx) is None:  # then the message names the help of this command
+                error.ctx = ctx  # type: ignore[attr-defined]
+            raise
+        parameters = sorted(self.get_params(ctx), key=_place)
+        absent = [_name(one) for one in parameters if _must(one, given) and not _is_given(given.get(one.name))]
         if absent and not given.get("help") and not ctx.resilient_parsing:
             raise SettingsError(self._missing(absent, ctx.command_path))
         return super().parse_args(ctx, args)
@@ -61,8 +65,7 @@ class Group(TyperGroup):
         commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
         rows = [(name, found.get_short_help_str(limit=1000)) for name, found in commands if found]
         _write_section("Commands", rows, formatter)
-        for title, options in options_by_group(self, ctx).items():
-            _write_section(title, options, formatter)
+        _write_section(OTHERS, [row for options in options_by_group(self, ctx).values() for row in options], formatter)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Write the example."""

@@ -42,7 +42,7 @@ def from_settings(
     for one in classes:
         for name, field in one.model_fields.items():
             if name not in leave_out and "group" in _extra(field):
-                owners.setdefault(name, []).append(one)
+                owners[name] = [*owners.pop(name, []), one]  # it stands where the last of them has it
     flags = flags_of(*classes)
     if unknown := set(leave_out) - flags.keys():
         raise ValueError(f"{', '.join(sorted(unknown))} to leave out; expected fields of the settings")

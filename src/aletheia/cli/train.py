@@ -100,7 +100,9 @@ def train(
     training = build(TrainSettings, sections, given)
     loading, data = build(LoadSettings, sections, given), build(DataSettings, sections, given)
     if dry_run:
-        _show_outlook(look_ahead(loading, data, out, plan, training, overwrite, resume, say), as_json)
+        found = look_ahead(loading, data, out, plan, training, overwrite, resume, say)
+        if Launch.here().is_first:
+            _show_outlook(found, as_json)
         return
     run = fine_tune(loading, data, out, plan, training, overwrite, resume, say)
     if not Launch.here().is_first:

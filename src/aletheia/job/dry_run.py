@@ -44,7 +44,7 @@ from aletheia.training.loop import (
     takes_average,
     training_arguments,
 )
-from aletheia.training.processes import Launch
+from aletheia.training.processes import Launch, say_nothing
 from aletheia.training.race import FACTORS, race_steps
 from aletheia.training.settings import TrainSettings
 
@@ -85,18 +85,20 @@ def dry_run(
     out = Path(out)
     state = check_out(out, overwrite)
     _check_rights(out)
-    told, notes = say or to_stderr, list[str]()
-
-    def listen(line: str) -> None:
-        if line.startswith(NOTE):
-            notes.append(line.removeprefix(NOTE))
-        else:
-            told(line)
-
+    notes: list[str] = []
     with ExitStack() as stack:
+        launch = stack.enter_context(Launch.join())
+        told = (say or to_stderr) if launch.is_first else say_nothing
+
+        def listen(line: str) -> None:
+            if line.startswith(NOTE):
+                notes.append(line.removeprefix(NOTE))
+            else:
+                told(line)
+
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aletheia-")))
         folder = RunFolder.of_another_process(out, resumes=state == "interrupted" and resume != "never")
-        job = Job(settings, folder, Launch.here(), listen, Interrupts(), work=work / "probe")
+        job = Job(settings, folder, launch, listen, Interrupts(), work=work / "probe")
         ready = job.ready(None if resume in ("auto", "never") else Path(resume), shows_row=False)
         return _outlook(job, ready, notes, started)
 
@@ -198,7 +200,10 @@ def _seconds(job: Job, ready: Ready, steps: int, is_cached: bool, recompute: str
     ranks = {adapter.name: adapter.rank for adapter in plan.adapters}
     costs = measured_costs(read_anatomy(ready.base.model), ranks, plan.settings.rank, timings)
     left = steps - (ready.found.step if ready.found else 0)
-    batches, passes = steps * training.gradient_accumulation_steps, planned_passes(len(data), training)
+    batches, passes = (
+        steps * training.gradient_accumulation_steps,
+        planned_passes(len(data), training, job.launch.processes),
+    )
     whole = training_seconds(plan, costs, batches, passes, is_cached, recompute)
     racing = len(FACTORS) * race_steps(steps) * costs.step(plan.layers) if training.learning_rate == "auto" else 0.0
     seconds = {name: job.seconds.get(name, 0.0) for name in ("load", "probe")} | {
@@ -212,5 +217,6 @@ def _seconds(job: Job, ready: Ready, steps: int, is_cached: bool, recompute: str
 def _evaluation_seconds(ready: Ready, training: TrainSettings, costs: LayerCosts, timings: Timings) -> float:
     """Of the held-out losses, the first one included: forward passes over all layers."""
     tokens = sum(len(row) for row in ready.held_out.examples)
-    times = (evaluations_of(len(ready.data), training) or 1) + 1 + training.rescale
+    taken = evaluations_of(len(ready.data), training, Launch.here().processes) or 1
+    times = 1 + taken + training.rescale
     return times * tokens / timings.tokens * (sum(costs.forward) + costs.head / 3)

@@ -174,7 +174,7 @@ class TrainSettings(Settings):
     )
     seed: int = option(
         0,
-        "Seed of all that is random: held-out rows, their order, how adapters start.",
+        "Seed of all that is random: which rows are held out, the order of the others, how adapters start.",
         LENGTH,
         ge=0,
         le=2**32 - 1,

@@ -74,7 +74,7 @@ def eval_settings(data_dir: Path | None, adapter: Path | None, **settings: Any) 
         base = base_of_adapter(Path(model))
         raise EvaluationError(
             f"{model} is an adapter of the base model {base}; expected that as MODEL, and the adapter beside it: "
-            f"aletheia eval {base} `adapter={model}`"
+            f"aletheia eval {base} `adapter={model}` ..."
         )
     if unknown := [name for name in names if name not in TASKS]:
         raise EvaluationError(f"unknown task {unknown[0]!r} in `tasks`; expected some of {','.join(TASKS)}")
