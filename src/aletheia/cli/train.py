@@ -118,14 +118,13 @@ def train(
 
 def _show_outlook(found: "DryRun", as_json: bool) -> None:
     """Print what a run would do."""
-    from dataclasses import asdict, replace
+    from dataclasses import replace
 
     from aletheia.reporting.outlook import dry_run_view
 
     found = replace(found, notes=tuple(translate(note) for note in found.notes))
     if as_json:
-        shown = asdict(replace(found, plan=found.plan.model_dump(mode="json")))  # type: ignore[arg-type]
-        print_json(shown | {"total_seconds": found.total_seconds})
+        print_json(found.to_dict())
     else:
         print_rich(dry_run_view(found))
         say("to train, give the same command without --dry-run")

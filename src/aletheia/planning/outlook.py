@@ -1,7 +1,8 @@
 """What a run would be, found out without running it: plain data. No torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from aletheia.data.preview import ShownRow
 from aletheia.planning.cost import LayerCosts
@@ -68,6 +69,10 @@ class DryRun:
     def total_seconds(self) -> float:
         """Predicted time of the whole run; 0 where it is not known."""
         return sum(self.seconds.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON has it."""
+        return asdict(self) | {"plan": self.plan.model_dump(mode="json"), "total_seconds": self.total_seconds}
 
 
 def training_seconds(
