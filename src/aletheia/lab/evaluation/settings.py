@@ -14,7 +14,7 @@ class EvalChoice(Settings):
     """Which tasks, on which items, asked in which way; :func:`aletheia.eval_settings` checks the values."""
 
     SECTION: ClassVar[str] = "eval"
-    tasks: tuple[str, ...] | str = option(
+    tasks: tuple[str, ...] = option(
         ("mmlu", "gsm8k", "wikitext"),
         "Tasks with commas between: mmlu, gsm8k, humaneval, wikitext, or heldout (the loss on `eval_data`).",
         GIVEN,
@@ -38,10 +38,12 @@ class EvalChoice(Settings):
         None, "Longest prompt in tokens, and the window of wikitext. (default: the model's)", GROUP
     )
 
-    @field_validator("tasks", mode="after")
+    @field_validator("tasks", mode="before")
     @classmethod
     def _split(cls, given: Any) -> Any:
-        return tuple(name.strip() for name in given.split(",") if name.strip()) if isinstance(given, str) else given
+        """One text is a task, or several with commas; so is each text of a list."""
+        texts = (given,) if isinstance(given, str) else given
+        return tuple(name.strip() for text in texts for name in text.split(",") if name.strip())
 
     def of_result(self) -> dict[str, Any]:
         """The settings that an evaluation records, by name."""
