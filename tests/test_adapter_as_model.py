@@ -138,7 +138,7 @@ def test_other_commands_say_that_it_is_an_adapter_and_of_which_base(foreign, mod
     assert code == 2
     line = err.splitlines()[-1]
     assert f"is an adapter of the base model {model_folder}" in line
-    assert "--fresh" in line
+    assert ("--adapter" if command == "eval" else "--fresh") in line
 
 
 @pytest.mark.parametrize(

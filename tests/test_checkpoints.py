@@ -566,7 +566,7 @@ def test_a_folder_is_new_interrupted_finished_or_foreign(tmp_path):
         assert not claimed.resumes
         assert not (out / "checkpoints").exists()
     (out / "metrics.json").write_text('{"format": "aletheia-metrics"}')
-    with pytest.raises(ArtifactError, match="holds another run; choose another `out` or pass `overwrite`"):
+    with pytest.raises(ArtifactError, match="run; choose another `out`, or replace it with `overwrite`"):
         RunFolder.claim(out)
     (out / "checkpoints").mkdir()
     with RunFolder.claim(out, overwrite=True) as claimed:

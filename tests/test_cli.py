@@ -123,7 +123,7 @@ def test_the_whole_job_in_one_command(run, model_folder, data_file, tmp_path):
     }  # fmt: skip
     code, _, err = run("train", model_folder, "--data", data_file, "--out", "run", *SMALL)
     assert code == 2
-    assert err.strip() == "error: run holds another run; choose another --out or pass --overwrite"
+    assert err.strip() == "error: run holds a finished run; choose another --out, or replace it with --overwrite"
     again = ("train", "--config", "run/config.yaml", "--out", "run", "--overwrite", "--json")
     code, out, err = run(*again)
     assert code == 0, err
@@ -255,7 +255,7 @@ BAD = {
     ),
     "policy": (("plan", "{scores}", "--out", "p.json", "--policy", "best"), "is 'best'; expected one of depth-aware"),
     "score": (("probe", "{model}", "--data", "{data}", "--out", "s.json", "--score", "x"), "expected gradient-norm"),
-    "not scores": (("plan", "other.json", "--out", "p.json"), "no aletheia-scores file"),
+    "not scores": (("plan", "other.json", "--out", "p.json"), "other.json is a plan; expected a scores file"),
     "full folder": (("train", "{model}", "--data", "{data}", "--out", "full"), "full holds other files"),
     "both lengths": (
         ("train", "{model}", "--data", "{data}", "--out", "r", "--steps", 1, "--epochs", 1),
@@ -269,8 +269,8 @@ BAD = {
     "unwritable scores": (("probe", "{model}", "--data", "{data}", "--out", "/proc/none/s.json"), "cannot write"),
     "steps 0": (("train", "{model}", "--data", "{data}", "--out", "r", "--steps", 0), "--steps is 0"),
     "no run": (("report", "full", "--out", "x.html"), "holds no finished run"),
-    "not ours": (("show", "empty.jsonl"), "none of ours"),
-    "nothing there": (("show", "absent.json"), "cannot read absent.json"),
+    "not ours": (("show", "empty.jsonl"), "empty.jsonl holds rows of data; expected a scores file"),
+    "nothing there": (("show", "absent.json"), "there is no absent.json"),
     "no such cache": (("cache", "--cache-dir", "caches", "--delete", "abc"), "0 caches in caches begin with 'abc'"),
     "recompute": (
         ("train", "{model}", "--data", "{data}", "--out", "r", "--gradient-checkpointing", "some"),

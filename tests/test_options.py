@@ -1,5 +1,6 @@
 """Options come from settings objects, a file may hold them, and messages name them as they are typed. No model."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,8 @@ from aletheia.cli.settings_options import from_settings, section_of
 from aletheia.cli.wording import translate
 from aletheia.data.settings import DataSettings
 from aletheia.errors import AletheiaError, SettingsError
-from aletheia.settings import Settings, option
+from aletheia.settings import DATA, GROUPS, LENGTH, RATE, SAVING, SPEED, Settings, option
+from aletheia.settings import GIVEN as GIVEN_TITLE
 from aletheia.training.settings import TrainSettings
 
 
@@ -55,8 +57,10 @@ def fly(
 def flown(*arguments: str) -> dict[str, dict[str, object]]:
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(cls=Command)(fly)
-    app(["robin", *arguments], standalone_mode=False)
-    return GIVEN.pop()
+    app(["robin", "--place", "x", *arguments], standalone_mode=False)
+    given = GIVEN.pop()
+    assert given["flight"].pop("place") == "x"
+    return given
 
 
 def every_command(command=None, path=()):
@@ -117,20 +121,63 @@ def test_help_shows_values_and_defaults(capsys, monkeypatch):
         assert part in shown
 
 
+def written(parameter):
+    """An option or argument as its help has it, in one piece."""
+    if parameter.param_type_name == "argument":
+        return parameter.metavar
+    first = next(name for name in parameter.opts if name.startswith("--"))
+    if parameter.is_flag:
+        return " / ".join([first, *parameter.secondary_opts])
+    assert parameter.metavar, f"{first} has no word for its value"
+    return f"{first} {parameter.metavar}"
+
+
 @pytest.mark.parametrize("columns", [80, 60])
 @pytest.mark.parametrize("path", [path for path, _ in every_command()], ids=" ".join)
-def test_no_help_cuts_an_option_or_a_choice(run, monkeypatch, path, columns):
+def test_no_help_cuts_an_option_or_a_choice_or_is_too_wide(run, monkeypatch, path, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     code, out, _ = run(*path, "--help")
     assert code == 0
     assert "…" not in out
-    words = out.split()
+    assert [line for line in out.splitlines() if len(line) > columns] == []
+    whole = re.sub(r",\n +(?=\S)", ",", out)  # a list of values goes on behind a comma
     (command,) = [found for known, found in every_command() if known == path]
     for parameter in command.params:
-        if parameter.param_type_name == "option":
-            assert {*parameter.opts, *parameter.secondary_opts} <= {word.rstrip(",") for word in words}
-            if (parameter.metavar or "").startswith("{"):
-                assert parameter.metavar in words
+        assert re.search(rf"^  (-\w, )?{re.escape(written(parameter))}(  |$)", whole, re.MULTILINE), written(parameter)
+
+
+@pytest.mark.parametrize("path", [path for path, _ in every_command()], ids=" ".join)
+def test_every_help_text_says_what_and_which(path):
+    (command,) = [found for known, found in every_command() if known == path]
+    for parameter in command.params:
+        assert re.match(r"[A-Z].{9,}", parameter.help), written(parameter)
+        assert re.search(r"[.)]$", parameter.help), written(parameter)
+        for choice in re.findall(r"\w[\w-]*", (parameter.metavar or "").partition("}")[0].partition("{")[2]):
+            if path == ("train",) and parameter.name not in ("dtype", "attention", "cache", "packing"):
+                assert choice in parameter.help, f"{written(parameter)}: {choice}"
+
+
+def test_the_options_of_train_stand_in_groups(run):
+    out = run("train", "--help")[1]
+    assert re.findall(r"^(\w.*):$", out, re.MULTILINE) == [*(GIVEN_TITLE, *GROUPS), "Example"]
+    for title, names in {
+        GIVEN_TITLE: ("--data", "--out", "--config"), DATA: ("--max-length", "--eval-data"),
+        LENGTH: ("--steps", "--epochs", "--batch-size"), RATE: ("--learning-rate", "--optim"),
+        SPEED: ("--gradient-checkpointing", "--cache", "--packing"), SAVING: ("--keep", "--save-steps", "--resume"),
+    }.items():  # fmt: skip
+        section = out.split(f"\n{title}:\n")[1].split("\n\n")[0]
+        assert all(f"\n  {name} " in f"\n{section}" for name in names), title
+
+
+def test_all_that_is_missing_is_named_at_once(run):
+    for arguments, names in (
+        (("train",), "MODEL, --data and --out are missing"),
+        (("train", "--data", "x.jsonl", "--out", "run"), "MODEL is missing"),
+        (("plan",), "SCORES is missing"),
+    ):
+        code, _, err = run(*arguments)
+        assert code == 2
+        assert err.startswith(f"error: {names}; expected for example: aletheia {arguments[0]} ")
 
 
 def test_every_field_that_a_command_offers_is_in_its_help(run):
@@ -158,6 +205,7 @@ def test_a_usage_error_points_to_the_help_of_its_command(run):
         assert code == 2
         assert err.startswith("error: No such option")
         assert err.rstrip().endswith(f"{command} --help'")
+    assert run("train", "--steps")[2].rstrip().endswith("requires an argument; see 'aletheia train --help'")
     assert run("tune")[2].rstrip().endswith("see 'aletheia --help'")
 
 
@@ -179,7 +227,8 @@ def test_data_given_twice_is_two_files(run, model_folder, tmp_path):
     assert code == 2
     assert "absent.jsonl" in err
     code, _, err = run("probe", model_folder, "--out", "s.json")
-    assert (code, err) == (2, "error: --data is missing; expected it to be given\n")
+    assert code == 2
+    assert err.startswith("error: --data is missing; expected for example: aletheia probe ")
 
 
 FILE = """

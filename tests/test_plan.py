@@ -466,7 +466,7 @@ def test_a_plan_for_another_model_is_refused_with_both_named():
     ("change", "expected"),
     [
         ({"version": 1}, "version 1; this release reads version 2"),
-        ({"format": "aletheia-scores"}, "no aletheia-plan file"),
+        ({"format": "aletheia-scores"}, "holds scores; expected a plan file"),
         ({"polcy": "last"}, "polcy"),
         ({"settings": {"rank": 0}}, "`rank` is 0; expected at least 1"),
         ({"layers": [0]}, "'layers' must be the sorted layers"),

@@ -326,7 +326,7 @@ def test_a_pattern_without_a_match_names_what_is_near(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     refused("tran-*.jsonl", "tran-*.jsonl: found no file that matches", f"looked in {tmp_path}; there is train-1.jsonl")
     refused("nowhere/*.jsonl", "found no file that matches", "no folder nowhere")
-    refused("train.jsonl", "train.jsonl: found no such file", "there is train-1.jsonl")
+    refused("train.jsonl", "train.jsonl: found no such file", "did you mean train-1.jsonl?")
     (tmp_path / "x.txt").touch()
     refused("*.txt", "found only x.txt, expected files in one of the formats")
 

@@ -252,7 +252,7 @@ def test_a_seed_repeats_a_run(examples, scores, tmp_path):
 def test_another_run_is_never_overwritten_unasked(examples, scores, tmp_path):
     trained(examples, scores, tmp_path / "run", steps=1)
     before = (tmp_path / "run" / "metrics.json").read_bytes()
-    with pytest.raises(ArtifactError, match="holds another run; choose another `out` or pass `overwrite`"):
+    with pytest.raises(ArtifactError, match="run; choose another `out`, or replace it with `overwrite`"):
         trained(examples, scores, tmp_path / "run", steps=1)
     assert (tmp_path / "run" / "metrics.json").read_bytes() == before
     with RunFolder.claim(tmp_path / "run", overwrite=True) as claimed:

@@ -23,6 +23,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Anatomy": "aletheia.anatomy.schema",
     "Checkpoint": "aletheia.anatomy.checkpoint",
+    "DryRun": "aletheia.planning.outlook",
     "Evaluated": "aletheia.lab.evaluation.record",
     "Examples": "aletheia.data.examples",
     "Loaded": "aletheia.anatomy.load",
@@ -41,6 +42,7 @@ _HOMES = {
     "attach": "aletheia.training.attach",
     "calibrate": "aletheia.training.calibrate",
     "compare": "aletheia.lab.evaluation.against",
+    "dry_run": "aletheia.job.dry_run",
     "eval_settings": "aletheia.lab.evaluation.evaluate",
     "evaluate": "aletheia.lab.evaluation.evaluate",
     "export": "aletheia.runs.exports.export",
@@ -75,6 +77,7 @@ if TYPE_CHECKING:
     from aletheia.data.encode import load_data
     from aletheia.data.examples import Examples, split_held_out
     from aletheia.data.settings import DataSettings
+    from aletheia.job.dry_run import dry_run
     from aletheia.job.fine_tune import fine_tune
     from aletheia.job.generate import generate
     from aletheia.job.preview import preview
@@ -83,6 +86,7 @@ if TYPE_CHECKING:
     from aletheia.lab.evaluation.evaluate import eval_settings, evaluate
     from aletheia.lab.evaluation.record import Evaluated
     from aletheia.planning.make import plan, plan_frontier
+    from aletheia.planning.outlook import DryRun
     from aletheia.planning.plan import Plan, PlanSettings
     from aletheia.prefix.boundary import frozen_prefix
     from aletheia.probing.resident import probe

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from aletheia.errors import ArtifactError, SettingsError
+from aletheia.kinds import OF_FORMAT, mistaken, near
 
 SEAL = "sha256"
 _SEAL_LINE = re.compile(rb'^ "sha256": "([0-9a-f]{64})",?$', re.MULTILINE)  # nested keys stand further in
@@ -269,6 +270,11 @@ class Artifact(BaseModel):
                 invalid fields.
         """
         path = Path(path)
+        kinds = [OF_FORMAT[cls.FORMAT]] if cls.FORMAT in OF_FORMAT else []
+        if kinds and (fault := mistaken(path, f"a {kinds[0]} file", *kinds)):
+            raise ArtifactError(fault)
+        if not os.path.lexists(path) and (hint := near(path, *kinds)):
+            raise ArtifactError(f"cannot read {path}: there is no such file{hint}")
         content = _bytes_of(path)
         found = _parsed(path, content)
         if not isinstance(found, dict) or found.get("format") != cls.FORMAT:

@@ -24,6 +24,12 @@ MOST_STEPS = 10**7
 MOST_EPOCHS = 10**4
 MOST_WORKERS = 256  # processes of a loader, or jobs
 
+# Titles under which a command's help lists the settings, in this order.
+GIVEN, DATA, LOADING, PLAN = "What you give", "Data", "Model loading", "Plan"
+LENGTH, RATE, SPEED = "Training length and batches", "Learning rate and optimizer", "Memory and speed"
+SAVING, OUTPUT = "Saving and stopping", "Output"
+GROUPS = (DATA, LOADING, PLAN, LENGTH, RATE, SPEED, SAVING, OUTPUT)
+
 LIMITS = {
     "greater_than_equal": ("at least", "ge"),
     "greater_than": ("more than", "gt"),

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from aletheia.errors import ModelError
+from aletheia.kinds import near
 
 NEEDS_CODE = (
     "{name} can only be loaded by code of its own; expected a model that transformers knows, or `trust_remote_code` "
@@ -39,7 +40,7 @@ def explained(name: str, fault: str = "its config or weights do not fit together
         if "ignore_mismatched_sizes" in str(error):  # and points to a report that nobody sees
             reason = "weights are of another shape than the config tells"
         if isinstance(error, _OF_THE_PLACE):
-            raise ModelError(f"cannot load {name[:200]}: {reason}") from error
+            raise ModelError(f"cannot load {name[:200]}: {reason}{near(name, 'model', 'run', 'adapter')}") from error
         raise ModelError(f"cannot load {name[:200]}: {fault}: {reason}; fetch it again") from error
 
 

@@ -29,16 +29,18 @@ from aletheia.anatomy.schema import Anatomy
 from aletheia.anatomy.settings import Attention
 from aletheia.errors import ModelError
 from aletheia.files import whole_path
+from aletheia.kinds import mistaken, near
 from aletheia.libraries import quiet_stderr
 
 Quantize = Literal["nf4", "int8"]
 MOST_PER_BYTE = 16  # numbers that a stored byte may stand for: GGUF packs up to 8
 SPARE_BYTES = 2**20  # of weights, so that what is computed anew (positions, masks) counts for nothing
+EXPECTED_MODEL = "a hub id, a model folder or a .gguf file"
 PACKING = ("Linear4bit", "Linear8bitLt")  # of bitsandbytes
 TRIAL_TEXT = "Hello, world! 123\n" + 30 * "a" + "\u00e9"
 _ADAPTER = (
-    "{name} is an adapter of the base model {base}; expected a base model here; 'aletheia train' goes on with an "
-    "adapter, and `fresh` merges it into its base first"
+    "{name} is an adapter of the base model {base}; expected a base model here; 'aletheia train {name} ...' trains "
+    "the adapter further, and with `fresh` merges it into its base first"
 )
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -355,7 +357,7 @@ def _place(name: str) -> dict[str, Any]:
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ModelError(f"no file {name}; expected a GGUF checkpoint")
+            raise ModelError(f"no file {name}; expected a GGUF checkpoint{near(path)}")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
         foreign.check_files(path)
@@ -364,10 +366,12 @@ def _place(name: str) -> dict[str, Any]:
         if (path / "model_index.json").is_file():
             raise ModelError(f"{name} is a diffusion pipeline, which makes images; {EXPECTED}")
         if not (path / "config.json").is_file():
+            if (fault := mistaken(path, EXPECTED_MODEL, "model")) is not None:
+                raise ModelError(fault)
             raise ModelError(f"{name} holds no config.json; expected a transformers model folder or a .gguf file")
         return {"pretrained_model_name_or_path": name}
     if path.exists():
-        raise ModelError(f"{name} is a file; expected a hub id, a model folder or a .gguf file")
+        raise ModelError(mistaken(path, EXPECTED_MODEL, "model") or f"{name} is a file; expected {EXPECTED_MODEL}")
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise ModelError(f"no folder {name}; expected a hub id, a model folder or a .gguf file")
+        raise ModelError(f"no folder {name}; expected {EXPECTED_MODEL}{near(path)}")
     return {"pretrained_model_name_or_path": name}

@@ -4,9 +4,7 @@ from typing import ClassVar, Literal
 
 from pydantic import ByteSize, model_validator
 
-from aletheia.settings import Settings, option
-
-GROUP = "Model"
+from aletheia.settings import GIVEN, LOADING, Settings, option
 
 Attention = Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
@@ -15,28 +13,57 @@ class LoadSettings(Settings):
     """Which model, and in which form."""
 
     SECTION: ClassVar[str] = "model"
-    model: str = option(..., "Hub id, local folder or .gguf file.", GROUP)
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
-        "auto", "Number format; auto takes what the device is fast in.", GROUP
+    model: str = option(
+        ...,
+        "Hub id such as Qwen/Qwen2.5-0.5B-Instruct, model folder, .gguf file, or an adapter folder to train further.",
+        GIVEN,
     )
-    quantize: Literal["nf4", "int8"] | None = option(None, "Quantize the base while loading, for QLoRA.", GROUP)
-    attention: Attention | None = option(None, "How attention is computed; transformers chooses by default.", GROUP)
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
+        "auto",
+        "Number format of the weights. auto: bfloat16 where the hardware computes in it, else float16 on a GPU and "
+        "float32 on a processor.",
+        LOADING,
+    )
+    quantize: Literal["nf4", "int8"] | None = option(
+        None,
+        "Quantize the base model while loading, as QLoRA does: nf4 (4 bits) or int8 (8 bits). Needs bitsandbytes. "
+        "(default: as the model is stored)",
+        LOADING,
+    )
+    attention: Attention | None = option(
+        None, "How attention is computed: transformers' attn_implementation. (default: transformers chooses)", LOADING
+    )
     stream: bool | None = option(
-        None, "Read the weights layer by layer (by default where they take over half the memory).", GROUP
+        None,
+        "Read the weights layer by layer, for a model that does not fit in memory; only the upper layers learn then. "
+        "(default: where the weights take over half of the memory)",
+        LOADING,
     )
     trust_remote_code: bool = option(
-        False, "Run code that comes with the model. Read it first: it can do whatever you can.", GROUP
+        False, "Run Python code that comes with the model. Read it first: it can do whatever you can do.", LOADING
     )
     allow_pickle: bool = option(
-        False, "Read weights from pickles (.bin, .pt), which can be made to do harm; safetensors cannot.", GROUP
+        False,
+        "Read weights from pickle files (.bin, .pt), too. A pickle can carry harmful code; .safetensors cannot.",
+        LOADING,
     )
     fresh: bool = option(
-        False, "MODEL is an adapter folder: merge it into its base and adapt that, instead of going on with it.", GROUP
+        False,
+        "Where MODEL is an adapter folder: merge that adapter into its base and train a new one, instead of training "
+        "it further.",
+        LOADING,
+    )
+    max_memory: ByteSize | None = option(
+        None,
+        "Most memory to use, such as 6GB or 500MiB; fewer layers learn where it is short. (default: 90 % of a GPU's "
+        "memory, 80 % of the machine's)",
+        LOADING,
     )
     base: str | None = option(
-        None, "MODEL is an adapter folder: where its base model lies now (by default where the adapter says).", GROUP
+        None,
+        "Where MODEL is an adapter folder: where its base model lies now. (default: where the adapter says)",
+        LOADING,
     )
-    max_memory: ByteSize | None = option(None, "Memory that may be used, such as 6GB (by default what is free).", GROUP)
 
     @model_validator(mode="after")
     def _consistent(self) -> "LoadSettings":

@@ -26,6 +26,7 @@ from aletheia.cli.wording import learn
 app = typer.Typer(
     name="aletheia",
     help="Fine-tune only the layers of a language model that the task needs.",
+    epilog=f"\b\n{train.EXAMPLE}",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -33,7 +34,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     cls=Group,
 )
-for module in (inspect, preview, probe, plan, show, train, generate, eval, report, export, push, cache, demo, doctor):
+for module in (train, preview, probe, plan, show, report, generate, eval, export, push, inspect, cache, doctor, demo):
     command = module.__name__.rsplit(".", 1)[-1]
     app.command(command, epilog=f"Example:\n\n\b\n{module.EXAMPLE}", cls=Command)(getattr(module, command))
 
@@ -46,7 +47,7 @@ def _options(
     debug: bool = typer.Option(
         False,
         "--debug",
-        help="Show tracebacks and what libraries print; goes before the command, or set ALETHEIA_DEBUG=1.",
+        help="Show tracebacks and what libraries print. Give it before the command, or set ALETHEIA_DEBUG=1.",
     ),
 ) -> None:
     """Fine-tune only the layers of a language model that the task needs."""

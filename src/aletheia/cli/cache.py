@@ -17,18 +17,28 @@ DAY_SECONDS = 24 * 3600
 
 def cache(
     cache_dir: Annotated[
-        Path | None, typer.Option("--cache-dir", help="Where to look ($ALETHEIA_CACHE, or your cache folder).")
+        Path | None,
+        typer.Option(
+            "--cache-dir",
+            help="Folder to look in. (default: $ALETHEIA_CACHE, else your cache folder)",
+            metavar="FOLDER",
+        ),
     ] = None,
     delete: Annotated[
-        str | None, typer.Option("--delete", help="Delete the cache of this key, or of its beginning.", metavar="KEY")
+        str | None,
+        typer.Option(
+            "--delete", help="Delete the cache with this key; its first characters are enough.", metavar="KEY"
+        ),
     ] = None,
     delete_unused: Annotated[
         float | None,
-        typer.Option("--delete-unused", help="Delete what no run has opened for this many days.", min=0),
+        typer.Option(
+            "--delete-unused", help="Delete the caches that no run has opened for so many days.", metavar="DAYS", min=0
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the prefix caches on disk; delete one, or those that no run has used for long."""
+    """List the caches of frozen layers on disk, or delete those that are no longer used."""
     from aletheia.errors import CacheError
     from aletheia.prefix.cache_folders import default_cache_dir, stored_caches
     from aletheia.reporting.format import human_bytes

@@ -3,13 +3,14 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from aletheia.cli.help import Command, Group
 from aletheia.cli.options import JsonOption, print_json, print_rich, say
-from aletheia.settings import MOST_WORKERS
+from aletheia.cli.settings_options import Given, from_settings
+from aletheia.lab.campaign.executors import ExecutorSettings
 
 if TYPE_CHECKING:
     from aletheia.lab.campaign.coordinate import Watcher
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from aletheia.lab.campaign.store import Store
 
 app = typer.Typer(
-    help="Experiments over models, arms and seeds: run, resumed, reported.",
+    help="Run and report experiments over models, ways of training and seeds.",
     no_args_is_help=True,
     rich_markup_mode=None,
     cls=Group,
@@ -28,60 +29,50 @@ EXAMPLES = {
     "report": "aletheia campaign report speed",
     "schema": "aletheia campaign schema",
 }
-OutArgument = Annotated[Path, typer.Argument(help="Folder of the campaign.", metavar="OUT")]
+OutArgument = Annotated[Path, typer.Argument(help="Folder that 'aletheia campaign run' wrote to.", metavar="OUT")]
 
 
 @app.command("run", epilog=f"Example:\n\n\b\n{EXAMPLES['run']}", cls=Command)
+@from_settings(ExecutorSettings)
 def run(
-    spec: Annotated[Path, typer.Argument(help="Campaign file (YAML).", metavar="SPEC")],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the store, jobs and results.")],
+    spec: Annotated[
+        Path,
+        typer.Argument(help="YAML file that describes the campaign; see 'aletheia campaign schema'.", metavar="SPEC"),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder to write results to, or to go on in.", metavar="OUT")],
     data_dir: Annotated[
-        Path | None, typer.Option("--data-dir", help="Folder that data paths start from (the file's data_dir).")
-    ] = None,
-    executor: Annotated[str, typer.Option("--executor", help="local or ray.")] = "local",
-    workers: Annotated[
-        int | None,
+        Path | None,
         typer.Option(
-            "--workers", help="Jobs at a time on this machine, each with a GPU of its own (1).", min=1, max=MOST_WORKERS
+            "--data-dir", help="Folder that paths of data start from. (default: data_dir of SPEC)", metavar="FOLDER"
         ),
     ] = None,
-    address: Annotated[
-        str | None, typer.Option("--address", help="Ray cluster to join (by default one is started here).")
-    ] = None,
-    gpus: Annotated[
-        float | None, typer.Option("--gpus", help="GPUs per job on a Ray cluster (0: it sees none).", min=0)
-    ] = None,
-    cpus: Annotated[float | None, typer.Option("--cpus", help="CPUs per job on a Ray cluster (1).", min=0)] = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run rows that failed once more.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print rows, estimated hours and disk, and stop.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run the rows that failed again.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the rows with estimated hours and disk space; run nothing.")
+    ] = False,
+    *,
+    given: Given,
 ) -> None:
-    """Run every row that is not recorded yet; after any interruption the same command goes on.
+    """Run every row of a campaign that is not done yet; after an interruption the same command goes on.
 
-    Exit code 1 if rows failed; the others are kept.
+    The exit code is 1 if rows failed; the others are kept.
     """
     from aletheia.lab.campaign.checks import check_campaign, check_tools
     from aletheia.lab.campaign.coordinate import run_campaign
-    from aletheia.lab.campaign.executors import ExecutorSettings, make_executor
+    from aletheia.lab.campaign.executors import make_executor
     from aletheia.lab.campaign.spec import read_campaign
 
     campaign = read_campaign(spec)
     data = data_dir or Path(campaign.data_dir)
-    asked: dict[str, Any] = {
-        "executor": executor,
-        "workers": workers,
-        "address": address,
-        "gpus": gpus,
-        "cpus": cpus,
-    }
-    settings = ExecutorSettings(**asked)
+    settings = ExecutorSettings(**given["executor"])
     check_campaign(campaign, data, settings)
     if dry_run:
         from aletheia.lab.campaign.forecast import forecast
         from aletheia.lab.reporting.campaign_terminal import forecast_table
 
-        print_rich(*forecast_table(forecast(campaign, out, workers or 1)))
+        print_rich(*forecast_table(forecast(campaign, out, settings.workers or 1)))
         return
-    if executor == "local":  # on Ray, other machines run the benchmarks
+    if settings.executor == "local":  # on Ray, other machines run the benchmarks
         check_tools(campaign)
     chosen = make_executor(settings)
     with _live_table() as show:
@@ -96,7 +87,7 @@ def run(
 
 @app.command("status", epilog=f"Example:\n\n\b\n{EXAMPLES['status']}", cls=Command)
 def status(out: OutArgument, as_json: JsonOption = False) -> None:
-    """Rows by model and arm: done, failed with the reason, still to come."""
+    """Show which rows are done, which failed and why, and which are still to come."""
     from aletheia.lab.campaign.store import STORE_FILE, Store
     from aletheia.lab.reporting.campaign_terminal import status_table
 
@@ -116,10 +107,11 @@ def status(out: OutArgument, as_json: JsonOption = False) -> None:
 def report(
     out: OutArgument,
     to: Annotated[
-        Path | None, typer.Option("--to", help="Folder for report.html, report.md and report.csv (OUT).")
+        Path | None,
+        typer.Option("--to", help="Folder for report.html, report.md and report.csv. (default: OUT)", metavar="FOLDER"),
     ] = None,
 ) -> None:
-    """Write the report from the store alone: HTML, Markdown and CSV; the same store gives the same bytes."""
+    """Write the report of a campaign: HTML, Markdown and CSV. The same results give the same bytes."""
     from aletheia.lab.campaign.store import STORE_FILE, Store
     from aletheia.lab.reporting.campaign_page import write_report
 

@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 
 from aletheia.anatomy.settings import LoadSettings
 from aletheia.cli.settings_options import Given, section_of
+from aletheia.cli.wording import OTHER_NAMES, flag_of
 from aletheia.data.settings import DataSettings
 from aletheia.errors import SettingsError
+from aletheia.kinds import mistaken
 from aletheia.plain_yaml import parse_yaml, read_yaml
 from aletheia.planning.plan import PlanSettings
 from aletheia.runs.contents import check_file
@@ -40,6 +42,8 @@ def read_config(path: Path) -> Given:
         SettingsError: it cannot be read, is too large, or is not as expected.
         ArtifactError: it lies in a run folder and was changed there.
     """
+    if (fault := mistaken(path, "a YAML file of settings", "settings")) is not None:
+        raise SettingsError(fault)
     found = read_yaml(path)
     check_file(path)
     return _sections(found, str(path))
@@ -113,7 +117,8 @@ def build(
 
 def _section(section: Any, value: Any, name: str) -> dict[str, Any]:
     if section not in SECTIONS:
-        raise SettingsError(f"{name}: unknown section {section}; expected {_near(section, list(SECTIONS))}")
+        meant = _meant(str(section)) or _near(section, list(SECTIONS))
+        raise SettingsError(f"{name}: unknown section {section}; expected {meant}")
     if value is None:
         return {}
     if section in SHORT and isinstance(value, str | list):
@@ -124,10 +129,10 @@ def _section(section: Any, value: Any, name: str) -> dict[str, Any]:
     known = [_written(section, field) for field in SECTIONS[section].model_fields]
     known += [PLAN_FILE] if section == "plan" else []
     if foreign := [key for key in found if key not in known]:
-        others = _training_arguments() if section == "training" else frozenset[str]()
+        others = training_arguments() if section == "training" else frozenset[str]()
         for key in foreign:
             if key not in others:
-                near = _near(key, known, others)
+                near = _meant(key, section) or _near(key, known, others)
                 raise SettingsError(f"{name}: unknown setting `{section}.{key}`; expected {near}")
     if section == "plan" and PLAN_FILE in found and len(found) > 1:
         other = next(key for key in found if key != PLAN_FILE)
@@ -140,13 +145,25 @@ def _written(section: str, field: str) -> str:
     return "name" if (section, field) == ("model", "model") else field
 
 
-def _training_arguments() -> frozenset[str]:
+def training_arguments() -> frozenset[str]:
     """Fields of transformers' TrainingArguments, looked up only where a setting is none of ours."""
     from dataclasses import fields
 
     from transformers import TrainingArguments
 
     return frozenset(one.name for one in fields(TrainingArguments)) | NOT_TAKEN.keys()
+
+
+def _meant(name: str, own: str | None = None) -> str:
+    """The setting of ours that another name or another section stands for; empty where there is none."""
+    name = name.replace("-", "_").lower()
+    flag = OTHER_NAMES.get(name.replace("_", "-"), "").partition(" ")[0]
+    for section in sorted(SECTIONS, key=lambda one: one != own):
+        for field in SECTIONS[section].model_fields:
+            if name == field or flag == flag_of(SECTIONS[section], field):
+                written = _written(section, field)
+                return written if section == own else f"{written} under {section}"
+    return ""
 
 
 def _near(found: Any, ours: list[str], others: frozenset[str] = frozenset()) -> str:

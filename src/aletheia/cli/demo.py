@@ -29,13 +29,17 @@ HELD_OUT_ROWS = 40
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder for data, runs and report.")] = Path("demo-run"),
-    steps: Annotated[int, typer.Option("--steps", help="Optimizer steps per run.", min=1, max=MOST_STEPS)] = STEPS,
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder to write data, runs and report to.", metavar="FOLDER")
+    ] = Path("demo-run"),
+    steps: Annotated[
+        int, typer.Option("--steps", help="Optimizer steps of each run.", metavar="INT", min=1, max=MOST_STEPS)
+    ] = STEPS,
     seed: SeedOption = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in --out.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Teach SmolLM2-135M to write summary lines of functions: our plan and uniform LoRA on the same batches."""
+    """Compare a plan of ours with plain LoRA: SmolLM2-135M learns to write summary lines of functions."""
     from aletheia.adapters.adapt import adapt
     from aletheia.anatomy.demo import demo_checkpoint
     from aletheia.anatomy.load import load

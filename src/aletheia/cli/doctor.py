@@ -25,7 +25,10 @@ ADD = {"demo": DEMO_INSTALL}  # the others: pip install of their packages
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Check the installation: packages, device, dtypes, extras. Exit code 1 if something required is missing."""
+    """Check the installation: packages, device, number formats and extras, and how to add what is missing.
+
+    The exit code is 1 if something required is missing.
+    """
     found = _examine()
     if as_json:
         print_json(found)

@@ -2,6 +2,7 @@
 
 import os
 
+from aletheia.cli.usage import usage
 from aletheia.cli.wording import translate
 from aletheia.errors import AletheiaError
 from aletheia.files import is_full_disk
@@ -18,8 +19,8 @@ def told(error: BaseException) -> tuple[str, int]:
     """The line to print, without ``error:``, and the exit code."""
     if isinstance(error, AletheiaError):
         return translate(str(error)), getattr(error, "exit_code", INPUT)
-    if (usage := _usage(error)) is not None:
-        return usage, INPUT
+    if (line := usage(error)) is not None:
+        return translate(line), INPUT
     if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
         return translate(f"there is not enough memory ({_first_line(error)}); {LESS}"), INPUT
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
@@ -34,15 +35,6 @@ def told(error: BaseException) -> tuple[str, int]:
         f"{what} (this is a bug of ours; run 'aletheia --debug ...' or set ALETHEIA_DEBUG=1 for the traceback, and "
         "report it)"
     ), OURS
-
-
-def _usage(error: BaseException) -> str | None:
-    """What the command-line library says of arguments that it cannot take; its base class is not public."""
-    if not hasattr(error, "format_message"):
-        return None
-    message, context = error.format_message(), getattr(error, "ctx", None)
-    asked = context.command_path if context else "aletheia"
-    return f"{message.rstrip('.')}; see '{asked} --help'" if message else ""
 
 
 def _of_system(error: OSError) -> str:

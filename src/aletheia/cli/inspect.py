@@ -9,7 +9,7 @@ EXAMPLE = "aletheia inspect Qwen/Qwen2.5-0.5B-Instruct"
 
 @from_settings(LoadSettings, leave_out=LoadSettings.model_fields.keys() - {"trust_remote_code"})
 def inspect(model: ModelArgument, as_json: JsonOption = False, *, given: Given) -> None:
-    """Show a model's layers and modules: role, shape, parameters, FLOPs. Reads the config alone."""
+    """Show what a model is made of: layers, modules, shapes, parameters and FLOPs. Reads no weights."""
     from aletheia.anatomy.load import inspect as read
     from aletheia.reporting.anatomy import anatomy_view
 

@@ -10,13 +10,29 @@ import typer
 
 from aletheia.cli.wording import translate
 from aletheia.names import printable
+from aletheia.settings import OUTPUT
 
 if TYPE_CHECKING:
     from aletheia.runs.schema import Run
 
-ModelArgument = Annotated[str, typer.Argument(help="Hub id, local folder or .gguf file.", metavar="MODEL")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.", min=0, max=2**32 - 1)]
+MODEL = "Hub id such as Qwen/Qwen2.5-0.5B-Instruct, model folder or .gguf file."
+MODEL_OR_ADAPTER = (
+    "Hub id such as Qwen/Qwen2.5-0.5B-Instruct, model folder or .gguf file; or an adapter folder to train further."
+)
+ModelArgument = Annotated[str, typer.Argument(help=MODEL, metavar="MODEL")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON on stdout, for programs.", rich_help_panel=OUTPUT)
+]
+SeedOption = Annotated[
+    int,
+    typer.Option(
+        "--seed",
+        help="Seed of all that is random: the same one repeats the result.",
+        metavar="INT",
+        min=0,
+        max=2**32 - 1,
+    ),
+]
 
 
 def parse_memory(value: str | None) -> int | None:

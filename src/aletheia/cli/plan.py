@@ -8,7 +8,9 @@ import typer
 
 from aletheia.cli.options import JsonOption, parse_memory, print_json, print_rich, say
 from aletheia.cli.settings_options import Given, from_settings
+from aletheia.planning.estimate import EstimateSettings
 from aletheia.planning.plan import PlanSettings
+from aletheia.settings import GIVEN
 
 if TYPE_CHECKING:
     from aletheia.planning.estimate import Job
@@ -18,42 +20,45 @@ if TYPE_CHECKING:
 EXAMPLE = "aletheia plan scores.json --out plan.json --epochs 3"
 
 
-@from_settings(PlanSettings)
+@from_settings(PlanSettings, EstimateSettings)
 def plan(
-    scores: Annotated[Path, typer.Argument(help="Scores file of 'aletheia probe'.", metavar="SCORES")],
-    out: Annotated[Path | None, typer.Option("--out", help="Plan file to write.")] = None,
+    scores: Annotated[Path, typer.Argument(help="Scores file, from 'aletheia probe'.", metavar="SCORES")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Plan file to write, such as plan.json.", metavar="FILE", rich_help_panel=GIVEN),
+    ] = None,
     max_memory: Annotated[
         str | None,
         typer.Option(
             "--max-memory",
-            help="What training may take in all, such as 6GB: bounds the lowest layer.",
+            help="Most memory that training may take in all, such as 6GB; lower layers stay frozen where it is short. "
+            "(default: no limit)",
             metavar="SIZE",
         ),
     ] = None,
     batch_tokens: Annotated[
-        int, typer.Option("--batch-tokens", help="Tokens of the largest training batch, for --max-memory.", min=1)
+        int,
+        typer.Option(
+            "--batch-tokens", help="With --max-memory: tokens of the largest training batch.", metavar="INT", min=1
+        ),
     ] = 4096,
     show_frontier: Annotated[
-        bool, typer.Option("--frontier", help="Print predicted step time against captured importance.")
+        bool,
+        typer.Option("--frontier", help="Print the best choices of layers: predicted time against score."),
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="Draw the frontier to this file: .svg, .png or .pdf.")
+        Path | None,
+        typer.Option("--plot", help="Draw these choices to a file: .svg, .png or .pdf.", metavar="FILE"),
     ] = None,
     show_estimate: Annotated[
-        bool, typer.Option("--estimate", help="Print memory, disk, reads and time of the job on usual machines.")
+        bool,
+        typer.Option("--estimate", help="Print memory, disk, reads and time of the whole job on typical machines."),
     ] = False,
-    rows: Annotated[
-        int | None, typer.Option("--rows", help="For --estimate (by default those probed from).", min=1)
-    ] = None,
-    tokens_per_row: Annotated[
-        int | None, typer.Option("--tokens-per-row", help="For --estimate (by default the probe's mean).", min=1)
-    ] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="For --estimate.", min=1)] = 4,
     as_json: JsonOption = False,
     *,
     given: Given,
 ) -> None:
-    """Choose layers and ranks from scores and write them as a plan, or print the frontier of all choices."""
+    """Choose from scores which layers to adapt, with which ranks, and write that as a plan."""
     from aletheia.errors import PlanError
     from aletheia.planning.make import plan as make_plan
     from aletheia.planning.make import plan_frontier, plan_targets
@@ -70,6 +75,7 @@ def plan(
     if plot is not None:
         check_plot(plot)
     settings, room = PlanSettings(**given["plan"]), parse_memory(max_memory)
+    estimated = EstimateSettings(**given["estimate"])
     read = Scores.read(scores)
     made = make_plan(read, settings, max_memory=room, batch_tokens=batch_tokens)
     if out is not None:
@@ -81,7 +87,7 @@ def plan(
         plot_frontier(points, made, plot)
         say(f"wrote {plot}")
     if show_estimate:
-        _print_estimate(made, read, _job(read, rows, tokens_per_row, batch_size, made.settings.epochs or 1.0), as_json)
+        _print_estimate(made, read, estimated.job(read, made.settings.epochs or 1.0), as_json)
     elif show_frontier and as_json:
         print_json([asdict(point) | {"boundary": point.boundary, "speedup": point.speedup} for point in points])
     elif as_json:
@@ -103,13 +109,3 @@ def _print_estimate(made: "Plan", read: "Scores", job: "Job", as_json: bool) -> 
         print_json({machine.name: [asdict(phase) for phase in phases] for machine, phases in found})
     else:
         print_rich(estimate_view(found, job))
-
-
-def _job(scores: "Scores", rows: int | None, tokens_per_row: int | None, batch_size: int, epochs: float) -> "Job":
-    """What the estimate is for: as told, else like the rows that were probed."""
-    from aletheia.planning.estimate import Job
-
-    probe = scores.probe
-    known = scores.data.rows if scores.data else probe.batches * probe.batch_size
-    mean = max(1, probe.tokens // (probe.batches * probe.batch_size))
-    return Job(rows or known, tokens_per_row or mean, probe.labelled_tokens / probe.tokens, epochs, batch_size)

@@ -24,8 +24,8 @@ def preview(
         list[int] | None,
         typer.Option(
             "--row",
-            help="Number of a row to show in full, from 1; give it again for more. By default three rows, of "
-            "different roles or files where there are some, long texts shortened.",
+            help="Number of a row to show in full, from 1. Repeat the option for more. (default: three rows that "
+            "differ, long texts shortened)",
             metavar="N",
             show_default=False,
         ),
@@ -34,7 +34,7 @@ def preview(
     *,
     given: Given,
 ) -> None:
-    """Show rows as the model will see them: what is learned, special tokens, counts. Reads no weights."""
+    """Show rows as the model will see them: which tokens are learned, and counts of all rows. Reads no weights."""
     from dataclasses import replace
 
     from rich.console import Console

@@ -29,28 +29,42 @@ EXAMPLE = "aletheia probe Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --out sc
 @from_settings(LoadSettings, DataSettings, leave_out={"model", "eval_data", "eval_fraction", "eval_rows"})
 def probe(
     model: ModelArgument,
-    out: Annotated[Path, typer.Option("--out", help="Scores file to write.")],
-    batches: Annotated[int, typer.Option("--batches", help="Probe batches.", min=1, max=MOST_STEPS)] = 5,
-    batch_size: Annotated[int, typer.Option("--batch-size", help="Rows per probe batch.", min=1, max=MOST_ROWS)] = 1,
-    score: Annotated[str, typer.Option("--score", help="What is measured: gradient-norm.")] = "gradient-norm",
+    out: Annotated[Path, typer.Option("--out", help="Scores file to write, such as scores.json.", metavar="FILE")],
+    batches: Annotated[
+        int,
+        typer.Option(
+            "--batches", help="Batches to probe with; more give steadier scores.", metavar="INT", min=1, max=MOST_STEPS
+        ),
+    ] = 5,
+    batch_size: Annotated[
+        int, typer.Option("--batch-size", help="Rows of a probe batch.", metavar="INT", min=1, max=MOST_ROWS)
+    ] = 1,
+    score: Annotated[
+        str, typer.Option("--score", help="What to measure.", metavar="{gradient-norm}")
+    ] = "gradient-norm",
     train_batch_size: Annotated[
         int,
         typer.Option(
             "--train-batch-size",
-            help="Rows per training step, for which step times are measured.",
+            help="Rows of a training step, for measuring its time.",
+            metavar="INT",
             min=1,
             max=MOST_ROWS,
         ),
     ] = 4,
     calibrated: Annotated[
-        bool, typer.Option("--calibrate/--no-calibrate", help="Measure step times, so that plans predict seconds.")
+        bool,
+        typer.Option(
+            "--calibrate/--no-calibrate",
+            help="Also time training steps, so that plans predict seconds instead of operations. (default: yes)",
+        ),
     ] = True,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
     *,
     given: Given,
 ) -> None:
-    """Score layers and modules by the gradient norm they receive on a few batches; nothing is trained."""
+    """Find the layers that the task pulls on: the gradient norm that each receives on a few batches. Trains nothing."""
     from aletheia.data.rows import load_rows
     from aletheia.errors import ProbeError
     from aletheia.files import beside

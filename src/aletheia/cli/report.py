@@ -14,13 +14,14 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="Run folders, or adapter folders of other programs; the first is the reference.", metavar="RUN..."
+            help="Run folders to show, or adapter folders of other programs; the others are compared with the first.",
+            metavar="RUN...",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Page to write.")],
+    out: Annotated[Path, typer.Option("--out", help="HTML page to write, such as report.html.", metavar="FILE")],
     as_json: JsonOption = False,
 ) -> None:
-    """Write one self-contained page: scores, ranks, losses and times, several runs side by side."""
+    """Write a web page about one run, or several side by side: losses, layers, ranks and times."""
     from aletheia.reporting.page import report as write_report
     from aletheia.runs.read_adapter import read_run
 

@@ -1,7 +1,7 @@
 """Options of a command, declared from the fields of settings objects: name, help, values and default exist once."""
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from datetime import date
 from functools import wraps
 from pathlib import Path
@@ -12,6 +12,7 @@ import typer
 from pydantic import ByteSize
 from pydantic.fields import FieldInfo
 
+from aletheia.cli.help import OR_IN_FILE
 from aletheia.cli.wording import FLAGS, flag_of, flags_of, translate
 from aletheia.settings import Settings
 
@@ -30,8 +31,9 @@ def from_settings(
     """Give a command one option for each field of these settings, and the function one argument ``given``.
 
     ``given`` holds a dictionary for each class, by :func:`section_of`, with only what stands on the command line; the
-    settings class checks it. A field that two classes have is one option and goes to both. Fields without
-    :func:`aletheia.settings.option` are not offered, nor are those to ``leave_out``.
+    settings class checks it. A field that two classes have is one option, told as the last of them tells it, and goes
+    to both. Fields without :func:`aletheia.settings.option` are not offered, nor are those to ``leave_out``. A field
+    that must be given must be an option, too, unless the function has a parameter ``config``: the file may give it.
 
     Raises:
         ValueError: a field is named like a parameter of the function, or ``leave_out`` names no field.
@@ -40,7 +42,7 @@ def from_settings(
     for one in classes:
         for name, field in one.model_fields.items():
             if name not in leave_out and "group" in _extra(field):
-                owners.setdefault(name, []).append(one)
+                owners[name] = [*owners.pop(name, []), one]  # it stands where the last of them has it
     flags = flags_of(*classes)
     if unknown := set(leave_out) - flags.keys():
         raise ValueError(f"{', '.join(sorted(unknown))} to leave out; expected fields of the settings")
@@ -49,13 +51,9 @@ def from_settings(
         own = [one for one in inspect.signature(function).parameters.values() if one.name != "given"]
         if twice := [one.name for one in own if one.name in owners]:
             raise ValueError(f"{twice[0]} is a parameter and a field; expected it in leave_out, or another name")
-        words = FLAGS | flags | {one.name: one.name.upper() for one in own if _is_argument(one)}
-        options = [
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=_option(some[0], name, words)
-            )
-            for name, some in owners.items()
-        ]
+        words = FLAGS | flags | _own_words(own)
+        has_file = any(one.name == "config" for one in own)
+        options = [_parameter(some[-1], name, words, has_file) for name, some in owners.items()]
 
         @wraps(function)
         def command(**values: Any) -> Any:
@@ -80,32 +78,44 @@ def _extra(field: FieldInfo) -> dict[str, Any]:
     return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
-def _is_argument(parameter: inspect.Parameter) -> bool:
-    return any(isinstance(one, typer.models.ArgumentInfo) for one in get_args(parameter.annotation))
+def _own_words(parameters: Iterable[inspect.Parameter]) -> dict[str, str]:
+    """How a help text calls the command's own arguments and options, by the name of the one or of the flag."""
+    words = {}
+    for one in parameters:
+        for info in get_args(one.annotation):
+            if isinstance(info, typer.models.ArgumentInfo):
+                words[one.name] = one.name.upper()
+            elif isinstance(info, typer.models.OptionInfo):
+                flag = str(info.default).partition("/")[0]  # the first declaration, as typer reads an annotation
+                words[flag.lstrip("-").replace("-", "_")] = flag
+    return words
 
 
-def _option(settings: type[Settings], name: str, words: dict[str, str]) -> Any:
-    """The annotation that makes typer offer a field; nothing given is None."""
+def _parameter(settings: type[Settings], name: str, words: dict[str, str], has_file: bool) -> inspect.Parameter:
+    """The parameter that makes typer offer a field; nothing given is None."""
     field, flag = settings.model_fields[name], flag_of(settings, name)
     kinds = _kinds(field.annotation)
     is_switch = bool in kinds
-    return Annotated[
+    annotation: Any = Annotated[
         bool | None if is_switch else list[str] | None if _is_list(field.annotation) else str | None,
         typer.Option(
             f"{flag}/--no-{flag[2:]}" if is_switch else flag,
             *filter(None, [_extra(field).get("also")]),
-            help=_help(field, words),
+            help=_help(field, words, has_file),
             metavar=None if is_switch else _metavar(kinds),
             show_default=False,
             rich_help_panel=_extra(field)["group"] or None,
         ),
     ]
+    must = field.is_required() and not has_file
+    default = inspect.Parameter.empty if must else None
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _help(field: FieldInfo, words: dict[str, str]) -> str:
+def _help(field: FieldInfo, words: dict[str, str], has_file: bool) -> str:
     text = translate(field.description or "", words)
     if field.is_required():
-        return f"{text} (required)"
+        return f"{text} {OR_IN_FILE}" if has_file else text
     default = field.get_default(call_default_factory=True, validated_data={})
     if default is None or default in ((), ""):
         return text

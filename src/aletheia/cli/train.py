@@ -1,58 +1,89 @@
 """``aletheia train``: the whole job. Load, probe, plan, adapt, train, report."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from aletheia.anatomy.settings import LoadSettings
 from aletheia.cli.config import build, merge, read_config
-from aletheia.cli.options import JsonOption, conclude, print_json, print_rich, say
+from aletheia.cli.help import OR_IN_FILE
+from aletheia.cli.options import MODEL_OR_ADAPTER, JsonOption, conclude, print_json, print_rich, say
 from aletheia.cli.settings_options import Given, from_settings
+from aletheia.cli.wording import translate
 from aletheia.data.settings import DataSettings
 from aletheia.planning.plan import PlanSettings
+from aletheia.settings import GIVEN, PLAN, SAVING
 from aletheia.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from aletheia.planning.outlook import DryRun
 
 EXAMPLE = "aletheia train Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl --out run"
 
 
 @from_settings(LoadSettings, DataSettings, PlanSettings, TrainSettings, leave_out={"model"})
 def train(
-    out: Annotated[Path, typer.Option("--out", help="Run folder to write.", metavar="RUN")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="Folder to write the run to: adapter, plan, metrics, report.", metavar="RUN"),
+    ],
     model: Annotated[
-        str | None, typer.Argument(help="Hub id, local folder or .gguf file.", metavar="MODEL", show_default=False)
+        str | None,
+        typer.Argument(help=f"{MODEL_OR_ADAPTER} {OR_IN_FILE}", metavar="MODEL", show_default=False),
     ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
             "--config",
-            help="YAML file with the sections model, data, plan and training; options go before it. The file of a "
-            "finished run is its config.yaml. training takes any field of transformers' TrainingArguments, too.",
+            help="YAML file with settings in the sections model, data, plan and training; options of the command line "
+            "win over it. A finished run has one, config.yaml. Under training it takes every field of transformers' "
+            "TrainingArguments as well.",
             metavar="FILE",
+            rich_help_panel=GIVEN,
         ),
     ] = None,
     plan_file: Annotated[
-        Path | None, typer.Option("--plan", help="Plan to follow; without one, probe and plan first.", metavar="FILE")
+        Path | None,
+        typer.Option(
+            "--plan",
+            help="Plan file to follow, from 'aletheia plan'. (default: probe the model and make a plan)",
+            metavar="FILE",
+            rich_help_panel=PLAN,
+        ),
     ] = None,
     resume: Annotated[
         str,
         typer.Option(
             "--resume",
-            help="auto goes on with an interrupted run in RUN, never begins anew, a folder is the checkpoint to go on "
-            "from.",
+            help="What to do with a run in RUN that was interrupted: auto goes on with it, never starts from the "
+            "beginning, and a checkpoint's folder goes on from there.",
             metavar="{auto,never}|PATH",
+            rich_help_panel=SAVING,
         ),
     ] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished run in RUN.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a finished run in RUN.", rich_help_panel=SAVING)
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Train and write nothing: load the model, plan, time a few steps, and show the plan, a row, and the "
+            "time, memory and disk that the run is predicted to take.",
+            rich_help_panel=GIVEN,
+        ),
+    ] = False,
     as_json: JsonOption = False,
     *,
     given: Given,
 ) -> None:
-    """Fine-tune the layers that matter: probe, plan, adapt and train in one command, or follow a plan.
+    """Fine-tune a model: find the layers that matter, choose what to adapt, and train it.
 
-    Stopped by a signal, or killed, the same command goes on from the last checkpoint. Exit code 3 if nothing was
-    learned or the held-out loss rose; the adapter is kept.
+    If the run is stopped or killed, the same command resumes from the last checkpoint. The exit code is 3 if nothing
+    was learned or the held-out loss rose; the adapter is kept.
     """
+    from aletheia.job.dry_run import dry_run as look_ahead
     from aletheia.job.fine_tune import fine_tune
     from aletheia.reporting.terminal import render
     from aletheia.training.processes import Launch
@@ -67,16 +98,13 @@ def train(
     if (file := merge(sections, given)["plan"].get("file")) is not None:
         plan = {"file": file} | made.given()
     training = build(TrainSettings, sections, given)
-    run = fine_tune(
-        build(LoadSettings, sections, given),
-        build(DataSettings, sections, given),
-        out,
-        plan,
-        training,
-        overwrite,
-        resume,
-        say,
-    )
+    loading, data = build(LoadSettings, sections, given), build(DataSettings, sections, given)
+    if dry_run:
+        found = look_ahead(loading, data, out, plan, training, overwrite, resume, say)
+        if Launch.here().is_first:
+            _show_outlook(found, as_json)
+        return
+    run = fine_tune(loading, data, out, plan, training, overwrite, resume, say)
     if not Launch.here().is_first:
         conclude([run], training.allow_worse, aloud=False)
         return
@@ -86,3 +114,17 @@ def train(
         print_rich(render(run))
     say(f"wrote {out} (adapter, plan.json, metrics.json, config.yaml, report.html)")
     conclude([run], training.allow_worse)
+
+
+def _show_outlook(found: "DryRun", as_json: bool) -> None:
+    """Print what a run would do."""
+    from dataclasses import replace
+
+    from aletheia.reporting.outlook import dry_run_view
+
+    found = replace(found, notes=tuple(translate(note) for note in found.notes))
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_rich(dry_run_view(found))
+        say("to train, give the same command without --dry-run")

@@ -9,6 +9,37 @@ from aletheia.data.settings import DataSettings
 from aletheia.settings import Settings
 from aletheia.training.settings import TrainSettings
 
+# what other programs call it, and what it is here; the first word is the option
+OTHER_NAMES = {
+    "lr": "--learning-rate",
+    **dict.fromkeys(("r", "lora-r", "lora-rank", "lora-dim"), "--rank"),
+    "lora-alpha": "--alpha",
+    "lora-target-modules": "--target-modules",
+    **dict.fromkeys(("epoch", "num-epochs", "num-train-epochs"), "--epochs"),
+    **dict.fromkeys(("step", "max-steps", "iters", "num-steps"), "--steps"),
+    **dict.fromkeys(
+        ("batch", "bs", "micro-batch-size", "train-batch-size", "per-device-train-batch-size"), "--batch-size"
+    ),
+    **dict.fromkeys(("gradient-accumulation", "grad-accumulation-steps"), "--gradient-accumulation-steps"),
+    **dict.fromkeys(("max-seq-length", "max-seq-len", "seq-len", "sequence-len", "cutoff-len"), "--max-length"),
+    **dict.fromkeys(("dataset", "dataset-name", "train-file", "train-data", "train", "rows"), "--data"),
+    **dict.fromkeys(("eval-file", "validation-file", "val-data", "valid-data", "test-data"), "--eval-data"),
+    **dict.fromkeys(("val-size", "val-set-size", "validation-split"), "--eval-fraction"),
+    **dict.fromkeys(("output", "output-dir", "output-file", "save-dir", "adapter-path"), "--out"),
+    **dict.fromkeys(("model", "model-name", "model-id", "model-name-or-path", "base-model"), "MODEL"),
+    **dict.fromkeys(("load-in-4bit", "use-4bit", "qlora", "4bit"), "--quantize nf4"),
+    **dict.fromkeys(("load-in-8bit", "use-8bit", "8bit"), "--quantize int8"),
+    "bf16": "--dtype bfloat16",
+    "fp16": "--dtype float16",
+    "fp32": "--dtype float32",
+    **dict.fromkeys(("attn-implementation", "attn"), "--attention"),
+    "resume-from-checkpoint": "--resume",
+    "force": "--overwrite",
+    **dict.fromkeys(("scheduler", "lr-scheduler"), "--lr-scheduler-type"),
+    "optimizer": "--optim",
+    "patience": "--early-stopping-patience",
+}  # fmt: skip
+
 _SET = re.compile(r"`([A-Za-z_]\w*)(?:=([^`]+))?`")
 _QUOTED = re.compile(r"`([^`\n]+)`")
 
@@ -36,6 +67,8 @@ def learn(command: Any) -> None:
             if one.param_type_name == kind:
                 shown = max(one.opts, key=len) if kind == "option" else one.metavar or one.name.upper()
                 FLAGS[one.name] = shown
+                if kind == "option":  # such as `plan`, whose parameter cannot be called so
+                    FLAGS.setdefault(shown.lstrip("-").replace("-", "_"), shown)
 
 
 def _parameters(command: Any) -> Iterator[Any]:

@@ -10,6 +10,7 @@ from aletheia.data.formats import READERS, SUFFIXES, format_of
 from aletheia.data.sources import one_line
 from aletheia.data.unpack import PACKED
 from aletheia.errors import DataError
+from aletheia.kinds import mistaken, near
 
 TRAIN = "train"
 # words in the names of files and folders -> the split they mean
@@ -42,6 +43,8 @@ def find(source: str) -> Found | None:
     """
     path = Path(source)
     if _exists(path):
+        if (fault := mistaken(path, "rows of data", "rows", "page")) is not None:
+            raise DataError(fault)
         return _in_folder(path) if path.is_dir() else Found((path,))
     name, config, split = name_parts(source)
     if name and name != source and _exists(Path(name)):
@@ -51,7 +54,8 @@ def find(source: str) -> Found | None:
     if _is_pattern(source):
         return _matching(source)
     if format_of(path) in READERS:
-        raise DataError(f"{source}: found no such file; check the path (looked in {Path.cwd()}{_near(path)})")
+        hint = near(path, "rows") or ("" if path.parent.exists() else f"; there is no folder {path.parent}")
+        raise DataError(f"{source}: found no such file; check the path (looked in {Path.cwd()}){hint}")
     return None
 
 

@@ -17,6 +17,7 @@ from aletheia.data.find import name_parts
 from aletheia.data.sources import Records, Table, one_line
 from aletheia.errors import DataError
 from aletheia.files import file_sha256
+from aletheia.kinds import near
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # "name" or "owner/name"
 
@@ -75,8 +76,9 @@ def _records(source: str, dataset: Any, columns: set[str]) -> Records:
 
 
 def _not_found(source: str, reason: str) -> DataError:
+    hint = near(source, "rows")
     return DataError(
-        f"no file {source} and no data set of that name could be loaded: {reason}; give a .jsonl, .json, .csv or "
+        f"no file {source} and no data set of that name could be loaded: {reason}{hint}; give a .jsonl, .json, .csv or "
         ".parquet file, a folder of them, a pattern such as data/*.jsonl, or a hub data set as name[:config[:split]]"
     )
 

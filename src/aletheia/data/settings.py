@@ -6,9 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import field_validator, model_validator
 
-from aletheia.settings import LONGEST_ROW, MOST_ROWS, Settings, option
-
-GROUP = "Data"
+from aletheia.settings import DATA, GIVEN, LONGEST_ROW, MOST_ROWS, Settings, option
 
 TrainOn = Literal["all", "last"]
 
@@ -19,33 +17,47 @@ class DataSettings(Settings):
     SECTION: ClassVar[str] = "data"
     data: tuple[str, ...] = option(
         ...,
-        "Rows to learn from: a .jsonl, .json, .csv or .parquet file, a folder, a pattern in quotes, or a hub data set; "
-        "folders and hub data sets as name[:config[:split]]. Give it again for more.",
-        GROUP,
+        "Rows to learn from: a .jsonl, .json, .csv or .parquet file, a folder of them, a pattern in quotes such as "
+        "'data/*.jsonl', or a data set of the hub. A part of a folder or data set is name:config:split. Repeat the "
+        "option for more.",
+        GIVEN,
         min_length=1,
     )
-    max_length: int = option(1024, "Tokens per row; longer rows are cut on the right.", GROUP, ge=2, le=LONGEST_ROW)
+    max_length: int = option(
+        1024, "Longest row, in tokens; longer rows are cut at the end.", DATA, ge=2, le=LONGEST_ROW
+    )
     skip_unusable: bool = option(
         False,
-        "Leave out rows without an answer, or whose answer `max_length` cuts off, and count them by reason, instead of "
-        "stopping.",
-        GROUP,
+        "Leave out rows that nothing can be learned from, and count them: no answer, or one that lies beyond "
+        "`max_length`. Without this, the first such row ends the command.",
+        DATA,
         also="--skip-emptied",
     )
-    train_on: TrainOn = option("all", "Answers of a conversation that are learned.", GROUP)
+    train_on: TrainOn = option(
+        "all", "Which answers of a conversation are learned: all of them, or the last one only.", DATA
+    )
     chat_template: Path | None = option(
         None,
-        "Chat template to use instead of the model's: a .jinja file, or a tokenizer_config.json or chat_template.json.",
-        GROUP,
+        "File with a chat template: .jinja, tokenizer_config.json or chat_template.json. (default: the model's own)",
+        DATA,
     )
     template_date: date | None = option(
-        None, "Date that a chat template writes, such as 2026-01-31, where it writes one (today by default).", GROUP
+        None,
+        "Date such as 2026-01-31, for a chat template that writes the date into the prompt. (default: today)",
+        DATA,
     )
-    eval_data: tuple[str, ...] = option((), "Held-out rows, in any form that `data` takes.", GROUP)
+    eval_data: tuple[str, ...] = option(
+        (),
+        "Held-out rows, which are never learned from, to measure the loss on; in any form that `data` takes. (default: "
+        "a share of `data`)",
+        DATA,
+    )
     eval_fraction: float | None = option(
-        None, "Share of `data` held out where there is no `eval_data` (0.05 by default).", GROUP, gt=0, lt=1
+        None, "Share of `data` to hold out, above 0 and below 1, without `eval_data`. (default: 0.05)", DATA, gt=0, lt=1
     )
-    eval_rows: int = option(96, "Held-out rows used, at most.", GROUP, ge=1, le=MOST_ROWS)
+    eval_rows: int = option(
+        96, "Most held-out rows to use; a small number keeps evaluations short.", DATA, ge=1, le=MOST_ROWS
+    )
 
     @field_validator("data", "eval_data", mode="before")
     @classmethod

@@ -23,6 +23,7 @@ from aletheia.errors import TrainingError
 from aletheia.files import beside, is_sealed, write_text
 from aletheia.job.adapter import Start
 from aletheia.job.finish import complete, push
+from aletheia.job.ready import Ready
 from aletheia.job.room import bytes_by, room_for
 from aletheia.job.settings import JobSettings
 from aletheia.job.source import (
@@ -101,7 +102,7 @@ def fine_tune(
 
 @dataclass
 class Job:
-    """One call of :func:`fine_tune`, step by step."""
+    """One call of :func:`fine_tune`, step by step; what a streamed probe keeps lies in ``work``."""
 
     settings: JobSettings
     folder: RunFolder
@@ -109,10 +110,11 @@ class Job:
     say: Say
     interrupted: Interrupts
     seconds: dict[str, float] = field(default_factory=dict)
+    work: Path | None = None
 
-    def run(self, resume: Path | None = None) -> Run:
-        """Load, probe, plan, adapt, train, report."""
-        settings, folder = self.settings, self.folder
+    def ready(self, resume: Path | None = None, shows_row: bool = True) -> Ready:
+        """Load, probe and plan; says how the model sees the first row with ``shows_row``."""
+        settings = self.settings
         start = Start.of(settings)
         given = self._given()
         found = self._checkpoint(resume)
@@ -127,18 +129,27 @@ class Job:
             base, data = self._load(rows, start)
         if not writes_date(base.tokenizer):  # the day is no matter to such a run, nor to its record
             self.settings = settings = settings.model_copy(update={"data": asked})
-        show_first(data, base.tokenizer, self.say)
+        if shows_row:
+            show_first(data, base.tokenizer, self.say)
         data, held_out = split_for(base, data, eval_rows, settings.data, settings.training.seed, self.say)
         if start is None:
             scores, plan = self._plan(base, data, given, found)
-            prefix = self._prefix(base, plan, data, held_out)
-            adapted = self._adapted(base, plan)
+            adapted = None
         else:
             scores, plan, adapted = self._go_on(base, data, start, found)
-            prefix = None
+        return Ready(base, data, held_out, plan, scores, start, adapted, found)
+
+    def run(self, resume: Path | None = None) -> Run:
+        """Load, probe, plan, adapt, train, report."""
+        ready = self.ready(resume)
+        settings, folder = self.settings, self.folder
+        base, data, held_out, plan, scores = ready.base, ready.data, ready.held_out, ready.plan, ready.scores
+        start, adapted, prefix = ready.start, ready.adapted, None
+        if adapted is None:
+            prefix = self._prefix(base, plan, data, held_out)
+            adapted = self._adapted(base, plan)
         self.say(_about_plan(plan, settings.training.cache))
-        recompute = self._recompute(base, plan, data, found)
-        training = settings.training.model_copy(update={"gradient_checkpointing": recompute})
+        training = settings.training.model_copy(update={"gradient_checkpointing": self.recompute(ready)})
         if self.launch.is_first:
             self._keep(plan, scores)
         unquantized = None
@@ -146,7 +157,7 @@ class Job:
             unquantized = checkpoint_as_asked(settings.model)
         record = start.record if start is not None else None
         about = self.settings.about() | ({"adapter_sha256": record.sha256} if record is not None else {})
-        prepared = Prepared(prefix, unquantized, self.seconds, about, record, found)
+        prepared = Prepared(prefix, unquantized, self.seconds, about, record, ready.found)
         run = train(adapted, data, plan, folder, held_out, training, prepared)
         if self.launch.is_first:
             with self.interrupted.put_off():
@@ -275,7 +286,7 @@ class Job:
         self.say("probe  5 batches of 1")
         seed = self.settings.training.seed
         if isinstance(base, Checkpoint):
-            work = beside(self.folder.path, ".partial")
+            work = self.work or beside(self.folder.path, ".partial")
             return by_layer.probe_streamed(base, data, seed=seed, work=work, max_memory=self.settings.model.max_memory)
         return resident.probe(base.model, data, seed=seed)
 
@@ -296,16 +307,16 @@ class Job:
             self.say(f"note: layers below {made.boundary} do not learn: {obstacle}")
         return made
 
-    def _recompute(self, base: Source, plan: Plan, data: Examples, found: TrainingCheckpoint | None) -> Recompute:
-        """What backward computes again, so that ``plan`` fits; a run that goes on does as it did.
+    def recompute(self, ready: Ready) -> Recompute:
+        """What backward computes again, so that the plan fits; a run that goes on does as it did.
 
         Says so where that was not asked for, and warns where the plan may not fit.
         """
-        if found is not None:
-            kept: Recompute = found.manifest.about["gradient_checkpointing"]
+        if ready.found is not None:
+            kept: Recompute = ready.found.manifest.about["gradient_checkpointing"]
             return kept
-        room, step = room_for(base, data, self.settings)
-        needed = bytes_by(base, plan)
+        room, step = room_for(ready.base, ready.data, self.settings)
+        needed = bytes_by(ready.base, ready.plan)
         fitting = room.fitting(step, needed)
         taken = needed(fitting)
         if len(room.kinds) > 1 and fitting.recompute != "off":

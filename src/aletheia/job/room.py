@@ -64,8 +64,11 @@ class Room:
 
     def fitting(self, step: Step, needed: Callable[[Step], int | None]) -> Step:
         """The step that computes least again of those that fit; as it is where none does."""
-        tried = [replace(step, recompute=kind) for kind in self.kinds]
-        return next((one for one in tried if (needed(one) or 0) <= self.usable_bytes), step)
+        return next((one for one in self.steps(step) if (needed(one) or 0) <= self.usable_bytes), step)
+
+    def steps(self, step: Step) -> list[Step]:
+        """The step with each kind of recomputation that may be taken."""
+        return [replace(step, recompute=kind) for kind in self.kinds]
 
     def about_recomputation(self, kind: Recompute, plain_bytes: int, taken_bytes: int) -> str:
         """A line where backward computes again what would not fit."""

@@ -22,6 +22,7 @@ from aletheia.planning.activations import Step
 from aletheia.planning.memory import GPU_BYTES, PROCESS_BYTES, is_resident, known_weights, total_bytes, training_bytes
 from aletheia.planning.plan import Plan
 from aletheia.probing.scores import Scores, WeightBytes
+from aletheia.settings import Settings, option
 
 PROBE_BATCHES = 5
 
@@ -46,6 +47,24 @@ class Job:
     labelled_share: float
     epochs: float
     batch_size: int
+
+
+class EstimateSettings(Settings):
+    """The job that an estimate is for, where it is not like the rows that were probed."""
+
+    rows: int | None = option(None, "With `estimate`: rows to train on. (default: those that were probed from)", ge=1)
+    tokens_per_row: int | None = option(
+        None, "With `estimate`: mean tokens of a row. (default: as the probe found)", ge=1
+    )
+    batch_size: int = option(4, "With `estimate`: rows of a batch.", ge=1)
+
+    def job(self, scores: Scores, epochs: float) -> Job:
+        """What to estimate: as these settings say, else like the rows that were probed."""
+        probe = scores.probe
+        known = scores.data.rows if scores.data else probe.batches * probe.batch_size
+        mean = max(1, probe.tokens // (probe.batches * probe.batch_size))
+        share = probe.labelled_tokens / probe.tokens
+        return Job(self.rows or known, self.tokens_per_row or mean, share, epochs, self.batch_size)
 
 
 @dataclass(frozen=True)
@@ -83,21 +102,17 @@ def estimate(
     """
     boundary = min(layers)
     tokens = job.rows * job.tokens_per_row
-    total = total_bytes(weights)
     streamed = not is_resident(weights, machine.memory)
-    own = GPU_BYTES if machine.is_gpu else PROCESS_BYTES
-    probe_tokens = PROBE_BATCHES * job.tokens_per_row
-    held = 3 * max(weights.layers) if streamed else total
+    held = (GPU_BYTES if machine.is_gpu else PROCESS_BYTES) + (
+        3 * max(weights.layers) if streamed else total_bytes(weights)
+    )
     states = tokens * anatomy.hidden_size * item_bytes
     below, above = _parameters(anatomy, range(boundary)), _parameters(anatomy, range(boundary, anatomy.layer_count))
-    probe_operations = probe_tokens * (6 if streamed else 4) * (below + above)
-    probe_read = (2 if streamed else 1) * total
-    adapters = sum(
-        module.lora_parameters(ranks[module.name]) * module.active_experts / module.experts
-        for module in anatomy.modules
-        if module.layer in layers and module.name in ranks
-    )
+    work = _layer_work(anatomy, job.tokens_per_row)
+    read = sum(weights.layers[:boundary]) if streamed else 0
+    adapters = _adapter_parameters(anatomy, layers, ranks)
     head = 4 * anatomy.hidden_size * anatomy.vocab_size * job.labelled_share
+    step_operations = (1 - early) * 4 * above + early * 4 * (below + above) + 6 * adapters + head
     step = Step(
         tokens=job.batch_size * job.tokens_per_row,
         row_tokens=job.tokens_per_row,
@@ -106,22 +121,13 @@ def estimate(
         on_gpu=machine.is_gpu,
         resident=not streamed,
     )
-    read = sum(weights.layers[:boundary]) if streamed else 0
     every = range(anatomy.layer_count)
     learning = [range(boundary, anatomy.layer_count), *([every] if early else [])]
-    step_operations = (1 - early) * 4 * above + early * 4 * (below + above) + 6 * adapters + head
-    work = _layer_work(anatomy, job.tokens_per_row)
     return [
-        Phase(
-            name="probe, streamed" if streamed else "probe",
-            memory=own + held + work,
-            disk=anatomy.layer_count * probe_tokens * anatomy.hidden_size * item_bytes if streamed else 0,
-            read=probe_read,
-            seconds=max(probe_operations / machine.flops, probe_read / machine.read),
-        ),
+        _probe_phase(anatomy, weights, job, machine, item_bytes, held + work),
         Phase(
             name="cache, streamed" if streamed else "cache",
-            memory=own + held + job.batch_size * work,
+            memory=held + job.batch_size * work,
             disk=(2 if streamed else 1) * states,
             read=read,
             seconds=max(tokens * 2 * below / machine.flops, read / machine.read),
@@ -134,6 +140,31 @@ def estimate(
             seconds=job.epochs * tokens * step_operations / machine.flops,
         ),
     ]
+
+
+def _probe_phase(
+    anatomy: Anatomy, weights: WeightBytes, job: Job, machine: Machine, item_bytes: int, memory: float
+) -> Phase:
+    streamed = not is_resident(weights, machine.memory)
+    tokens = PROBE_BATCHES * job.tokens_per_row
+    operations = tokens * (6 if streamed else 4) * _parameters(anatomy, range(anatomy.layer_count))
+    read = (2 if streamed else 1) * total_bytes(weights)
+    return Phase(
+        name="probe, streamed" if streamed else "probe",
+        memory=memory,
+        disk=anatomy.layer_count * tokens * anatomy.hidden_size * item_bytes if streamed else 0,
+        read=read,
+        seconds=max(operations / machine.flops, read / machine.read),
+    )
+
+
+def _adapter_parameters(anatomy: Anatomy, layers: Sequence[int], ranks: Mapping[str, int]) -> float:
+    """Of all adapters, of experts those that a token passes through."""
+    return sum(
+        module.lora_parameters(ranks[module.name]) * module.active_experts / module.experts
+        for module in anatomy.modules
+        if module.layer in layers and module.name in ranks
+    )
 
 
 MACHINES = (

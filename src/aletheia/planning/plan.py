@@ -12,14 +12,13 @@ from aletheia.errors import PlanError
 from aletheia.files import Artifact
 from aletheia.planning.targets import DEFAULT_TARGET, SPEED_SHARE, Choice, Policy, Target, choice_of
 from aletheia.probing.scores import ProbeSettings
-from aletheia.settings import LARGEST_RANK, MOST_EPOCHS, MOST_LAYERS, Settings, option
+from aletheia.settings import LARGEST_RANK, MOST_EPOCHS, MOST_LAYERS, PLAN, Settings, option
 
 if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
 
 RankMode = Literal["uniform", "by-role", "by-score"]
-GROUP = "Plan"
 PERCENT = 50
 FINITE: dict[str, Any] = {"allow_inf_nan": False}
 NAME_LAYERS = ("policy", "percent", "speedup", "freeze_after")  # settings that take the place of a target
@@ -47,66 +46,105 @@ class PlanSettings(Settings):
 
     target: Target | None = option(
         None,
-        "What the run is for: the lowest loss, the least time, or a point between (balanced by default).",
-        GROUP,
+        "What matters most: quality (the lowest loss), speed (the shortest run) or balanced. It decides which layers "
+        "learn, and how long. (default: balanced)",
+        PLAN,
     )
     policy: Policy | None = option(
         None,
-        "How the layers are chosen (by default as `target` says); depth-aware weighs importance against time.",
-        GROUP,
+        "Choose the layers in another way: depth-aware (the highest scores for the time they cost), top-percent or "
+        "bottom (highest or lowest scores), last or first, random, or uniform (every layer, as plain LoRA). (default: "
+        "as `target` says)",
+        PLAN,
     )
     percent: float | None = option(
         None,
-        f"Share of the layers ({PERCENT} by default); for depth-aware, the time of adapting the last such share.",
-        GROUP,
+        "How many of the layers to adapt, in percent. With depth-aware, a plan takes no longer than adapting that "
+        f"share of the layers from the top. (default: {PERCENT})",
+        PLAN,
         gt=0,
         le=100,
         **FINITE,
     )
-    rank: int = option(16, "LoRA rank; for by-score it sets the number of parameters.", GROUP, ge=1, le=LARGEST_RANK)
+    rank: int = option(
+        16,
+        "LoRA rank. With `ranks` by-score, ranks differ, and all adapters together are as large as with this one.",
+        PLAN,
+        ge=1,
+        le=LARGEST_RANK,
+    )
     ranks: RankMode = option(
-        "uniform", "The same rank everywhere, one for attention and one for the rest, or by score.", GROUP
+        "uniform",
+        "How ranks are given out: uniform (the same everywhere), by-role (`attention_rank` and `mlp_rank`), or "
+        "by-score (higher where the score is).",
+        PLAN,
     )
     attention_rank: int | None = option(
-        None, "Rank of attention modules; implies by-role (then `rank` by default).", GROUP, ge=1, le=LARGEST_RANK
+        None,
+        "Rank of attention modules; turns by-role on. (default with by-role: `rank`)",
+        PLAN,
+        ge=1,
+        le=LARGEST_RANK,
     )
     mlp_rank: int | None = option(
         None,
-        f"Rank of all other modules; implies by-role (then {PAPER_MLP_RANK} by default).",
-        GROUP,
+        f"Rank of all other modules; turns by-role on. (default with by-role: {PAPER_MLP_RANK})",
+        PLAN,
         ge=1,
         le=LARGEST_RANK,
     )
     alpha: float | None = option(
-        None, "Alpha at `rank`; alpha / rank is the same everywhere (2 x rank by default).", GROUP, gt=0, **FINITE
+        None,
+        "LoRA alpha at `rank`; adapters of other ranks keep its ratio to the rank. (default: 2 x rank)",
+        PLAN,
+        gt=0,
+        **FINITE,
     )
-    rslora: bool = option(False, "Scale adapters by alpha / sqrt(rank), with one alpha for all (rsLoRA).", GROUP)
-    dropout: float = option(0.0, "Dropout on what enters the adapters.", GROUP, "lora-dropout", ge=0, lt=1, **FINITE)
+    rslora: bool = option(
+        False, "Scale adapters by alpha / sqrt(rank) instead of alpha / rank, with one alpha for all (rsLoRA).", PLAN
+    )
+    dropout: float = option(
+        0.0,
+        "Dropout on the input of the adapters: a probability from 0 to below 1.",
+        PLAN,
+        "lora-dropout",
+        ge=0,
+        lt=1,
+        **FINITE,
+    )
     target_modules: tuple[str, ...] = option(
-        (), "Adapt only modules of these names, such as q_proj,v_proj (all of them by default).", GROUP
+        (),
+        "Adapt only modules of these names, with commas between, such as q_proj,v_proj. (default: all matrices of a "
+        "layer)",
+        PLAN,
     )
-    routers: bool = option(False, "Adapt the routers of a mixture of experts, too.", GROUP, "adapt-routers")
+    routers: bool = option(False, "Adapt the routers of a mixture of experts, too.", PLAN, "adapt-routers")
     freeze_after: float | None = option(
         None,
-        "Share of the steps in which all other layers learn, too, before they freeze as they are "
-        f"(by default as `target` says, {SPEED_SHARE} for depth-aware where every layer fits in memory, else 0).",
-        GROUP,
+        "Share of the steps, from 0 to below 1, in which all other layers learn as well. Then they freeze with what "
+        f"they learned. (default: as `target` says; with depth-aware {SPEED_SHARE}, or 0 where memory is short)",
+        PLAN,
         ge=0,
         lt=1,
         **FINITE,
     )
     speedup: float | None = option(
-        None, "For depth-aware: the most importance at this predicted speed-up over plain LoRA.", GROUP, gt=0, **FINITE
+        None,
+        "With depth-aware: the most score at this predicted speed-up over plain LoRA, such as 1.5. (default: "
+        "`percent` decides)",
+        PLAN,
+        gt=0,
+        **FINITE,
     )
     epochs: float | None = option(
         None,
-        "Passes that the time is counted for; later ones read the prefix cache (those of the run, or 1).",
-        GROUP,
+        "Passes over the data to predict times for; frozen layers are computed in the first pass only. (default: 1)",
+        PLAN,
         gt=0,
         le=MOST_EPOCHS,
         **FINITE,
     )
-    seed: int = option(0, "Seed of the random policy.", GROUP, ge=0, le=2**32 - 1)
+    seed: int = option(0, "Seed of the random policy: the same one chooses the same layers.", PLAN, ge=0, le=2**32 - 1)
 
     @field_validator("target_modules", mode="before")
     @classmethod

@@ -62,11 +62,11 @@ class RunFolder:
                 replaced: other files, or a finished run while ``overwrite`` is off.
         """
         out = Path(out)
-        _check(out, overwrite)
+        check_out(out, overwrite)
         is_new = not out.exists()
         claimed = cls(out, _lock(out), is_new, resumes=False)
         try:
-            state = _check(out, overwrite)  # again: another run may have ended since
+            state = check_out(out, overwrite)  # again: another run may have ended since
             shutil.rmtree(out / PARTIAL_FOLDER, ignore_errors=True)
             claimed.resumes = state == "interrupted" and resume == "auto"
             if not claimed.resumes:
@@ -141,8 +141,12 @@ def folder_state(out: Path) -> FolderState:
     return "foreign"
 
 
-def _check(out: Path, overwrite: bool) -> FolderState:
-    """The folder's state, if a run may go there."""
+def check_out(out: Path, overwrite: bool = False) -> FolderState:
+    """The folder's state, if a run may go there; it is looked at, and nothing is made.
+
+    Raises:
+        ArtifactError: it is a file, cannot be read, holds other files, or a finished run while ``overwrite`` is off.
+    """
     try:
         os.fspath(out.absolute()).encode()
     except UnicodeEncodeError as error:  # nor do the libraries that write adapters take such a name
@@ -156,7 +160,8 @@ def _check(out: Path, overwrite: bool) -> FolderState:
     if state == "foreign":
         raise ArtifactError(f"{out} holds other files; expected a new or empty folder, choose another `out`")
     if not overwrite and (out / METRICS_FILE).exists():
-        raise ArtifactError(f"{out} holds another run; choose another `out` or pass `overwrite`")
+        kind = "a finished run" if state == "finished" else "another run"
+        raise ArtifactError(f"{out} holds {kind}; choose another `out`, or replace it with `overwrite`")
     return state
 
 

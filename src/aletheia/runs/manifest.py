@@ -136,7 +136,7 @@ def verified(folder: str | Path) -> TrainingCheckpoint:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise TrainingError(f"{folder} is no folder; expected a checkpoint")
+        raise TrainingError(f"{folder} is no folder; expected a checkpoint, such as RUN/checkpoints/checkpoint-100")
     manifest = read_manifest(folder)
     for name, record in manifest.files.items():
         here = Path(name)

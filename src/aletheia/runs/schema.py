@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat
 from aletheia.anatomy.schema import DataIdentity, ModelIdentity, TokenizerIdentity
 from aletheia.errors import AdapterError, ArtifactError
 from aletheia.files import Artifact
+from aletheia.kinds import mistaken, near
 from aletheia.planning.plan import Plan
 from aletheia.runs.contents import check_contents
 
@@ -215,6 +216,10 @@ class Run:
             ArtifactError: the folder holds no finished run, or a file of it was changed since.
         """
         path = Path(path)
+        if (fault := mistaken(path, "the folder of a finished run", "run")) is not None:
+            raise ArtifactError(fault)
+        if not path.exists():
+            raise ArtifactError(f"cannot read {path}: there is no such folder{near(path, 'run')}")
         if not (path / METRICS_FILE).is_file():
             raise ArtifactError(
                 f"{path} holds no finished run (no {METRICS_FILE}); give a folder written by 'aletheia train'"

@@ -49,7 +49,7 @@ class _Step:
     seconds: list[float] = field(default_factory=list)
 
 
-def calibrate(model: nn.Module, data: Examples, batch_size: int = 4, seed: int = 0) -> Timings:
+def calibrate(model: nn.Module, data: Examples, batch_size: int = 4, seed: int = 0, rounds: int = ROUNDS) -> Timings:
     """Time whole training steps of a few kinds on batches of average size, and share their seconds out over the parts.
 
     Our steps differ in one thing each: how many layers are crossed, how many of them are adapted, the rank. Forward,
@@ -62,6 +62,7 @@ def calibrate(model: nn.Module, data: Examples, batch_size: int = 4, seed: int =
         data: rows to train on.
         batch_size: rows per training step.
         seed: of the batches.
+        rounds: how often each kind of step is timed; the median counts.
     """
     started = time.perf_counter()
     anatomy = read_anatomy(model)
@@ -80,7 +81,7 @@ def calibrate(model: nn.Module, data: Examples, batch_size: int = 4, seed: int =
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         with in_mode(model, training=False), torch.random.fork_rng():  # adapters are drawn
-            for _ in range(ROUNDS):  # every kind in each, so that a machine that slows down slows all of them
+            for _ in range(rounds):  # every kind in each, so that a machine that slows down slows all of them
                 for step in (baseline, *steps):
                     with _prepared(model, anatomy, step, batches[step.way], packed) as job:
                         step.seconds.append(_timed(job))

@@ -8,9 +8,19 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from aletheia.settings import MOST_EPOCHS, MOST_ROWS, MOST_STEPS, MOST_WORKERS, Settings, option
-
-TRAINING, CACHE, SAVING, LOGGING = "Training", "Frozen prefix", "Checkpoints", "Logging and hub"
+from aletheia.settings import (
+    LENGTH,
+    MOST_EPOCHS,
+    MOST_ROWS,
+    MOST_STEPS,
+    MOST_WORKERS,
+    OUTPUT,
+    RATE,
+    SAVING,
+    SPEED,
+    Settings,
+    option,
+)
 
 CacheKind = Literal["auto", "memory", "disk", "off"]
 Recompute = Literal["off", "selective", "full"]
@@ -88,114 +98,148 @@ class TrainSettings(Settings):
     SECTION: ClassVar[str] = "training"
     model_config = ConfigDict(extra="allow")
 
-    steps: int | None = option(None, "Optimizer steps.", TRAINING, ge=1, le=MOST_STEPS)
-    epochs: float | None = option(
-        None, "Passes over the data (1 by default).", TRAINING, gt=0, le=MOST_EPOCHS, allow_inf_nan=False
+    steps: int | None = option(
+        None, "Optimizer steps to train for, instead of `epochs`. (default: one pass)", LENGTH, ge=1, le=MOST_STEPS
     )
-    batch_size: int = option(4, "Rows per device and pass through the model.", TRAINING, ge=1, le=MOST_ROWS)
+    epochs: float | None = option(
+        None,
+        "Passes over the data to train for, instead of `steps`; 0.5 is half of the rows. (default: 1)",
+        LENGTH,
+        gt=0,
+        le=MOST_EPOCHS,
+        allow_inf_nan=False,
+    )
+    batch_size: int = option(4, "Rows that go through the model at once, on each device.", LENGTH, ge=1, le=MOST_ROWS)
     gradient_accumulation_steps: int = option(
         1,
-        "Batches per optimizer step: each step sees this many times `batch_size` rows per device.",
-        TRAINING,
+        "Batches that add up to one optimizer step, which then learns from this many times `batch_size` rows.",
+        LENGTH,
         ge=1,
         le=MOST_ROWS,
     )
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | Literal["auto"] | None = option(
         None,
-        "Peak learning rate (by default from width, steps and passes over the data); auto tries three and takes one.",
-        TRAINING,
+        "Highest learning rate, such as 2e-4. auto tries three for a few steps and takes the best. (default: computed "
+        "from the model's width, the steps and the passes over the data)",
+        RATE,
     )
-    lr_scheduler_type: str = option("linear", "Schedule of the learning rate, as transformers names it.", TRAINING)
+    lr_scheduler_type: str = option(
+        "linear",
+        "How the learning rate changes after the warm-up, by transformers' name: linear, cosine, constant, ...",
+        RATE,
+    )
     warmup_steps: float = option(
-        0.05, "Warm-up of the learning rate: steps, or below 1 a share of them.", TRAINING, ge=0, allow_inf_nan=False
+        0.05,
+        "Steps over which the learning rate rises from 0; below 1 it is a share of all steps.",
+        RATE,
+        ge=0,
+        allow_inf_nan=False,
     )
     optim: str = option(
-        "adamw_torch_fused", "Optimizer, as transformers names it: adamw_bnb_8bit, adafactor, ...", TRAINING
+        "adamw_torch_fused", "Optimizer, by transformers' name: adamw_torch_fused, adamw_bnb_8bit, adafactor, ...", RATE
     )
-    weight_decay: float = option(0.0, "Weight decay of the adapters.", TRAINING, ge=0, allow_inf_nan=False)
-    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm.", TRAINING, gt=0, allow_inf_nan=False)
+    weight_decay: float = option(0.0, "Weight decay of the adapters.", RATE, ge=0, allow_inf_nan=False)
+    max_grad_norm: float = option(
+        1.0, "Gradients above this norm are scaled down to it.", RATE, gt=0, allow_inf_nan=False
+    )
     gradient_checkpointing: Recompute | Literal["auto"] = option(
         "auto",
-        "Less memory, more time: compute again in backward all but matrix products (selective), or all (full); auto: "
-        "the least that is predicted to fit in memory.",
-        TRAINING,
+        "Save memory by computing activations again in the backward pass: off, selective (all but matrix products) or "
+        "full. auto takes the first of them that is predicted to fit in memory.",
+        SPEED,
     )
     packing: Literal["auto", "on", "off"] = option(
         "auto",
-        "Put the rows of a batch one after another, without padding, each seeing itself alone; auto: on a GPU, in half "
+        "Put the rows of a batch into one sequence without padding; no row sees another. auto: on a GPU in half "
         "precision, where the model's attention can.",
-        TRAINING,
+        SPEED,
     )
     group_by_length: bool | None = option(
-        None, "Make batches of rows of like length (by default where batches are padded).", TRAINING
+        None, "Make batches of rows of similar length, which saves padding. (default: where batches are padded)", SPEED
     )
     compile_layers: bool = option(
-        False, "Compile the layers that learn: the first steps take longer, the others fewer launches.", TRAINING
+        False, "Compile the layers that learn with torch.compile: the first steps take longer, the others less.", SPEED
     )
     liger: bool = option(
         True,
-        "On a GPU, with the extra `gpu`: Liger's kernels for norms, gates and rotary positions, unless layers are "
-        "compiled.",
-        TRAINING,
+        "Use Liger's kernels for norms, gates and rotary positions. On a GPU only, with the extra gpu installed, and "
+        "not with `compile_layers`.",
+        SPEED,
     )
     correct_quantization: bool = option(
         False,
-        "With `quantize` nf4: a frozen part of each adapter takes back most of what that does. Fits NF4 only.",
-        TRAINING,
+        "With `quantize` nf4: a frozen part of each adapter makes up for most of the error of 4 bits. The adapter then "
+        "fits the model in nf4 only.",
+        SPEED,
     )
-    seed: int = option(0, "Seed of everything that is drawn.", TRAINING, ge=0, le=2**32 - 1)
+    seed: int = option(
+        0,
+        "Seed of all that is random: which rows are held out, the order of the others, how adapters start.",
+        LENGTH,
+        ge=0,
+        le=2**32 - 1,
+    )
     evaluations: int | None = option(
         None,
-        f"How often the held-out loss is taken during training ({EVALUATIONS} times per pass over the data by default, "
-        "and after the last step).",
-        TRAINING,
+        "How many times to measure the held-out loss during training, the last time after the last step. (default: "
+        f"{EVALUATIONS} times per pass over the data)",
+        SAVING,
         ge=1,
         le=MOST_STEPS,
     )
     keep: Literal["best", "last"] = option(
-        "best", "Which adapter is kept: that of the lowest held-out loss, or the last one.", TRAINING
+        "best", "Which adapter is kept: best (the lowest held-out loss) or last (after the last step).", SAVING
     )
     averaging: Averaging = option(
         "auto",
-        "Average the weights over the steps, for the held-out loss and the adapter that is kept; auto: in runs of more "
-        "than one pass over the data, where layers are not sharded.",
-        TRAINING,
+        "Measure and keep the average of the weights over the steps. auto: in runs of more than one pass over the "
+        "data; off where layers are sharded.",
+        SAVING,
     )
     rescale: bool = option(
         True,
-        "With `keep` best: try the adapter at 0.8 of its strength, then at 0.6 and 0.4 while the held-out loss falls, "
-        "and keep the best. Not where layers are sharded, nor for an adapter that is trained on.",
-        TRAINING,
+        "With `keep` best: in the end, try the adapter at 0.8, 0.6 and 0.4 of its strength while the held-out loss "
+        "falls, and keep the best. Not for sharded layers, nor an adapter that is trained further.",
+        SAVING,
     )
     early_stop: bool = option(
-        True, "End the run when the held-out loss no longer falls; without it, every planned step is taken.", TRAINING
+        True, "Stop when the held-out loss no longer falls. Without it, every planned step is taken.", SAVING
     )
     early_stopping_patience: int | None = option(
         None,
-        f"With `early_stop`: how many held-out losses in a row may be no new lowest one ({PATIENCE} by default).",
-        TRAINING,
+        f"With `early_stop`: how many held-out losses in a row without a new lowest one end the run. (default: "
+        f"{PATIENCE})",
+        SAVING,
         ge=1,
     )
     allow_worse: bool = option(
-        False,
-        "Exit code 0 also for a run whose held-out loss is above the one before training (otherwise 3).",
-        TRAINING,
+        False, "Exit with 0 instead of 3 where the held-out loss ends above the one before training.", SAVING
     )
-    cache: CacheKind = option("auto", "Where what enters the lowest layer that learns is kept.", CACHE)
-    cache_dir: Path | None = option(None, "For a cache on disk ($ALETHEIA_CACHE, or your cache folder).", CACHE)
+    cache: CacheKind = option(
+        "auto",
+        "Where to keep the output of the frozen layers, so that it is computed once per row: memory, disk or off. "
+        "auto: in memory, then on disk where reading is faster than computing.",
+        SPEED,
+    )
+    cache_dir: Path | None = option(
+        None, "Folder for a cache on disk. (default: $ALETHEIA_CACHE, else your cache folder)", SPEED
+    )
     free_prefix: bool = option(
-        False, "Fill the cache before the first step, then drop the frozen layers from memory.", CACHE
+        False, "Fill the cache before the first step, then remove the frozen layers from memory.", SPEED
     )
     save_steps: int | None = option(
-        None, "Steps between checkpoints (by default by time: at most ten minutes are lost).", SAVING, ge=1
+        None,
+        "Steps between checkpoints to resume from. (default: by time, so that at most ten minutes are lost)",
+        SAVING,
+        ge=1,
     )
-    save_total_limit: int = option(2, "Checkpoints that are kept.", SAVING, ge=1)
+    save_total_limit: int = option(2, "How many checkpoints to keep; older ones are removed.", SAVING, ge=1)
     report_to: tuple[str, ...] = option(
-        (), "Loggers: tensorboard, wandb, mlflow, trackio. Give it again for more.", LOGGING
+        (), "Also log to tensorboard, wandb, mlflow or trackio. Repeat the option for more. (default: none)", OUTPUT
     )
-    push_to_hub: bool = option(False, "Upload the finished run to the hub.", LOGGING)
+    push_to_hub: bool = option(False, "Upload the finished run to the hub.", OUTPUT)
     hub_model_id: str | None = option(
-        None, "Repository for `push_to_hub` (by default the name of the folder).", LOGGING
+        None, "Repository on the hub for `push_to_hub`, as name or owner/name. (default: the run folder's name)", OUTPUT
     )
 
     @property

@@ -18,13 +18,15 @@ RETRIES = 3  # of a job whose Ray worker died
 class ExecutorSettings(Settings):
     """Where the jobs of a campaign run."""
 
-    executor: Literal["local", "ray"] = option("local", "On this machine, or on a Ray cluster.")
-    workers: int | None = option(
-        None, "Jobs at a time on this machine, each with a GPU of its own (1).", ge=1, le=MOST_WORKERS
+    executor: Literal["local", "ray"] = option(
+        "local", "Where jobs run: local (on this machine) or ray (on a Ray cluster)."
     )
-    address: str | None = option(None, "Ray cluster to join (by default one is started here).")
-    gpus: float | None = option(None, "GPUs per job on a Ray cluster (0: it sees none).", ge=0)
-    cpus: float | None = option(None, "CPUs per job on a Ray cluster (1).", ge=0)
+    workers: int | None = option(
+        None, "Jobs at a time on this machine, each with a GPU of its own. (default: 1)", ge=1, le=MOST_WORKERS
+    )
+    address: str | None = option(None, "Address of the Ray cluster to join. (default: one is started here)")
+    gpus: float | None = option(None, "GPUs of each job on a Ray cluster; with 0 it sees none. (default: 0)", ge=0)
+    cpus: float | None = option(None, "CPUs of each job on a Ray cluster. (default: 1)", ge=0)
 
     @model_validator(mode="after")
     def _of_this_executor(self) -> "ExecutorSettings":

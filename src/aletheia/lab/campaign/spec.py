@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from aletheia.errors import CampaignError, SettingsError
+from aletheia.kinds import mistaken
 from aletheia.plain_yaml import read_yaml
 from aletheia.planning.plan import RankMode
 from aletheia.planning.targets import SPEED_SHARE, Policy
@@ -173,6 +174,8 @@ def read_campaign(path: str | Path) -> SpeedCampaign | BehaviourCampaign:
         CampaignError: missing, no YAML, or not as the schema says; names the first field that is wrong.
     """
     path = Path(path)
+    if (fault := mistaken(path, "a YAML file that describes a campaign", "settings")) is not None:
+        raise CampaignError(fault)
     try:
         found = read_yaml(path)
     except SettingsError as error:

@@ -17,6 +17,7 @@ from torch import nn
 
 from aletheia.anatomy.access import input_weight, stop_ids_of, text_config
 from aletheia.anatomy.fingerprint import identify
+from aletheia.anatomy.foreign import ADAPTER_CONFIG, base_of_adapter
 from aletheia.anatomy.load import Loaded
 from aletheia.anatomy.schema import ModelIdentity
 from aletheia.data.encode import load_data
@@ -68,7 +69,13 @@ def eval_settings(data_dir: Path | None, adapter: Path | None, **settings: Any) 
         DataError: a data file is missing.
         ArtifactError: there is no adapter in ``adapter``.
     """
-    names = tuple(settings.pop("tasks"))
+    names, model = tuple(settings.pop("tasks")), str(settings.get("model", ""))
+    if (Path(model) / ADAPTER_CONFIG).is_file():
+        base = base_of_adapter(Path(model))
+        raise EvaluationError(
+            f"{model} is an adapter of the base model {base}; expected that as MODEL, and the adapter beside it: "
+            f"aletheia eval {base} `adapter={model}` ..."
+        )
     if unknown := [name for name in names if name not in TASKS]:
         raise EvaluationError(f"unknown task {unknown[0]!r} in `tasks`; expected some of {','.join(TASKS)}")
     if not names or len(set(names)) < len(names):

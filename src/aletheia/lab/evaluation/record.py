@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat
 from aletheia.anatomy.schema import ModelIdentity, TokenizerIdentity
 from aletheia.errors import ArtifactError
 from aletheia.files import DIGITS_SHOWN, Artifact, file_sha256
+from aletheia.kinds import mistaken
 
 EVAL_FILE = "eval.json"
 ITEMS_FILE = "items.parquet"
@@ -146,6 +147,8 @@ class Evaluated:
             ArtifactError: the folder holds no finished evaluation, or a file of it was changed since.
         """
         path = Path(path)
+        if (fault := mistaken(path, "the folder of a finished evaluation", "evaluation")) is not None:
+            raise ArtifactError(fault)
         if not is_finished(path):
             raise ArtifactError(f"{path} holds no finished evaluation; give a folder written by 'aletheia eval'")
         evaluation, items = Evaluation.read(path / EVAL_FILE), path / ITEMS_FILE
@@ -193,7 +196,10 @@ def adapter_sha256(folder: Path) -> str:
 
     found = [file_sha256(folder / name) for name in ADAPTER_FILES if (folder / name).is_file()]
     if len(found) < 2:
-        raise ArtifactError(f"{folder} holds no adapter; expected a run folder, or {', '.join(ADAPTER_FILES[:2])}")
+        raise ArtifactError(
+            mistaken(folder, "a run folder or another adapter folder", "adapter", "run")
+            or f"{folder} holds no adapter; expected a run folder, or {', '.join(ADAPTER_FILES[:2])}"
+        )
     return hashlib.sha256("".join(found).encode()).hexdigest()
 
 

@@ -1,0 +1,29 @@
+"""A job between its planning and its training."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from aletheia.data.examples import Examples
+from aletheia.job.adapter import Start
+from aletheia.job.source import Source
+from aletheia.planning.plan import Plan
+from aletheia.probing.scores import Scores
+from aletheia.runs.manifest import TrainingCheckpoint
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a run starts from once everything is loaded and planned.
+
+    ``adapted`` is there where an adapter is trained further; ``scores`` where the plan was made from them here;
+    ``found`` is the checkpoint that an interrupted run goes on from.
+    """
+
+    base: Source
+    data: Examples
+    held_out: Examples
+    plan: Plan
+    scores: Scores | None
+    start: Start | None
+    adapted: Any
+    found: TrainingCheckpoint | None
