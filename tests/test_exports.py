@@ -263,7 +263,10 @@ def test_the_chat_template_of_the_adapter_goes_with_it(adapted, tmp_path):
     assert f"--chat-template-file {gguf.path / 'chat_template.jinja'}" in gguf.command
     for folder in (merged.path, trl.path / "adapter"):
         assert AutoTokenizer.from_pretrained(folder).chat_template == template
-    assert f"AutoTokenizer.from_pretrained({str(trl.path / 'adapter')!r})" in (trl.path / "train_trl.py").read_text()
+    assert (
+        f"AutoTokenizer.from_pretrained({json.dumps(str(trl.path / 'adapter'))})"
+        in (trl.path / "train_trl.py").read_text()
+    )
 
 
 def test_base_overrides_what_the_adapter_names(adapted, tmp_path):
@@ -483,6 +486,12 @@ def test_the_command_line_prints_what_to_run(trained, run, tmp_path):
     told = json.loads(out)
     assert (code, told["to"], told["export"]) == (0, "mlx", str(tmp_path / "m"))
     assert "adapters.safetensors" in told["files"]
+
+
+def test_what_cannot_be_exported_is_named(run, model_folder, data_file):
+    for source, found in ((model_folder, "holds no adapter"), (data_file, "is no plan"), ("nowhere", "is not there")):
+        code, _, err = run("export", source, "--to", "trl")
+        assert (code, f"{source} {found}; expected a run folder" in err) == (2, True)
 
 
 def test_what_is_no_target_is_named(trained, run):

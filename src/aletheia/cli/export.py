@@ -51,7 +51,8 @@ def export(
     for note in done.notes:
         say(f"note: {note}")
     if as_json:
-        print_json({"export": str(done.path), "to": done.to, "files": done.files, "command": done.command})
+        told = {"export": str(done.path), "to": done.to, "files": done.files, "command": done.command}
+        print_json(told | {"notes": done.notes})
         return
     say(f"wrote {done.path}: {', '.join(done.files)}")
     typer.echo(done.command)

@@ -36,7 +36,8 @@ class Origin:
             alone = Plan.read(path)
             return cls(path, _absolute(base or alone.model.name), plan=alone)
         if not (path / ADAPTER_CONFIG).is_file():
-            raise AdapterError(f"{path} holds no {ADAPTER_CONFIG}; expected a run folder, an adapter folder or a plan")
+            found = "is no plan" if path.is_file() else "holds no adapter" if path.is_dir() else "is not there"
+            raise AdapterError(f"{path} {found}; expected a run folder, a PEFT adapter folder or a plan file")
         run = Run.read(path) if (path / METRICS_FILE).is_file() else None
         named = base or read_settings(path / ADAPTER_CONFIG).get("base_model_name_or_path")
         if not isinstance(named, str) or not named:

@@ -120,9 +120,9 @@ from peft import PeftModel
 from transformers import {names}
 from trl import SFTConfig, SFTTrainer
 
-model = AutoModelForCausalLM.from_pretrained({recipe.base!r}, dtype="auto"{how})
-model = PeftModel.from_pretrained(model, {recipe.adapter!r}, is_trainable=True)
-tokenizer = AutoTokenizer.from_pretrained({recipe.tokenizer!r})
+model = AutoModelForCausalLM.from_pretrained({_text(recipe.base)}, dtype="auto"{how})
+model = PeftModel.from_pretrained(model, {_text(recipe.adapter)}, is_trainable=True)
+tokenizer = AutoTokenizer.from_pretrained({_text(recipe.tokenizer)})
 '''
     write_text(task.folder / "train_trl.py", head + _sft(recipe))
     return Written(shell("python", task.out / "train_trl.py"), notes_on(task))
@@ -147,7 +147,7 @@ from datasets import load_dataset
 from trl import SFTConfig, SFTTrainer
 
 model, tokenizer = FastLanguageModel.from_pretrained(
-    {recipe.adapter!r},
+    {_text(recipe.adapter)},
     max_seq_length={recipe.max_length},
     load_in_4bit={recipe.quantization == "nf4"},
     load_in_8bit={recipe.quantization == "int8"},
@@ -165,17 +165,17 @@ def _sft(recipe: Recipe) -> str:
         question, answer = recipe.columns
         mapped = f"""rows = rows.map(
     lambda row: {{
-        "prompt": [{{"role": "user", "content": row[{question!r}]}}],
-        "completion": [{{"role": "assistant", "content": row[{answer!r}]}}],
+        "prompt": [{{"role": "user", "content": row[{_text(question)}]}}],
+        "completion": [{{"role": "assistant", "content": row[{_text(answer)}]}}],
     }},
     remove_columns=rows.column_names,
 )
 """
     return f"""
-rows = load_dataset({kind!r}, data_files={list(recipe.data_files)!r}, split="train")
+rows = load_dataset({_text(kind)}, data_files={_text(recipe.data_files)}, split="train")
 {mapped}
 settings = SFTConfig(
-    output_dir={recipe.out!r},
+    output_dir={_text(recipe.out)},
     max_length={recipe.max_length},
     per_device_train_batch_size={recipe.batch_size},
     gradient_accumulation_steps={recipe.accumulation},
@@ -191,3 +191,8 @@ trainer.save_model()
 
 def _write_yaml(task: Task, name: str, settings: dict[str, Any]) -> None:
     write_text(task.folder / name, _HEAD + yaml.safe_dump(settings, sort_keys=False, width=10_000))
+
+
+def _text(value: Any) -> str:
+    """A text, or a list of texts, as Python writes it."""
+    return json.dumps(value, ensure_ascii=False)

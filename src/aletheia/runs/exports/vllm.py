@@ -39,7 +39,7 @@ def write_vllm(task: Task) -> Written:
     options = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", f"tuned={task.out}"]
     if template := copy_template(task):
         options += ["--chat-template", template]
-    notes = ["ask for the model `tuned`; vLLM's documentation lists the families that it takes adapters of"]
+    notes = ["ask for the model named tuned; vLLM loads adapters for some model families only, see its documentation"]
     if task.origin.base.endswith(".gguf"):
         notes.append("vLLM's support of GGUF files is experimental; a model folder as `base` is the safer way")
     return Written(shell("vllm", "serve", task.origin.base, *options), (*notes, *other_weights(task.origin)))
