@@ -19,28 +19,36 @@ def export(
         str,
         typer.Option(
             "--to",
-            help="merged, vllm, gguf, ollama or mlx to serve it; axolotl, llama-factory, unsloth or trl to train it "
-            "on.",
-            metavar="TARGET",
+            help="Program or form to write for: the first five serve the result, the others train it further.",
+            metavar="{merged,vllm,gguf,ollama,mlx,axolotl,llama-factory,unsloth,trl}",
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Folder to write (RUN-TARGET by default).", show_default=False)
+        Path | None,
+        typer.Option("--out", help="Folder to write. (default: RUN-TARGET, such as run-vllm)", metavar="FOLDER"),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option("--base", help="Base model to use instead of the one that RUN names.", metavar="MODEL"),
+        typer.Option(
+            "--base",
+            help="Base model: hub id, model folder or .gguf file. (default: the one that RUN names)",
+            metavar="MODEL",
+        ),
     ] = None,
     dtype: Annotated[
         str,
-        typer.Option("--dtype", help="Of merged weights: auto (as in the base), bfloat16, float16 or float32."),
+        typer.Option(
+            "--dtype",
+            help="Number format of merged weights. auto: as in the base.",
+            metavar="{auto,bfloat16,float16,float32}",
+        ),
     ] = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export in --out.")] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with the base model.")
+        bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the base model.")
     ] = False,
     allow_pickle: Annotated[
-        bool, typer.Option("--allow-pickle", help="Read weights from .bin and other pickle files.")
+        bool, typer.Option("--allow-pickle", help="Read weights from pickle files (.bin, .pt), too.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -51,8 +59,8 @@ def export(
     for note in done.notes:
         say(f"note: {note}")
     if as_json:
-        told = {"export": str(done.path), "to": done.to, "files": done.files, "command": done.command}
-        print_json(told | {"notes": done.notes})
+        result = {"export": str(done.path), "to": done.to, "files": done.files, "command": done.command}
+        print_json(result | {"notes": done.notes})
         return
     say(f"wrote {done.path}: {', '.join(done.files)}")
     typer.echo(done.command)

@@ -21,7 +21,8 @@ OF_TRAINING = {  # settings that are of no use to answers
 @from_settings(LoadSettings, DataSettings, GenerateSettings, leave_out=OF_TRAINING)
 def generate(
     model: Annotated[
-        str, typer.Argument(help="Run folder, any PEFT adapter folder, or a model as for train.", metavar="MODEL")
+        str,
+        typer.Argument(help="Run folder, PEFT adapter folder, hub id, model folder or .gguf file.", metavar="MODEL"),
     ],
     prompt: Annotated[
         list[str] | None,
@@ -31,18 +32,20 @@ def generate(
         list[str] | None,
         typer.Option(
             "--data",
-            help="Rows whose last answer is generated anew and shown beside the row's own; any form that train takes.",
-            metavar="TEXT",
+            help="Rows to answer, in any form that train takes; the row's own last answer is shown, too. Give it again "
+            "for more.",
+            metavar="DATA",
         ),
     ] = None,
     against: Annotated[
-        Literal["base"] | None, typer.Option("--against", help="Show the answers of the base model, too.")
+        Literal["base"] | None,
+        typer.Option("--against", help="Show the answers of the base model, too.", metavar="{base}"),
     ] = None,
     as_json: JsonOption = False,
     *,
     given: Given,
 ) -> None:
-    """Answer prompts or rows of data with a trained adapter, and with its base beside it."""
+    """Answer prompts or rows of data with a trained adapter, and with its base for comparison."""
     from rich.console import Console
 
     from aletheia.job.generate import generate as answered

@@ -13,18 +13,23 @@ EXAMPLE = "aletheia push run me/my-adapter --dry-run"
 
 def push(
     run: Annotated[Path, typer.Argument(help="Run folder written by 'aletheia train'.", metavar="RUN")],
-    repo: Annotated[str, typer.Argument(help="Repository: owner/name, or name for your own.", metavar="REPO")],
+    repo: Annotated[
+        str, typer.Argument(help="Repository on the hub: owner/name, or a name for one of yours.", metavar="REPO")
+    ],
     private: Annotated[
-        bool, typer.Option("--private/--public", help="Who sees a repository that is made here.")
+        bool, typer.Option("--private/--public", help="Whether only you see a repository that this makes.")
     ] = True,
     revision: Annotated[
-        str | None, typer.Option("--revision", help="Branch, made if need be (main by default).", metavar="BRANCH")
+        str | None,
+        typer.Option("--revision", help="Branch to write, made if it is missing. (default: main)", metavar="BRANCH"),
     ] = None,
     base: Annotated[
         str | None,
         typer.Option("--base", help="Hub id of the base model, where the run has a local path.", metavar="HUB_ID"),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be uploaded; upload nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be uploaded, and upload nothing.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Upload a run to the hub, with a card that the hub understands. Checkpoints and data stay here."""

@@ -13,13 +13,13 @@ class GenerateSettings(Settings):
     """How answers are generated; what is not set here is as the model's own generation config says."""
 
     SECTION: ClassVar[str] = "generate"
-    max_new_tokens: int = option(256, "Tokens of the longest answer.", GROUP, ge=1, le=LONGEST_ROW)
+    max_new_tokens: int = option(256, "Most tokens of an answer.", GROUP, ge=1, le=LONGEST_ROW)
     temperature: float = option(
-        0.0, "Temperature at which tokens are drawn; 0 always takes the likeliest one.", GROUP, ge=0, le=100
+        0.0, "Temperature at which tokens are drawn; 0 takes the likeliest token each time.", GROUP, ge=0, le=100
     )
-    limit: int | None = option(None, "Rows of `data` to answer, from the first one (all by default).", GROUP, ge=1)
-    batch_size: int = option(8, "Prompts computed at once.", GROUP, ge=1, le=MOST_ROWS)
-    seed: int = option(0, "Seed of what is drawn.", GROUP, ge=0, le=2**32 - 1)
+    limit: int | None = option(None, "Rows of `data` to answer, from the first on. (default: all)", GROUP, ge=1)
+    batch_size: int = option(8, "Prompts answered at once.", GROUP, ge=1, le=MOST_ROWS)
+    seed: int = option(0, "Seed of the tokens that are drawn, above temperature 0.", GROUP, ge=0, le=2**32 - 1)
 
 
 class Answer(BaseModel):
