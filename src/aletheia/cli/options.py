@@ -10,6 +10,7 @@ import typer
 
 from aletheia.cli.wording import translate
 from aletheia.names import printable
+from aletheia.progress import Stderr
 
 if TYPE_CHECKING:
     from aletheia.runs.schema import Run
@@ -76,9 +77,9 @@ def print_rich(*renderables: Any) -> None:
         console.print(renderable)
 
 
-def say(message: str) -> None:
-    """One line of progress on stderr, so that stdout stays clean for results.
+def _as_options(line: str) -> str:
+    """Names in backticks become options, but an indented line is a quotation of data and stays as it is."""
+    return printable(line if line.startswith("    ") else translate(line))
 
-    Its names in backticks become options, but an indented line is a quotation of data and stays as it is.
-    """
-    typer.echo(printable(message if message.startswith("    ") else translate(message)), err=True)
+
+say = Stderr(_as_options)

@@ -26,7 +26,6 @@ from aletheia.job.finish import complete, push
 from aletheia.job.room import bytes_by, room_for
 from aletheia.job.settings import JobSettings
 from aletheia.job.source import (
-    Say,
     Source,
     check_whole,
     checkpoint_as_asked,
@@ -35,7 +34,6 @@ from aletheia.job.source import (
     show_first,
     split_for,
     stream_for,
-    to_stderr,
 )
 from aletheia.planning.make import every_layer_bytes
 from aletheia.planning.make import plan as make_plan
@@ -45,6 +43,7 @@ from aletheia.prefix.fill_streamed import fill_streamed, streamed_cache
 from aletheia.probing import resident
 from aletheia.probing import streamed as by_layer
 from aletheia.probing.scores import Scores
+from aletheia.progress import Progress, Say, say_nothing, to_stderr
 from aletheia.runs.folder import CONFIG_FILE, RunFolder
 from aletheia.runs.manifest import TrainingCheckpoint, check_same_run, newest_checkpoint, verified
 from aletheia.runs.saved import continue_adapter, plan_of_adapter
@@ -52,7 +51,7 @@ from aletheia.runs.schema import PLAN_FILE, SCORES_FILE, Run
 from aletheia.settings import MOST_EPOCHS
 from aletheia.training.interrupts import Interrupts, interrupts
 from aletheia.training.loop import planned_passes, rows_of_steps, training_arguments
-from aletheia.training.processes import Launch, say_nothing
+from aletheia.training.processes import Launch
 from aletheia.training.settings import Recompute, TrainSettings
 from aletheia.training.train import Prepared, train
 
@@ -82,7 +81,8 @@ def fine_tune(
         overwrite: replace a finished run in ``out``.
         resume: ``auto`` goes on with an interrupted run in ``out``, ``never`` begins anew, a path goes on from that
             checkpoint.
-        say: gets a line for each thing that is done; by default they go to stderr.
+        say: gets a line for each thing that is done, and one at least every 30 seconds, from another thread, while it
+            goes on; by default they go to stderr.
 
     Raises:
         AletheiaError: what is wrong, in one line; settings and the folder are checked before anything is loaded.
@@ -123,7 +123,7 @@ class Job:
         rows = load_rows(settings.data.data, skip)
         eval_rows = load_rows(settings.data.eval_data, skip) if settings.data.eval_data else None
         self.say(f"load   {settings.model.model}")
-        with self._timed("load"):
+        with self._timed("load"), Progress("load", 0, "", self.say):
             base, data = self._load(rows, start)
         if not writes_date(base.tokenizer):  # the day is no matter to such a run, nor to its record
             self.settings = settings = settings.model_copy(update={"data": asked})
@@ -147,7 +147,7 @@ class Job:
         record = start.record if start is not None else None
         about = self.settings.about() | ({"adapter_sha256": record.sha256} if record is not None else {})
         prepared = Prepared(prefix, unquantized, self.seconds, about, record, found)
-        run = train(adapted, data, plan, folder, held_out, training, prepared)
+        run = train(adapted, data, plan, folder, held_out, training, prepared, self.say)
         if self.launch.is_first:
             with self.interrupted.put_off():
                 complete(run, self.settings, base.tokenizer, scores)
@@ -270,12 +270,12 @@ class Job:
         return identify(base.model)
 
     def _probe(self, base: Source, data: Examples) -> Scores:
-        self.say("probe  5 batches of 1")
         seed = self.settings.training.seed
+        self.say("probe  scores the layers by their gradients on 5 rows")
         if isinstance(base, Checkpoint):
-            work = beside(self.folder.path, ".partial")
-            return by_layer.probe_streamed(base, data, seed=seed, work=work, max_memory=self.settings.model.max_memory)
-        return resident.probe(base.model, data, seed=seed)
+            work, cap = beside(self.folder.path, ".partial"), self.settings.model.max_memory
+            return by_layer.probe_streamed(base, data, seed=seed, work=work, max_memory=cap, show_progress=self.say)
+        return resident.probe(base.model, data, seed=seed, show_progress=self.say)
 
     def _make_plan(self, scores: Scores, base: Source, data: Examples) -> Plan:
         """What fits in memory, with lower layers that learn at first where those do, too."""
@@ -352,7 +352,8 @@ class Job:
             for note in cache.notes:
                 self.say(f"note: {note}")
             cap = self.settings.model.max_memory
-            fill_streamed(base, plan.boundary, used, cache, training.batch_size, data.pad_token_id, cap)
+            self.say(f"cache  what layers {layer_ranges(range(plan.boundary))} compute, once for each row")
+            fill_streamed(base, plan.boundary, used, cache, training.batch_size, data.pad_token_id, cap, self.say)
         return cache
 
 
