@@ -44,6 +44,8 @@ from aletheia.probing import resident
 from aletheia.probing import streamed as by_layer
 from aletheia.probing.scores import Scores
 from aletheia.progress import Progress, Say, say_nothing, to_stderr
+from aletheia.reporting.format import human_count
+from aletheia.reporting.plan_text import plan_sentences, speed_sentence
 from aletheia.runs.folder import CONFIG_FILE, RunFolder
 from aletheia.runs.manifest import TrainingCheckpoint, check_same_run, newest_checkpoint, verified
 from aletheia.runs.saved import continue_adapter, plan_of_adapter
@@ -109,6 +111,7 @@ class Job:
     say: Say
     interrupted: Interrupts
     seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
 
     def run(self, resume: Path | None = None) -> Run:
         """Load, probe, plan, adapt, train, report."""
@@ -136,7 +139,8 @@ class Job:
         else:
             scores, plan, adapted = self._go_on(base, data, start, found)
             prefix = None
-        self.say(_about_plan(plan, settings.training.cache))
+        self.say(f"plan   {' '.join(plan_sentences(plan))}")
+        self.say(f"plan   {human_count(plan.trainable_parameters)} trainable parameters. {speed_sentence(plan)}")
         recompute = self._recompute(base, plan, data, found)
         training = settings.training.model_copy(update={"gradient_checkpointing": recompute})
         if self.launch.is_first:
@@ -146,6 +150,7 @@ class Job:
             unquantized = checkpoint_as_asked(settings.model)
         record = start.record if start is not None else None
         about = self.settings.about() | ({"adapter_sha256": record.sha256} if record is not None else {})
+        self.seconds["other"] = time.perf_counter() - self.started - sum(self.seconds.values())
         prepared = Prepared(prefix, unquantized, self.seconds, about, record, found)
         run = train(adapted, data, plan, folder, held_out, training, prepared, self.say)
         if self.launch.is_first:
@@ -355,19 +360,6 @@ class Job:
             self.say(f"cache  what layers {layer_ranges(range(plan.boundary))} compute, once for each row")
             fill_streamed(base, plan.boundary, used, cache, training.batch_size, data.pad_token_id, cap, self.say)
         return cache
-
-
-def _about_plan(plan: Plan, cache: str) -> str:
-    predicted = plan.predicted
-    run = f", {predicted.run_speedup:.2f}x over the run" if predicted.run_speedup else ""
-    return (
-        f"plan   {plan.reason or plan.settings.policy}; {len(plan.layers)} of {plan.layer_count} layers from "
-        f"{plan.boundary} up"
-        + ("" if plan.reason or not plan.early_layers else f", the others for {plan.freeze_after:.0%} of the steps")
-        + f", {plan.trainable_parameters:,} trainable parameters, predicted step speed-up {predicted.speedup:.2f}x"
-        + ("" if cache == "off" else f", {predicted.cached_speedup:.2f}x from a filled cache")
-        + run
-    )
 
 
 def _check_plan_streamed(plan: Plan) -> None:

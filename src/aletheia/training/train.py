@@ -160,6 +160,7 @@ class Job:
         self.say = say_as_asked(show_progress) if Launch.here().is_first else say_nothing
         probe = plan.probe.seconds if plan.uses_scores else 0.0  # a plan that looked at scores owes it, whenever it was
         self.seconds = {"load": 0.0, "probe": probe, "plan": 0.0} | dict(prepared.seconds)
+        self.started = time.perf_counter() - sum(self.seconds.values())
         self.processes = Launch.here().processes
         self.steps = planned_steps(len(data), settings, self.processes)
         self.recorder = Recorder(evaluations_of(len(data), settings, self.processes), self.say)
@@ -197,6 +198,7 @@ class Job:
         trainer.add_callback(SaveInTime())
         if found is not None:
             self.recorder.restore(found.manifest.extra)
+            self.started -= sum(self.recorder.seconds.values())
             interrupted.saved_step = found.step
             if trainer.average is not None:
                 trainer.average.load(found.path)
