@@ -66,12 +66,12 @@ def test_a_line_comes_at_least_every_30_seconds(clock, seconds_per_part):
 def test_a_line_says_how_far_the_work_is_and_how_long_it_takes(clock):
     said = spoken(clock, 20, 10.0)
     assert said[0] == (20.0, "probe  2 of 20 batches, about 3 min left")  # once two parts are done
-    assert said[1] == (50.0, "probe  5 of 20 batches, about 2 min left")
+    assert said[1] == (50.0, "probe  5 of 20 batches, about 2 min 30 s left")
     assert said[-1][1] == "probe  17 of 20 batches, about 30 s left"
 
 
 def test_a_long_part_is_seen_to_go_on(clock):
-    assert spoken(clock, 1, 95.0)[-1] == (90.0, "probe  0 of 1 batches, 2 min so far")
+    assert spoken(clock, 1, 95.0)[-1] == (90.0, "probe  0 of 1 batches, 1 min 30 s so far")
 
 
 def test_short_work_says_nothing_of_its_own(clock):
@@ -123,7 +123,17 @@ def test_a_terminal_gets_a_bar_of_at_most_80_columns(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "1 s"), (8.4, "8 s"), (33, "35 s"), (57.4, "55 s"), (59, "1 min"), (3570, "1 h 00 min"), (7900, "2 h 10 min")],
+    [
+        (0, "1 s"),
+        (8.4, "8 s"),
+        (33, "35 s"),
+        (57.4, "55 s"),
+        (59, "1 min"),
+        (95, "1 min 30 s"),
+        (700, "12 min"),
+        (3570, "1 h 00 min"),
+        (7900, "2 h 10 min"),
+    ],
 )
 def test_durations_are_rounded_as_guesses_are(seconds, text):
     assert human_duration(seconds) == text
@@ -153,7 +163,7 @@ def lines_of(plan, examples, out, **settings):
 def test_a_run_says_its_phases_and_every_held_out_loss(plan, examples, tmp_path, capsys):
     run, said = lines_of(plan, examples, tmp_path / "run", steps=20, evaluations=4, averaging="off")
     assert capsys.readouterr() == ("", "")  # all of it goes to the function, and no library prints
-    assert re.fullmatch(r"train  20 steps of 4 rows, learning rate \S+; held-out loss 4 times", said[0])
+    assert re.fullmatch(r"train  20 steps of 4 rows, learning rate \S+; held-out loss every 5 steps", said[0])
     losses = [line for line in said if line.startswith("train  held-out loss")]
     assert len(losses) == len(run.metrics.held_out_curve) == 5
     for line, point in zip(losses[1:], run.metrics.held_out_curve[1:], strict=True):

@@ -158,12 +158,15 @@ class Progress:
 
 
 def human_duration(seconds: float) -> str:
-    """A time that is only known roughly: ``8 s``, ``50 s``, ``4 min``, ``2 h 10 min``."""
+    """A time that is only known roughly: ``8 s``, ``50 s``, ``1 min 30 s``, ``12 min``, ``2 h 10 min``."""
     if seconds < 20:
         return f"{max(1, round(seconds))} s"
     if seconds < 57.5:
         return f"{5 * round(seconds / 5)} s"
-    minutes = max(1, round(seconds / 60))
+    halves = max(2, round(seconds / 30))
+    if halves < 20:
+        return f"{halves // 2} min" + (" 30 s" if halves % 2 else "")
+    minutes = round(seconds / 60)
     if minutes < 60:
         return f"{minutes} min"
     return f"{minutes // 60} h {10 * (minutes % 60 // 10):02d} min"

@@ -1,9 +1,7 @@
 """Arguments and options that several commands share, and what they do with their output."""
 
 import json
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -53,14 +51,6 @@ def conclude(runs: "Sequence[Run]", allow_worse: bool = False, aloud: bool = Tru
             say(f"{'note' if is_allowed else 'warning'}: {run.warning}")
     if any(run.warning and not is_allowed for run, is_allowed in zip(runs, allowed, strict=True)):
         raise typer.Exit(NO_GAIN)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Record the wall-clock seconds of a phase."""
-    started = time.perf_counter()
-    yield
-    seconds[phase] = time.perf_counter() - started
 
 
 def print_json(value: Any) -> None:

@@ -45,5 +45,5 @@ def choice_of(target: Target, saving: float) -> Choice:
         "depth-aware",
         share,
         f"{first}: every layer learns for {100 * share:.0f} % of the steps, then only those with the most score for "
-        f"their time. On SmolLM2-135M that cost {MEASURED[target].lstrip('+')} of the held-out loss.",
+        f"their time. On SmolLM2-135M that raised the held-out loss by {MEASURED[target].lstrip('+')}.",
     )

@@ -6,6 +6,7 @@ from aletheia.names import printable
 from aletheia.planning.plan import Adapter, PlanSettings
 
 NOTHING = "\N{EN DASH}"
+_EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def human_count(number: int) -> str:
@@ -66,6 +67,14 @@ def _three_digits(value: float) -> str:
     rounded = float(f"{value:.3g}")
     decimals = 2 if abs(rounded) < 10 else 1 if abs(rounded) < 100 else 0
     return f"{rounded:.{decimals}f}"
+
+
+def bar(value: float, highest: float, width: int) -> str:
+    """A bar of at most ``width`` characters, an eighth of a character fine."""
+    if not value > 0 or not highest > 0:
+        return ""
+    eighths = max(1, round(8 * width * min(1.0, value / highest)))
+    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 
 
 def shorten(text: str, width: int) -> str:

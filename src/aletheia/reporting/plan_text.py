@@ -17,6 +17,7 @@ WHY = {
     "first": "they are the first of the model",
     "random": "they were drawn at random",
 }
+WORTH_EXPLAINING = 1.01  # a speed-up although every layer learns
 
 
 def plan_sentences(plan: Plan) -> tuple[str, str]:
@@ -33,7 +34,7 @@ def plan_sentences(plan: Plan) -> tuple[str, str]:
     else:
         chosen = f"Only layers {learning} learn: {WHY.get(plan.settings.policy or '', 'as given')}."
     if not others:
-        return chosen, "Nothing is given up: all of the score is in layers that learn."
+        return chosen, "It gives up nothing."
     what = "freeze then" if plan.early_layers else "never learn"
     return chosen, f"Layers {learning} hold {share} of the score. The others, with {rest}, {what}."
 
@@ -43,7 +44,7 @@ def speed_sentence(plan: Plan) -> str:
     predicted = plan.predicted
     run = predicted.run_speedup or predicted.speedup
     told = f"Predicted: {human_ratio(run)} as fast as uniform LoRA in plain PEFT and Trainer over the run."
-    if len(plan.layers) < plan.layer_count:
+    if len(plan.layers) < plan.layer_count or run < WORTH_EXPLAINING:
         return told
     if predicted.baseline_step_seconds is None:
         return f"{told} That comes from the language model head, which is computed at labelled tokens only."
@@ -99,7 +100,7 @@ def _steps(plan: Plan) -> Table:
     predicted = plan.predicted
     kinds: list[tuple[str, float | None]] = [
         ("while every layer learns", predicted.relative_early_step_time),
-        ("first pass over the rows", predicted.relative_step_time),
+        ("first pass over the rows" if plan.boundary else "every step", predicted.relative_step_time),
         ("later passes, from the cache", predicted.relative_cached_step_time if plan.boundary else None),
         ("uniform LoRA in plain PEFT", 1.0),
     ]

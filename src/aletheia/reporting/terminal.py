@@ -22,6 +22,7 @@ from aletheia.reporting.comparison import (
 )
 from aletheia.reporting.format import (
     NOTHING,
+    bar,
     human_bytes,
     human_count,
     human_loss,
@@ -35,7 +36,6 @@ from aletheia.runs.schema import PHASES, Metrics, Run
 TOP_MODULES = 10
 _BAR_WIDTH = 26
 _ACCENT = "cyan"
-_EIGHTHS = " ▏▎▍▌▋▊▉"
 # the rows of the report's comparison that a terminal shows
 _COMPARED = (
     "Policy",
@@ -53,15 +53,15 @@ _COMPARED = (
     "Peak memory",
 )
 PHASE_NAMES = {
-    "load": "load model and rows",
-    "probe": "probe",
-    "plan": "plan",
-    "cache": "fill the cache",
-    "correction": "measure quantization",
-    "race": "try learning rates",
-    "train": "train",
-    "eval": "evaluate",
-    "other": "other",
+    "load": "Loading the model",
+    "probe": "Probe",
+    "plan": "Planning",
+    "cache": "Filling the prefix cache",
+    "correction": "Correcting the quantization",
+    "race": "Trying learning rates",
+    "train": "Training",
+    "eval": "Held-out evaluation",
+    "other": "Everything else",
 }
 _DEVICES = {"cpu": "the processor", "cuda": "a GPU (CUDA)", "mps": "a GPU (Apple MPS)"}
 _HELD_OUT_NAMES = {"Before": "Held-out loss before", "After": "Held-out loss after"}
@@ -102,14 +102,6 @@ def comparison_table(runs: Sequence[Run]) -> Table:
 def _compared(row: Row) -> list[Text]:
     strong = "bold" if row.label.startswith(("Time saved", "Speed-up", "After")) else ""
     return [Text(_HELD_OUT_NAMES.get(row.label, row.label)), *(Text(cell, style=strong) for cell in row.cells)]
-
-
-def bar(value: float, highest: float, width: int) -> str:
-    """A bar of at most ``width`` characters, an eighth of a character fine."""
-    if not value > 0 or not highest > 0:
-        return ""
-    eighths = max(1, round(8 * width * min(1.0, value / highest)))
-    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 
 
 def _render_scores(scores: Scores) -> RenderableType:
@@ -216,18 +208,17 @@ def _time_table(metrics: Metrics) -> Table:
     evaluations = len(metrics.held_out_curve)
     notes = {
         "train": f"{metrics.steps:,} steps, {step_time(metrics)} each{per_second}",
-        "eval": f"held-out loss {evaluations} times",
-        "other": "starting, writing files",
+        "eval": f"{evaluations} times",
     }
     spent = {phase: round(getattr(seconds, phase), 1) for phase in PHASES}
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
     table.add_column(style="dim", overflow="fold")
-    table.add_row("time", Text(f"{sum(spent.values()):,.1f} s", style="bold"), "in all")
     for phase, took in spent.items():
         if took:
-            table.add_row(f"  {PHASE_NAMES[phase]}", f"{took:,.1f} s", notes.get(phase, ""))
+            table.add_row(PHASE_NAMES[phase], f"{took:,.1f} s", notes.get(phase, ""))
+    table.add_row(Text("Total", style="bold"), Text(f"{sum(spent.values()):,.1f} s", style="bold"))
     return table
 
 

@@ -85,6 +85,8 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock."""
+        if (scheduler := kwargs.get("lr_scheduler")) is not None:
+            self._rate = float(scheduler.get_last_lr()[0])
         self._resumed_at = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -95,8 +97,6 @@ class Recorder(TrainerCallback):
         self.train_seconds += time.perf_counter() - self._resumed_at
         if is_due:
             control.should_evaluate = True
-        if (scheduler := kwargs.get("lr_scheduler")) is not None:
-            self._rate = float(scheduler.get_last_lr()[0])
         self._read(0 if is_due else 1)
         if 0 < self.outlook.early_steps == state.global_step < state.max_steps and state.is_world_process_zero:
             self._say(f"freeze {self.outlook.freezes}")

@@ -239,7 +239,7 @@ class Job:
         self.say(
             f"train  {steps:,} steps of {rows_per_step(settings, self.processes)} rows, learning rate "
             f"{trainer.args.learning_rate:.1e}"
-            + (f"; held-out loss {min(evaluations, steps)} times" if evaluations else "")
+            + (f"; held-out loss every {steps / min(evaluations, steps):.0f} steps" if evaluations else "")
         )
 
     def _at_end(self, trainer: RowTrainer, interrupted: Interrupts) -> None:
