@@ -31,6 +31,7 @@ from aletheia.reporting.format import (
     human_count,
     human_percent,
     human_seconds,
+    model_name,
     rank_summary,
     shorten,
 )
@@ -633,6 +634,10 @@ def test_human_percent(share, text):
 
 
 def test_lists_and_names():
+    assert model_name("/models/smol.gguf") == "smol.gguf"
+    assert model_name("../models/smol/") == "smol"
+    assert model_name("organisation/smol") == "organisation/smol"
+    assert model_name("/") == "/"
     assert layer_ranges([29, 0, 1, 2, 8, 9]) == "0-2, 8-9, 29"
     assert shorten("abcdefghij", 7) == "abc…hij"
     assert rank_summary(make_plan((3,)).adapters) == "attention 16, mlp 64"

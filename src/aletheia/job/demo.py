@@ -78,7 +78,7 @@ def demo(out: Path, steps: int = STEPS, seed: int = 0, overwrite: bool = False, 
         messages = held_out_rows.rows[0].messages
         assert messages is not None  # rows of a prompt and a completion are messages
         prompt = messages[0]["content"]
-        before = answer(base, prompt)
+        before = answer(base, prompt, say)
         say("probe  scores the layers by their gradients on 5 rows")
         scores = probe(base.model, data, seed=seed, show_progress=say)
         scores.write(out / SCORES_FILE)
@@ -92,19 +92,21 @@ def demo(out: Path, steps: int = STEPS, seed: int = 0, overwrite: bool = False, 
             say(f"{arm:<6} {' '.join(plan_sentences(plan))}")
             model = adapt(base.model, plan, seed)
             runs.append(train(model, data, plan, folders[arm], held_out, settings, Prepared(seconds=seconds), say))
-            after = answer(base, prompt)
+            after = answer(base, prompt, say)
             model.unload()
     uniform, ours = runs
     return Demo(uniform, ours, report(runs, out / REPORT_FILE), prompt, before, after)
 
 
 @torch.no_grad()
-def answer(base: Loaded, prompt: str, max_new_tokens: int = 40) -> str:
+def answer(base: Loaded, prompt: str, say: Say, max_new_tokens: int = 40) -> str:
     """What the model says to one prompt, greedily."""
     text = base.tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
     )
     inputs = base.tokenizer(text, return_tensors="pt", add_special_tokens=False).to(base.model.device)
     base.model.eval()
-    output_BT = base.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
+    say("answer a held-out prompt")
+    with Progress("answer", 0, "", say):
+        output_BT = base.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)  # type: ignore[operator]
     return str(base.tokenizer.decode(output_BT[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()

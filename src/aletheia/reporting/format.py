@@ -86,6 +86,12 @@ def shorten(text: str, width: int) -> str:
     return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
 
 
+def model_name(name: str) -> str:
+    """What a model is called: a hub id as it is, of a path on disk the last part."""
+    is_path = name.startswith(("/", "./", "../", "~"))
+    return (is_path and name.rstrip("/").rpartition("/")[2]) or name
+
+
 def rank_summary(adapters: Iterable[Adapter]) -> str:
     """Ranks by role, e.g. ``attention 16, mlp 64``; a range where the modules of a role differ."""
     by_role: dict[str, set[int]] = {}

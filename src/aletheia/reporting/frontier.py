@@ -13,7 +13,7 @@ from aletheia.errors import PlanError
 from aletheia.files import check_writable, write_bytes
 from aletheia.planning.frontier import FrontierPoint
 from aletheia.planning.plan import Plan, layer_ranges
-from aletheia.reporting.format import bar, human_percent, human_ratio, shorten
+from aletheia.reporting.format import bar, human_percent, human_ratio, model_name, shorten
 from aletheia.reporting.plan_text import plan_sentences
 
 ROWS = 10
@@ -125,5 +125,7 @@ def frontier_figure(points: Sequence[FrontierPoint], chosen: Plan) -> Figure:
     axes.set_ylim(0, 1.02)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    axes.set_title(f"{shorten(chosen.model.name, TITLE_WIDTH)}: time against score", fontsize=10, loc="left")
+    axes.set_title(
+        f"{shorten(model_name(chosen.model.name), TITLE_WIDTH)}: time against score", fontsize=10, loc="left"
+    )
     return figure

@@ -28,6 +28,7 @@ from aletheia.reporting.format import (
     human_loss,
     human_percent,
     human_seconds,
+    model_name,
     shorten,
 )
 from aletheia.reporting.plan_text import plan_sentences, plan_view, ranks_text
@@ -112,7 +113,7 @@ def _render_scores(scores: Scores) -> RenderableType:
         line = Text(bar(score, highest, _BAR_WIDTH), style=_ACCENT)
         table.add_row(str(layer), _score(score), line, human_percent(score / total))
     data = [("data", printable(scores.data.name))] if scores.data else []
-    head = _head("Scores", scores.model.name, [*data, *_probe(scores.probe), *_timings(scores.timings)])
+    head = _head("Scores", model_name(scores.model.name), [*data, *_probe(scores.probe), *_timings(scores.timings)])
     experts: list[RenderableType] = [Text(), _experts(scores)] if scores.experts else []
     return Group(head, Text(), table, Text(), _top_modules(scores), *experts)
 
@@ -165,7 +166,7 @@ def _probe(probe: ProbeSettings) -> list[tuple[str, str]]:
 
 def _render_plan(plan: Plan) -> RenderableType:
     data = [("data", printable(plan.data.name))] if plan.data else []
-    return plan_view(plan, _head("Plan", plan.model.name, data))
+    return plan_view(plan, _head("Plan", model_name(plan.model.name), data))
 
 
 def _render_run(run: Run) -> RenderableType:
@@ -177,7 +178,7 @@ def _render_run(run: Run) -> RenderableType:
     frozen = [("frozen", f"layers {early} after step {metrics.early_steps:,}")] if early else []
     head = _head(
         "Run",
-        f"{run.name}: {metrics.model.name}",
+        f"{run.name}: {model_name(metrics.model.name)}",
         [
             *data,
             *([("adapter", f"goes on with {printable(metrics.went_on_from.name)}")] if metrics.went_on_from else []),
@@ -211,6 +212,9 @@ def _time_table(metrics: Metrics) -> Table:
         "eval": f"{evaluations} times",
     }
     spent = {phase: round(getattr(seconds, phase), 1) for phase in PHASES}
+    spent[max(PHASES, key=spent.__getitem__)] += round(seconds.total, 1) - sum(
+        spent.values()
+    )  # what rounding left over
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
@@ -218,7 +222,7 @@ def _time_table(metrics: Metrics) -> Table:
     for phase, took in spent.items():
         if took:
             table.add_row(PHASE_NAMES[phase], f"{took:,.1f} s", notes.get(phase, ""))
-    table.add_row(Text("Total", style="bold"), Text(f"{sum(spent.values()):,.1f} s", style="bold"))
+    table.add_row(Text("Total", style="bold"), Text(f"{seconds.total:,.1f} s", style="bold"))
     return table
 
 
