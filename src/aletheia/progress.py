@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 from aletheia.names import printable
 
@@ -24,13 +24,18 @@ BAR_WIDTH = 10  # characters; what stands beside it in training fits 80 columns 
 class Stderr:
     """A :data:`Say` that writes to stderr, so that stdout stays clean for results; it draws bars in a terminal."""
 
-    def __init__(self, shown: Callable[[str], str] = printable) -> None:
-        """``shown`` makes a line fit to be printed."""
-        self._shown = shown
+    def __init__(self, shown: Callable[[str], str] = printable, stream: TextIO | None = None) -> None:
+        """``shown`` makes a line fit to be printed; ``stream`` is what stderr was before somebody exchanged it."""
+        self._shown, self._stream = shown, stream
+
+    @property
+    def stream(self) -> TextIO | None:
+        """Where lines and bars go now."""
+        return self._stream or sys.stderr
 
     def __call__(self, line: str) -> None:
         """Write a line, at once and as a whole."""
-        print(self._shown(line) + "\n", end="", file=sys.stderr, flush=True)
+        print(self._shown(line) + "\n", end="", file=self.stream, flush=True)
 
 
 to_stderr = Stderr()
@@ -89,8 +94,8 @@ class Progress:
     def __enter__(self) -> Self:
         """Begin to show it."""
         self._started = self._said_at = self._clock()
-        if isinstance(self._say, Stderr) and sys.stderr is not None and sys.stderr.isatty():
-            self._bar, self._task = _bar(self)
+        if isinstance(self._say, Stderr) and (stream := self._say.stream) is not None and stream.isatty():
+            self._bar, self._task = _bar(self, stream)
             self._bar.start()
         elif self._say is not say_nothing:
             self._speaker = threading.Thread(target=self.speak, args=(self._over.wait,), daemon=True)
@@ -181,7 +186,7 @@ def _colon(seconds: float | None) -> str:
     return f"{hours}:{minutes:02d}:{whole % 60:02d}" if hours else f"{minutes}:{whole % 60:02d}"
 
 
-def _bar(progress: Progress) -> tuple[Any, Any]:
+def _bar(progress: Progress, stream: TextIO) -> tuple[Any, Any]:
     """Rich's bar for it, and the task in it."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -191,7 +196,7 @@ def _bar(progress: Progress) -> tuple[Any, Any]:
     note = TextColumn("{task.fields[note]}", markup=False)
     known = (MofNCompleteColumn(), note, TextColumn("{task.fields[left]}", markup=False))
     columns = known if progress.total else (note, TimeElapsedColumn())
-    bar = Bar(name, BarColumn(BAR_WIDTH), *columns, console=Console(stderr=True), transient=True)
+    bar = Bar(name, BarColumn(BAR_WIDTH), *columns, console=Console(file=stream), transient=True)
     total = progress.total or None
     task = bar.add_task(progress.name, total=total, completed=progress.done, note=progress.note, left="-:--")
     return bar, task

@@ -18,7 +18,7 @@ from aletheia.settings import MOST_STEPS
 
 EXAMPLE = "aletheia demo --out demo-run"
 
-STEPS = 30
+STEPS = 36  # as in aletheia.job.demo, which needs torch
 ABOUT = (
     "Both runs take the same steps on the same rows and compute them in the same way; only the plan differs. 'uniform' "
     "is LoRA on every layer to the end. One short run each shows that a plan works, not how much it gains: results "

@@ -24,8 +24,8 @@ from aletheia.runs.schema import REPORT_FILE, SCORES_FILE, Run
 from aletheia.training.settings import TrainSettings
 from aletheia.training.train import Prepared, train
 
-STEPS = 30
-PASSES = 3  # over the rows, so that later ones find the frozen layers' states in the cache
+STEPS = 36
+PASSES = 2  # over the rows, so that the second one finds the frozen layers' states in the cache
 BATCH_SIZE = 4
 HELD_OUT_ROWS = 24
 EVALUATIONS = 3
@@ -56,7 +56,7 @@ def demo(out: Path, steps: int = STEPS, seed: int = 0, overwrite: bool = False, 
 
     Args:
         out: folder for rows, scores, both runs and the page.
-        steps: optimizer steps of each run, over three passes.
+        steps: optimizer steps of each run, over two passes.
         seed: of the rows and of both runs.
         overwrite: replace an earlier demo.
         say: gets a line for each thing that is done, and one at least every 30 seconds while it goes on.

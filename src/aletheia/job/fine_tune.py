@@ -44,7 +44,6 @@ from aletheia.probing import resident
 from aletheia.probing import streamed as by_layer
 from aletheia.probing.scores import Scores
 from aletheia.progress import Progress, Say, say_nothing, to_stderr
-from aletheia.reporting.format import human_count
 from aletheia.reporting.plan_text import plan_sentences, speed_sentence
 from aletheia.runs.folder import CONFIG_FILE, RunFolder
 from aletheia.runs.manifest import TrainingCheckpoint, check_same_run, newest_checkpoint, verified
@@ -139,8 +138,7 @@ class Job:
         else:
             scores, plan, adapted = self._go_on(base, data, start, found)
             prefix = None
-        self.say(f"plan   {' '.join(plan_sentences(plan))}")
-        self.say(f"plan   {human_count(plan.trainable_parameters)} trainable parameters. {speed_sentence(plan)}")
+        self.say(f"plan   {' '.join((*plan_sentences(plan), speed_sentence(plan)))}")
         recompute = self._recompute(base, plan, data, found)
         training = settings.training.model_copy(update={"gradient_checkpointing": recompute})
         if self.launch.is_first:

@@ -184,7 +184,7 @@ def _render_run(run: Run) -> RenderableType:
             *([("adapter", f"goes on with {printable(metrics.went_on_from.name)}")] if metrics.went_on_from else []),
             ("plan", " ".join(plan_sentences(plan))),
             ("trainable", f"{human_count(metrics.trainable_parameters)} parameters, rank {ranks_text(plan.adapters)}"),
-            ("steps", f"{metrics.steps:,} of {settings.batch_size} rows, learning rate {settings.learning_rate:g}"),
+            ("steps", f"{metrics.steps:,} of {settings.batch_size} rows, learning rate {settings.learning_rate:.3g}"),
             *frozen,
             ("kept", kept_point(metrics)),
             ("tokens", f"{metrics.tokens:,}, {metrics.labelled_tokens:,} of them labelled"),
