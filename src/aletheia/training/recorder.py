@@ -78,6 +78,7 @@ class Recorder(TrainerCallback):
         self._due = due_steps(state.max_steps, self._evaluations) if self._evaluations else {state.max_steps}
         self._times = self.outlook.times_so_far
         self._recent.append((state.global_step, self.train_seconds))
+        self.close()  # a trainer that begins again did not end
         say = self._say if state.is_world_process_zero else say_nothing
         self._progress = Progress("train", state.max_steps, "steps", say, state.global_step).__enter__()
         self._resumed_at = time.perf_counter()
