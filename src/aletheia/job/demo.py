@@ -1,6 +1,5 @@
 """The demo: a small real model, rows that every machine has, and a plan for speed beside uniform LoRA."""
 
-import math
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,10 +24,8 @@ from aletheia.training.settings import TrainSettings
 from aletheia.training.train import Prepared, train
 
 STEPS = 36
-PASSES = 2  # over the rows, so that the second one finds the frozen layers' states in the cache
 BATCH_SIZE = 4
 HELD_OUT_ROWS = 24
-EVALUATIONS = 3
 ARMS = ("uniform", "plan")
 
 
@@ -56,7 +53,7 @@ def demo(out: Path, steps: int = STEPS, seed: int = 0, overwrite: bool = False, 
 
     Args:
         out: folder for rows, scores, both runs and the page.
-        steps: optimizer steps of each run, over two passes.
+        steps: optimizer steps of each run, in one pass over as many rows as they need.
         seed: of the rows and of both runs.
         overwrite: replace an earlier demo.
         say: gets a line for each thing that is done, and one at least every 30 seconds while it goes on.
@@ -67,7 +64,7 @@ def demo(out: Path, steps: int = STEPS, seed: int = 0, overwrite: bool = False, 
     """
     with ExitStack() as stack:
         folders = {arm: stack.enter_context(RunFolder.claim(out / arm, overwrite, "never")) for arm in ARMS}
-        files = write_stdlib_task(out, BATCH_SIZE * math.ceil(steps / PASSES), HELD_OUT_ROWS, seed)
+        files = write_stdlib_task(out, BATCH_SIZE * steps, HELD_OUT_ROWS, seed)
         say("load   SmolLM2-135M-Instruct; its task: write the summary line of a function of Python's library")
         started = time.perf_counter()
         with Progress("load", 0, "", say):
@@ -82,10 +79,8 @@ def demo(out: Path, steps: int = STEPS, seed: int = 0, overwrite: bool = False, 
         say("probe  scores the layers by their gradients on 5 rows")
         scores = probe(base.model, data, seed=seed, show_progress=say)
         scores.write(out / SCORES_FILE)
-        plans = make_plan(scores, policy="uniform", epochs=PASSES), make_plan(scores, target="speed", epochs=PASSES)
-        settings = TrainSettings(
-            steps=steps, batch_size=BATCH_SIZE, seed=seed, evaluations=EVALUATIONS, early_stop=False
-        )
+        plans = make_plan(scores, policy="uniform"), make_plan(scores, target="speed")
+        settings = TrainSettings(steps=steps, batch_size=BATCH_SIZE, seed=seed, early_stop=False)
         runs: list[Run] = []
         after = ""
         for arm, plan in zip(ARMS, plans, strict=True):
