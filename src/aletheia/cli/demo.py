@@ -34,6 +34,7 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Teach SmolLM2-135M to write summary lines of functions: a plan for speed, and uniform LoRA, on the same rows."""
+    say("start  torch and transformers, which takes some seconds")
     from aletheia.job.demo import demo as run_demo
     from aletheia.reporting.terminal import comparison_table
 
