@@ -176,9 +176,11 @@ def test_10_a_path_of_another_kind_for_what_shows_and_measures(refuse, model_fol
         "aletheia train MODEL --data ROWS --plan plan.json --out RUN",
         "report done/metrics.json --out r.html": "done/metrics.json holds the metrics of a run; expected the folder of "
         "a finished run; give its folder, done",
-        "show train.jsonl": "train.jsonl holds rows of data; expected a scores file, a plan file, a run folder or an adapter folder; to "
+        "show train.jsonl": "train.jsonl holds rows of data; expected a scores file, a plan file, "
+        "a run folder or an adapter folder; to "
         "learn from them: aletheia train MODEL --data train.jsonl --out RUN",
-        "show nothing-there": "there is no nothing-there; expected a scores file, a plan file, a run folder or an adapter folder",
+        "show nothing-there": "there is no nothing-there; expected a scores file, a plan file, a run folder "
+        "or an adapter folder",
         "eval --out done": "done is a run folder; expected the folder of a finished evaluation; to see it: aletheia "
         "show done",
         "eval model --adapter plan.json --tasks mmlu --out X": "plan.json is a plan; expected a run folder or another "

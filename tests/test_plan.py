@@ -322,7 +322,7 @@ def test_defaults_are_the_same_however_a_plan_is_asked_for():
 def test_quality_adapts_every_layer_to_the_end():
     made = plan(make_scores([1.0] * 8), target="quality", epochs=10)
     assert (made.layers, made.early_layers, made.freeze_after) == (tuple(range(8)), (), 0)
-    assert made.reason == "target quality: every layer learns to the end"
+    assert made.reason == "The lowest loss first: every layer learns to the end."
 
 
 def test_speed_freezes_the_lower_layers_early_in_a_short_run_too():
@@ -336,7 +336,7 @@ def test_the_default_freezes_only_where_rows_come_back_often_enough_to_be_worth_
     made = plan(read, **about)
     assert bool(made.early_layers) == freezes
     assert made.freeze_after == (BALANCED_SHARE if freezes else 0)
-    told = re.search(r"would save (\d+)% of the time, less than 15%", made.reason)
+    told = re.search(r"would save (\d+) % of the time, less than the 15 %", made.reason)
     assert (told is None) == freezes
     quality, speed = (plan(read, target=target, **about) for target in ("quality", "speed"))
     times = [one.predicted.relative_run_time for one in (speed, made, quality)]

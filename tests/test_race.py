@@ -148,7 +148,7 @@ def test_adapters_and_random_state_are_afterwards_as_they_were(scores, examples,
     assert all(torch.equal(before, after) for before, after in seen)
 
 
-def test_what_was_raced_is_recorded_and_said_in_one_line(scores, examples, tmp_path, capsys):
+def test_what_was_raced_is_recorded_and_said(scores, examples, tmp_path, capsys):
     run = trained(scores, examples, tmp_path / "run", show_progress=True)
     found, rate = run.metrics.rate_race, run.metrics.settings.learning_rate
     default = default_learning_rate(32, STEPS)  # more than a pass, so averaged
@@ -158,9 +158,10 @@ def test_what_was_raced_is_recorded_and_said_in_one_line(scores, examples, tmp_p
     assert run.metrics.seconds.race > 0
     assert Run.read(run.path).metrics.rate_race == found
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rate ")]
-    assert len(said) == 1
-    assert re.fullmatch(r"rate   3 rates over 8 steps: (\S+ \d\.\d{3}(, |; )){3}takes \S+", said[0])
-    assert said[0].endswith(f"takes {rate:.1e}")
+    assert said[0] == "rate   tries 3 learning rates for 8 steps each"
+    assert re.fullmatch(r"rate   \S+ is taken; held-out loss (\d\.\d{3} at \S+(, |$)){3}", said[1])
+    assert said[1].startswith(f"rate   {rate:.1e} is taken")
+    assert len(said) == 2
 
 
 def test_a_rate_with_a_loss_that_is_not_finite_drops_out(scores, examples, tmp_path, monkeypatch):
@@ -168,7 +169,7 @@ def test_a_rate_with_a_loss_that_is_not_finite_drops_out(scores, examples, tmp_p
     run = trained(scores, examples, tmp_path / "run")
     assert run.metrics.rate_race.losses[1] is None
     assert run.metrics.settings.learning_rate == run.metrics.rate_race.rates[0]
-    assert re.search(r", \S+ not finite; takes \S+$", race.told(run.metrics.rate_race))
+    assert re.search(r", not finite at \S+$", race.told(run.metrics.rate_race))
 
 
 def test_a_race_without_a_finite_loss_ends_the_run(scores, examples, tmp_path, monkeypatch):
@@ -254,6 +255,6 @@ def test_the_command_line_takes_auto_or_a_number(run, model_folder, data_file):
     assert err.splitlines()[-1].endswith("--learning-rate is 'fast'; expected a number or auto")
     code, _, err = run(*asked, "--learning-rate", "auto")
     assert code == 0, err
-    assert "rate   3 rates over 2 steps: " in err
+    assert "rate   tries 3 learning rates for 2 steps each" in err
     _, out, _ = run("train", "--help")
     assert re.search(r"--learning-rate\s+\{auto\}\|NUMBER", out)

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from aletheia.anatomy.schema import Anatomy, DataIdentity, ModelIdentity, Module
 from aletheia.errors import ArtifactError
+from aletheia.planning.make import plan_frontier
 from aletheia.planning.plan import Adapter, Plan, PlanSettings, Prediction, layer_ranges
 from aletheia.probing.scores import ProbeSettings, Scores
 from aletheia.reporting.comparison import (
@@ -25,15 +26,18 @@ from aletheia.reporting.comparison import (
 )
 from aletheia.reporting.figures import smoothed
 from aletheia.reporting.format import (
+    bar,
     human_bytes,
     human_count,
     human_percent,
     human_seconds,
+    model_name,
     rank_summary,
     shorten,
 )
+from aletheia.reporting.frontier import ROWS, frontier_figure, frontier_view
 from aletheia.reporting.page import report
-from aletheia.reporting.terminal import bar, comparison_table, render
+from aletheia.reporting.terminal import comparison_table, render
 from aletheia.runs.schema import HeldOutPoint, Metrics, PhaseSeconds, Run, StartingAdapter, TrainPoint, UsedSettings
 
 EVIL = "<script>alert('x')</script>\"><img src=http://evil.example/x onerror=alert(1)>"
@@ -459,39 +463,94 @@ def test_scores_in_the_terminal():
     assert "model.layers.5." in first_module
 
 
-def test_plan_in_the_terminal_marks_layers_and_boundary():
-    lines = shown(render(make_plan((3, 5)))).splitlines()
-    text = "\n".join(lines)
-    assert "2 of 6: 3, 5" in text
-    assert "steps 1.60x as fast as uniform LoRA in plain PEFT" in text
-    assert "39 % of the summed layer scores" in text
-    marked = [line.split()[0] for line in lines if "●" in line]
-    assert marked == ["3", "5"]
-    assert all("attention 16, mlp 64" in line for line in lines if "●" in line)
-    boundary = next(index for index, line in enumerate(lines) if line.startswith("──"))
-    assert lines[boundary - 1].split()[0] == "2"
-    assert lines[boundary + 1].split()[0] == "3"
-    assert "boundary 3" in lines[boundary]
+def test_plan_in_the_terminal_says_what_was_chosen_why_and_what_it_gives_up():
+    text = " ".join(shown(render(make_plan((3, 5)))).split())
+    assert "Only layers 3, 5 learn: they hold the most score for the time they take." in text
+    assert "Layers 3, 5 hold 42 % of the score. The others, with 58 %, never learn." in text
+    assert "1.60x as fast as uniform LoRA in plain PEFT and Trainer over the run" in text
+    assert "3, 5 42 % to the end 16: q, k; 64: up, down" in text
+    assert "0-2, 4 58 % never" in text
 
 
-def test_uniform_plan_has_no_boundary_rule():
-    assert "──" not in shown(render(make_plan(range(6), "uniform")))
+def test_uniform_plan_says_where_its_speed_comes_from():
+    timed = {"relative_step_time": 0.8, "captured_importance": 1.0}
+    plan = make_plan(range(6), "uniform").model_copy(update={"predicted": Prediction(**timed)})
+    text = " ".join(shown(render(plan)).split())
+    assert "Every layer learns to the end. It gives up nothing." in text
+    assert "1.25x as fast as uniform LoRA in plain PEFT and Trainer over the run. That comes from the language" in text
+    measured = plan.model_copy(update={"predicted": Prediction(**timed, baseline_step_seconds=2.0)})
+    text = " ".join(shown(render(measured)).split())
+    assert "not from the choice of layers: logits at labelled tokens only" in text
+    assert "every step 1.60 s 1.25x" in text
+    plain = plan.model_copy(update={"predicted": Prediction(**timed | {"relative_step_time": 1.0})})
+    assert "comes from" not in shown(render(plain))
 
 
-def test_eighty_layers_fit_eighty_columns():
-    lines = shown(render(make_plan(range(40, 80), layer_count=80))).splitlines()
-    assert sum("●" in line for line in lines) == 40
-    assert len(lines) < 80 + 16  # one line a layer
+def test_layers_that_freeze_are_told_with_their_share():
+    plan = make_plan(range(6)).model_copy(update={"layers": (3, 4, 5), "early_layers": (0, 1, 2)})
+    plan = plan.model_copy(update={"settings": plan.settings.model_copy(update={"freeze_after": 0.25})})
+    text = " ".join(shown(render(plan)).split())
+    assert "Every layer learns for the first 25 % of the steps, then only layers 3-5." in text
+    assert "Layers 3-5 hold 53 % of the score. The others, with 47 %, freeze then." in text
+    assert "0-2 47 % first 25 % of the steps 16: q, k; 64: up, down" in text
+
+
+def test_a_plan_has_ranges_and_not_a_line_a_layer():
+    every_other = shown(render(make_plan(range(0, 80, 2), layer_count=80)))
+    assert len(every_other.splitlines()) < 40
+    assert len(shown(render(make_plan(range(40, 80), layer_count=80))).splitlines()) < 20
     assert len(shown(render(make_scores(80))).splitlines()) < 80 + 20
+
+
+def test_the_frontier_is_ten_rows_with_the_plan_among_them():
+    for layers in [(3, 5), tuple(range(40, 80)), tuple(range(80))]:
+        scores = make_scores(80)
+        chosen = make_plan(layers, layer_count=80)
+        text = shown(frontier_view(plan_frontier(scores), chosen))
+        rows = [line for line in text.splitlines() if re.search(r"\d %( █|$)", line.rstrip())]
+        assert len(rows) <= ROWS
+    points = plan_frontier(make_scores(80))
+    for point in points:
+        chosen = make_plan(point.layers, layer_count=80)
+        text = shown(frontier_view(points, chosen))
+        assert sum(line.startswith(">") for line in text.splitlines()) == 1
+
+
+def test_the_title_of_the_plotted_frontier_fits():
+    scores = make_scores(model=make_model("organisation/a-model-with-quite-a-long-name-" * 4))
+    chosen = make_plan((3, 5), model=scores.model)
+    figure = frontier_figure(plan_frontier(scores), chosen)
+    figure.draw_without_rendering()
+    box = figure.axes[0].title.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
 
 
 def test_run_in_the_terminal():
     text = shown(render(make_run()))
     for part in (
-        "smol", "depth-aware, 3 of 6 layers", "150 of batch 4", "104,233, 71,020 with a label", "118 s:",
-        "train 71.2 s", "475 ms per step", "1.70 GiB at peak", "1.432 → 0.742", "96 rows",
+        "smol", "Only layers 3-5 learn", "150 of 4 rows", "104,233, 71,020 of them labelled",
+        "475 ms each", "1.70 GiB at peak", "1.432 → 0.742", "96 rows", "on the processor",
     ):  # fmt: skip
         assert part in text
+    assert "start A" not in text
+
+
+def test_the_times_of_a_run_add_up_to_its_total():
+    seconds = PhaseSeconds(
+        load=21.64, probe=3.26, plan=0.04, cache=4.44, race=1.14, train=79.04, eval=12.94, other=1.74
+    )
+    text = shown(render(make_run(seconds=seconds)))
+    listed = re.findall(r"^([A-Z][a-z -]+?) +([\d,.]+) s(?: |$)", text, re.MULTILINE)
+    names, times = [name for name, _ in listed], [round(10 * float(time)) for _, time in listed]
+    assert names[0] == "Loading the model"
+    assert names[-1] == "Total"
+    assert "Planning" not in names  # less than a tenth of a second
+    assert sum(times[:-1]) == times[-1] == round(10 * seconds.total)
+
+
+def test_the_held_out_losses_of_a_run_in_the_terminal():
+    text = shown(render(make_run()))
     assert len(re.findall(r"^ +\d+ .*█", text, re.MULTILINE)) == 3
 
 
@@ -575,6 +634,10 @@ def test_human_percent(share, text):
 
 
 def test_lists_and_names():
+    assert model_name("/models/smol.gguf") == "smol.gguf"
+    assert model_name("../models/smol/") == "smol"
+    assert model_name("organisation/smol") == "organisation/smol"
+    assert model_name("/") == "/"
     assert layer_ranges([29, 0, 1, 2, 8, 9]) == "0-2, 8-9, 29"
     assert shorten("abcdefghij", 7) == "abc…hij"
     assert rank_summary(make_plan((3,)).adapters) == "attention 16, mlp 64"

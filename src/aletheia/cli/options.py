@@ -1,15 +1,14 @@
 """Arguments and options that several commands share, and what they do with their output."""
 
 import json
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from aletheia.cli.wording import translate
 from aletheia.names import printable
+from aletheia.progress import Stderr
 from aletheia.settings import OUTPUT
 
 if TYPE_CHECKING:
@@ -70,14 +69,6 @@ def conclude(runs: "Sequence[Run]", allow_worse: bool = False, aloud: bool = Tru
         raise typer.Exit(NO_GAIN)
 
 
-@contextmanager
-def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Record the wall-clock seconds of a phase."""
-    started = time.perf_counter()
-    yield
-    seconds[phase] = time.perf_counter() - started
-
-
 def print_json(value: Any) -> None:
     """Machine-readable result on stdout."""
     typer.echo(json.dumps(value, indent=1))
@@ -92,9 +83,9 @@ def print_rich(*renderables: Any) -> None:
         console.print(renderable)
 
 
-def say(message: str) -> None:
-    """One line of progress on stderr, so that stdout stays clean for results.
+def _as_options(line: str) -> str:
+    """Names in backticks become options, but an indented line is a quotation of data and stays as it is."""
+    return printable(line if line.startswith("    ") else translate(line))
 
-    Its names in backticks become options, but an indented line is a quotation of data and stays as it is.
-    """
-    typer.echo(printable(message if message.startswith("    ") else translate(message)), err=True)
+
+say = Stderr(_as_options)

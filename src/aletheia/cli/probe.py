@@ -73,6 +73,7 @@ def probe(
     from aletheia.probing.scores import Scores
     from aletheia.probing.streamed import probe_streamed
     from aletheia.probing.tally import SCORE
+    from aletheia.progress import Progress
     from aletheia.reporting.terminal import render
 
     if score != SCORE:
@@ -83,14 +84,16 @@ def probe(
     rows = load_rows(data.data, data.skip_unusable)
     if is_streamed(loading, say):
         checkpoint, examples = stream_for(loading, rows, data, say)
-        say(f"probe  {batches} batches of {batch_size}, layer by layer; plans will count operations, not seconds")
+        say(f"probe  scores the layers by their gradients on {batches * batch_size} rows, layer by layer")
+        say("note: step times of a streamed model are not measured; plans count operations instead")
         work = beside(out, ".partial")
-        scores = probe_streamed(checkpoint, examples, batches, batch_size, seed, work, loading.max_memory)
+        scores = probe_streamed(checkpoint, examples, batches, batch_size, seed, work, loading.max_memory, say)
     else:
         say(f"load   {model}")
-        base, examples = load_for(loading, rows, data, say)
-        say(f"probe  {batches} batches of {batch_size}")
-        scores = run_probe(base.model, examples, batches, batch_size, seed)
+        with Progress("load", 0, "", say):
+            base, examples = load_for(loading, rows, data, say)
+        say(f"probe  scores the layers by their gradients on {batches * batch_size} rows")
+        scores = run_probe(base.model, examples, batches, batch_size, seed, say)
         if calibrated:
             scores = _timed(scores, base, examples, train_batch_size, seed)
     scores.write(out)
@@ -102,14 +105,16 @@ def probe(
 
 
 def _timed(scores: "Scores", base: "Loaded", examples: "Examples", batch_size: int, seed: int) -> "Scores":
-    """With measured step times, where a step of plain uniform LoRA, the yardstick, fits in memory."""
+    """With measured step times, where a step of plain uniform LoRA, which they are compared with, fits in memory."""
     import torch
 
     from aletheia.training.calibrate import calibrate
 
-    say(f"time   the parts of a training step of {batch_size} rows")
+    say(f"time   measures what the parts of a training step of {batch_size} rows take")
     try:
-        return scores.model_copy(update={"timings": calibrate(base.model, examples, batch_size, seed)})
+        return scores.model_copy(
+            update={"timings": calibrate(base.model, examples, batch_size, seed, show_progress=say)}
+        )
     except torch.OutOfMemoryError:
         say("note: a step of plain uniform LoRA does not fit in memory; plans count operations instead")
         return scores

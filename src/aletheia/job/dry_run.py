@@ -23,7 +23,7 @@ from aletheia.job.fine_tune import Job
 from aletheia.job.ready import Ready
 from aletheia.job.room import bytes_by, room_for
 from aletheia.job.settings import JobSettings
-from aletheia.job.source import NOTE, Say, to_stderr
+from aletheia.job.source import NOTE
 from aletheia.planning.cost import LayerCosts, measured_costs
 from aletheia.planning.outlook import DryRun, training_seconds
 from aletheia.planning.plan import Plan, PlanSettings
@@ -31,6 +31,7 @@ from aletheia.prefix.cache import check_space, distinct_tokens
 from aletheia.prefix.cache_folders import default_cache_dir
 from aletheia.prefix.choose import MEMORY_SHARE
 from aletheia.probing.timings import Timings
+from aletheia.progress import Say, say_nothing, to_stderr
 from aletheia.runs.folder import ADAPTER_FILES, CARD_FILE, CONFIG_FILE, RunFolder, check_out
 from aletheia.runs.manifest import MANIFEST_FILE
 from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, REPORT_FILE, SCORES_FILE
@@ -44,7 +45,7 @@ from aletheia.training.loop import (
     takes_average,
     training_arguments,
 )
-from aletheia.training.processes import Launch, say_nothing
+from aletheia.training.processes import Launch
 from aletheia.training.race import FACTORS, race_steps
 from aletheia.training.settings import TrainSettings
 

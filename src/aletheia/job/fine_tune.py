@@ -27,7 +27,6 @@ from aletheia.job.ready import Ready
 from aletheia.job.room import bytes_by, room_for
 from aletheia.job.settings import JobSettings
 from aletheia.job.source import (
-    Say,
     Source,
     check_whole,
     checkpoint_as_asked,
@@ -36,7 +35,6 @@ from aletheia.job.source import (
     show_first,
     split_for,
     stream_for,
-    to_stderr,
 )
 from aletheia.planning.make import every_layer_bytes
 from aletheia.planning.make import plan as make_plan
@@ -46,6 +44,8 @@ from aletheia.prefix.fill_streamed import fill_streamed, streamed_cache
 from aletheia.probing import resident
 from aletheia.probing import streamed as by_layer
 from aletheia.probing.scores import Scores
+from aletheia.progress import Progress, Say, say_nothing, to_stderr
+from aletheia.reporting.plan_text import plan_sentences, speed_sentence
 from aletheia.runs.folder import CONFIG_FILE, RunFolder
 from aletheia.runs.manifest import TrainingCheckpoint, check_same_run, newest_checkpoint, verified
 from aletheia.runs.saved import continue_adapter, plan_of_adapter
@@ -53,7 +53,7 @@ from aletheia.runs.schema import PLAN_FILE, SCORES_FILE, Run
 from aletheia.settings import MOST_EPOCHS
 from aletheia.training.interrupts import Interrupts, interrupts
 from aletheia.training.loop import planned_passes, rows_of_steps, training_arguments
-from aletheia.training.processes import Launch, say_nothing
+from aletheia.training.processes import Launch
 from aletheia.training.settings import Recompute, TrainSettings
 from aletheia.training.train import Prepared, train
 
@@ -83,7 +83,8 @@ def fine_tune(
         overwrite: replace a finished run in ``out``.
         resume: ``auto`` goes on with an interrupted run in ``out``, ``never`` begins anew, a path goes on from that
             checkpoint.
-        say: gets a line for each thing that is done; by default they go to stderr.
+        say: gets a line for each thing that is done, and one at least every 30 seconds, from another thread, while it
+            goes on; by default they go to stderr.
 
     Raises:
         AletheiaError: what is wrong, in one line; settings and the folder are checked before anything is loaded.
@@ -111,6 +112,7 @@ class Job:
     interrupted: Interrupts
     seconds: dict[str, float] = field(default_factory=dict)
     work: Path | None = None
+    started: float = field(default_factory=time.perf_counter)
 
     def ready(self, resume: Path | None = None, shows_row: bool = True) -> Ready:
         """Load, probe and plan; says how the model sees the first row with ``shows_row``."""
@@ -125,7 +127,7 @@ class Job:
         rows = load_rows(settings.data.data, skip)
         eval_rows = load_rows(settings.data.eval_data, skip) if settings.data.eval_data else None
         self.say(f"load   {settings.model.model}")
-        with self._timed("load"):
+        with self._timed("load"), Progress("load", 0, "", self.say):
             base, data = self._load(rows, start)
         if not writes_date(base.tokenizer):  # the day is no matter to such a run, nor to its record
             self.settings = settings = settings.model_copy(update={"data": asked})
@@ -148,7 +150,7 @@ class Job:
         if adapted is None:
             prefix = self._prefix(base, plan, data, held_out)
             adapted = self._adapted(base, plan)
-        self.say(_about_plan(plan, settings.training.cache))
+        self.say(f"plan   {' '.join((*plan_sentences(plan), speed_sentence(plan)))}")
         training = settings.training.model_copy(update={"gradient_checkpointing": self.recompute(ready)})
         if self.launch.is_first:
             self._keep(plan, scores)
@@ -157,8 +159,9 @@ class Job:
             unquantized = checkpoint_as_asked(settings.model)
         record = start.record if start is not None else None
         about = self.settings.about() | ({"adapter_sha256": record.sha256} if record is not None else {})
+        self.seconds["other"] = time.perf_counter() - self.started - sum(self.seconds.values())
         prepared = Prepared(prefix, unquantized, self.seconds, about, record, ready.found)
-        run = train(adapted, data, plan, folder, held_out, training, prepared)
+        run = train(adapted, data, plan, folder, held_out, training, prepared, self.say)
         if self.launch.is_first:
             with self.interrupted.put_off():
                 complete(run, self.settings, base.tokenizer, scores, self.say)
@@ -283,12 +286,13 @@ class Job:
         return identify(base.model)
 
     def _probe(self, base: Source, data: Examples) -> Scores:
-        self.say("probe  5 batches of 1")
         seed = self.settings.training.seed
+        self.say("probe  scores the layers by their gradients on 5 rows")
         if isinstance(base, Checkpoint):
             work = self.work or beside(self.folder.path, ".partial")
-            return by_layer.probe_streamed(base, data, seed=seed, work=work, max_memory=self.settings.model.max_memory)
-        return resident.probe(base.model, data, seed=seed)
+            cap = self.settings.model.max_memory
+            return by_layer.probe_streamed(base, data, seed=seed, work=work, max_memory=cap, show_progress=self.say)
+        return resident.probe(base.model, data, seed=seed, show_progress=self.say)
 
     def _make_plan(self, scores: Scores, base: Source, data: Examples) -> Plan:
         """What fits in memory, with lower layers that learn at first where those do, too."""
@@ -365,21 +369,9 @@ class Job:
             for note in cache.notes:
                 self.say(f"note: {note}")
             cap = self.settings.model.max_memory
-            fill_streamed(base, plan.boundary, used, cache, training.batch_size, data.pad_token_id, cap)
+            self.say(f"cache  what layers {layer_ranges(range(plan.boundary))} compute, once for each row")
+            fill_streamed(base, plan.boundary, used, cache, training.batch_size, data.pad_token_id, cap, self.say)
         return cache
-
-
-def _about_plan(plan: Plan, cache: str) -> str:
-    predicted = plan.predicted
-    run = f", {predicted.run_speedup:.2f}x over the run" if predicted.run_speedup else ""
-    return (
-        f"plan   {plan.reason or plan.settings.policy}; {len(plan.layers)} of {plan.layer_count} layers from "
-        f"{plan.boundary} up"
-        + ("" if plan.reason or not plan.early_layers else f", the others for {plan.freeze_after:.0%} of the steps")
-        + f", {plan.trainable_parameters:,} trainable parameters, predicted step speed-up {predicted.speedup:.2f}x"
-        + ("" if cache == "off" else f", {predicted.cached_speedup:.2f}x from a filled cache")
-        + run
-    )
 
 
 def _check_plan_streamed(plan: Plan) -> None:

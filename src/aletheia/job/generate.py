@@ -24,7 +24,8 @@ from aletheia.data.templates import ChatTemplate, check_size, read_template, tem
 from aletheia.data.tokenizer import identify_tokenizer
 from aletheia.errors import DataError, SettingsError
 from aletheia.job.adapter import adapter_folder, base_settings
-from aletheia.job.source import NOTE, Say, load_as_asked, to_stderr
+from aletheia.job.source import NOTE, load_as_asked
+from aletheia.progress import Say, to_stderr
 from aletheia.runs.answers import Answer, GenerateSettings
 from aletheia.runs.saved import load_adapter, use_template_of
 from aletheia.runs.schema import METRICS_FILE, Metrics

@@ -1,8 +1,6 @@
 """The model of a job and its rows: resident, or read layer by layer where it does not fit."""
 
 import re
-import sys
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,23 +21,18 @@ from aletheia.data.settings import DataSettings
 from aletheia.data.templates import read_template, use_template
 from aletheia.errors import ModelError, SettingsError
 from aletheia.job.adapter import adapter_folder, base_settings
-from aletheia.names import printable
 from aletheia.planning.memory import RESIDENT_SHARE
 from aletheia.probing.passes import check_passes
 from aletheia.probing.preflight import preflight
+from aletheia.progress import Say, to_stderr
 from aletheia.reporting.preview import quoted
 from aletheia.runs.saved import merge_adapter
 
-Say = Callable[[str], None]
 Source = Loaded | Checkpoint
 NOTE = "note: "
+FEW_HELD_OUT_ROWS = 8  # whose loss says little about other rows
 _LOWERED = " is lowered to that"
 _HOW_MANY = re.compile(r" \(\d+ rows?, first .*\)$")  # how many rows a note is of, and where the first stands
-
-
-def to_stderr(line: str) -> None:
-    """A line for people, so that stdout stays clean for results."""
-    print(printable(line), file=sys.stderr, flush=True)
 
 
 def is_streamed(how: LoadSettings, say: Say = to_stderr) -> bool:
@@ -128,7 +121,19 @@ def split_for(
     train, held_out, notes = split(base, data, eval_rows, asked, seed)
     for note in (*notes, *overlap(train, held_out).notes()):
         say(NOTE + note)
+    if len(held_out) < FEW_HELD_OUT_ROWS:
+        say(few_held_out(held_out))
     return train, held_out
+
+
+def few_held_out(held_out: Examples) -> str:
+    """A warning that the held-out loss of so few rows is no basis for a decision."""
+    rows, tokens = len(held_out), held_out.labelled_tokens
+    return (
+        f"warning: only {rows} row{' is' if rows == 1 else 's are'} held out, with {tokens:,} labelled tokens: the "
+        f"loss on {'it' if rows == 1 else 'them'} says little about other rows; hold out more with `eval_fraction`, or "
+        "give a file of them with `eval_data`"
+    )
 
 
 def split(

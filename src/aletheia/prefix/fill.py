@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from aletheia.anatomy.modes import in_mode
@@ -12,6 +10,7 @@ from aletheia.data.examples import Example
 from aletheia.errors import CacheError
 from aletheia.prefix.cache import PrefixCache
 from aletheia.prefix.source import row_states
+from aletheia.progress import Progress, Say
 
 
 def fill(
@@ -20,7 +19,7 @@ def fill(
     rows: Sequence[Example],
     cache: PrefixCache,
     batch_size: int,
-    show_progress: bool = True,
+    show_progress: bool | Say = True,
 ) -> int:
     """Compute and store what ``cache`` lacks, longest rows first, in eval mode; returns how many rows that were.
 
@@ -30,15 +29,12 @@ def fill(
         CacheError: a stored value would not be finite, or the disk fails.
     """
     missing = sorted(cache.missing(rows), key=len, reverse=True)
-    columns = (TextColumn("cache"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), disable=not show_progress or not missing)
-    with in_mode(model, training=False), bar as progress:
-        task = progress.add_task("cache", total=len(missing))
+    with in_mode(model, training=False), Progress("cache", len(missing), "rows", show_progress) as progress:
         for start in range(0, len(missing), batch_size):
             group = missing[start : start + batch_size]
             for row, hidden_TD in zip(group, row_states(model, boundary, group), strict=True):
                 if not torch.isfinite(hidden_TD).all():
                     raise CacheError(f"{row.where}: the prefix gives a value that is not finite; set `dtype` float32")
                 cache.put(row, hidden_TD)
-            progress.advance(task, len(group))
+            progress.advance(len(group))
     return len(missing)

@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -29,6 +27,7 @@ from aletheia.errors import CacheError
 from aletheia.execution.backend import lean_layers
 from aletheia.prefix.cache import DiskCache, check_space, distinct_tokens, row_key
 from aletheia.prefix.cache_folders import CacheInfo, default_cache_dir
+from aletheia.progress import Progress, Say
 
 Batch = dict[str, torch.Tensor]
 
@@ -66,7 +65,7 @@ def fill_streamed(
     batch_size: int,
     pad_token_id: int,
     max_memory: int | None = None,
-    show_progress: bool = True,
+    show_progress: bool | Say = True,
 ) -> int:
     """Store what ``cache`` lacks, each layer below ``boundary`` read once; returns how many rows that were.
 
@@ -94,7 +93,7 @@ def _fill(
     batch_size: int,
     pad_token_id: int,
     max_memory: int | None,
-    show_progress: bool,
+    show_progress: bool | Say,
 ) -> None:
     width = checkpoint.anatomy.hidden_size * checkpoint.dtype.itemsize
     groups = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
@@ -114,18 +113,15 @@ def _fill(
             "used; expected room for one"
         )
     ahead = 2 * largest <= room
-    columns = (TextColumn("cache"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress:
-        task = progress.add_task("cache", total=boundary)
+    first = max(0, min(state.layer for state in states))
+    with Progress("cache", boundary, "layers", show_progress, done=first) as progress:
         if any(state.layer < 0 for state in states):
             with checkpoint.embedding():
                 for state, group in zip(states, groups, strict=True):
                     if state.layer < 0:
                         call = checkpoint.call(0, _batch(checkpoint, group, pad_token_id))
                         state.write(0, _checked(hidden_states(*call), checkpoint), None)
-        first = min(state.layer for state in states)
         checkpoint.set_outputs(states[0].outputs)
-        progress.advance(task, first)
         for index, layer in checkpoint.read_layers(range(first, boundary), ahead):
             _check_repeats(checkpoint, index, layer, states, groups, pad_token_id)
             if index == first:
@@ -141,7 +137,7 @@ def _fill(
                             )
                         state.write(index + 1, hidden_BTD, checkpoint.outputs)
             del layer
-            progress.advance(task)
+            progress.advance()
     for state, group in zip(states, groups, strict=True):
         for row, hidden_TD in zip(group, state.read(torch.device("cpu")), strict=True):
             cache.put(row, hidden_TD[: len(row)])

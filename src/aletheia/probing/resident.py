@@ -27,6 +27,7 @@ from aletheia.probing.preflight import broken_output
 from aletheia.probing.scores import Scores, WeightBytes
 from aletheia.probing.state import borrowed
 from aletheia.probing.tally import Batch, Measured, Tally, draw, measured, other_parameters, probe_settings
+from aletheia.progress import Progress, Say
 
 
 def probe(
@@ -35,6 +36,7 @@ def probe(
     batches: int = 5,
     batch_size: int = 1,
     seed: int = 0,
+    show_progress: bool | Say = True,
 ) -> Scores:
     """Score every decoder layer and module by the gradient it receives on task data [arXiv:2604.15351].
 
@@ -50,6 +52,7 @@ def probe(
         batches: how many batches; the published method takes 5.
         batch_size: sequences per batch; the published method takes 1.
         seed: of the draw.
+        show_progress: say on stderr how far it is, or to a function that gets a line now and then.
 
     Raises:
         ModelError: the model cannot be taken apart.
@@ -61,12 +64,18 @@ def probe(
     tally = Tally(anatomy)
     losses = []
     stacks = fused_parameters(model)
-    with borrowed(model), GhostRecorder(adaptable_modules(model)) as recorder, ExpertRecorder(stacks) as experts:
+    with (
+        Progress("probe", len(used), "batches", show_progress) as progress,
+        borrowed(model),
+        GhostRecorder(adaptable_modules(model)) as recorder,
+        ExpertRecorder(stacks) as experts,
+    ):
         for number, batch in enumerate(used, start=1):
             loss, found = _score_scaled(model, batch, recorder, experts)
             losses.append(loss)
             _check_finite(model, anatomy, batch, number, loss, found.norms)
             tally.add(found)
+            progress.advance()
     first = next(model.parameters())
     return tally.scores(
         identify(model, anatomy),

@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -40,6 +38,7 @@ from aletheia.probing.ghost import GhostRecorder
 from aletheia.probing.logits import labelled_logits
 from aletheia.probing.scores import Scores, WeightBytes
 from aletheia.probing.tally import Batch, Measured, Tally, draw, measured, other_parameters, probe_settings
+from aletheia.progress import Progress, Say
 
 HALF_SCALE = 2.0**12  # of the loss in float16, against underflow
 LOGITS_AT_ONCE = 1 << 26  # elements: 256 MB in float32
@@ -53,7 +52,7 @@ def probe_streamed(
     seed: int = 0,
     work: str | Path | None = None,
     max_memory: int | None = None,
-    show_progress: bool = True,
+    show_progress: bool | Say = True,
 ) -> Scores:
     """Score every layer and module as :func:`aletheia.probing.resident.probe` does, reading the weights twice.
 
@@ -66,7 +65,7 @@ def probe_streamed(
         work: folder in which what is done so far lies, in one of its own, removed at the end; a probe that was
             killed goes on from it. Without one a temporary folder is used.
         max_memory: bytes that the process may take in all; by default what is free.
-        show_progress: a bar with the time left.
+        show_progress: say on stderr how far it is, or to a function that gets a line now and then.
 
     Raises:
         ModelError: the checkpoint is damaged.
@@ -82,7 +81,6 @@ def probe_streamed(
             f"the streamed probe needs {least / 1e9:.1f} GB for one layer and its work, {free / 1e9:.1f} GB may be "
             "used; expected room for that; take fewer or shorter rows per batch, or `dtype` bfloat16"
         )
-    columns = (TextColumn("probe"), BarColumn(), MofNCompleteColumn(), TextColumn("layers"), TimeRemainingColumn())
     if adds_router_loss(checkpoint.model):
         raise ProbeError(
             "the model adds a router loss over all layers; expected output_router_logits off in its config"
@@ -90,17 +88,12 @@ def probe_streamed(
     key = _key(checkpoint, used)
     with (
         _folder(work, key) as folder,
-        Progress(*columns, console=Console(stderr=True), disable=not show_progress) as progress,
+        Progress("probe", 2 * checkpoint.layer_count, "layers, forward and backward", show_progress) as progress,
     ):
-        task = progress.add_task("probe", total=2 * checkpoint.layer_count)
         job = _Job(folder, key)
-
-        def advance() -> None:
-            progress.advance(task)
-
-        _forward(checkpoint, used, job, ahead, advance)
+        _forward(checkpoint, used, job, ahead, progress)
         losses = _head(checkpoint, used, job)
-        found = _backward(checkpoint, used, job, ahead, advance)
+        found = _backward(checkpoint, used, job, ahead, progress)
         model = _identity(checkpoint, job)
     tally = Tally(checkpoint.anatomy)
     for measured_batch in found:
@@ -231,7 +224,7 @@ def _key(checkpoint: Checkpoint, used: list[Batch]) -> str:
 
 
 @torch.no_grad()
-def _forward(checkpoint: Checkpoint, used: list[Batch], job: _Job, ahead: bool, advance: Any) -> None:
+def _forward(checkpoint: Checkpoint, used: list[Batch], job: _Job, ahead: bool, progress: Progress) -> None:
     """Leave what enters each layer, ``states-N`` for layer N, and the samples that tell the model."""
     if not job.has("states-0"):
         with checkpoint.embedding() as model:
@@ -243,8 +236,7 @@ def _forward(checkpoint: Checkpoint, used: list[Batch], job: _Job, ahead: bool, 
         start += 1
     checkpoint.set_outputs(job.about(f"states-{start}")["outputs"])
     states = _list(job.read(f"states-{start}"), used)
-    for _ in range(start):
-        advance()
+    progress.skip(start)
     for index, layer in checkpoint.read_layers(range(start, checkpoint.layer_count), ahead):
         for number, batch in enumerate(used):
             args, kwargs = with_hidden_states(*checkpoint.call(index, batch), states[number])
@@ -257,7 +249,7 @@ def _forward(checkpoint: Checkpoint, used: list[Batch], job: _Job, ahead: bool, 
         fields = {name: None if value is None else value.hex() for name, value in asdict(sample).items()}
         job.write(f"states-{index + 1}", _numbered(states), {"outputs": checkpoint.outputs, "sample": fields})
         del layer
-        advance()
+        progress.advance()
 
 
 def _head(checkpoint: Checkpoint, used: list[Batch], job: _Job) -> list[float]:
@@ -304,20 +296,19 @@ def _loss(
     return total, gradient_BTD
 
 
-def _backward(checkpoint: Checkpoint, used: list[Batch], job: _Job, ahead: bool, advance: Any) -> list[Measured]:
+def _backward(checkpoint: Checkpoint, used: list[Batch], job: _Job, ahead: bool, progress: Progress) -> list[Measured]:
     """Each layer once more, from the last to the first, with gradients."""
     state = job.about("backward")
     found = [Measured(**item) for item in state["found"]]
     gradients = _list(job.read("backward"), used)
-    for _ in range(checkpoint.layer_count - state["layer"]):
-        advance()
+    progress.skip(checkpoint.layer_count - state["layer"])
     for index, layer in checkpoint.read_layers(range(state["layer"] - 1, -1, -1), ahead):
         states = _list(job.read(f"states-{index}"), used)
         found += _layer_backward(checkpoint, index, layer, used, states, gradients)
         about = {"layer": index, "losses": state["losses"], "found": [asdict(item) for item in found]}
         job.write("backward", _numbered(gradients), about)
         del layer  # before the one after the next is read
-        advance()
+        progress.advance()
     return found
 
 

@@ -27,8 +27,9 @@ def estimate_view(found: Sequence[tuple[Machine, Sequence[Phase]]], job: Job) ->
                 human_seconds(phase.seconds),
             )
     head = Text(
-        f"On paper: {job.rows:,} rows of {job.tokens_per_row} tokens, {job.labelled_share:.0%} with a label, "
-        f"{job.epochs:g} passes, batches of {job.batch_size}; (!) does not fit"
+        f"Estimated from sizes alone: {job.rows:,} rows of {job.tokens_per_row} tokens, {job.labelled_share:.0%} of "
+        f"them labelled, {job.epochs:g} pass{'' if job.epochs == 1 else 'es'} in batches of {job.batch_size}. "
+        "(!) is more memory than the machine has."
     )
     return Group(head, table)
 

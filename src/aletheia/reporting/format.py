@@ -6,6 +6,7 @@ from aletheia.names import printable
 from aletheia.planning.plan import Adapter, PlanSettings
 
 NOTHING = "\N{EN DASH}"
+_EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def human_count(number: int) -> str:
@@ -68,6 +69,14 @@ def _three_digits(value: float) -> str:
     return f"{rounded:.{decimals}f}"
 
 
+def bar(value: float, highest: float, width: int) -> str:
+    """A bar of at most ``width`` characters, an eighth of a character fine."""
+    if not value > 0 or not highest > 0:
+        return ""
+    eighths = max(1, round(8 * width * min(1.0, value / highest)))
+    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+
+
 def shorten(text: str, width: int) -> str:
     """At most ``width`` characters, the middle cut out: both ends of a name tell runs apart."""
     text = printable(text)
@@ -75,6 +84,12 @@ def shorten(text: str, width: int) -> str:
         return text
     tail = (width - 1) // 2
     return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
+
+
+def model_name(name: str) -> str:
+    """What a model is called: a hub id as it is, of a path on disk the last part."""
+    is_path = name.startswith(("/", "./", "../", "~"))
+    return (is_path and name.rstrip("/").rpartition("/")[2]) or name
 
 
 def rank_summary(adapters: Iterable[Adapter]) -> str:

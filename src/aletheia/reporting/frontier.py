@@ -12,53 +12,59 @@ from rich.text import Text
 from aletheia.errors import PlanError
 from aletheia.files import check_writable, write_bytes
 from aletheia.planning.frontier import FrontierPoint
-from aletheia.planning.plan import Plan
+from aletheia.planning.plan import Plan, layer_ranges
+from aletheia.reporting.format import bar, human_percent, human_ratio, model_name, shorten
+from aletheia.reporting.plan_text import plan_sentences
 
-BAR_WIDTH = 24
+ROWS = 10
+TITLE_WIDTH = 48  # characters of a model's name
+BAR_WIDTH = 20
 
 
-def frontier_view(points: Sequence[FrontierPoint], chosen: Plan, rows: int = 40) -> RenderableType:
-    """At most about ``rows`` undominated choices, fastest first; the point with the chosen layers is marked."""
-    epochs, seconds = chosen.settings.epochs, chosen.predicted.baseline_step_seconds
+def frontier_view(points: Sequence[FrontierPoint], chosen: Plan, rows: int = ROWS) -> RenderableType:
+    """At most ``rows`` of the choices, evenly over all of them, fastest first; the one that is the plan is marked."""
+    epochs, seconds = chosen.settings.epochs or 1.0, chosen.predicted.baseline_step_seconds
 
     def time_of(relative: float) -> str:
-        return f"{relative * seconds:.2f} s" if seconds else f"{relative:.3f}"
+        return f"{relative * seconds:.2f} s" if seconds else f"{relative:.2f}"
 
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    passes = f"{epochs:g} pass{'' if epochs == 1 else 'es'}"
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("")
-    for column in ("boundary", "layers", "first epoch", "cached", f"{epochs:g} epochs", "speed-up", "importance"):
-        table.add_column(column, justify="right")
+    table.add_column("layers", overflow="fold")
+    for column in ("step", "cached", passes, "score"):
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("")
-    every = max(1, len(points) // rows)
-    for number, point in enumerate(points):
+    for point in _some(points, chosen, rows):
         is_chosen = point.layers == chosen.layers
-        if number % every and not is_chosen and number != len(points) - 1:
-            continue
         table.add_row(
             ">" if is_chosen else "",
-            str(point.boundary),
-            str(len(point.layers)),
+            layer_ranges(point.layers),
             time_of(point.relative_step_time),
             time_of(point.relative_cached_step_time),
-            time_of(point.relative_run_time),
-            f"{point.speedup:.2f}x",
-            f"{point.captured_importance:.1%}",
-            "█" * round(point.captured_importance * BAR_WIDTH),
+            human_ratio(point.speedup),
+            human_percent(point.captured_importance),
+            bar(point.captured_importance, 1.0, BAR_WIDTH),
             style="bold" if is_chosen else "",
         )
-    what = "seconds per step, measured parts" if seconds else "step time relative to it, counted in operations"
+    unit = "seconds, measured in parts" if seconds else "relative to uniform LoRA in plain PEFT, by operations"
     note = (
-        f"{len(points)} choices that no other beats in both; {what}; speed-up over {epochs:g} epoch(s) against uniform "
-        "LoRA in plain PEFT"
+        f"{len(points)} choices of layers are such that no other is faster and holds more of the score. step, cached: "
+        f"time of a step in the first pass and from a filled cache, {unit}. {passes}: speed of such a run"
+        + (f", against {seconds:.2f} s a step for uniform LoRA in plain PEFT." if seconds else ".")
     )
-    if seconds:
-        note += f", {seconds:.2f} s per step"
-    plan_line = (
-        f"this plan ({chosen.settings.policy}, {len(chosen.layers)} layers from {chosen.boundary} up): first epoch "
-        f"{chosen.predicted.speedup:.2f}x, cached {chosen.predicted.cached_speedup:.2f}x, "
-        f"importance {chosen.predicted.captured_importance:.1%}"
-    )
-    return Group(table, Text(note), Text(plan_line))
+    return Group(table, Text(), Text(note, style="dim"), Text(f"{' '.join(plan_sentences(chosen))}"))
+
+
+def _some(points: Sequence[FrontierPoint], chosen: Plan, rows: int) -> list[FrontierPoint]:
+    """``rows`` of the points at most: the first, the last, the plan's own if it is among them, and some between."""
+    last, count = len(points) - 1, min(rows, len(points))
+    wanted = {round(number * last / max(1, count - 1)) for number in range(count)}
+    own = next((at for at, point in enumerate(points) if point.layers == chosen.layers), None)
+    if own is not None and own not in wanted:
+        inner = wanted - {0, last} or wanted
+        wanted = wanted - {min(inner, key=lambda at: abs(at - own))} | {own}
+    return [points[at] for at in sorted(wanted)]
 
 
 def check_plot(path: Path) -> None:
@@ -81,6 +87,13 @@ def plot_frontier(points: Sequence[FrontierPoint], chosen: Plan, path: Path) -> 
     Raises:
         ArtifactError: a place that cannot be written.
     """
+    drawn = BytesIO()
+    frontier_figure(points, chosen).savefig(drawn, dpi=144, format=path.suffix[1:])
+    write_bytes(path, drawn.getvalue())
+
+
+def frontier_figure(points: Sequence[FrontierPoint], chosen: Plan) -> Figure:
+    """The picture of :func:`plot_frontier`."""
     seconds = chosen.predicted.baseline_step_seconds
     figure = Figure(figsize=(6.4, 4.0), layout="constrained")
     axes = figure.add_subplot()
@@ -97,15 +110,22 @@ def plot_frontier(points: Sequence[FrontierPoint], chosen: Plan, path: Path) -> 
     for number, (label, times, own) in enumerate(series):
         axes.plot(times, importance, ".-", color=f"C{number}", label=label, linewidth=1)
         if own is not None:
-            axes.plot([own * unit], [chosen.predicted.captured_importance], "o", color=f"C{number}", markersize=9)
+            axes.plot(
+                [own * unit],
+                [chosen.predicted.captured_importance],
+                "o",
+                color=f"C{number}",
+                markersize=9,
+                label="this plan" if number == 0 else None,
+            )
     axes.axvline(unit, color="0.4", linestyle=":", label="uniform LoRA in plain PEFT")
     axes.set_xlabel("predicted seconds per step" if seconds else "predicted step time, relative")
-    axes.set_ylabel("captured importance")
+    axes.set_ylabel("share of the score in layers that learn")
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.02)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    axes.set_title(f"{chosen.model.name}: large dots are the plan, {chosen.settings.policy}", fontsize=10)
-    drawn = BytesIO()
-    figure.savefig(drawn, dpi=144, format=path.suffix[1:])
-    write_bytes(path, drawn.getvalue())
+    axes.set_title(
+        f"{shorten(model_name(chosen.model.name), TITLE_WIDTH)}: time against score", fontsize=10, loc="left"
+    )
+    return figure

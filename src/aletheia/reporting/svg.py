@@ -44,6 +44,7 @@ _PHASE_COLORS = {
     "race": "#0072b2",
     "train": "#475467",
     "eval": "#98a2b3",
+    "other": "#e4e7ec",
 }
 
 

@@ -25,8 +25,8 @@ def targets_view(plans: Mapping[Target, Plan]) -> RenderableType:
             target, layer_ranges(plan.layers), early, time, MEASURED[target if plan.early_layers else "quality"]
         )
     epochs = next(iter(plans.values())).settings.epochs or 1.0
-    told = (
-        f"Time: predicted for {epochs:g} pass{'' if epochs == 1 else 'es'} over the data, of that of uniform LoRA in "
-        "plain PEFT. Loss: measured on SmolLM2 against every layer to the end, docs/results/defaults."
+    note = (
+        f"Time: predicted for {epochs:g} pass{'' if epochs == 1 else 'es'} over the rows, as a share of what uniform "
+        "LoRA takes in plain PEFT. Loss: the change measured on SmolLM2-135M, see docs/results/defaults."
     )
-    return Group(Text(), table, Text(told, style="dim"))
+    return Group(Text(), table, Text(note, style="dim"))

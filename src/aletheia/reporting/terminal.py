@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from aletheia.names import printable
-from aletheia.planning.plan import Adapter, Plan, PlanSettings, Prediction, layer_ranges
+from aletheia.planning.plan import Adapter, Plan, layer_ranges
 from aletheia.probing.scores import ProbeSettings, Scores
 from aletheia.probing.timings import Timings
 from aletheia.reporting.adapter_facts import adapter_facts
@@ -23,23 +23,22 @@ from aletheia.reporting.comparison import (
 )
 from aletheia.reporting.format import (
     NOTHING,
-    alpha_summary,
+    bar,
     human_bytes,
     human_count,
     human_loss,
     human_percent,
-    human_ratio,
     human_seconds,
-    rank_summary,
+    model_name,
     shorten,
 )
+from aletheia.reporting.plan_text import plan_sentences, plan_view, ranks_text
 from aletheia.runs.adapter_folder import AdapterFolder
-from aletheia.runs.schema import PHASES, Run
+from aletheia.runs.schema import PHASES, Metrics, Run
 
 TOP_MODULES = 10
 _BAR_WIDTH = 26
 _ACCENT = "cyan"
-_EIGHTHS = " ▏▎▍▌▋▊▉"
 # the rows of the report's comparison that a terminal shows
 _COMPARED = (
     "Policy",
@@ -56,6 +55,18 @@ _COMPARED = (
     "After",
     "Peak memory",
 )
+PHASE_NAMES = {
+    "load": "Loading the model",
+    "probe": "Probe",
+    "plan": "Planning",
+    "cache": "Filling the prefix cache",
+    "correction": "Correcting the quantization",
+    "race": "Trying learning rates",
+    "train": "Training",
+    "eval": "Held-out evaluation",
+    "other": "Everything else",
+}
+_DEVICES = {"cpu": "the processor", "cuda": "a GPU (CUDA)", "mps": "a GPU (Apple MPS)"}
 _HELD_OUT_NAMES = {"Before": "Held-out loss before", "After": "Held-out loss after"}
 
 
@@ -98,14 +109,6 @@ def _compared(row: Row) -> list[Text]:
     return [Text(_HELD_OUT_NAMES.get(row.label, row.label)), *(Text(cell, style=strong) for cell in row.cells)]
 
 
-def bar(value: float, highest: float, width: int) -> str:
-    """A bar of at most ``width`` characters, an eighth of a character fine."""
-    if not value > 0 or not highest > 0:
-        return ""
-    eighths = max(1, round(8 * width * min(1.0, value / highest)))
-    return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
-
-
 def _render_scores(scores: Scores) -> RenderableType:
     total = sum(scores.layers) or 1.0
     highest = max(scores.layers)
@@ -114,7 +117,7 @@ def _render_scores(scores: Scores) -> RenderableType:
         line = Text(bar(score, highest, _BAR_WIDTH), style=_ACCENT)
         table.add_row(str(layer), _score(score), line, human_percent(score / total))
     data = [("data", printable(scores.data.name))] if scores.data else []
-    head = _head("Scores", scores.model.name, [*data, *_probe(scores.probe), *_timings(scores.timings)])
+    head = _head("Scores", model_name(scores.model.name), [*data, *_probe(scores.probe), *_timings(scores.timings)])
     experts: list[RenderableType] = [Text(), _experts(scores)] if scores.experts else []
     return Group(head, Text(), table, Text(), _top_modules(scores), *experts)
 
@@ -166,129 +169,65 @@ def _probe(probe: ProbeSettings) -> list[tuple[str, str]]:
 
 
 def _render_plan(plan: Plan) -> RenderableType:
-    settings, predicted = plan.settings, plan.predicted
-    share = human_percent(predicted.captured_importance)
-    head = _head(
-        "Plan",
-        plan.model.name,
-        [
-            *([("target", plan.reason.removeprefix("target "))] if plan.reason else []),
-            ("policy", _policy(settings)),
-            ("layers", f"{len(plan.layers)} of {plan.layer_count}: {layer_ranges(plan.layers)}"),
-            *([("early", _early(plan))] if plan.early_layers else []),
-            ("boundary", f"{plan.boundary}, the lowest layer that learns to the end"),
-            ("ranks", f"{settings.ranks}: {rank_summary(plan.adapters)}"),
-            ("alpha", alpha_summary(settings)),
-            ("trainable", f"{human_count(plan.trainable_parameters)} parameters"),
-            ("importance", f"{share} of the summed layer scores captured"),
-            (
-                "predicted",
-                f"steps {human_ratio(predicted.speedup)} as fast as uniform LoRA in plain PEFT, "
-                f"{human_ratio(predicted.cached_speedup)} from a filled cache"
-                + (f", {human_ratio(predicted.run_speedup)} over the run" if predicted.run_speedup else ""),
-            ),
-            ("", _predicted_seconds(predicted)),
-        ],
-    )
-    parts: list[RenderableType] = [head, Text(), *_plan_layers(plan)]
-    return Group(*parts)
-
-
-def _early(plan: Plan) -> str:
-    """What only learns at first."""
-    step = plan.predicted.relative_early_step_time
-    speed = f", steps {human_ratio(1 / step)}" if step else ""
-    share = human_percent(plan.freeze_after)
-    return f"{layer_ranges(plan.early_layers)} in the first {share} of the steps{speed}, then frozen"
-
-
-def _predicted_seconds(predicted: Prediction) -> str:
-    """The same in seconds, or that it was only counted."""
-    baseline = predicted.baseline_step_seconds
-    if baseline is None:
-        return "counted in operations, not measured"
-    times = (baseline / predicted.speedup, baseline / predicted.cached_speedup, baseline)
-    ours, stored, plain = (human_seconds(time) for time in times)
-    return f"{ours} per step, {stored} cached, against {plain} (measured in parts)"
-
-
-def _policy(settings: PlanSettings) -> str:
-    share = "" if settings.policy == "uniform" else f", {settings.percent:g} %"
-    seed = f", seed {settings.seed}" if settings.policy == "random" else ""
-    return f"{settings.policy}{share}{seed}"
-
-
-def _plan_layers(plan: Plan) -> list[RenderableType]:
-    """Two tables of equal columns, the frozen prefix and the rest, with the boundary between them."""
-    suffix = _plan_table(plan, range(plan.boundary, plan.layer_count), header=plan.boundary == 0)
-    if plan.boundary == 0:
-        return [suffix]
-    text = f" boundary {plan.boundary}: no backward pass above this line "
-    line = Text(f"──{text}".ljust(78, "─"), style=_ACCENT)
-    return [_plan_table(plan, range(plan.boundary), header=True), line, suffix]
-
-
-def _plan_table(plan: Plan, layers: range, header: bool) -> Table:
-    by_layer: dict[int, list[Adapter]] = {}
-    for adapter in plan.adapters:
-        by_layer.setdefault(adapter.layer, []).append(adapter)
-    highest = max(plan.layer_scores)
-    table = _table(
-        ("layer", 5, "right"),
-        ("score", 10, "right"),
-        ("", _BAR_WIDTH, "left"),
-        ("", 1, "left"),
-        ("LoRA ranks", 28, "left"),
-        header=header,
-    )
-    for layer in layers:
-        adapters = by_layer.get(layer, [])
-        style = _ACCENT if adapters else "dim"
-        table.add_row(
-            str(layer),
-            _score(plan.layer_scores[layer]),
-            Text(bar(plan.layer_scores[layer], highest, _BAR_WIDTH), style=style),
-            Text("●" if adapters else "", style=style),
-            Text(rank_summary(adapters)),
-        )
-    return table
+    data = [("data", printable(plan.data.name))] if plan.data else []
+    return plan_view(plan, _head("Plan", model_name(plan.model.name), data))
 
 
 def _render_run(run: Run) -> RenderableType:
     metrics, plan = run.metrics, run.plan
-    seconds, settings = metrics.seconds, metrics.settings
-    phases = ", ".join(f"{name} {human_seconds(getattr(seconds, name))}" for name in PHASES if getattr(seconds, name))
+    settings = metrics.settings
     size = f" ({human_bytes(metrics.cache_bytes)})" if metrics.cache_bytes else ""
-    per_second = f"{human_count(round(metrics.tokens / seconds.train))} tokens/s" if seconds.train else NOTHING
     data = [("data", printable(metrics.data.name))] if metrics.data else []
+    early = layer_ranges(plan.early_layers)
+    frozen = [("frozen", f"layers {early} after step {metrics.early_steps:,}")] if early else []
     head = _head(
         "Run",
-        f"{run.name}: {metrics.model.name}",
+        f"{run.name}: {model_name(metrics.model.name)}",
         [
             *data,
-            ("plan", f"{plan.settings.policy}, {len(plan.layers)} of {plan.layer_count} layers"),
-            ("boundary", str(metrics.boundary)),
-            *(
-                [("early", f"{layer_ranges(plan.early_layers)}, {metrics.early_steps} steps")]
-                if plan.early_layers
-                else []
-            ),
-            ("trainable", f"{human_count(metrics.trainable_parameters)} parameters, {rank_summary(plan.adapters)}"),
-            ("steps", f"{metrics.steps:,} of batch {settings.batch_size}, learning rate {settings.learning_rate:g}"),
+            *([("adapter", f"goes on with {printable(metrics.went_on_from.name)}")] if metrics.went_on_from else []),
+            ("plan", " ".join(plan_sentences(plan))),
+            ("trainable", f"{human_count(metrics.trainable_parameters)} parameters, rank {ranks_text(plan.adapters)}"),
+            ("steps", f"{metrics.steps:,} of {settings.batch_size} rows, learning rate {settings.learning_rate:.3g}"),
+            *frozen,
             ("kept", kept_point(metrics)),
-            ("tokens", f"{metrics.tokens:,}, {metrics.labelled_tokens:,} with a label"),
-            ("time", f"{human_seconds(seconds.total)}: {phases}"),
-            ("speed", f"{step_time(metrics)} per step, {per_second}"),
+            ("tokens", f"{metrics.tokens:,}, {metrics.labelled_tokens:,} of them labelled"),
             ("cache", f"{settings.cache}{size}{': ' + metrics.cache_reason if metrics.cache_reason else ''}"),
             ("memory", f"{human_bytes(metrics.peak_memory_bytes)} at peak"),
-            *([("start", printable(metrics.went_on_from.name))] if metrics.went_on_from else []),
-            ("numbers", f"{settings.dtype} on {settings.device}, seed {settings.seed}"),
+            (
+                "computed",
+                f"in {settings.dtype} on {_DEVICES.get(settings.device, settings.device)}, seed {settings.seed}",
+            ),
         ],
     )
     before, after = human_loss(metrics.held_out_loss_before), human_loss(metrics.held_out_loss_after)
     over = f"{metrics.held_out_rows:,} rows, {metrics.held_out_tokens:,} tokens"
     title = Text.assemble("Held-out loss ", (f"{before} → {after}", "bold"), f" nats per token over {over}")
-    return Group(head, Text(), title, _held_out_table(run))
+    return Group(head, Text(), _time_table(metrics), Text(), title, _held_out_table(run))
+
+
+def _time_table(metrics: Metrics) -> Table:
+    """Where the time went, in tenths of a second that add up."""
+    seconds = metrics.seconds
+    per_second = f", {metrics.tokens / seconds.train:,.0f} tokens/s" if seconds.train else ""
+    evaluations = len(metrics.held_out_curve)
+    notes = {
+        "train": f"{metrics.steps:,} steps, {step_time(metrics)} each{per_second}",
+        "eval": f"{evaluations} times",
+    }
+    spent = {phase: round(getattr(seconds, phase), 1) for phase in PHASES}
+    spent[max(PHASES, key=spent.__getitem__)] += round(seconds.total, 1) - sum(
+        spent.values()
+    )  # what rounding left over
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(style="dim", overflow="fold")
+    for phase, took in spent.items():
+        if took:
+            table.add_row(PHASE_NAMES[phase], f"{took:,.1f} s", notes.get(phase, ""))
+    table.add_row(Text("Total", style="bold"), Text(f"{seconds.total:,.1f} s", style="bold"))
+    return table
 
 
 def _render_adapter(folder: AdapterFolder) -> RenderableType:
@@ -300,7 +239,7 @@ def _render_adapter(folder: AdapterFolder) -> RenderableType:
     alike: dict[tuple[int, int, str], list[int]] = {}
     for layer, adapters in by_layer.items():
         size = sum(adapter.parameters for adapter in adapters)
-        alike.setdefault((len(adapters), size, rank_summary(adapters)), []).append(layer)
+        alike.setdefault((len(adapters), size, ranks_text(adapters)), []).append(layer)
     table = _table(("layers", 20, "left"), ("modules", 7, "right"), ("parameters", 10, "right"), ("ranks", 30, "left"))
     for (count, size, ranks), layers in alike.items():
         table.add_row(

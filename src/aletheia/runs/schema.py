@@ -24,7 +24,7 @@ class PhaseSeconds(BaseModel):
 
     ``cache`` is filling the prefix cache before the first step, where that is done, ``correction`` measuring what
     takes back the quantization of a 4-bit base, ``race`` trying learning rates, ``train`` the optimizer steps alone,
-    ``eval`` the held-out evaluation.
+    ``eval`` the held-out evaluation, ``other`` all that lies between them, such as writing checkpoints.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,11 +36,13 @@ class PhaseSeconds(BaseModel):
     race: float = 0.0
     train: float
     eval: float
+    other: float = 0.0
 
     @property
     def total(self) -> float:
-        """All phases."""
-        return self.load + self.probe + self.plan + self.cache + self.correction + self.race + self.train + self.eval
+        """All phases: from the start until the run folder is written."""
+        total: float = sum(getattr(self, phase) for phase in PHASES)
+        return total
 
 
 Verdict = Literal["learned", "nothing", "worse"]  # "worse": the held-out loss is above the one before training

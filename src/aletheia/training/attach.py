@@ -27,11 +27,11 @@ from aletheia.prefix.cache import DiskCache, PrefixCache, SpillingCache
 from aletheia.prefix.choose import CacheDecision, CachePlace, open_cache, prefix_key
 from aletheia.prefix.source import PrefixSource, Use, row_states
 from aletheia.prefix.stored import PREFIX, stored_prefix
+from aletheia.progress import say_nothing
 from aletheia.settings import Settings, option
 from aletheia.training.checkpoints import TrustworthyCheckpoints, trustworthy_checkpoints
 from aletheia.training.freezing import adapters_below, freeze_below, layers_below
 from aletheia.training.phases import Phase, is_last_epoch, phase_at, phases, rows_come_back
-from aletheia.training.processes import say_nothing
 from aletheia.training.settings import CacheKind, Recompute
 from aletheia.training.sharded import group_of, is_sharded, load_frozen
 

@@ -26,6 +26,7 @@ from aletheia.execution.packed import attention_by_row, why_not_packed
 from aletheia.planning.cost import layer_costs
 from aletheia.prefix.stored import PREFIX, prefix_output
 from aletheia.probing.timings import LayerTiming, Timings
+from aletheia.progress import Progress, Say
 from aletheia.training.fast_steps import fast_steps
 
 ROUNDS = 3
@@ -49,13 +50,20 @@ class _Step:
     seconds: list[float] = field(default_factory=list)
 
 
-def calibrate(model: nn.Module, data: Examples, batch_size: int = 4, seed: int = 0, rounds: int = ROUNDS) -> Timings:
+def calibrate(
+    model: nn.Module,
+    data: Examples,
+    batch_size: int = 4,
+    seed: int = 0,
+    rounds: int = ROUNDS,
+    show_progress: bool | Say = True,
+) -> Timings:
     """Time whole training steps of a few kinds on batches of average size, and share their seconds out over the parts.
 
     Our steps differ in one thing each: how many layers are crossed, how many of them are adapted, the rank. Forward,
     backward and adapter times, and the rest (head, loss, embedding), are the non-negative least-squares solution over
-    them; layers of other shapes get seconds in proportion to their operations. A plain step of uniform LoRA is the
-    yardstick. The model is left as it was.
+    them; layers of other shapes get seconds in proportion to their operations. All is compared with a plain step of
+    uniform LoRA. The model is left as it was.
 
     Args:
         model: the base model, without adapters.
@@ -63,6 +71,7 @@ def calibrate(model: nn.Module, data: Examples, batch_size: int = 4, seed: int =
         batch_size: rows per training step.
         seed: of the batches.
         rounds: how often each kind of step is timed; the median counts.
+        show_progress: say on stderr how far it is, or to a function that gets a line now and then.
     """
     started = time.perf_counter()
     anatomy = read_anatomy(model)
@@ -80,11 +89,16 @@ def calibrate(model: nn.Module, data: Examples, batch_size: int = 4, seed: int =
     steps = [_Step([last]), _Step(upper), _Step([middle]), _Step(upper, HIGH_RANK), _Step(upper, way="prefix")]
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        with in_mode(model, training=False), torch.random.fork_rng():  # adapters are drawn
+        with (
+            Progress("time", rounds * (1 + len(steps)), "measurements", show_progress) as progress,
+            in_mode(model, training=False),
+            torch.random.fork_rng(),  # adapters are drawn
+        ):
             for _ in range(rounds):  # every kind in each, so that a machine that slows down slows all of them
                 for step in (baseline, *steps):
                     with _prepared(model, anatomy, step, batches[step.way], packed) as job:
                         step.seconds.append(_timed(job))
+                    progress.advance()
     finally:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

@@ -1,5 +1,7 @@
 """The held-out loss: mean over completion tokens, not over batches."""
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -12,12 +14,18 @@ from aletheia.training.processes import Launch
 
 
 @torch.no_grad()
-def held_out_loss(model: nn.Module, examples: Examples, batch_size: int = 8, collator: Collator | None = None) -> float:
+def held_out_loss(
+    model: nn.Module,
+    examples: Examples,
+    batch_size: int = 8,
+    collator: Collator | None = None,
+    seen: Callable[[int, int], None] = lambda done, of: None,
+) -> float:
     """Mean cross-entropy over the labelled tokens of ``examples``, in nats per token.
 
     The model is evaluated in eval mode; its modules are put back into the modes they were in. Where several processes
     train it, all must call this: each takes every so many of the batches, and all get the same result. ``collator``
-    makes a batch of rows, by default :func:`aletheia.data.batches.collate`.
+    makes a batch of rows, by default :func:`aletheia.data.batches.collate`. ``seen`` hears how many batches are done.
 
     Raises:
         DataError: the examples hold no labelled token.
@@ -31,6 +39,7 @@ def held_out_loss(model: nn.Module, examples: Examples, batch_size: int = 8, col
             batch = batches[start + launch.rank] if own else batches[0]
             labelled = int(labelled_tokens(batch["labels"]))
             loss = model(**on_device_of(model, batch), use_cache=False).loss
+            seen(min(start + launch.processes, len(batches)), len(batches))
             if own:
                 sums += torch.tensor([loss.item() * labelled, labelled], dtype=torch.float64)
     if launch.processes > 1:

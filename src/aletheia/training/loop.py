@@ -255,7 +255,8 @@ class RowTrainer(Trainer):
     def held_out_loss(self) -> float:
         """Of the model as it is."""
         assert self.model is not None
-        return held_out_loss(self.model, self._held_out, self._settings.batch_size, self.collator)
+        seen = self._recorder.evaluating
+        return held_out_loss(self.model, self._held_out, self._settings.batch_size, self.collator, seen)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"

@@ -1,5 +1,6 @@
 """The record of a run: what it was trained with, what it took and what it came to."""
 
+import time
 from typing import TYPE_CHECKING
 
 from aletheia.anatomy.access import base_of
@@ -46,7 +47,7 @@ def metrics_of(job: "Job", trainer: RowTrainer, attachment: Attachment) -> Metri
         boundary=job.plan.boundary,
         early_steps=min(job.plan.early_steps(trainer.args.max_steps), steps),
         trainable_parameters=job.plan.trainable_parameters,
-        seconds=PhaseSeconds(**job.seconds, **recorder.seconds),
+        seconds=_seconds(job),
         peak_memory_bytes=peak_memory_bytes(model.device),
         cache_bytes=attachment.decision.size_bytes,
         cache_reason=attachment.decision.reason,
@@ -58,6 +59,13 @@ def metrics_of(job: "Job", trainer: RowTrainer, attachment: Attachment) -> Metri
         train_curve=tuple(recorder.train_curve),
         held_out_curve=tuple(recorder.held_out_curve),
     )
+
+
+def _seconds(job: "Job") -> PhaseSeconds:
+    """By phase; ``other`` is what no phase counted."""
+    seconds = {"other": 0.0, **job.seconds, **job.recorder.seconds}
+    seconds["other"] += max(0.0, time.perf_counter() - job.started - sum(seconds.values()))
+    return PhaseSeconds(**seconds)
 
 
 def used_settings(job: "Job", trainer: RowTrainer, attachment: Attachment) -> UsedSettings:

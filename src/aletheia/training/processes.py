@@ -45,10 +45,6 @@ class Agreement:
         return bool(told.item())
 
 
-def say_nothing(line: str) -> None:
-    """For processes other than the first."""
-
-
 @dataclass(frozen=True)
 class Launch:
     """The launch that this process belongs to: one process, or several under ``torchrun`` or ``accelerate launch``."""

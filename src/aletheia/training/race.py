@@ -20,6 +20,7 @@ from aletheia.data.batches import collate, labelled_tokens, on_device_of
 from aletheia.data.examples import Example, Examples
 from aletheia.errors import SettingsError, TrainingError
 from aletheia.prefix.cache import PrefixCache, collate_with_prefix
+from aletheia.progress import Progress, Say
 from aletheia.runs.schema import RateRace
 from aletheia.training.fast_steps import fast_steps
 from aletheia.training.settings import Recompute
@@ -86,6 +87,7 @@ def race_rates(
     prefix: PrefixCache | None = None,
     recompute: Recompute = "off",
     liger: bool = True,
+    show_progress: bool | Say = False,
 ) -> RateRace:
     """Train a little at a third of the trainer's rate, at it and at three times it, and choose.
 
@@ -100,6 +102,7 @@ def race_rates(
         prefix: a cache that holds every row; the layers below may not be in memory.
         recompute: what of a step is computed again in backward.
         liger: whether Liger's kernels may be taken.
+        show_progress: say on stderr how far it is, or to a function that gets a line now and then.
 
     Raises:
         SettingsError: layers are sharded over processes.
@@ -115,11 +118,14 @@ def race_rates(
     count = min(len(held_out), MOST_ROWS)
     judges = [held_out[number * len(held_out) // count] for number in range(count)]  # evenly spaced
     losses: dict[float, list[float] | None] = {}
-    with fast_steps(model, boundary if prefix is not None else None, recompute=recompute, liger=liger):
+    with (
+        Progress("rate", len(FACTORS) * len(steps), "steps", show_progress) as progress,
+        fast_steps(model, boundary if prefix is not None else None, recompute=recompute, liger=liger),
+    ):
         for rate in (default * factor for factor in FACTORS):
             with _as_it_was(model):
                 torch.manual_seed(trainer.args.seed)
-                is_finite = _learn(trainer, rate, steps, make)
+                is_finite = _learn(trainer, rate, steps, make, progress)
                 losses[rate] = _judge(trainer, judges, make) if is_finite else None
     chosen = choose(losses, default)
     means = tuple(fmean(rows) if rows is not None else None for rows in losses.values())
@@ -152,7 +158,9 @@ def _optimizer(trainer: Trainer, rate: float) -> torch.optim.Optimizer:
         trainer.args.learning_rate, trainer.optimizer = default, None
 
 
-def _learn(trainer: Trainer, rate: float, steps: Sequence[Sequence[Example]], make: MakeBatch) -> bool:
+def _learn(
+    trainer: Trainer, rate: float, steps: Sequence[Sequence[Example]], make: MakeBatch, progress: Progress
+) -> bool:
     """Take all steps; returns whether every loss was finite."""
     args = trainer.args
     optimizer = _optimizer(trainer, rate)
@@ -175,6 +183,7 @@ def _learn(trainer: Trainer, rate: float, steps: Sequence[Sequence[Example]], ma
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+        progress.advance()
     return True
 
 
@@ -200,9 +209,9 @@ def _loss(trainer: Trainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def told(race: RateRace) -> str:
-    """What was raced and what came of it, in one line."""
-    raced = ", ".join(
-        f"{rate:.1e} {'not finite' if loss is None else f'{loss:.3f}'}"
+    """The rate that is taken and what it was taken for, in one line."""
+    tried = ", ".join(
+        f"{'not finite' if loss is None else f'{loss:.3f}'} at {rate:.1e}"
         for rate, loss in zip(race.rates, race.losses, strict=True)
     )
-    return f"rate   {len(race.rates)} rates over {race.steps} steps: {raced}; takes {race.chosen:.1e}"
+    return f"rate   {race.chosen:.1e} is taken; held-out loss {tried}"

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from rich.console import Console
 
 from aletheia.adapters.adapt import check_adapters
 from aletheia.adapters.correction import ROWS, Correction, rows_to_measure
@@ -23,12 +22,12 @@ from aletheia.data.examples import Example, Examples
 from aletheia.errors import SettingsError, TrainingError
 from aletheia.execution.backend import compile_seconds, entered, layer_ways
 from aletheia.execution.peak_memory import reset_peak_memory
-from aletheia.names import printable
 from aletheia.planning.plan import Plan, layer_ranges
 from aletheia.prefix.cache import DiskCache, PrefixCache
 from aletheia.prefix.choose import CacheDecision, CachePlace, open_cache
 from aletheia.prefix.exact import why_not_exact
 from aletheia.prefix.fill import fill
+from aletheia.progress import Say, say_as_asked, say_nothing
 from aletheia.runs.folder import RunFolder, save, save_so_far
 from aletheia.runs.manifest import TrainingCheckpoint, newest_checkpoint
 from aletheia.runs.schema import Run, StartingAdapter
@@ -43,13 +42,15 @@ from aletheia.training.loop import (
     planned_steps,
     rows_of_steps,
     rows_per_step,
+    steps_per_epoch,
     training_arguments,
 )
 from aletheia.training.measured import metrics_of
 from aletheia.training.outcome import digest_of_b, whole_adapter
+from aletheia.training.outlook import outlook
 from aletheia.training.packing import packs
 from aletheia.training.processes import Launch
-from aletheia.training.race import race_rates, race_steps, told
+from aletheia.training.race import FACTORS, race_rates, race_steps, told
 from aletheia.training.recorder import Recorder
 from aletheia.training.rescale import rescale
 from aletheia.training.settings import WITHOUT_INFLUENCE, TrainSettings
@@ -87,7 +88,7 @@ def train(
     held_out: Examples,
     settings: TrainSettings | None = None,
     prepared: Prepared | None = None,
-    show_progress: bool = True,
+    show_progress: bool | Say = True,
     **options: Any,
 ) -> Run:
     """Train the adapters of ``model`` and leave a run folder: a standard PEFT adapter, the plan and the metrics.
@@ -106,7 +107,7 @@ def train(
         held_out: rows for the held-out loss.
         settings: how to train; or give its fields by name.
         prepared: what was computed before.
-        show_progress: draw progress bars and lines on stderr.
+        show_progress: say on stderr what is done and how far it is, or to a function that gets the lines.
         options: fields of :class:`aletheia.TrainSettings`, where ``settings`` is not given.
 
     Raises:
@@ -151,16 +152,18 @@ class Job:
         settings: TrainSettings,
         prepared: Prepared,
         folder: RunFolder,
-        show_progress: bool,
+        show_progress: bool | Say,
     ) -> None:
         """Nothing is computed yet."""
         self.model, self.data, self.plan, self.held_out = model, data, plan, held_out
-        self.settings, self.prepared, self.folder, self.show = settings, prepared, folder, show_progress
+        self.settings, self.prepared, self.folder = settings, prepared, folder
+        self.say = say_as_asked(show_progress) if Launch.here().is_first else say_nothing
         probe = plan.probe.seconds if plan.uses_scores else 0.0  # a plan that looked at scores owes it, whenever it was
         self.seconds = {"load": 0.0, "probe": probe, "plan": 0.0} | dict(prepared.seconds)
+        self.started = time.perf_counter() - sum(self.seconds.values())
         self.processes = Launch.here().processes
         self.steps = planned_steps(len(data), settings, self.processes)
-        self.recorder = Recorder(evaluations_of(len(data), settings, self.processes), show_progress)
+        self.recorder = Recorder(evaluations_of(len(data), settings, self.processes), self.say)
         self.correction = Correction()
         self.scale = 1.0  # of the kept adapter
         self.scaled_loss: float | None = None
@@ -195,6 +198,7 @@ class Job:
         trainer.add_callback(SaveInTime())
         if found is not None:
             self.recorder.restore(found.manifest.extra)
+            self.started -= sum(self.recorder.seconds.values())
             interrupted.saved_step = found.step
             if trainer.average is not None:
                 trainer.average.load(found.path)
@@ -207,6 +211,7 @@ class Job:
             trainer.args.learning_rate = kept or self._raced(trainer)
         trustworthy_checkpoints(trainer, self._about(trainer), self.recorder.state, alone=True)
         trainer.args.eval_on_start = found is None
+        self._announce(trainer)
         try:
             trainer.train(resume_from_checkpoint=None if found is None else str(found.path))
         finally:
@@ -218,6 +223,25 @@ class Job:
                 f"{state.best_global_step}"
             )
 
+    def _announce(self, trainer: RowTrainer) -> None:
+        """Say what the steps will be, and let the recorder know what is known of them."""
+        steps, settings = trainer.args.max_steps, self.settings
+        per_epoch = steps_per_epoch(len(self.data), settings, self.processes)
+        is_filled = self.prepared.prefix is not None
+        self.recorder.outlook = outlook(
+            self.plan,
+            (sum(map(len, rows)) for rows in self.batches(steps)),
+            per_epoch,
+            reads_cache=is_filled or settings.cache != "off",
+            is_filled=is_filled,
+        )
+        evaluations = evaluations_of(len(self.data), settings, self.processes)
+        self.say(
+            f"train  {steps:,} steps of {rows_per_step(settings, self.processes)} rows, learning rate "
+            f"{trainer.args.learning_rate:.1e}"
+            + (f"; held-out loss every {steps / min(evaluations, steps):.0f} steps" if evaluations else "")
+        )
+
     def _at_end(self, trainer: RowTrainer, interrupted: Interrupts) -> None:
         """Leave in the model what is kept: the average, and less of it where that is better."""
         state, settings = trainer.state, self.settings
@@ -228,12 +252,12 @@ class Job:
             return
         started = time.perf_counter()
         full = self.recorder.loss_at(trainer.kept_step)
-        self.scale, self.scaled_loss = rescale(self.model, trainer.held_out_loss, full)
+        self.scale, self.scaled_loss = rescale(self.model, trainer.held_out_loss, full, self.say)
         self.recorder.eval_seconds += time.perf_counter() - started
         if self.scale != 1:
             self.say(
-                f"scale  {self.scale:g} of the adapter is kept: held-out loss {self.scaled_loss:.4f}, at full strength "
-                f"{full:.4f}"
+                f"scale  the adapter is kept at {self.scale:g} of its strength: held-out loss {self.scaled_loss:.4f} "
+                f"instead of {full:.4f}"
             )
 
     def _keep_so_far(self, trainer: RowTrainer) -> str:
@@ -310,7 +334,9 @@ class Job:
                 self.stack.callback(cache.close)
                 for note in cache.notes:
                     self.say(f"note: {note}")
-            fill(self.model, self.plan.boundary, rows, cache, self.settings.batch_size, self.show)
+            below = layer_ranges(range(self.plan.boundary))
+            self.say(f"cache  what layers {below} compute, once for each of {len(cache.missing(rows)):,} rows")
+            fill(self.model, self.plan.boundary, rows, cache, self.settings.batch_size, self.say)
         self.seconds["cache"] = time.perf_counter() - started
         return cache, CacheDecision(kind, "filled before the first step", cache.size_bytes)
 
@@ -331,13 +357,13 @@ class Job:
         """The rate that ``auto`` takes; of several processes, the first finds it for all."""
         started = time.perf_counter()
         steps = self.batches(race_steps(trainer.args.max_steps))
+        self.say(f"rate   tries {len(FACTORS)} learning rates for {len(steps)} steps each")
         given = trainer, steps, self.held_out, self.plan.boundary, self.prepared.prefix
         race = Launch.here().computed_by_first(
-            partial(race_rates, *given, self.settings.recompute, self.settings.liger)
+            partial(race_rates, *given, self.settings.recompute, self.settings.liger, self.say)
         )
         self.recorder.race, self.recorder.race_seconds = race, time.perf_counter() - started
-        if trainer.is_world_process_zero():
-            self.say(told(race))
+        self.say(told(race))
         return race.chosen
 
     def _about(self, trainer: RowTrainer) -> dict[str, Any]:
@@ -370,8 +396,3 @@ class Job:
         if self.processes > 1:
             torch.distributed.barrier()
         return run
-
-    def say(self, line: str) -> None:
-        """A line for people."""
-        if self.show:
-            Console(stderr=True).print(printable(line), highlight=False, markup=False, emoji=False, soft_wrap=True)

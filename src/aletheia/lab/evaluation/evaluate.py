@@ -5,14 +5,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from aletheia.anatomy.access import input_weight, stop_ids_of, text_config
@@ -44,6 +41,7 @@ from aletheia.lab.evaluation.record import (
 from aletheia.lab.evaluation.row_loss import HeldOut
 from aletheia.lab.evaluation.upstream import check_installed, load_tasks, quiet
 from aletheia.lab.evaluation.work import Benchmark, Row, Score, Work
+from aletheia.progress import Progress, Stderr
 from aletheia.runs.saved import load_adapter, use_template_of
 from aletheia.settings import LONGEST_ROW, MOST_ROWS
 
@@ -160,7 +158,7 @@ def evaluate(
         origin: what base model it is, taken before an adapter was put on it.
         unsafe_exec: where no sandbox can be had, run HumanEval's programs without one.
         overwrite: replace another evaluation in ``out``.
-        show_progress: a bar per task on stderr.
+        show_progress: say on stderr how far each task is.
 
     Raises:
         EvaluationError: other settings than those of what lies in ``out``, no lm-eval, or values that are not finite.
@@ -287,15 +285,12 @@ def _answer_missing(work: Work, journal: Journal, show_progress: bool) -> None:
     todo = [batch for batch in work.batches() if any((work.name, at) not in journal.answers for at in batch)]
     if not todo:
         return
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     done = len(work) - sum(map(len, todo))
-    console = Console(file=sys.stderr)  # this very stream: lm-eval's own bars are silenced by exchanging sys.stderr
-    with Progress(*columns, console=console) if show_progress else nullcontext() as progress:
-        bar = progress.add_task(work.name, total=len(work), completed=done) if progress else None
+    say = Stderr(stream=sys.stderr)  # this very stream: lm-eval's own bars are silenced by exchanging sys.stderr
+    with Progress(work.name, len(work), "items", show_progress and say, done) as progress:
         for batch in todo:
             journal.add(work.name, batch, work.answer(batch))
-            if progress and bar is not None:
-                progress.advance(bar, len(batch))
+            progress.advance(len(batch))
 
 
 def _result(work: Work, rows: Sequence[Row]) -> TaskResult:
