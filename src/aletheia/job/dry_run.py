@@ -195,7 +195,7 @@ def _seconds(job: Job, ready: Ready, steps: int, is_cached: bool, recompute: str
     training, data, plan = job.settings.training, ready.data, ready.plan
     job.say(f"time   a few training steps of {training.batch_size} rows")
     try:
-        timings = calibrate(ready.base.model, data, training.batch_size, training.seed, rounds=1)
+        timings = calibrate(ready.base.model, data, training.batch_size, training.seed, rounds=1, show_progress=job.say)
     except torch.OutOfMemoryError:
         return {}, "a step of plain LoRA, which it is measured by, does not fit in memory"
     ranks = {adapter.name: adapter.rank for adapter in plan.adapters}
