@@ -47,7 +47,7 @@ _COMPARED = (
     "Step time",
     "Time saved",
     "Speed-up",
-    "With probe and plan",
+    "Total time",
     "Time saved, all counted",
     "Speed-up, all counted",
     "Before",

@@ -2,9 +2,12 @@
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from aletheia.anatomy.access import base_of
 from aletheia.anatomy.families import class_name
 from aletheia.anatomy.load import quantization_of
+from aletheia.anatomy.versions import processor
 from aletheia.execution.backend import compile_seconds
 from aletheia.execution.peak_memory import peak_memory_bytes
 from aletheia.files import package_versions
@@ -71,6 +74,7 @@ def used_settings(job: "Job", trainer: RowTrainer, attachment: Attachment) -> Us
         max_length=data.max_length,
         dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.type,
+        machine=_machine(model.device),
         seed=settings.seed,
         packing=settings.packing == "on",
         group_by_length=settings.groups_by_length,
@@ -88,3 +92,9 @@ def used_settings(job: "Job", trainer: RowTrainer, attachment: Attachment) -> Us
         rescale=job.scaled_loss is not None,
         averaging="off" if trainer.average is None else "on",
     )
+
+
+def _machine(device: torch.device) -> str:
+    """What computes the steps: the GPU's name, or the kind of processor and the threads in use."""
+    name = processor(device)
+    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else name
