@@ -138,6 +138,12 @@ def _svg(drawing: Drawing, identifier: str, css: str, title: str, words: str) ->
     return Markup(head + "".join(drawing.parts) + "</svg>")
 
 
+def panel(drawing: Drawing, label: str) -> Markup:
+    """One of many small figures, drawn once for all widths."""
+    box = f'viewBox="0 0 {short(drawing.width)} {short(drawing.height)}"'
+    return Markup(f'<svg {box} role="img" aria-label="{escape(printable(label))}">{"".join(drawing.parts)}</svg>')
+
+
 def run_class(index: int) -> str:
     """The class that carries the colour of run ``index``."""
     return f"r{index % RUN_COLORS}"
