@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from browser import CHROMIUM, open_page
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -278,14 +279,17 @@ def test_untimed_run_and_scores_of_zero_are_drawn(three):
     [
         ({"model": make_model("other", "11" * 32)}, "model (smol, other)"),
         ({"data": make_data("rows.csv", "22" * 32)}, "data (train.jsonl, rows.csv)"),
-        ({"machine": "cpu AVX2, 4 threads"}, "machine (cpu AVX512, 2 threads, cpu AVX2, 4 threads)"),
+        ({"machine": "cpu AVX2 with 4 threads"}, "machine (cpu AVX512 with 2 threads, cpu AVX2 with 4 threads)"),
         ({"dtype": "float32"}, "dtype (bfloat16, float32)"),
         ({"steps": 120, "planned_steps": 150, "kept_step": 120}, "steps (150, 120 of 150)"),
         ({"processes": 2}, "processes (1, 2)"),
     ],
 )
 def test_a_ratio_stands_only_between_runs_that_did_the_same_work_on_the_same_machine(tmp_path, changes, why):
-    runs = [uniform(machine="cpu AVX512, 2 threads"), make_run(**({"machine": "cpu AVX512, 2 threads"} | changes))]
+    runs = [
+        uniform(machine="cpu AVX512 with 2 threads"),
+        make_run(**({"machine": "cpu AVX512 with 2 threads"} | changes)),
+    ]
     html = page_of(runs, tmp_path).text
     assert f"Not like for like. The runs differ in {why}." in html
     assert "No ratio to uniform is given, since the two are not alike." in html
@@ -356,7 +360,8 @@ def test_provenance_counts_training_and_held_out_rows(tmp_path):
     [
         ([[1.43, 0.9, 0.8]], [1.3], False, False),
         ([[1.43, 0.5, 0.1]], [], True, False),
-        ([[5.6, 5.12, 5.10], [5.6, 5.11, 5.09]], [], False, True),  # else all that tells them apart is a pixel
+        ([[5.6, 5.13, 5.12, 5.10], [5.6, 5.12, 5.11, 5.09]], [], False, True),  # else they differ by a pixel
+        ([[5.6, 5.12], [5.6, 5.09]], [], False, False),  # two steep lines say nothing
         ([[1.4, 1.2, 0.6], [1.4, 1.1, 0.7]], [], False, False),
     ],
 )
@@ -418,6 +423,17 @@ def test_page_is_self_contained(two):
         assert not [name for name in attributes if name.startswith("on")]
     assert re.findall(r"url\((?!#)", two) == []
     assert not {"http:", "https:", "@import"} & set(re.findall(r"https?:|@import", two))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")
+@pytest.mark.parametrize("width", [390, 1280])
+def test_page_opens_in_a_browser_without_overflow_errors_or_requests(tmp_path, width):
+    path = report([uniform(), early_run(path="runs/a-run-with-a-rather-long-name-of-its-own")], tmp_path / "page.html")
+    opened = open_page(path, width, tmp_path / "browser")
+    assert opened.overflowing == []
+    assert opened.scroll_width <= width
+    assert opened.requests == [path.as_uri()]
+    assert opened.errors == []
 
 
 def test_every_figure_has_a_name_and_follows_the_pages_colours(two):

@@ -215,7 +215,7 @@ def _plan_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
         Row("Policy", tuple(str(plan.settings.policy) for plan in plans)),
         Row("Adapted layers", tuple(f"{len(plan.layers)} of {plan.layer_count}" for plan in plans)),
         Row("Which", tuple(layer_ranges(plan.layers) for plan in plans)),
-        *([Row("Others at first", tuple(map(_early, runs)))] if any(plan.early_layers for plan in plans) else []),
+        *([Row("Frozen on the way", tuple(map(_early, runs)))] if any(plan.early_layers for plan in plans) else []),
         Row("Boundary", tuple(str(run.metrics.boundary) for run in runs), "lowest adapted layer"),
         Row("Ranks", tuple(rank_summary(plan.adapters) for plan in plans)),
         Row("Trainable parameters", tuple(human_count(run.metrics.trainable_parameters) for run in runs)),
@@ -305,7 +305,12 @@ def _setting_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
         Row("with a label", tuple(human_count(metrics.labelled_tokens) for metrics in every)),
         Row("Peak memory", tuple(human_bytes(metrics.peak_memory_bytes) for metrics in every)),
         Row("Dtype", tuple(", ".join(filter(None, (setting.dtype, _quantization(setting)))) for setting in settings)),
-        Row("Device", tuple(setting.device for setting in settings)),
+        Row("Machine", tuple(setting.machine or setting.device for setting in settings)),
+        *(
+            [Row("Processes", tuple(str(s.processes) for s in settings))]
+            if any(s.processes > 1 for s in settings)
+            else []
+        ),
         Row("Seed", tuple(str(setting.seed) for setting in settings)),
     )
 

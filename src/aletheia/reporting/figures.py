@@ -13,7 +13,7 @@ from aletheia.reporting.times import learning_layers, time_parts
 from aletheia.runs.schema import Metrics, Run, TrainPoint
 
 MODULE_ROWS = 12  # more kinds of modules than this are drawn by role
-LINE_HEIGHT = 18.0
+MANY = 3  # evaluations; with fewer, what lies between them says little, and the whole axis is shown
 _LEFT, _RIGHT = 46.0, 12.0
 _CURVE_POINTS = 240  # of a training curve; more cannot be told apart on a screen
 
@@ -42,15 +42,16 @@ class LossWindow:
 def loss_window(held_out: Sequence[Sequence[float]], train: Sequence[float] = ()) -> LossWindow:
     """What to show of held-out curves and training losses.
 
-    Several curves start at one loss: where that is far above everything later, it is left out, and the rest told apart.
+    Several curves start at one loss: where that is far above everything later, it is left out, and the rest can be seen
+    apart.
     """
     later = [loss for curve in held_out for loss in curve[1:]] or [loss for curve in held_out for loss in curve]
     every = [*train, *(loss for curve in held_out for loss in curve)]
     low, high = min(every), max(every)
-    cut_top = len(held_out) > 1 and high - max(later) > 1.5 * (max(later) - min(later))
+    spread = max(later) - min(later)
+    cut_top = len(held_out) > 1 and max(map(len, held_out)) > MANY and high - max(later) > 1.5 * spread > 0
     if cut_top:
-        low = min(later)
-        high = max(later) + 0.35 * ((max(later) - low) or 0.02 * low)
+        low, high = min(later), max(later) + 0.35 * spread
     margin = 0.08 * ((high - low) or high)
     return LossWindow(0.0 if low < 0.3 * high else low - margin, high if cut_top else high + margin, cut_top)
 

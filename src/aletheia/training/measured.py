@@ -97,4 +97,4 @@ def used_settings(job: "Job", trainer: RowTrainer, attachment: Attachment) -> Us
 def _machine(device: torch.device) -> str:
     """What computes the steps: the GPU's name, or the kind of processor and the threads in use."""
     name, threads = processor(device), torch.get_num_threads()
-    return f"{name}, {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else name
+    return f"{name} with {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else name
