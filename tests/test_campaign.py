@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +37,8 @@ from aletheia.lab.campaign.steps import ATTEMPTS, StepKind, prepared, undisturbe
 from aletheia.lab.campaign.store import STORE_FILE, Record, Store
 from aletheia.lab.evaluation import sandbox
 from aletheia.lab.reporting.campaign_page import to_csv, write_report
+from aletheia.lab.reporting.figures_of_campaigns import Scale, layers_row
+from aletheia.lab.statistics.results import Estimate, Interval
 from aletheia.planning.make import plan
 from aletheia.prefix import source
 from aletheia.prefix.cache import DiskCache
@@ -490,12 +493,13 @@ def subprocess_result():
 
 
 def test_the_csv_has_a_line_per_row():
+    result = {"x": [1, 2], "y": {"z": None}, "path": "/home/me/rows.jsonl", "t": [0.1234567, 1.0]}
     records = [
-        Record(Row("m", "a", 0), "done", None, {"x": [1, 2], "y": {"z": None}, "path": "/home/me/rows.jsonl"}),
+        Record(Row("m", "a", 0), "done", None, result),
         Record(Row("m", "b", 0), "pending", None, None),
     ]
     assert to_csv(records) == (
-        "model,arm,seed,status,reason,path,x,y.z\nm,a,0,done,,rows.jsonl,1 2,\nm,b,0,pending,,,,\n"
+        "model,arm,seed,status,reason,path,t,x,y.z\nm,a,0,done,,rows.jsonl,0.123457 1,1 2,\nm,b,0,pending,,,,,\n"
     )
 
 
@@ -619,16 +623,62 @@ def write_behaviour(folder):
 
 def test_the_behaviour_report_says_what_cannot_be_shown(tmp_path):
     write_behaviour(tmp_path)
-    html, markdown, csv = (path.read_text() for path in write_report(Store(tmp_path / STORE_FILE), tmp_path))
-    assert "than uniform on m by more than 0.0100 nats" in markdown
-    assert "paper +0.2011 (worse by more), depth-aware -0.1005 (shown)" in markdown
-    assert "depth-aware against paper on m: -0.3016 nats of held-out loss per token" in markdown
-    assert "both chose the same layers in every run, so it is not selection that differs" in markdown
-    assert "| heldout | m | depth-aware | base | -1.1060 nats per token |" in markdown
-    assert "cannot be shown at this size" in markdown  # three points of accuracy on twelve items
+    _, markdown, csv = (path.read_text() for path in write_report(Store(tmp_path / STORE_FILE), tmp_path))
+    assert "worse than uniform by at most 0.0100 nats of held-out loss per token?" in markdown
+    assert "Worse by more: paper. Shown: depth-aware." in markdown
+    assert "depth-aware and paper chose the same layers in every run, so it is not selection that differs." in markdown
+    assert "| depth-aware against paper | -0.3016 (" in markdown
+    against_base = markdown.split("## Forgetting")[1].split("### Held-out loss")[1].split("###")[0]
+    assert "| depth-aware | -1.1060 (" in against_base
+    arms = re.findall(r"^\| ([a-z-]+) \|", against_base, re.MULTILINE)
+    assert arms == ["arm", "---", "depth-aware", "uniform", "paper"]  # by effect
+    assert "too few items" in markdown  # three points of accuracy on twelve items
     assert "where nearly all items get one answer: base answers A to 12 of 12 items of mmlu." in markdown
-    assert html.count("<svg") == 3
     assert csv.count("\n") == 5
+
+
+def test_a_behaviour_page_draws_each_arm_before_all_others_which_are_drawn_once(tmp_path):
+    write_behaviour(tmp_path)
+    html = write_report(Store(tmp_path / STORE_FILE), tmp_path)[0].read_text()
+    panels = html.split("<h2>Held-out loss while training</h2>")[1].split("<h2>")[0]
+    assert re.findall(r"<h3>(.*?)</h3>", panels) == ["depth-aware", "uniform", "paper"]  # the lowest loss first
+    assert panels.count('id="curves-0"') == 1
+    assert panels.count('<use href="#curves-0"/>') == 2
+    assert panels.count('class="run r0"') == 3
+    assert "does not begin at zero" in panels
+
+
+def test_intervals_are_drawn_where_they_lie():
+    estimates = [Estimate(1.5, Interval(1.25, 2.0, 0.95, "t"), 3), Estimate(0.9, None, 1, "one value")]
+    scale = Scale(0.5, 2.5, equal=1.0)
+    clear, unknown = (scale.row(found, more_is_better=True) for found in estimates)
+    assert '<svg class="bar good"' in clear
+    assert '<line x1="37.5%" x2="75%"' in clear
+    assert '<circle cx="50%"' in clear
+    assert '<svg class="bar same"' in unknown
+    assert 'y1="50%"' not in unknown
+    assert 'class="bar bad"' in scale.row(estimates[0], more_is_better=False)
+    around = Scale.around(estimates, equal=1.0, margin=0.5)
+    assert around.low < 0.5
+    assert around.high > 2.0
+
+
+def test_layers_are_drawn_as_boxes_of_neighbours():
+    assert re.findall(r'<rect x="(.*?)" width="(.*?)" height="100%"(.*?)/>', layers_row([1, 1, 0, 0.5])) == [
+        ("0%", "50%", ""),
+        ("75%", "25%", ' opacity="0.5"'),
+    ]
+
+
+def test_pages_of_campaigns_are_small(tmp_path, scripts):
+    """A page that is kept in git: its style sheet, and few hundred bytes for each thing that was measured."""
+    spec = campaign(models=[{"name": f"m{index}", "config": LLAMA} for index in range(9)])
+    run_campaign(spec, tmp_path, pool(scripts))
+    html = write_report(Store(tmp_path / STORE_FILE), tmp_path)[0].read_text()
+    style = len(html.split("<style>")[1].split("</style>")[0])
+    assert style < 10_000
+    assert html.count("<style>") == 1
+    assert len(html) < style + 9 * 2 * 900 + 8_000  # nine models, two arms beside the baseline
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")

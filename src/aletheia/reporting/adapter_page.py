@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from aletheia.planning.plan import layer_ranges
 from aletheia.reporting import figures
 from aletheia.reporting.adapter_facts import adapter_facts
-from aletheia.reporting.blocks import Block, Card, Figure, Page, Table
+from aletheia.reporting.blocks import Block, Card, Figure, Page, Panels, Table
 from aletheia.reporting.format import NOTHING
 from aletheia.runs.adapter_folder import AdapterFolder
 
@@ -19,20 +19,18 @@ def adapter_page(folders: Sequence[AdapterFolder], labels: Sequence[str]) -> Pag
     rows = [row for row in rows if set(row[1:]) != {NOTHING}]
     blocks: list[Block] = []
     if any(folder.train_curve or folder.held_out_curve for folder in folders):
-        blocks.append(
-            Figure(
-                "Loss",
-                figures.adapter_losses_svg(folders, labels, "losses"),
-                "Points: held-out loss. Faint: training loss, smoothed. As the Trainer logged them.",
-            )
-        )
+        drawn = figures.adapter_losses_figure(folders, labels, "losses")
+        about = "Marks: held-out loss. Faint: training loss, smoothed. Both as the Trainer logged them."
+        blocks.append(Panels("Loss", [Figure("By optimizer step", drawn)], about))
     blocks.append(Table("In numbers", ("", *labels), rows, "" if blocks else NO_LOSSES))
-    for index, (folder, label) in enumerate(zip(folders, labels, strict=True)):
-        if folder.adapters:
-            svg = figures.ranks_svg(folder, label, index, f"ranks-{index}")
-            blocks.append(
-                Figure(f"Ranks: {label}", svg, "Empty: not adapted. Layers above the highest one are not drawn.")
-            )
+    ranks = [
+        Figure(label, figures.adapter_ranks_figure(folder, label, index, f"ranks-{index}"))
+        for index, (folder, label) in enumerate(zip(folders, labels, strict=True))
+        if folder.adapters
+    ]
+    if ranks:
+        about = "Empty: not adapted. Layers above the highest adapted one are not drawn: the folder does not name them."
+        blocks.append(Panels("Ranks by layer", ranks, about))
     first = columns[0]
     cards = (
         Card("Adapted layers", str(len(folders[0].layers)), first["Layers"]),

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from markupsafe import Markup
+
 
 @dataclass(frozen=True)
 class Card:
@@ -15,12 +17,17 @@ class Card:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a title; the first column names the row."""
+    """Rows of cells under a title; the first column names the row.
+
+    ``drawn`` holds a picture of each row, shown after its name, ``scale`` what they are measured by.
+    """
 
     title: str
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     note: str = ""
+    drawn: tuple[Markup, ...] = ()
+    scale: Markup | None = None
 
 
 @dataclass(frozen=True)
@@ -28,7 +35,16 @@ class Figure:
     """A picture with its caption."""
 
     title: str
-    svg: str
+    svg: Markup
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Small tables or figures side by side, as many as the page has room for."""
+
+    title: str
+    panels: Sequence[Table] | Sequence[Figure]
     note: str = ""
 
 
@@ -40,7 +56,7 @@ class Pre:
     text: str
 
 
-Block = Table | Figure | Pre
+Block = Table | Panels | Pre
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""Several runs side by side as plain data: names that tell them apart, ratios to the first, what differs."""
+"""Several runs side by side as plain data: names that tell them apart, ratios between like ones, what differs."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 from aletheia.errors import ArtifactError
@@ -18,12 +18,18 @@ from aletheia.reporting.format import (
     rank_summary,
 )
 from aletheia.runs.adapter_folder import AdapterFolder
-from aletheia.runs.schema import PHASES, HeldOutPoint, Metrics, Run, UsedSettings
+from aletheia.runs.schema import HeldOutPoint, Metrics, Run, UsedSettings
 
 NO_INTERVAL = (
-    "One run each: these are single wall-clock timings on a machine whose noise was not removed, so they carry "
-    "no interval. For a speed claim, repeat with interleaved steps or several seeds."
+    "Each time is one measurement on a machine that other work may have slowed, so it carries no interval. "
+    "For a claim about speed, repeat the runs with several seeds."
 )
+# Conditions under which the same work is done on the same machine: where one differs, a ratio of times says nothing.
+SAME_WORK = (
+    *("model", "tokenizer", "data", "held-out rows", "steps", "batch size", "gradient accumulation", "max length"),
+    *("start", "dtype", "quantization", "processes", "device", "machine", "torch version"),
+)
+SAME_LOSS = ("model", "tokenizer", "held-out rows", "max length")  # where one differs, so does what a loss means
 
 
 @dataclass(frozen=True)
@@ -45,38 +51,37 @@ class Section:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of a run against the reference's."""
+    """Seconds of a run against the reference's; ``is_alike`` if both did the same work on the same machine."""
 
     seconds: float
     reference_seconds: float
+    is_alike: bool = True
 
     @property
     def speedup(self) -> float | None:
-        """t_ref / t; None when nothing was timed."""
-        timed = self.seconds > 0 and self.reference_seconds > 0
-        return self.reference_seconds / self.seconds if timed else None
+        """t_ref / t; None when nothing was timed, or the runs are not alike."""
+        return self.reference_seconds / self.seconds if self._compares else None
 
     @property
     def time_saved(self) -> float | None:
-        """1 - t / t_ref; negative when the run took longer."""
-        timed = self.seconds > 0 and self.reference_seconds > 0
-        return 1 - self.seconds / self.reference_seconds if timed else None
+        """1 - t / t_ref; negative when the run took longer; None as above."""
+        return 1 - self.seconds / self.reference_seconds if self._compares else None
+
+    @property
+    def _compares(self) -> bool:
+        return self.is_alike and self.seconds > 0 and self.reference_seconds > 0
 
 
 def train_speed(run: Run, reference: Run) -> Speed:
     """Optimizer steps alone."""
-    return Speed(run.metrics.seconds.train, reference.metrics.seconds.train)
+    alike = not differences([reference, run], SAME_WORK)
+    return Speed(run.metrics.seconds.train, reference.metrics.seconds.train, alike)
 
 
-def counted_seconds(run: Run) -> float:
-    """Seconds of training with all that made it possible: probe, planning, cache, correction, race of rates."""
-    seconds = run.metrics.seconds
-    return seconds.probe + seconds.plan + seconds.cache + seconds.correction + seconds.race + seconds.train
-
-
-def counted_speed(run: Run, reference: Run) -> Speed:
-    """Training with probe, planning and cache counted on both sides."""
-    return Speed(counted_seconds(run), counted_seconds(reference))
+def total_speed(run: Run, reference: Run) -> Speed:
+    """Everything from loading to the last held-out evaluation."""
+    alike = not differences([reference, run], SAME_WORK)
+    return Speed(run.metrics.seconds.total, reference.metrics.seconds.total, alike)
 
 
 def run_labels(runs: Sequence[Run | AdapterFolder]) -> tuple[str, ...]:
@@ -104,10 +109,15 @@ def run_labels(runs: Sequence[Run | AdapterFolder]) -> tuple[str, ...]:
     return tuple(distinct)
 
 
-def differences(runs: Sequence[Run]) -> tuple[str, ...]:
-    """Conditions besides the plan in which the runs differ, e.g. ``steps (150, 300)``; empty if comparable."""
+def differences(runs: Sequence[Run], among: Container[str] | None = None) -> tuple[str, ...]:
+    """Conditions besides the plan in which the runs differ, e.g. ``steps (150, 300)``; empty if comparable.
+
+    ``among`` names those that count, by default all.
+    """
     found = []
     for name, values in _conditions(runs).items():
+        if among is not None and name not in among:
+            continue
         keys = [key for key, _ in values]
         if len(set(keys)) > 1:
             shown = list(dict.fromkeys(printable(text) for _, text in values))
@@ -134,8 +144,11 @@ def _conditions(runs: Sequence[Run]) -> dict[str, list[tuple[object, str]]]:
             for metrics in every
         ],
         "held-out rows": list(zip(held_out, [str(metrics.held_out_rows) for metrics in every], strict=True)),
-        "steps": [(planned, str(planned)) for planned in (m.planned_steps or m.steps for m in every)],
+        "steps": [((metrics.planned_steps or metrics.steps, metrics.steps), _steps(metrics)) for metrics in every],
         "batch size": [(setting.batch_size, str(setting.batch_size)) for setting in settings],
+        "gradient accumulation": [
+            (setting.gradient_accumulation_steps, str(setting.gradient_accumulation_steps)) for setting in settings
+        ],
         "max length": [(setting.max_length, str(setting.max_length)) for setting in settings],
         "length grouping": [
             (setting.group_by_length, "on" if setting.group_by_length else "off") for setting in settings
@@ -156,9 +169,15 @@ def _conditions(runs: Sequence[Run]) -> dict[str, list[tuple[object, str]]]:
             for setting in settings
         ],
         "attention": [(setting.attention, setting.attention or NOTHING) for setting in settings],
+        "processes": [(setting.processes, str(setting.processes)) for setting in settings],
         "device": [(setting.device, setting.device) for setting in settings],
+        "machine": [(setting.machine, setting.machine or "not recorded") for setting in settings],
         "torch version": [(version, version) for version in torch],
     }
+
+
+def _steps(metrics: Metrics) -> str:
+    return f"{metrics.steps} of {metrics.planned_steps}" if metrics.steps_saved else str(metrics.steps)
 
 
 def _data_key(metrics: Metrics) -> str | None:
@@ -185,9 +204,8 @@ def comparison_sections(runs: Sequence[Run]) -> tuple[Section, ...]:
     """The table of the report, one column per run, the first run the reference."""
     return (
         Section("Plan", _plan_rows(runs)),
-        Section("Training time", _speed_rows(runs)),
+        Section("Time", _speed_rows(runs)),
         Section("Held-out loss", _loss_rows(runs)),
-        Section("Seconds by phase", _phase_rows(runs)),
         Section("Settings", _setting_rows(runs)),
     )
 
@@ -198,7 +216,7 @@ def _plan_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
         Row("Policy", tuple(str(plan.settings.policy) for plan in plans)),
         Row("Adapted layers", tuple(f"{len(plan.layers)} of {plan.layer_count}" for plan in plans)),
         Row("Which", tuple(layer_ranges(plan.layers) for plan in plans)),
-        *([Row("Others at first", tuple(map(_early, runs)))] if any(plan.early_layers for plan in plans) else []),
+        *([Row("Frozen on the way", tuple(map(_early, runs)))] if any(plan.early_layers for plan in plans) else []),
         Row("Boundary", tuple(str(run.metrics.boundary) for run in runs), "lowest adapted layer"),
         Row("Ranks", tuple(rank_summary(plan.adapters) for plan in plans)),
         Row("Trainable parameters", tuple(human_count(run.metrics.trainable_parameters) for run in runs)),
@@ -214,20 +232,21 @@ def _early(run: Run) -> str:
 
 def _speed_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
     rows = [
-        Row("Train time", tuple(human_seconds(run.metrics.seconds.train) for run in runs), "steps alone"),
+        Row("Train time", tuple(human_seconds(run.metrics.seconds.train) for run in runs), "optimizer steps alone"),
         Row("Step time", tuple(step_time(run.metrics) for run in runs), "train time / steps"),
+        Row("Total time", tuple(human_seconds(run.metrics.seconds.total) for run in runs), "from loading to the end"),
     ]
-    if len(runs) > 1:
-        alone = [train_speed(run, runs[0]) for run in runs[1:]]
-        counted = [counted_speed(run, runs[0]) for run in runs[1:]]
-        rows += [
-            Row("Time saved", ("reference", *(_saved(speed) for speed in alone)), "1 - t / t_ref"),
-            Row("Speed-up", ("1.00x", *(human_ratio(speed.speedup) for speed in alone)), "t_ref / t"),
-            Row("With probe and plan", tuple(human_seconds(counted_seconds(run)) for run in runs)),
-            Row("Time saved, all counted", ("reference", *(_saved(speed) for speed in counted))),
-            Row("Speed-up, all counted", ("1.00x", *(human_ratio(speed.speedup) for speed in counted))),
-        ]
-    return tuple(rows)
+    if len(runs) == 1 or not any(train_speed(run, runs[0]).is_alike for run in runs[1:]):
+        return tuple(rows)
+    alone, total = ([speed(run, runs[0]) for run in runs[1:]] for speed in (train_speed, total_speed))
+    return (
+        *rows[:2],
+        Row("Time saved", ("reference", *map(_saved, alone)), "of the train time"),
+        Row("Speed-up", ("1.00x", *(human_ratio(speed.speedup) for speed in alone)), "of the train time"),
+        rows[2],
+        Row("Time saved, all counted", ("reference", *map(_saved, total)), "of the total time"),
+        Row("Speed-up, all counted", ("1.00x", *(human_ratio(speed.speedup) for speed in total)), "of the total time"),
+    )
 
 
 def _saved(speed: Speed) -> str:
@@ -261,7 +280,7 @@ def _loss_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
             tuple(f"{metrics.held_out_rows:,} rows, {metrics.held_out_tokens:,} tokens" for metrics in every),
         ),
     ]
-    if len(runs) > 1:
+    if len(runs) > 1 and not differences(runs, SAME_LOSS):
         goal = every[0].held_out_loss_after
         reached = [seconds_to_loss(metrics, goal) for metrics in every]
         rows.append(
@@ -272,17 +291,6 @@ def _loss_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
             )
         )
     return tuple(rows)
-
-
-def phases_of(runs: Sequence[Run]) -> tuple[str, ...]:
-    """The phases on which any of the runs spent time."""
-    return tuple(phase for phase in PHASES if any(getattr(run.metrics.seconds, phase) for run in runs))
-
-
-def _phase_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
-    every = [run.metrics.seconds for run in runs]
-    rows = [Row(name.capitalize(), tuple(human_seconds(getattr(s, name)) for s in every)) for name in phases_of(runs)]
-    return (*rows, Row("Total", tuple(human_seconds(seconds.total) for seconds in every)))
 
 
 def _setting_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
@@ -298,7 +306,12 @@ def _setting_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
         Row("with a label", tuple(human_count(metrics.labelled_tokens) for metrics in every)),
         Row("Peak memory", tuple(human_bytes(metrics.peak_memory_bytes) for metrics in every)),
         Row("Dtype", tuple(", ".join(filter(None, (setting.dtype, _quantization(setting)))) for setting in settings)),
-        Row("Device", tuple(setting.device for setting in settings)),
+        Row("Machine", tuple(setting.machine or setting.device for setting in settings)),
+        *(
+            [Row("Processes", tuple(str(s.processes) for s in settings))]
+            if any(s.processes > 1 for s in settings)
+            else []
+        ),
         Row("Seed", tuple(str(setting.seed) for setting in settings)),
     )
 

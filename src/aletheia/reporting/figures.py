@@ -1,85 +1,260 @@
-"""The figures of the report, each a function from plain data to an SVG fragment. No pyplot, no global state."""
+"""The figures of the report, each a function from plain data to SVG for desk and phone."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch, PathPatch
-from matplotlib.path import Path
-from matplotlib.ticker import MaxNLocator
+from markupsafe import Markup
 
 from aletheia.planning.plan import Adapter, Plan, layer_ranges
-from aletheia.reporting.comparison import held_out_points, phases_of
-from aletheia.reporting.format import human_seconds, rank_summary, shorten
-from aletheia.reporting.svg import (
-    IDLE,
-    INK,
-    LINE,
-    MUTED,
-    POINTS_PER_INCH,
-    drawing,
-    phase_color,
-    run_color,
-    run_dash,
-    to_svg,
-)
+from aletheia.reporting.comparison import SAME_LOSS, differences, held_out_points
+from aletheia.reporting.format import human_loss, human_seconds, rank_summary, shorten
+from aletheia.reporting.svg import DESK, PHONE, Axis, Drawing, Point, figure, run_class, run_dash, tick_texts, ticks
+from aletheia.reporting.times import learning_layers, time_parts
 from aletheia.runs.adapter_folder import AdapterFolder
-from aletheia.runs.schema import PHASES, PhaseSeconds, Run, TrainPoint
+from aletheia.runs.schema import Metrics, Run, TrainPoint
 
-# One width for all: 360 points stay legible on a phone and in two columns on a desk.
-WIDTH = 360.0
-HEIGHT = 200.0
-LABEL_LENGTH = 28
 MODULE_ROWS = 12  # more kinds of modules than this are drawn by role
-
-_Box = tuple[float, float, float, float]  # x, y, width, height
-
-
-def layer_scores_svg(plan: Plan, label: str, index: int, identifier: str) -> str:
-    """Bars of the probe score by decoder layer; adapted layers in the run's colour, the boundary marked."""
-    with drawing(identifier):
-        figure, axes = canvas(HEIGHT, left=40)
-        bars = [(layer - 0.39, 0.0, 0.78, score) for layer, score in enumerate(plan.layer_scores)]
-        _boxes(axes, bars, IDLE)
-        _boxes(axes, [bars[layer] for layer in plan.layers], run_color(index))
-        top = 1.22 * max(0.0, *plan.layer_scores) or 1.0
-        axes.set_ylim(0, top)
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 5), useMathText=False)
-        _layer_axis(axes, plan.layer_count)
-        _mark_boundary(axes, plan.boundary, plan.layer_count, top)
-        axes.grid(axis="y")
-        _title(axes, f"Score: {shorten(plan.probe.score, LABEL_LENGTH)}, summed over the probe")
-        words = f"Score by decoder layer, {label}. Adapted: {layer_ranges(plan.layers)} of {plan.layer_count}."
-        return to_svg(figure, identifier, words)
+MANY = 3  # evaluations; with fewer, what lies between them says little, and the whole axis is shown
+_LEFT, _RIGHT = 46.0, 12.0
+_CURVE_POINTS = 240  # of a training curve; more cannot be told apart on a screen
 
 
-def ranks_svg(plan: Plan | AdapterFolder, label: str, index: int, identifier: str) -> str:
-    """Heat map of the LoRA rank by layer and kind of module; darker is higher, empty is not adapted."""
+@dataclass(frozen=True)
+class LossWindow:
+    """The losses that a figure shows. Cut at the top: losses before training lie above ``high``."""
+
+    low: float
+    high: float
+    cut_top: bool
+
+    @property
+    def cut_bottom(self) -> bool:
+        """Whether the axis begins above zero."""
+        return self.low > 0
+
+    @property
+    def words(self) -> str:
+        """Where the axis is cut; empty if it is not."""
+        if self.cut_top:
+            return f"axis cut at {'both ends' if self.cut_bottom else 'the top'}"
+        return "axis cut at the bottom" if self.cut_bottom else ""
+
+
+def loss_window(held_out: Sequence[Sequence[float]], train: Sequence[float] = ()) -> LossWindow:
+    """What to show of held-out curves and training losses.
+
+    Several curves start at one loss: where that is far above everything later, it is left out, and the rest can be seen
+    apart.
+    """
+    later = [loss for curve in held_out for loss in curve[1:]] or [loss for curve in held_out for loss in curve]
+    every = [*train, *(loss for curve in held_out for loss in curve)]
+    low, high = min(every), max(every)
+    spread = max(later) - min(later)
+    cut_top = len(held_out) > 1 and max(map(len, held_out)) > MANY and high - max(later) > 1.5 * spread > 0
+    if cut_top:
+        low, high = min(later), max(later) + 0.35 * spread
+    margin = 0.08 * ((high - low) or high)
+    return LossWindow(0.0 if low < 0.3 * high else low - margin, high if cut_top else high + margin, cut_top)
+
+
+def loss_figure(
+    runs: Sequence[Run], labels: Sequence[str], identifier: str, by_seconds: bool = False, wide: int = DESK
+) -> Markup:
+    """Held-out loss with marks, by step or by seconds of training.
+
+    By step it also shows where lower layers freeze; a run that is alone also its smoothed training loss, faint.
+    """
+    held_out = [[point.loss for point in held_out_points(run.metrics)] for run in runs]
+    train = smoothed(runs[0].metrics.train_curve) if len(runs) == 1 and not by_seconds else []
+    window = loss_window(held_out, [loss for _, loss in train])
+    unit, size = (1.0, "s") if not by_seconds or _longest(runs) < 600 else (60.0, "min")
+    end = _longest(runs) / unit if by_seconds else max(run.metrics.steps for run in runs)
+    title = f"Loss by {f'training time ({size})' if by_seconds else 'optimizer step'}"
+    words = "; ".join(_loss_words(label, run.metrics) for label, run in zip(labels, runs, strict=True))
+
+    def draw(width: int) -> Drawing:
+        height = 280.0 if width == PHONE else 320.0
+        drawing = Drawing(width, height)
+        x = Axis(0.0, end or 1.0, _LEFT, width - _RIGHT - 6)
+        y = Axis(window.low, window.high, height - 44, 34)
+        _loss_frame(drawing, x, y, window, f"training time, {size}" if by_seconds else "optimizer step")
+        if not by_seconds:
+            _freezing(drawing, runs, x, y)
+        for index, run in enumerate(runs):
+            found = held_out_points(run.metrics)
+            points = [(x(p.train_seconds / unit if by_seconds else p.step), y(p.loss)) for p in found]
+            drawing.opened(run_class(index))
+            drawing.clipped((x.start, y.end, width - x.start, y.start - y.end))
+            drawing.curve([(x(step), y(loss)) for step, loss in train], "train")
+            drawing.curve(points, "run" if index else "run first", run_dash(index))
+            drawing.unclipped()
+            _marks(drawing, run, points, index, y.end)
+            drawing.closed()
+        if by_seconds and len(runs) > 1 and not differences(runs, SAME_LOSS):
+            goal = y(runs[0].metrics.held_out_loss_after)
+            drawing.curve([(x.start, goal), (x.end, goal)], "goal", "2 4")
+        return drawing
+
+    return figure(identifier, title, f"{words}. {window.words}".strip(), draw, wide)
+
+
+def _longest(runs: Sequence[Run]) -> float:
+    return max(run.metrics.seconds.train for run in runs)
+
+
+def _loss_words(label: str, metrics: Metrics) -> str:
+    before, after = human_loss(metrics.held_out_loss_before), human_loss(metrics.held_out_loss_after)
+    return f"{label}: held-out loss {before} before training, {after} after {metrics.steps} steps"
+
+
+def _loss_frame(drawing: Drawing, x: Axis, y: Axis, window: LossWindow, x_label: str) -> None:
+    """Grid, axes with their cuts marked, and what they count."""
+    narrow = drawing.width == PHONE
+    drawing.text(2, 14, "Loss, nats per token" + (f" ({window.words})" if window.words else ""), "muted")
+    values = ticks(window.low, window.high, 5)
+    for value, text in zip(values, tick_texts(values), strict=True):
+        drawing.line(x.start, y(value), drawing.width - _RIGHT, y(value))
+        drawing.text(x.start - 8, y(value) + 4, text, "muted", "end")
+    drawing.vertical(x.start, y.end, y.start, window.cut_top, window.cut_bottom)
+    drawing.line(x.start, y.start, drawing.width - _RIGHT, y.start, "axis")
+    values = ticks(0, x.high, 5 if narrow else 10, integer=x.high > 5)
+    for value, text in zip(values, tick_texts(values), strict=True):
+        drawing.text(x(value), y.start + 17, text, "muted", "middle")
+    drawing.text(drawing.width - _RIGHT, y.start + 37, x_label, "muted", "end")
+
+
+def _freezing(drawing: Drawing, runs: Sequence[Run], x: Axis, y: Axis) -> None:
+    """Where the lower layers of a run stop learning."""
+    for index, run in enumerate(runs):
+        early = learning_layers(run)[1]
+        if not early:
+            continue
+        at = x(run.metrics.early_steps)
+        drawing.curve([(at, y.end), (at, y.start)], f"{run_class(index)} freeze", "4 3")
+        if len(runs) == 1:
+            right = at > x.end - 170
+            drawing.text(
+                at - 6 if right else at + 6,
+                y.end + 10,
+                f"layers {layer_ranges(early)} freeze",
+                "muted",
+                "end" if right else "start",
+            )
+
+
+def _marks(drawing: Drawing, run: Run, points: Sequence[Point], index: int, top: float) -> None:
+    """A mark at each evaluation that the figure shows, a ring about the one that was kept."""
+    for found, at in zip(held_out_points(run.metrics), points, strict=True):
+        if at[1] >= top:
+            drawing.marker(at, index)
+            if found.step == run.metrics.kept_step:
+                drawing.ring(at)
+
+
+def layers_figure(run: Run, label: str, index: int, identifier: str, wide: int = DESK) -> Markup:
+    """Layer by layer, on one axis: probe score, LoRA rank of each kind of module, and in which steps it learns."""
+    plan = run.plan
     cells = rank_cells(plan.adapters)
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
-    highest = max(cells.values())
-    with drawing(identifier):
-        figure, axes = canvas(HEIGHT, left=90)
-        boxes: dict[float | None, list[_Box]] = {}
-        for row, kind in enumerate(kinds):
-            for layer in range(plan.layer_count):
-                box = (layer - 0.44, row - 0.42, 0.88, 0.84)
-                boxes.setdefault(cells.get((kind, layer)), []).append(box)
-        for rank, same in boxes.items():
-            if rank is None:
-                _boxes(axes, same, LINE, 0.45)
-            else:
-                _boxes(axes, same, run_color(index), _shade(rank, highest))
-        axes.set_ylim(len(kinds) - 0.5, -0.5)
-        axes.set_yticks(range(len(kinds)), [shorten(kind, 16) for kind in kinds])
-        axes.tick_params(axis="y", length=0)
-        axes.spines["left"].set_visible(False)
-        _layer_axis(axes, plan.layer_count)
-        _title(axes, "LoRA rank by layer and module")
-        _rank_legend(axes, sorted(set(cells.values())), index)
-        words = f"LoRA rank by layer and module, {label}: {rank_summary(plan.adapters)}."
-        return to_svg(figure, identifier, words)
+    lasting, early = learning_layers(run)
+    words = f"Layers {layer_ranges(lasting)} of {plan.layer_count} learn to the end. "
+    if early:
+        words += f"Layers {layer_ranges(early)} learn in the first {run.metrics.early_steps} steps. "
+    words += f"Ranks: {rank_summary(plan.adapters)}."
+
+    def draw(width: int) -> Drawing:
+        scores = 122.0 if any(plan.layer_scores) else 0.0
+        ranks = 30 + 17.0 * len(kinds)
+        phases = 104.0 if early else 0.0
+        drawing = Drawing(width, scores + ranks + phases + 34)
+        left = 78.0
+        x = Axis(-0.5, plan.layer_count - 0.5, left, width - 44.0)
+        drawing.opened(run_class(index))
+        if scores:
+            _scores(drawing, run, x, 22, scores - 12)
+        _ranks(drawing, plan, x, cells, kinds, scores + 22)
+        if early:
+            _phases(drawing, run, x, scores + ranks + 20)
+        bottom = drawing.height - 32
+        if lasting[0]:
+            edge = x(lasting[0] - 0.5)
+            drawing.curve([(edge, 22), (edge, bottom)], "boundary", "4 3")
+        drawing.closed()
+        _layer_axis(drawing, plan, x, bottom)
+        return drawing
+
+    return figure(identifier, f"Layers of {label}", words, draw, wide)
+
+
+def _layer_axis(drawing: Drawing, plan: Plan | AdapterFolder, x: Axis, bottom: float) -> None:
+    values = ticks(0, plan.layer_count - 1, 15 if drawing.width == DESK else 6, integer=True)
+    for value, text in zip(values, tick_texts(values), strict=True):
+        drawing.text(x(value), bottom + 14, text, "muted", "middle")
+    drawing.text(x.start - 8, bottom + 14, "layer", "muted", "end")
+
+
+def _column(plan: Plan | AdapterFolder, x: Axis) -> float:
+    """Width of a layer's column."""
+    return 0.8 * (x.end - x.start) / plan.layer_count
+
+
+def _groups(run: Run) -> dict[str, tuple[int, ...]]:
+    """The layers by how they learn."""
+    lasting, early = learning_layers(run)
+    others = tuple(layer for layer in range(run.plan.layer_count) if layer not in {*lasting, *early})
+    return {"lasting": lasting, "early": early, "idle": others}
+
+
+def _scores(drawing: Drawing, run: Run, x: Axis, top: float, bottom: float) -> None:
+    plan = run.plan
+    drawing.text(2, 12, f"Score of each layer: {shorten(plan.probe.score, 24)} in the probe", "muted")
+    y = Axis(0.0, max(plan.layer_scores), bottom, top)
+    width = _column(plan, x)
+    for css, layers in _groups(run).items():
+        heights = [(layer, y.start - y(plan.layer_scores[layer])) for layer in layers]
+        drawing.boxes([(x(layer) - width / 2, y.start - tall, width, tall) for layer, tall in heights], css)
+    drawing.line(x.start, bottom, x.end, bottom, "axis")
+    drawing.text(x.start - 8, bottom, "0", "muted", "end")
+    drawing.text(x.start - 8, top + 9, f"{max(plan.layer_scores):.3g}", "muted", "end")
+
+
+def _ranks(
+    drawing: Drawing,
+    plan: Plan | AdapterFolder,
+    x: Axis,
+    cells: dict[tuple[str, int], float],
+    kinds: Sequence[str],
+    top: float,
+) -> None:
+    """A row per kind of module; at its end the rank, or the lowest and highest."""
+    width = _column(plan, x)
+    highest, lowest = max(cells.values()), min(cells.values())
+    drawing.text(2, top - 9, "LoRA rank by module" + ("; paler is lower" if lowest < highest else ""), "muted")
+    for row, kind in enumerate(kinds):
+        y = top + 17 * row
+        own = {layer: rank for (name, layer), rank in cells.items() if name == kind}
+        drawing.text(x.start - 8, y + 12, shorten(kind, 11), "", "end")
+        drawing.boxes([(x(n) - width / 2, y + 1, width, 15) for n in range(plan.layer_count) if n not in own], "empty")
+        for rank in sorted(set(own.values())):
+            same = [(x(layer) - width / 2, y + 1, width, 15) for layer, found in own.items() if found == rank]
+            drawing.boxes(same, "lasting", 0.3 + 0.7 * rank / highest)
+        low, high = min(own.values()), max(own.values())
+        drawing.text(x.end + 6, y + 12, f"{low:.3g}" if low == high else f"{low:.3g}-{high:.3g}")
+
+
+def _phases(drawing: Drawing, run: Run, x: Axis, top: float) -> None:
+    """Steps downwards: a column is coloured while its layer learns."""
+    early, steps = run.metrics.early_steps, run.metrics.steps
+    drawing.text(2, top - 9, "Steps in which a layer learns", "muted")
+    y = Axis(0, steps, top, top + 72)
+    width = _column(run.plan, x)
+    drawing.line(x.start, y(early), x.end, y(early))
+    for css, layers in _groups(run).items():
+        until = {"lasting": steps, "early": early, "idle": 0}[css]
+        drawing.boxes([(x(layer) - width / 2, top, width, y(until) - top) for layer in layers if until], css)
+    for step in [0, *([early] if 0.3 < early / steps < 0.8 else []), steps]:
+        drawing.text(x.start - 8, y(step) + (10 if step == 0 else 4), f"{step:,}", "muted", "end")
+    drawing.line(x.start, top, x.end, top, "axis")
 
 
 def rank_cells(adapters: Sequence[Adapter]) -> dict[tuple[str, int], float]:
@@ -93,95 +268,40 @@ def rank_cells(adapters: Sequence[Adapter]) -> dict[tuple[str, int], float]:
     return {cell: sum(found) / len(found) for cell, found in ranks.items()}
 
 
-def loss_by_step_svg(runs: Sequence[Run], labels: Sequence[str], identifier: str) -> str:
-    """Held-out loss with markers and the smoothed training loss, faint, against the optimizer step."""
-    with drawing(identifier):
-        figure, axes = canvas(HEIGHT + 20, left=40)
-        for index, (run, label) in enumerate(zip(runs, labels, strict=True)):
-            train = smoothed(run.metrics.train_curve)
-            axes.plot(*_columns(train), color=run_color(index), linewidth=0.9, alpha=0.45)
-            points = held_out_points(run.metrics)
-            _held_out_line(axes, [p.step for p in points], [p.loss for p in points], label, index)
-            _ring(axes, *((p.step, p.loss) for p in points if p.step == run.metrics.kept_step), index=index)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-        _loss_axis(axes, "optimizer step")
-        return to_svg(figure, identifier, f"Held-out and training loss by step: {', '.join(labels)}.")
-
-
-def loss_by_seconds_svg(runs: Sequence[Run], labels: Sequence[str], identifier: str) -> str:
-    """Held-out loss of all runs against wall-clock train seconds; the first run's final loss as a line."""
-    with drawing(identifier):
-        figure, axes = canvas(HEIGHT + 20, left=40)
-        for index, (run, label) in enumerate(zip(runs, labels, strict=True)):
-            points = held_out_points(run.metrics)
-            _held_out_line(axes, [p.train_seconds for p in points], [p.loss for p in points], label, index)
-            _ring(axes, *((p.train_seconds, p.loss) for p in points if p.step == run.metrics.kept_step), index=index)
-        if len(runs) > 1:
-            goal = runs[0].metrics.held_out_loss_after
-            axes.axhline(goal, color=MUTED, linewidth=0.7, linestyle=(0, (2, 3)), zorder=1)
-        axes.set_xlim(left=0)
-        _loss_axis(axes, "train time (s)")
-        return to_svg(figure, identifier, f"Held-out loss by train seconds: {', '.join(labels)}.")
-
-
-def adapter_losses_svg(folders: Sequence[AdapterFolder], labels: Sequence[str], identifier: str) -> str:
-    """Held-out loss with markers and the smoothed training loss against the step, of the folders that have them."""
-    with drawing(identifier):
-        figure, axes = canvas(HEIGHT + 20, left=40)
-        for index, (folder, label) in enumerate(zip(folders, labels, strict=True)):
-            train = [TrainPoint(step=step, loss=loss, train_seconds=0.0) for step, loss in folder.train_curve]
-            is_only_one = not folder.held_out_curve
-            axes.plot(
-                *_columns(smoothed(train)),
-                color=run_color(index),
-                linewidth=0.9,
-                alpha=0.45,
-                label=shorten(label, LABEL_LENGTH) if train and is_only_one else None,
-            )
-            if folder.held_out_curve:
-                _held_out_line(axes, *_columns(folder.held_out_curve), label, index)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
-        _loss_axis(axes, "optimizer step")
-        return to_svg(figure, identifier, f"Held-out and training loss by step: {', '.join(labels)}.")
-
-
-def phases_svg(runs: Sequence[Run], labels: Sequence[str], identifier: str) -> str:
-    """One stacked bar per run: seconds of load, probe, plan, train and eval."""
+def times_figure(runs: Sequence[Run], labels: Sequence[str], identifier: str) -> Markup:
+    """A bar per run, as long as the run took, in parts."""
     longest = max(run.metrics.seconds.total for run in runs) or 1.0
-    with drawing(identifier):
-        figure, axes = canvas(64 + 42 * len(runs), left=8, right=84, top=30)
+    totals = [human_seconds(run.metrics.seconds.total) for run in runs]
+    words = "; ".join(f"{label} took {total}" for label, total in zip(labels, totals, strict=True))
+
+    def draw(width: int) -> Drawing:
+        drawing = Drawing(width, 52.0 * len(runs))
+        x = Axis(0.0, longest, 2.0, width - 2.0)
         for row, (run, label) in enumerate(zip(runs, labels, strict=True)):
-            _phase_bar(axes, row, run.metrics.seconds)
-            axes.text(0, row - 0.30, shorten(label, 48), color=INK, va="bottom")
-            total = human_seconds(run.metrics.seconds.total)
-            axes.annotate(total, (run.metrics.seconds.total, row), (5, 0), textcoords="offset points", va="center")
-        axes.set(xlim=(0, longest), ylim=(len(runs) - 0.55, -0.85), yticks=[])
-        axes.set_xlabel("wall-clock (s)", fontsize=9)
-        axes.spines["left"].set_visible(False)
-        handles = [Patch(facecolor=phase_color(phase), label=phase) for phase in phases_of(runs)]
-        axes.legend(
-            handles=handles,
-            ncols=5,
-            loc="lower left",
-            bbox_to_anchor=(0, 1),
-            borderaxespad=0.2,
-            handlelength=0.9,
-            handleheight=0.9,
-            columnspacing=1.2,
-            borderpad=0,
-        )
-        words = "; ".join(
-            f"{label} {human_seconds(run.metrics.seconds.total)}" for run, label in zip(runs, labels, strict=True)
-        )
-        return to_svg(figure, identifier, f"Seconds by phase: {words}.")
+            y = 52.0 * row
+            drawing.text(2, y + 14, shorten(label, 34 if width == PHONE else 80))
+            drawing.text(width - 2, y + 14, f"{totals[row]} in all", "strong", "end")
+            start = 0.0
+            for part in time_parts(run):
+                length = max(x(start + part.seconds) - x(start), 1.0)
+                drawing.boxes([(x(start), y + 21, length, 20)], f"p-{part.key}")
+                start += part.seconds
+        return drawing
+
+    return figure(identifier, "Where the time went", words, draw)
 
 
 def smoothed(curve: Sequence[TrainPoint]) -> list[tuple[float, float]]:
-    """(step, mean loss of the last twentieth of the steps), so that single batches do not hide the trend."""
+    """(step, mean loss of the last twentieth of the steps), so that single batches do not hide the trend.
+
+    Of a long curve every n-th point, and the last one.
+    """
     window = smoothing_window(len(curve))
     losses = [point.loss for point in curve]
     means = [sum(losses[max(0, end - window) : end]) / min(window, end) for end in range(1, len(losses) + 1)]
-    return [(point.step, mean) for point, mean in zip(curve, means, strict=True)]
+    points = [(float(point.step), mean) for point, mean in zip(curve, means, strict=True)]
+    every = 1 + len(points) // _CURVE_POINTS
+    return [*points[:-1:every], *points[-1:]]
 
 
 def smoothing_window(points: int) -> int:
@@ -189,111 +309,48 @@ def smoothing_window(points: int) -> int:
     return max(1, points // 20)
 
 
-def canvas(height: float, left: float, right: float = 10, top: float = 26, bottom: float = 34) -> tuple[Figure, Axes]:
-    """A figure of our width with one pair of axes; sizes and margins in points."""
-    figure = Figure(figsize=(WIDTH / POINTS_PER_INCH, height / POINTS_PER_INCH))
-    box = (left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, 1 - (top + bottom) / height)
-    return figure, figure.add_axes(box)
-
-
-def _boxes(axes: Axes, boxes: Sequence[_Box], color: str, alpha: float = 1.0) -> None:
-    """Rectangles of one colour as a single path: a heat map of hundreds stays small and quick."""
-    corners = [[(x, y), (x + w, y), (x + w, y + h), (x, y + h), (x, y)] for x, y, w, h in boxes]
-    path = Path.make_compound_path_from_polys(np.array(corners))
-    axes.add_patch(PathPatch(path, facecolor=color, alpha=alpha, linewidth=0))
-
-
-def _title(axes: Axes, text: str) -> None:
-    """The quantity on the y axis, written flat above it: easier to read than a turned label."""
-    axes.annotate(text, (0, 1), (4, 10), xycoords=("figure fraction", "axes fraction"), textcoords="offset points")
-
-
-def _layer_axis(axes: Axes, layer_count: int) -> None:
-    axes.set_xlim(-0.7, layer_count - 0.3)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=10, integer=True))
-    axes.set_xlabel("decoder layer", fontsize=9)
-
-
-def _mark_boundary(axes: Axes, boundary: int, layer_count: int, top: float) -> None:
-    """The frozen prefix shaded, a dashed line at its end, and its name on the side with more room."""
-    if boundary == 0:
-        return
-    edge = boundary - 0.5
-    axes.axvspan(-0.7, edge, color=IDLE, alpha=0.16, linewidth=0, zorder=0)
-    axes.axvline(edge, color=INK, linewidth=0.9, linestyle=(0, (3, 2)))
-    to_left = boundary > 0.7 * layer_count
-    axes.annotate(
-        f"boundary {boundary}",
-        (edge, 0.985 * top),
-        (-4 if to_left else 4, 0),
-        textcoords="offset points",
-        ha="right" if to_left else "left",
-        va="top",
-        color=INK,
-        fontsize=9,
-    )
-
-
-def _shade(rank: float, highest: float) -> float:
-    return round(0.3 + 0.7 * rank / highest, 3)
-
-
-def _rank_legend(axes: Axes, ranks: Sequence[float], index: int) -> None:
-    shown = ranks if len(ranks) <= 4 else [ranks[0], ranks[len(ranks) // 2], ranks[-1]]
-    handles = [
-        Patch(facecolor=run_color(index), alpha=_shade(rank, ranks[-1]), linewidth=0, label=f"{rank:.3g}")
-        for rank in shown
+def adapter_losses_figure(folders: Sequence[AdapterFolder], labels: Sequence[str], identifier: str) -> Markup:
+    """Held-out loss with marks and smoothed training loss by step, of the folders that have them."""
+    train = [
+        smoothed([TrainPoint(step=step, loss=loss, train_seconds=0.0) for step, loss in folder.train_curve])
+        for folder in folders
     ]
-    axes.legend(
-        handles=handles,
-        ncols=len(handles),
-        loc="lower right",
-        bbox_to_anchor=(1, 1),
-        borderaxespad=0.4,
-        handlelength=0.9,
-        handleheight=0.9,
-        columnspacing=1.0,
-        borderpad=0,
-    )
+    curves = [[loss for _, loss in folder.held_out_curve] for folder in folders if folder.held_out_curve]
+    curves = curves or [[loss for _, loss in curve] for curve in train if curve]
+    window = loss_window(curves, [loss for curve in train for _, loss in curve])
+    last = max(step for folder in folders for step, _ in (*folder.train_curve, *folder.held_out_curve))
+
+    def draw(width: int) -> Drawing:
+        drawing = Drawing(width, 280.0 if width == PHONE else 320.0)
+        x, y = Axis(0.0, last, _LEFT, width - _RIGHT - 6), Axis(window.low, window.high, drawing.height - 44, 34)
+        _loss_frame(drawing, x, y, window, "optimizer step")
+        for index, folder in enumerate(folders):
+            points = [(x(step), y(loss)) for step, loss in folder.held_out_curve]
+            drawing.opened(run_class(index))
+            drawing.clipped((x.start, y.end, width - x.start, y.start - y.end))
+            drawing.curve([(x(step), y(loss)) for step, loss in train[index]], "train")
+            drawing.curve(points, "run", run_dash(index))
+            drawing.unclipped()
+            for at in points:
+                drawing.marker(at, index)
+            drawing.closed()
+        return drawing
+
+    return figure(identifier, "Loss by optimizer step", f"{', '.join(labels)}. {window.words}".strip(), draw)
 
 
-def _held_out_line(axes: Axes, at: Sequence[float], losses: Sequence[float], label: str, index: int) -> None:
-    axes.plot(
-        at,
-        losses,
-        color=run_color(index),
-        linestyle=run_dash(index),
-        linewidth=1.8,
-        marker="o",
-        markersize=3.2,
-        label=shorten(label, LABEL_LENGTH),
-        zorder=3,
-        clip_on=False,
-    )
+def adapter_ranks_figure(folder: AdapterFolder, label: str, index: int, identifier: str) -> Markup:
+    """The rank of each kind of module, layer by layer."""
+    cells = rank_cells(folder.adapters)
+    kinds = list(dict.fromkeys(kind for kind, _ in cells))
 
+    def draw(width: int) -> Drawing:
+        drawing = Drawing(width, 17.0 * len(kinds) + 60)
+        x = Axis(-0.5, folder.layer_count - 0.5, 78.0, width - 44.0)
+        drawing.opened(run_class(index))
+        _ranks(drawing, folder, x, cells, kinds, 22)
+        drawing.closed()
+        _layer_axis(drawing, folder, x, drawing.height - 32)
+        return drawing
 
-def _ring(axes: Axes, *points: tuple[float, float], index: int) -> None:
-    """Around the point whose adapter was kept."""
-    x, y = _columns(points)
-    axes.plot(
-        x, y, "o", color=run_color(index), markersize=9, markerfacecolor="none", markeredgewidth=1.2, clip_on=False
-    )
-
-
-def _loss_axis(axes: Axes, x_label: str) -> None:
-    axes.set_xlabel(x_label, fontsize=9)
-    axes.grid(axis="y")
-    _title(axes, "Loss (nats per token)")
-    axes.legend(loc="upper right", handlelength=1.6, borderaxespad=0.2)
-
-
-def _phase_bar(axes: Axes, row: int, seconds: PhaseSeconds) -> None:
-    start = 0.0
-    for phase in PHASES:
-        length: float = getattr(seconds, phase)
-        axes.barh(row, length, left=start, height=0.5, color=phase_color(phase))
-        start += length
-
-
-def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
+    return figure(identifier, f"Ranks of {label}", rank_summary(folder.adapters), draw)

@@ -11,36 +11,26 @@ from aletheia.anatomy.schema import DataIdentity
 from aletheia.errors import ArtifactError
 from aletheia.files import write_text
 from aletheia.names import printable
-from aletheia.planning.plan import Plan, layer_ranges
+from aletheia.planning.plan import Plan
 from aletheia.reporting import figures
 from aletheia.reporting.adapter_page import adapter_page
-from aletheia.reporting.blocks import Figure, Page, Pre, Table
+from aletheia.reporting.blocks import Page, Panels, Pre, Table
 from aletheia.reporting.comparison import (
     NO_INTERVAL,
+    SAME_LOSS,
+    SAME_WORK,
     Row,
     Section,
-    Speed,
     comparison_sections,
-    counted_speed,
     differences,
     held_out_points,
-    kept_point,
     repeat_command,
     run_labels,
-    train_speed,
 )
-from aletheia.reporting.format import (
-    NOTHING,
-    alpha_summary,
-    human_bytes,
-    human_count,
-    human_loss,
-    human_percent,
-    human_ratio,
-    human_seconds,
-    rank_summary,
-)
-from aletheia.reporting.svg import run_css_color
+from aletheia.reporting.format import NOTHING, alpha_summary, human_percent, human_ratio, human_seconds, rank_summary
+from aletheia.reporting.summary import against, alone, cards, chosen_words, warning
+from aletheia.reporting.svg import DESK, HALF, line_key, run_class
+from aletheia.reporting.times import learning_layers, time_table
 from aletheia.runs.adapter_folder import AdapterFolder
 from aletheia.runs.schema import Metrics, Run
 
@@ -96,16 +86,14 @@ def page_environment() -> Environment:
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters["lines"] = _lines
+    environment.filters["seconds"] = lambda seconds: NOTHING if seconds is None else human_seconds(seconds)
     return environment
 
 
 def to_html(page: Page) -> str:
     """One self-contained page: no script, nothing loaded, dark and light, readable on a phone and in print."""
-    kinds = {Table: "table", Figure: "figure", Pre: "pre"}
-    blocks = [
-        {"kind": kinds[type(block)], "block": block, "svg": Markup(block.svg) if isinstance(block, Figure) else ""}
-        for block in page.blocks
-    ]
+    kinds = {Table: "table", Panels: "panels", Pre: "pre"}
+    blocks = [{"kind": kinds[type(block)], "block": block} for block in page.blocks]
     return page_environment().get_template("campaign.html.j2").render(page=page, blocks=blocks)
 
 
@@ -115,127 +103,60 @@ def _lines(text: str) -> Markup:
 
 
 def _content(runs: Sequence[Run], labels: Sequence[str]) -> dict[str, Any]:
-    first = runs[0].metrics
-    commands = [
-        {"label": label, "parts": parts}
-        for label, run in zip(labels, runs, strict=True)
-        if (parts := repeat_command(run))
-    ]
+    first, several = runs[0].metrics, len(runs) > 1
     return {
         "labels": labels,
-        "colors": [run_css_color(index) for index in range(len(runs))],
+        "keys": [line_key(index) for index in range(len(runs))],
         "first": first,
-        "differences": differences(runs),
-        "others": [_against(run, runs[0], label) for run, label in zip(runs[1:], labels[1:], strict=True)],
-        "single": _alone(runs[0]),
-        "cards": _cards(runs, labels),
+        "freezes": any(learning_layers(run)[1] for run in runs),
+        "same_loss": not differences(runs, SAME_LOSS),
+        "unlike": differences(runs, SAME_WORK),
+        "differing": [found for found in differences(runs) if found not in differences(runs, SAME_WORK)],
+        "sentences": [against(run, runs[0], label, labels[0]) for run, label in zip(runs[1:], labels[1:], strict=True)]
+        or [alone(runs[0])],
+        "warnings": [f"{label}: {words}" for label, run in zip(labels, runs, strict=True) if (words := warning(run))],
+        "cards": cards(runs, labels),
         "no_interval": NO_INTERVAL,
         "sections": comparison_sections(runs),
-        "loss_by_step": Markup(figures.loss_by_step_svg(runs, labels, "steps")),
-        "loss_by_seconds": Markup(figures.loss_by_seconds_svg(runs, labels, "seconds")),
-        "phases": Markup(figures.phases_svg(runs, labels, "phases")),
+        "loss_by_step": figures.loss_figure(runs, labels, "steps", wide=HALF if several else DESK),
+        "loss_by_seconds": figures.loss_figure(runs, labels, "seconds", by_seconds=True, wide=HALF),
         "window": figures.smoothing_window(len(first.train_curve)),
-        "curves": [
-            {"label": label, "points": held_out_points(run.metrics)} for label, run in zip(labels, runs, strict=True)
-        ],
-        "plans": [_drawn(run.plan, label, index) for index, (run, label) in enumerate(zip(runs, labels, strict=True))],
+        "curves": [(label, held_out_points(run.metrics)) for label, run in zip(labels, runs, strict=True)],
+        "plans": [_drawn(run, labels[at], at, HALF if several else DESK) for at, run in enumerate(runs)],
+        "times": figures.times_figure(runs, labels, "times"),
+        "time_table": time_table(runs),
+        "totals": [run.metrics.seconds.total for run in runs],
         "provenance": _provenance(runs),
-        "commands": commands,
+        "commands": [(label, parts) for label, run in zip(labels, runs, strict=True) if (parts := repeat_command(run))],
     }
 
 
-def _against(run: Run, reference: Run, label: str) -> dict[str, str]:
-    """The summary sentence of one run against the reference, in the parts the page sets apart."""
-    alone, counted = train_speed(run, reference), counted_speed(run, reference)
-    before, after = run.metrics.held_out_loss_before, run.metrics.held_out_loss_after
-    goal = reference.metrics.held_out_loss_after
-    return {
-        "label": label,
-        "trained": f"trained in {_seconds_against(alone)} for",
-        "speed": f"{_gain(alone)}, probe, planning and cache not counted",
-        "counted": f"With these counted it took {_seconds_against(counted)}: {_gain(counted)}",
-        "loss": (
-            f"It ended at a held-out loss of {human_loss(after)} against {human_loss(goal)} nats per token "
-            f"({human_loss(before)} before training)"
-        ),
-    }
-
-
-def _seconds_against(speed: Speed) -> str:
-    return f"{human_seconds(speed.seconds)} against {human_seconds(speed.reference_seconds)}"
-
-
-def _gain(speed: Speed) -> str:
-    if speed.time_saved is None:
-        return "no speed-up can be given"
-    if speed.time_saved < 0:
-        return f"speed-up {human_ratio(speed.speedup)}, {human_percent(-speed.time_saved)} more time"
-    return f"speed-up {human_ratio(speed.speedup)}, {human_percent(speed.time_saved)} of the time saved"
-
-
-def _alone(run: Run) -> str:
+def _drawn(run: Run, label: str, index: int, wide: int) -> dict[str, Any]:
+    """The layers of one run as a figure, a sentence and a table."""
     plan, metrics = run.plan, run.metrics
-    before, after = metrics.held_out_loss_before, metrics.held_out_loss_after
-    moved = "fell" if after < before else "rose" if after > before else "stayed"
-    seconds = metrics.seconds
-    parts = [("probe", seconds.probe), ("planning", seconds.plan), ("cache", seconds.cache)]
-    if metrics.settings.quantization_corrected:
-        parts.append(("correction", seconds.correction))
-    if metrics.rate_race is not None:
-        parts.append(("race of learning rates", seconds.race))
-    others = ", ".join(f"{name} {human_seconds(spent)}" for name, spent in parts)
-    return (
-        f"trained adapters in {len(plan.layers)} of {plan.layer_count} decoder layers for {metrics.steps:,} steps"
-        + (f" (the other layers' in the first {metrics.early_steps:,})" if metrics.early_steps else "")
-        + f", kept those of {kept_point(metrics)},"
-        + " in "
-        f"{human_seconds(seconds.train)} ({others} not counted); "
-        f"the held-out loss {moved} from {human_loss(before)} to "
-        f"{human_loss(after)} nats per token over {metrics.held_out_rows:,} rows"
-    )
-
-
-def _steps(metrics: Metrics) -> str:
-    return f"{metrics.steps:,} steps" + (f", {metrics.steps_saved:,} saved" if metrics.steps_saved else "")
-
-
-def _cards(runs: Sequence[Run], labels: Sequence[str]) -> list[dict[str, str]]:
-    """The figures to see first: of the only run, or of the second against the first; more runs have the table."""
-    last = runs[-1].metrics
-    loss = {"name": "Held-out loss", "value": human_loss(last.held_out_loss_after)}
-    trainable = {"name": "Trainable parameters", "value": human_count(last.trainable_parameters)}
-    if len(runs) == 1:
-        return [
-            {"name": "Train time", "value": human_seconds(last.seconds.train), "note": _steps(last)},
-            loss | {"note": f"from {human_loss(last.held_out_loss_before)}, nats per token"},
-            trainable | {"note": rank_summary(runs[0].plan.adapters)},
-            {"name": "Peak memory", "value": human_bytes(last.peak_memory_bytes), "note": last.settings.device},
-        ]
-    if len(runs) > 2:
-        return []
-    first, speed, counted = runs[0].metrics, train_speed(runs[1], runs[0]), counted_speed(runs[1], runs[0])
-    saved = NOTHING if speed.time_saved is None else human_percent(speed.time_saved)
-    return [
-        {
-            "name": "Training speed-up",
-            "value": human_ratio(speed.speedup),
-            "note": f"{human_ratio(counted.speedup)} with probe and plan counted",
-        },
-        {"name": "Train time saved", "value": saved, "note": f"{_seconds_against(speed)}"},
-        loss | {"note": f"against {human_loss(first.held_out_loss_after)} for {labels[0]}"},
-        trainable | {"note": f"against {human_count(first.trainable_parameters)} for {labels[0]}"},
-    ]
-
-
-def _drawn(plan: Plan, label: str, index: int) -> dict[str, str]:
-    share = human_percent(plan.predicted.captured_importance)
-    boundary = f"boundary {plan.boundary}" if plan.boundary else "no frozen prefix"
+    adapters = [[adapter for adapter in plan.adapters if adapter.layer == layer] for layer in range(plan.layer_count)]
+    total = sum(plan.layer_scores) or 1.0
+    lasting, early = learning_layers(run)
+    until = dict.fromkeys(early, metrics.early_steps) | dict.fromkeys(lasting, metrics.steps)
     return {
         "label": label,
-        "headline": f"{len(plan.layers)} of {plan.layer_count} layers, {boundary}, {share} of the summed score"
-        + (f"; layers {layer_ranges(plan.early_layers)} at first" if plan.early_layers else ""),
-        "scores": Markup(figures.layer_scores_svg(plan, label, index, f"scores-{index}")),
-        "ranks": Markup(figures.ranks_svg(plan, label, index, f"ranks-{index}")),
+        "css": run_class(index),
+        "words": chosen_words(run),
+        "reason": plan.reason,
+        "has_early": bool(early),
+        "has_idle": len(until) < plan.layer_count,
+        "early_steps": metrics.early_steps,
+        "figure": figures.layers_figure(run, label, index, f"layers-{index}", wide),
+        "rows": [
+            (
+                layer,
+                f"{score:.4g}",
+                human_percent(score / total),
+                rank_summary(adapters[layer]) or NOTHING,
+                f"{until[layer]:,}" if layer in until else NOTHING,
+            )
+            for layer, score in enumerate(plan.layer_scores)
+        ],
     }
 
 
@@ -245,8 +166,8 @@ def _provenance(runs: Sequence[Run]) -> tuple[Section, ...]:
     packages = tuple(Row(name, tuple(m.packages.get(name, NOTHING) for m in every)) for name in names)
     return (
         Section("Model", _columns(every, _model)),
-        Section("Training data", _columns([metrics.data for metrics in every], _data)),
-        Section("Held-out data", _columns([metrics.held_out_data for metrics in every], _data)),
+        Section("Training data", _columns(every, _training)),
+        Section("Held-out data", _columns(every, _held_out)),
         Section("Plan settings", _columns([run.plan for run in runs], _plan_settings)),
         Section("Probe", _columns([run.plan for run in runs], _probe)),
         Section("Packages", packages),
@@ -264,8 +185,22 @@ def _model(metrics: Metrics) -> dict[str, str]:
 
 def _data(data: DataIdentity | None) -> dict[str, str]:
     if data is None:
-        return dict.fromkeys(("Name", "Fingerprint", "Form", "Rows"), NOTHING)
-    return {"Name": data.name, "Fingerprint": data.fingerprint, "Form": data.form, "Rows": f"{data.rows:,}"}
+        return dict.fromkeys(("Name", "Fingerprint", "Form", "Rows in the data"), NOTHING)
+    return {"Name": data.name, "Fingerprint": data.fingerprint, "Form": data.form, "Rows in the data": f"{data.rows:,}"}
+
+
+def _training(metrics: Metrics) -> dict[str, str]:
+    data, held_out = metrics.data, metrics.held_out_data
+    if data is None:
+        return _data(None) | {"Rows trained on": NOTHING}
+    is_split = held_out is not None and held_out.fingerprint == data.fingerprint
+    left_out = metrics.rows_skipped + (metrics.held_out_rows if is_split else 0)
+    return _data(data) | {"Rows trained on": f"{data.rows - left_out:,}"}
+
+
+def _held_out(metrics: Metrics) -> dict[str, str]:
+    used = {"Rows held out": f"{metrics.held_out_rows:,}", "Tokens with a label": f"{metrics.held_out_tokens:,}"}
+    return _data(metrics.held_out_data) | used
 
 
 def _plan_settings(plan: Plan) -> dict[str, str]:
@@ -284,7 +219,7 @@ def _probe(plan: Plan) -> dict[str, str]:
     probe = plan.probe
     return {
         "Score": probe.score,
-        "Batches": f"{probe.batches} of {probe.batch_size}",
+        "Batches": f"{probe.batches} of {probe.batch_size} row{'s' * (probe.batch_size > 1)}",
         "Tokens": f"{probe.tokens:,}, {probe.labelled_tokens:,} with a label",
         "Dtype and device": f"{probe.dtype}, {probe.device}",
         "Seed": NOTHING if probe.seed is None else str(probe.seed),

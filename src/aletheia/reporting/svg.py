@@ -1,186 +1,205 @@
-"""A matplotlib figure as an SVG fragment that can stand in a page: its colours, its font, ids of its own.
+"""Figures as SVG that belongs to the page: its style sheet gives them colour and type.
 
-matplotlib cannot draw in ``currentColor`` or CSS variables, so figures are drawn in sentinel colours, which
-are exchanged here. Every change is made in the parsed tree, never by search in the text, so that no name in a
-figure can be taken for markup.
+Drawn without a plotting library: a figure exists once for a desk and once for a phone, in the page's colours on dark
+and on light ground, and stays a few kilobytes. All text is escaped here.
 """
 
-import io
-import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-from xml.etree import ElementTree
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from math import ceil, floor, log10
 
-import matplotlib
-from matplotlib.figure import Figure
+from markupsafe import Markup, escape
 
-FONT_SIZE = 10.0
-POINTS_PER_INCH = 72
+from aletheia.names import printable
 
-# sentinel -> what the page shows; the fallback serves a figure that is looked at without the page
-INK = "#010101"
-MUTED = "#020202"
-LINE = "#030303"
-IDLE = "#040404"
-_COLORS = {
-    INK: "currentColor",
-    MUTED: "var(--muted, #667085)",
-    LINE: "var(--line, #d0d5dd)",
-    IDLE: "var(--idle, #c3cad5)",
-}
+DESK, HALF, PHONE = 880, 480, 350  # widths of the drawings, in pixels at their own size
+RUN_COLORS = 7  # of the style sheet
+_DASHES = ("", "7 4", "2 3", "9 3 2 3", "5 2", "1 4", "12 4")
+_MARKERS = (  # about the origin, told apart without colour: circle, square, triangle, diamond, cross, plus, bar
+    "M-3.6 0a3.6 3.6 0 1 0 7.2 0a3.6 3.6 0 1 0-7.2 0z",
+    "M-3.3-3.3h6.6v6.6h-6.6z",
+    "M0-4.4l4.4 7.6h-8.8z",
+    "M0-4.8l4.6 4.8l-4.6 4.8l-4.6-4.8z",
+    "M-4-2.4l1.6-1.6l2.4 2.4l2.4-2.4l1.6 1.6l-2.4 2.4l2.4 2.4l-1.6 1.6l-2.4-2.4l-2.4 2.4l-1.6-1.6l2.4-2.4z",
+    "M-1.2-4.4h2.4v3.2h3.2v2.4h-3.2v3.2h-2.4v-3.2h-3.2v-2.4h3.2z",
+    "M-1.6-4.6h3.2v9.2h-3.2z",
+)
+_BREAK = 14.0  # pixels of an axis that its mark of a cut takes
 
-# Okabe and Ito's colour-blind-safe palette, its yellow left out (too faint on white); the page's style sheet
-# brightens the colours on dark ground
-_RUN_COLORS = ("#0072b2", "#d55e00", "#009e73", "#a6407f", "#56b4e9", "#e69f00", "#7a5195")
-_RUN_DASHES = ("solid", "dashed", "dotted", "dashdot")
-_PHASE_COLORS = {
-    "load": "#c3cad5",
-    "probe": "#e69f00",
-    "plan": "#cc79a7",
-    "cache": "#009e73",
-    "correction": "#56b4e9",
-    "race": "#0072b2",
-    "train": "#475467",
-    "eval": "#98a2b3",
-    "other": "#e4e7ec",
-}
+Point = tuple[float, float]
+Box = tuple[float, float, float, float]  # x, y, width, height
 
 
-def run_color(index: int) -> str:
-    """Sentinel colour of run ``index``; after seven runs the colours repeat with another dash."""
-    slot = index % len(_RUN_COLORS)
-    return f"#0500{slot:02x}"
+@dataclass(frozen=True)
+class Axis:
+    """Values from ``low`` to ``high`` laid out from pixel ``start`` to pixel ``end``."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+
+    def __call__(self, value: float) -> float:
+        """The pixel of a value."""
+        span = (self.high - self.low) or 1.0
+        return self.start + (value - self.low) / span * (self.end - self.start)
+
+
+@dataclass
+class Drawing:
+    """Shapes in the order in which they are painted; sizes in pixels."""
+
+    width: float
+    height: float
+    parts: list[str] = field(default_factory=list)
+
+    def line(self, x1: float, y1: float, x2: float, y2: float, css: str = "grid") -> None:
+        """A straight line."""
+        self.parts.append(f'<path class="{css}" d="{line_path([(x1, y1), (x2, y2)])}"/>')
+
+    def curve(self, points: Sequence[Point], css: str, dash: str = "") -> None:
+        """A line through points, if there are any."""
+        dashed = f' stroke-dasharray="{dash}"' if dash else ""
+        if points:
+            self.parts.append(f'<path class="{css}"{dashed} d="{line_path(points)}"/>')
+
+    def boxes(self, boxes: Iterable[Box], css: str, opacity: float = 1.0) -> None:
+        """Rectangles of one colour, as one path."""
+        path = "".join(f"M{_pair(x, y)}h{short(w)}v{short(h)}h{short(-w)}z" for x, y, w, h in boxes)
+        if path:
+            faint = f' opacity="{opacity:.2g}"' if opacity < 1 else ""
+            self.parts.append(f'<path class="{css}"{faint} d="{path}"/>')
+
+    def text(self, x: float, y: float, text: str, css: str = "", anchor: str = "start") -> None:
+        """One line of text; ``y`` is its base line."""
+        place = "" if anchor == "start" else f' text-anchor="{anchor}"'
+        named = f' class="{css}"' if css else ""
+        self.parts.append(f'<text{named} x="{short(x)}" y="{short(y)}"{place}>{escape(printable(text))}</text>')
+
+    def marker(self, at: Point, index: int) -> None:
+        """The mark of a run at a point."""
+        self.parts.append(f'<path class="mark" transform="translate({_pair(*at)})" d="{marker_path(index)}"/>')
+
+    def ring(self, at: Point) -> None:
+        """Around the mark of the adapter that was kept."""
+        self.parts.append(f'<circle class="ring" cx="{short(at[0])}" cy="{short(at[1])}" r="8"/>')
+
+    def opened(self, css: str) -> None:
+        """Begin a group; :meth:`closed` ends it."""
+        self.parts.append(f'<g class="{css}">')
+
+    def closed(self) -> None:
+        """End a group."""
+        self.parts.append("</g>")
+
+    def clipped(self, box: Box) -> None:
+        """Begin an area that nothing is drawn outside of; :meth:`unclipped` ends it."""
+        x, y, width, height = map(short, box)
+        place = f'x="{x}" y="{y}" width="{width}" height="{height}" viewBox="{x} {y} {width} {height}"'
+        self.parts.append(f"<svg {place}>")
+
+    def unclipped(self) -> None:
+        """End the area."""
+        self.parts.append("</svg>")
+
+    def vertical(self, x: float, top: float, bottom: float, cut_top: bool = False, cut_bottom: bool = False) -> None:
+        """A vertical axis; a zigzag marks an end where values were cut off."""
+        first, last = top + _BREAK * cut_top, bottom - _BREAK * cut_bottom
+        points = [(x, first), (x, last)]
+        if cut_top:
+            points = [(x, top), (x, top + 2), *_zigzag(x, top + 2), *points]
+        if cut_bottom:
+            points = [*points, *_zigzag(x, last), (x, bottom)]
+        self.parts.append(f'<path class="axis" d="{line_path(points)}"/>')
+
+
+def _zigzag(x: float, y: float) -> list[Point]:
+    return [(x - 4, y + 2.5), (x + 4, y + 6), (x - 4, y + 9.5), (x, y + 12)]
+
+
+def figure(identifier: str, title: str, words: str, draw: Callable[[int], Drawing], wide: int = DESK) -> Markup:
+    """A figure in two drawings of which the style sheet shows one: ``wide``, and as wide as a phone.
+
+    ``title`` names it, ``words`` says what it shows to those who cannot see it.
+    """
+    return Markup("").join(
+        _svg(draw(width), f"{identifier}-{kind}", kind, title, words)
+        for kind, width in (("desk", wide), ("phone", PHONE))
+    )
+
+
+def _svg(drawing: Drawing, identifier: str, css: str, title: str, words: str) -> Markup:
+    head = (
+        f'<svg class="{css}" viewBox="0 0 {short(drawing.width)} {short(drawing.height)}" role="img" '
+        f'aria-labelledby="{identifier}-t {identifier}-d"><title id="{identifier}-t">{escape(printable(title))}</title>'
+        f'<desc id="{identifier}-d">{escape(printable(words))}</desc>'
+    )
+    return Markup(head + "".join(drawing.parts) + "</svg>")
+
+
+def panel(drawing: Drawing, label: str) -> Markup:
+    """One of many small figures, drawn once for all widths."""
+    box = f'viewBox="0 0 {short(drawing.width)} {short(drawing.height)}"'
+    return Markup(f'<svg {box} role="img" aria-label="{escape(printable(label))}">{"".join(drawing.parts)}</svg>')
+
+
+def run_class(index: int) -> str:
+    """The class that carries the colour of run ``index``."""
+    return f"r{index % RUN_COLORS}"
 
 
 def run_dash(index: int) -> str:
-    """Line style of run ``index``."""
-    return _RUN_DASHES[index // len(_RUN_COLORS) % len(_RUN_DASHES)]
+    """Dashes of run ``index``: neighbours in colour never share them."""
+    return _DASHES[(index + index // RUN_COLORS) % len(_DASHES)]
 
 
-def run_css_color(index: int) -> str:
-    """Colour of run ``index`` as CSS, for marks outside of figures."""
-    slot = index % len(_RUN_COLORS)
-    return f"var(--run-{slot}, {_RUN_COLORS[slot]})"
+def marker_path(index: int) -> str:
+    """The mark of run ``index`` about the origin."""
+    return _MARKERS[(index + index // RUN_COLORS) % len(_MARKERS)]
 
 
-def phase_color(phase: str) -> str:
-    """Sentinel colour of a phase of a run."""
-    return f"#0600{list(_PHASE_COLORS).index(phase):02x}"
-
-
-_COLORS |= {run_color(slot): run_css_color(slot) for slot in range(len(_RUN_COLORS))}
-_COLORS |= {phase_color(name): f"var(--phase-{name}, {color})" for name, color in _PHASE_COLORS.items()}
-_SENTINEL = re.compile("|".join(_COLORS))
-
-
-@contextmanager
-def drawing(identifier: str) -> Iterator[None]:
-    """matplotlib's defaults plus ours while a figure is made and written; the user's settings come back after.
-
-    Names are drawn literally (no mathematics between dollar signs). ``identifier`` makes the ids repeatable
-    and different from those of other figures.
-    """
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(
-            {
-                "svg.fonttype": "none",
-                "svg.hashsalt": identifier,
-                "text.parse_math": False,
-                "text.usetex": False,
-                "font.size": FONT_SIZE,
-                "text.color": INK,
-                "axes.edgecolor": MUTED,
-                "axes.labelcolor": MUTED,
-                "axes.linewidth": 0.6,
-                "axes.spines.top": False,
-                "axes.spines.right": False,
-                "axes.facecolor": "none",
-                "axes.axisbelow": True,
-                "figure.facecolor": "none",
-                "savefig.facecolor": "none",
-                "grid.color": LINE,
-                "grid.linewidth": 0.6,
-                "xtick.color": LINE,
-                "ytick.color": LINE,
-                "xtick.labelcolor": MUTED,
-                "ytick.labelcolor": MUTED,
-                "xtick.labelsize": FONT_SIZE - 1,
-                "ytick.labelsize": FONT_SIZE - 1,
-                "legend.frameon": False,
-                "legend.fontsize": FONT_SIZE - 0.5,
-            }
-        )
-        yield
-
-
-def to_svg(figure: Figure, identifier: str, label: str) -> str:
-    """The figure as one ``<svg>`` element without prolog, fixed size, fonts, dates or foreign ids.
-
-    Must be called inside :func:`drawing`. ``label`` says in words what the figure shows.
-    """
-    buffer = io.StringIO()
-    metadata: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    with warnings.catch_warnings():
-        # text is drawn by the browser: a character missing in matplotlib's own font is no loss
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(buffer, format="svg", metadata=metadata)
-    root = ElementTree.fromstring(buffer.getvalue())
-    _drop(root, "metadata")
-    _drop(root, "style")
-    _plain_names(root)
-    for element in root.iter():
-        if "style" in element.attrib:
-            element.set("style", _page_style(element.attrib["style"]))
-    _own_ids(root, identifier)
-    view_box = root.attrib["viewBox"]
-    root.attrib.clear()
-    root.attrib.update(
-        {
-            "viewBox": view_box,
-            "role": "img",
-            "aria-label": label,
-            "style": "stroke-linejoin: round; stroke-linecap: butt",
-        }
+def line_key(index: int) -> Markup:
+    """The line and the mark of a run, for a legend."""
+    dash = run_dash(index)
+    dashed = f' stroke-dasharray="{dash}"' if dash else ""
+    return Markup(
+        f'<svg class="key {run_class(index)}" viewBox="0 0 34 12" aria-hidden="true"><path class="run"{dashed} '
+        f'd="M0 6h34"/><path class="mark" transform="translate(17 6)" d="{marker_path(index)}"/></svg>'
     )
-    return ElementTree.tostring(root, encoding="unicode")
 
 
-def _drop(root: ElementTree.Element, name: str) -> None:
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag.rpartition("}")[2] == name:
-                parent.remove(child)
+def ticks(low: float, high: float, most: int, integer: bool = False) -> list[float]:
+    """At most ``most`` + 1 round values between ``low`` and ``high``, both included."""
+    if not high > low:
+        return [low]
+    wanted = (high - low) / most
+    power = 10.0 ** floor(log10(wanted))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= wanted * (1 - 1e-9))
+    step = max(step, 1.0) if integer else step
+    return [count * step for count in range(ceil(low / step - 1e-9), floor(high / step + 1e-9) + 1)]
 
 
-def _plain_names(root: ElementTree.Element) -> None:
-    """Names without namespaces: in a page, ``<svg>`` alone says what it is."""
-    for element in root.iter():
-        element.tag = element.tag.rpartition("}")[2]
-        for name in [name for name in element.attrib if name.startswith("{")]:
-            element.set(name.rpartition("}")[2], element.attrib.pop(name))
+def tick_texts(values: Sequence[float]) -> list[str]:
+    """As many decimals as the distance of the values asks for."""
+    step = min((after - value for value, after in pairwise(values)), default=1.0)
+    decimals = max(0, -floor(log10(step) + 1e-9))
+    return [f"{value:,.{decimals}f}" for value in values]
 
 
-def _page_style(style: str) -> str:
-    style = _SENTINEL.sub(lambda match: _COLORS[match[0]], style)
-    # the size of the text stays, its family is the page's
-    style = re.sub(r"\bfont: (?:[a-z]+ )*([\d.]+px)[^;]*", r"font-size: \1", style)
-    return re.sub(r"\bfont-family: [^;]*(?:; )?", "", style)
+def line_path(points: Sequence[Point]) -> str:
+    """A path through points in steps of a tenth of a pixel, each relative to the one before."""
+    tenths = [(round(10 * x), round(10 * y)) for x, y in points]
+    moves = [_pair((x - before_x) / 10, (y - before_y) / 10) for (before_x, before_y), (x, y) in pairwise(tenths)]
+    first = f"M{_pair(tenths[0][0] / 10, tenths[0][1] / 10)}"
+    return f"{first}l{' '.join(moves)}".replace(" -", "-") if moves else first
 
 
-def _own_ids(root: ElementTree.Element, identifier: str) -> None:
-    """Keep the ids something refers to, under a prefix of this figure's own."""
-    references = ("href", "clip-path", "style")
-    used: set[str] = set()
-    for element in root.iter():
-        for name in references:
-            found = re.search(r"(?:^|url\()#([\w.-]+)", element.attrib.get(name, ""))
-            if found:
-                used.add(found[1])
-                element.set(name, element.attrib[name].replace(f"#{found[1]}", f"#{identifier}-{found[1]}"))
-    for element in root.iter():
-        own = element.attrib.pop("id", None)
-        if own in used:
-            element.set("id", f"{identifier}-{own}")
+def short(value: float) -> str:
+    """A tenth of a pixel is fine enough."""
+    text = f"{value:.1f}".removesuffix(".0")
+    return "0" if text == "-0" else text
+
+
+def _pair(x: float, y: float) -> str:
+    return f"{short(x)} {short(y)}".replace(" -", "-")

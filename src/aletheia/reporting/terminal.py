@@ -33,6 +33,7 @@ from aletheia.reporting.format import (
     shorten,
 )
 from aletheia.reporting.plan_text import plan_sentences, plan_view, ranks_text
+from aletheia.reporting.times import PART_NAMES
 from aletheia.runs.adapter_folder import AdapterFolder
 from aletheia.runs.schema import PHASES, Metrics, Run
 
@@ -48,24 +49,13 @@ _COMPARED = (
     "Step time",
     "Time saved",
     "Speed-up",
-    "With probe and plan",
+    "Total time",
     "Time saved, all counted",
     "Speed-up, all counted",
     "Before",
     "After",
     "Peak memory",
 )
-PHASE_NAMES = {
-    "load": "Loading the model",
-    "probe": "Probe",
-    "plan": "Planning",
-    "cache": "Filling the prefix cache",
-    "correction": "Correcting the quantization",
-    "race": "Trying learning rates",
-    "train": "Training",
-    "eval": "Held-out evaluation",
-    "other": "Everything else",
-}
 _DEVICES = {"cpu": "the processor", "cuda": "a GPU (CUDA)", "mps": "a GPU (Apple MPS)"}
 _HELD_OUT_NAMES = {"Before": "Held-out loss before", "After": "Held-out loss after"}
 
@@ -225,7 +215,7 @@ def _time_table(metrics: Metrics) -> Table:
     table.add_column(style="dim", overflow="fold")
     for phase, took in spent.items():
         if took:
-            table.add_row(PHASE_NAMES[phase], f"{took:,.1f} s", notes.get(phase, ""))
+            table.add_row(PART_NAMES[phase], f"{took:,.1f} s", notes.get(phase, ""))
     table.add_row(Text("Total", style="bold"), Text(f"{seconds.total:,.1f} s", style="bold"))
     return table
 

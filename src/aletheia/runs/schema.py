@@ -78,6 +78,7 @@ class UsedSettings(BaseModel):
     max_length: int
     dtype: str
     device: str
+    machine: str | None = None  # what computed the steps: the GPU's name, or processor and threads
     seed: int
     packing: bool = False  # rows of a batch in one sequence, without padding
     group_by_length: bool = False

@@ -3,9 +3,12 @@
 import time
 from typing import TYPE_CHECKING
 
+import torch
+
 from aletheia.anatomy.access import base_of
 from aletheia.anatomy.families import class_name
 from aletheia.anatomy.load import quantization_of
+from aletheia.anatomy.versions import processor
 from aletheia.execution.backend import compile_seconds
 from aletheia.execution.peak_memory import peak_memory_bytes
 from aletheia.files import package_versions
@@ -79,6 +82,7 @@ def used_settings(job: "Job", trainer: RowTrainer, attachment: Attachment) -> Us
         max_length=data.max_length,
         dtype=str(model.dtype).removeprefix("torch."),
         device=model.device.type,
+        machine=_machine(model.device),
         seed=settings.seed,
         packing=settings.packing == "on",
         group_by_length=settings.groups_by_length,
@@ -96,3 +100,9 @@ def used_settings(job: "Job", trainer: RowTrainer, attachment: Attachment) -> Us
         rescale=job.scaled_loss is not None,
         averaging="off" if trainer.average is None else "on",
     )
+
+
+def _machine(device: torch.device) -> str:
+    """What computes the steps: the GPU's name, or the kind of processor and the threads in use."""
+    name, threads = processor(device), torch.get_num_threads()
+    return f"{name} with {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else name

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from statistics import fmean
 
 from aletheia.lab.campaign.behaviour_summary import (
     HELD_OUT,
@@ -14,12 +15,15 @@ from aletheia.lab.campaign.behaviour_summary import (
 from aletheia.lab.campaign.spec import BASE, BehaviourCampaign
 from aletheia.lab.campaign.store import Record
 from aletheia.lab.reporting.chosen_layers import layer_blocks
-from aletheia.lab.reporting.figures_of_campaigns import curves_svg
+from aletheia.lab.reporting.figures_of_campaigns import CurvePanels, Scale
 from aletheia.lab.statistics.results import Estimate
-from aletheia.reporting.blocks import Block, Card, Figure, Page, Table
+from aletheia.reporting.blocks import Block, Card, Figure, Page, Panels, Table
 from aletheia.reporting.format import human_count, human_seconds
 
 UNITS = {HELD_OUT: "nats per token", "wikitext": "nats per word"}
+NAMES = {HELD_OUT: "Held-out loss"}
+VERDICTS = {"cannot be shown at this size": "too few items"}  # in a column of its own
+INTERVAL = "difference (95 % interval)"
 POINTS = "points"  # of 100, for shares of right answers
 
 
@@ -43,44 +47,39 @@ def behaviour_page(campaign: BehaviourCampaign, records: Sequence[Record]) -> Pa
 
 def _verdict(summary: BehaviourSummary) -> str:
     """Each arm against the baseline with its margin, then the pairs that were asked about, whatever the answer is."""
+    on = " on {}" if len(summary.campaign.models) > 1 else ""
     extra = [found for found in summary.extra if found.task == HELD_OUT and found.margin is not None]
     asked = [found for found in summary.asked if found.task == HELD_OUT]
-    return " ".join([*_against_baseline(extra), *map(_sentence, asked)]) or "No two arms have finished yet."
+    sentences = [*_against_baseline(extra, on), *(_sentence(found, on.format(found.model)) for found in asked)]
+    return " ".join(sentences) or "No two arms have finished yet."
 
 
-def _against_baseline(extra: Sequence[Difference]) -> list[str]:
-    """One sentence a model: who is not worse by more than the margin."""
-    told = []
+def _against_baseline(extra: Sequence[Difference], on: str) -> list[str]:
+    """A question a model, and which arms are how far from the baseline."""
+    sentences = []
     for model in dict.fromkeys(found.model for found in extra):
         own = [found for found in extra if found.model == model]
-        arms = ", ".join(
-            f"{found.arm} {_amount(found.task, found.estimate.value)} ({found.margin_verdict})" for found in own
-        )
         margin = next(found.margin.margin for found in own if found.margin is not None)
-        told.append(
-            f"No worse than {own[0].other} on {model} by more than {_size_of(HELD_OUT, margin)} nats of held-out loss "
-            f"per token: {arms}."
+        sentences.append(
+            f"Is an arm worse than {own[0].other}{on.format(model)} by at most {_size_of(HELD_OUT, margin)} nats of "
+            "held-out loss per token?"
         )
-    return told
+        for verdict in dict.fromkeys(found.margin_verdict for found in own):
+            arms = ", ".join(found.arm for found in own if found.margin_verdict == verdict)
+            sentences.append(f"{verdict.capitalize()}: {arms}.")
+    return sentences
 
 
-def _sentence(found: Difference) -> str:
-    named = f"{found.arm} against {found.other} on {found.model}"
-    told = f"{_amount(found.task, found.estimate.value)} nats of held-out loss per token"
-    interval = found.estimate.interval
-    if interval is None:
-        same = "; both chose the same layers in every run" if found.same_layers == found.seeds else ""
-        return f"{named}: {told} ({found.estimate.reason}{same})."
-    between = f"{_amount(found.task, interval.low)} to {_amount(found.task, interval.high)}"
+def _sentence(found: Difference, on: str) -> str:
     if found.same_layers == found.seeds:
-        same = "both chose the same layers in every run, so it is not selection that differs"
-        return f"{named}: {told} ({between}); {same}."
+        same = "chose the same layers in every run, so it is not selection that differs"
+        return f"{found.arm} and {found.other} {same}{on}."
+    if found.estimate.interval is None:
+        return f"{found.arm} against {found.other}{on} has no interval: {found.estimate.reason}."
     if not found.is_clear:
-        return (
-            f"{named}: {told} ({between}), so {found.estimate.n} rows and {found.seeds} "
-            f"seed{'s' if found.seeds > 1 else ''} cannot tell them apart."
-        )
-    return f"{named}: {told} ({between}), so {found.arm} is {'better' if found.gain > 0 else 'worse'}."
+        sizes = f"{found.estimate.n} rows and {_seeds(found.seeds)}"
+        return f"{sizes} cannot tell {found.arm} from {found.other}{on}."
+    return f"{found.arm} is {'better' if found.gain > 0 else 'worse'} than {found.other}{on}."
 
 
 def _blocks(summary: BehaviourSummary) -> list[Block]:
@@ -88,17 +87,8 @@ def _blocks(summary: BehaviourSummary) -> list[Block]:
     matched = "as many steps" if campaign.match == "steps" else "as many steps as cost what the baseline's cost"
     items = "Differences are paired by item; intervals are over items and seeds, with one seed over items alone"
     blocks: list[Block] = [
-        Figure(
-            "Held-out loss against steps",
-            curves_svg(summary.curves, "behaviour-steps", "steps"),
-            f"A line per run, the same colour per arm{_before(summary)}.",
-        ),
-        Figure(
-            "Held-out loss against wall-clock",
-            curves_svg(summary.curves, "behaviour-seconds", "seconds"),
-            "Seconds of the optimizer steps alone. Every arm takes the fast step here, the baseline too, and rows that "
-            "run side by side slow each other down: the speed campaign is what measures time.",
-        ),
+        _curves(summary),
+        _against_baseline_by_task(summary.extra, campaign.baseline),
         _scores(
             summary,
             f"Every arm takes {matched}. Mean over seeds and items with 95 % intervals.{_single_answers(summary)}",
@@ -108,17 +98,33 @@ def _blocks(summary: BehaviourSummary) -> list[Block]:
             summary.forgetting,
             f"Tuned minus base; below zero (above, for losses) is forgetting. {items}, clustered by subject for MMLU.",
         ),
-        _margins(summary.extra, campaign.baseline),
         _differences("Arms against each other", summary.asked, f"{items}. No correction for asking several."),
     ]
     return [*blocks, *layer_blocks(summary.chosen), _training(summary)]
 
 
-def _before(summary: BehaviourSummary) -> str:
-    """What the loss was before training, which the lines leave out for their ends to be told apart."""
+def _curves(summary: BehaviourSummary) -> Panels:
+    """A panel per model and arm, the lowest loss at the end first."""
+    panels = []
+    for at, model in enumerate(dict.fromkeys(curve.model for curve in summary.curves)):
+        own = [curve for curve in summary.curves if curve.model == model]
+        ends = {
+            arm: fmean(curve.points[-1][2] for curve in own if curve.arm == arm)
+            for arm in dict.fromkeys(curve.arm for curve in own)
+        }
+        drawing = CurvePanels(own, f"curves-{at}")
+        on = f" on {model}" if len(summary.campaign.models) > 1 else ""
+        panels += [
+            Figure(f"{arm}{on}", drawing.svg(arm, is_first=order == 0), f"{ends[arm]:.3f} at the end")
+            for order, arm in enumerate(sorted(ends, key=lambda arm: ends[arm]))
+        ]
     scores = [score for score in summary.scores if (score.arm, score.task) == (BASE, HELD_OUT)]
-    told = ", ".join(f"{score.estimate.value:.3f} ({score.model})" for score in scores)
-    return f". Before training: {told}" if told else ""
+    before = ", ".join(f"{score.estimate.value:.3f} ({score.model})" for score in scores)
+    note = (
+        "Nats per token by optimizer step, a line per seed; grey are all arms of the model. The axis does not begin at "
+        "zero and leaves out the loss before training" + (f": {before}." if before else ".")
+    )
+    return Panels("Held-out loss while training", panels, note)
 
 
 def _single_answers(summary: BehaviourSummary) -> str:
@@ -151,57 +157,86 @@ def _score_words(score: Score | None, task: str) -> str:
         value = f"{value} (perplexity {math.exp(min(found.value, 700)):.1f})"
     interval = found.interval
     bounds = f" ({scale * interval.low:.{digits}f} to {scale * interval.high:.{digits}f})" if interval else ""
-    seeds = len(score.by_seed)
-    return f"{value}{bounds}, {found.n} items, {seeds} seed{'s' if seeds > 1 else ''}"
+    return f"{value}{bounds}, {found.n} items, {_seeds(len(score.by_seed))}"
 
 
-def _differences(title: str, differences: Sequence[Difference], note: str) -> Table:
-    has_layers = any(found.other != BASE for found in differences)  # a base adapts none
-    rows = [
-        (
-            found.task,
-            found.model,
-            found.arm,
-            found.other,
-            f"{_amount(found.task, found.estimate.value)} {UNITS.get(found.task, POINTS)}",
-            _bounds(found.task, found.estimate),
-            _size(found),
-            *([f"{found.same_layers} of {found.seeds}"] if has_layers else []),
-        )
-        for found in differences
-    ]
-    columns = ("task", "model", "arm", "against", "difference", "95 % interval", "items x seeds")
-    return Table(title, (*columns, "same layers") if has_layers else columns, rows, note)
-
-
-def _margins(differences: Sequence[Difference], baseline: str) -> Table:
-    rows = []
-    for found in differences:
-        verdict = found.margin
-        limits = ("no margin was fixed", "", "")
-        if verdict is not None:
-            smallest = "" if verdict.smallest_margin is None else _size_of(found.task, verdict.smallest_margin)
-            limits = (_size_of(found.task, verdict.margin), found.margin_verdict, smallest)
-        rows.append(
+def _differences(title: str, differences: Sequence[Difference], note: str) -> Panels:
+    """A table per task and model, the best difference first."""
+    tables = []
+    on = _on(differences)
+    for found in _by_task(differences):
+        pairs = any(each.other != BASE for each in found)  # a base adapts no layers
+        rows = [
             (
-                found.task,
-                found.model,
-                found.arm,
-                f"{_amount(found.task, found.estimate.value)} {UNITS.get(found.task, POINTS)}",
-                _bounds(found.task, found.estimate),
-                _size(found),
-                *limits,
+                f"{each.arm} against {each.other}" if pairs else each.arm,
+                _words(each),
+                *([f"{each.same_layers} of {each.seeds}"] if pairs else []),
             )
-        )
-    columns = (
-        *("task", "model", "arm", f"difference to {baseline}", "95 % interval", "items x seeds", "margin"),
-        *("not worse by more", "smallest margin that this size can show"),
-    )
+            for each in found
+        ]
+        tables.append(_forest((INTERVAL, *(["same layers"] if pairs else [])), rows, found, on))
+    return Panels(title, tables, note)
+
+
+def _against_baseline_by_task(differences: Sequence[Difference], baseline: str) -> Panels:
+    """A table per task and model, the best arm first, with the margin that was fixed and the verdict on it."""
+    tables = []
+    on = _on(differences)
+    for found in _by_task(differences):
+        rows = []
+        for each in found:
+            limits = ("no margin", "")
+            if each.margin is not None:
+                smallest = each.margin.smallest_margin
+                limits = (
+                    VERDICTS.get(each.margin_verdict, each.margin_verdict),
+                    "" if smallest is None else _size_of(each.task, smallest),
+                )
+            rows.append((each.arm, _words(each), *limits))
+        margin = found[0].margin
+        within = f"worse by {_size_of(found[0].task, margin.margin)} at most" if margin else "margin"
+        tables.append(_forest((INTERVAL, within, "could show"), rows, found, on))
     note = (
-        f"Tuned with the arm minus tuned with {baseline}, which is extra forgetting turned round. The margin was fixed "
-        "in the campaign file; each verdict is one-sided at 95 %, not corrected for there being several."
+        f"Tuned with the arm minus tuned with {baseline}. The dotted line is the margin that was fixed in the campaign "
+        "file. Each verdict is one-sided at 95 %, not corrected for there being several; 'could show' is the smallest "
+        "margin that the interval allows."
     )
-    return Table("Extra forgetting, and whether it stays within the margin", columns, rows, note)
+    return Panels(f"Against {baseline}", tables, note)
+
+
+def _by_task(differences: Sequence[Difference]) -> list[list[Difference]]:
+    """The differences of each task and model, the best gain first."""
+    found: dict[tuple[str, str], list[Difference]] = {}
+    for each in differences:
+        found.setdefault((each.task, each.model), []).append(each)
+    return [sorted(own, key=lambda each: -each.gain) for own in found.values()]
+
+
+def _on(differences: Sequence[Difference]) -> str:
+    """How a title names the model; not at all where there is only one."""
+    return " on {}" if len({each.model for each in differences}) > 1 else ""
+
+
+def _forest(columns: Sequence[str], rows: Sequence[tuple[str, ...]], found: Sequence[Difference], on: str) -> Table:
+    """The differences of one task and model, each drawn with its interval."""
+    first = found[0]
+    is_loss = first.task in LOSSES
+    margin = first.margin.margin * (1 if is_loss else -1) if first.margin else None
+    scale = Scale.around([each.estimate for each in found], 0.0, margin, unit=1 if is_loss else 100)
+    drawn = tuple(scale.row(each.estimate, more_is_better=not is_loss) for each in found)
+    sizes = ", ".join(dict.fromkeys(f"{each.estimate.n} items x {_seeds(each.seeds)}" for each in found))
+    task = f"{NAMES.get(first.task, first.task)}{on.format(first.model)}"
+    title = f"{task}, {UNITS.get(first.task, POINTS)}: {sizes}"
+    return Table(title, ("arm", *columns), rows, drawn=drawn, scale=scale.head)
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' if count > 1 else ''}"
+
+
+def _words(found: Difference) -> str:
+    """``+0.0159 (+0.0102 to +0.0216)``, or why there is no interval."""
+    return f"{_amount(found.task, found.estimate.value)} ({_bounds(found.task, found.estimate)})"
 
 
 def _amount(task: str, value: float) -> str:
@@ -217,10 +252,6 @@ def _bounds(task: str, found: Estimate) -> str:
     if found.interval is None:
         return found.reason
     return f"{_amount(task, found.interval.low)} to {_amount(task, found.interval.high)}"
-
-
-def _size(found: Difference) -> str:
-    return f"{found.estimate.n} x {found.seeds}"
 
 
 def _training(summary: BehaviourSummary) -> Table:

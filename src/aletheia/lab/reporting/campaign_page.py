@@ -16,7 +16,7 @@ from aletheia.lab.campaign.store import Record, Store
 from aletheia.lab.reporting.behaviour_page import behaviour_page
 from aletheia.lab.reporting.speed_page import speed_page
 from aletheia.names import markdown, printable
-from aletheia.reporting.blocks import Block, Figure, Page, Pre, Table
+from aletheia.reporting.blocks import Block, Page, Panels, Pre, Table
 from aletheia.reporting.page import refuse_foreign, to_html
 
 HTML, MARKDOWN, CSV = "report.html", "report.md", "report.csv"
@@ -55,7 +55,7 @@ def _about(store: Store, records: Sequence[Record]) -> list[Block]:
     made = sorted({_made_with(record.result["about"]) for record in records if record.result})
     spec = yaml.safe_dump(store.campaign.model_dump(mode="json"), sort_keys=False, width=110)
     return [
-        Table("What failed, and why", ("model", "arm", "seed", "reason"), rows, counted),
+        Table("What failed, and why" if failed else "Rows", ("model", "arm", "seed", "reason"), rows, counted),
         Table("Made with", ("code", "packages", "machine"), made),
         Pre("How to repeat it", f"aletheia campaign run SPEC.yaml --out OUT\n\n# SPEC.yaml\n{spec}"),
     ]
@@ -65,7 +65,8 @@ def _made_with(about: Mapping[str, Any]) -> tuple[str, str, str]:
     commit = (about["commit"] or "")[:12]
     code = f"commit {commit}{', changed since' if about['is_dirty'] else ''}" if commit else "installed package"
     packages = ", ".join(f"{name} {version}" for name, version in about["packages"].items())
-    machine = f"{about['machine']}, {about['device']}, {about['threads']} threads, Python {about['python']}"
+    threads = f"{about['threads']} thread{'s' if about['threads'] != 1 else ''}"
+    machine = f"{about['machine']}, {about['device']}, {threads}, Python {about['python']}"
     return code, packages, machine
 
 
@@ -74,18 +75,25 @@ def to_markdown(page: Page) -> str:
     lines = [f"# {markdown(page.title)}", "", page.verdict, ""]
     lines += [f"- {markdown(card.name)}: {markdown(card.value)} ({markdown(card.note)})" for card in page.cards]
     for block in page.blocks:
-        if isinstance(block, Figure):
-            continue
         lines += ["", f"## {markdown(block.title)}", ""]
         if isinstance(block, Pre):
             fence = "`" * (3 + max(map(len, re.findall("`+", block.text)), default=0))  # no value can close it
             lines += [fence, *map(printable, block.text.rstrip().splitlines()), fence]
-            continue
-        if block.note:
-            lines += [markdown(block.note), ""]
-        if block.rows:
-            lines += [_line(block.columns), _line(["---"] * len(block.columns)), *map(_line, block.rows)]
+        elif isinstance(block, Panels):
+            lines += [markdown(block.note)]
+            for panel in block.panels:
+                if isinstance(panel, Table):
+                    lines += ["", f"### {markdown(panel.title)}", "", *_table_lines(panel)]
+        else:
+            lines += [markdown(block.note), ""] if block.note else []
+            lines += _table_lines(block)
     return "\n".join(lines) + "\n"
+
+
+def _table_lines(table: Table) -> list[str]:
+    if not table.rows:
+        return []
+    return [_line(table.columns), _line(["---"] * len(table.columns)), *map(_line, table.rows)]
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -93,7 +101,10 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def to_csv(records: Sequence[Record]) -> str:
-    """A line per row: status, reason, and every figure of the result that is a single value or a list of them."""
+    """A line per row: status, reason, and every figure of the result that is a single value or a list of them.
+
+    Fractions have six significant digits.
+    """
     flat = [_flat(record.result or {}) for record in records]
     names = sorted({name for values in flat for name in values})
     out = io.StringIO()
@@ -120,9 +131,15 @@ def _flat(result: Mapping[str, Any], at: str = "") -> dict[str, Any]:
         if isinstance(value, Mapping):
             found |= _flat(value, f"{at}{name}.")
         elif isinstance(value, list):
-            found[f"{at}{name}"] = " ".join(str(item) for item in value)
+            found[f"{at}{name}"] = " ".join(map(_brief, value))
         elif isinstance(value, str) and Path(value).is_absolute():
             found[f"{at}{name}"] = Path(value).name  # where it lay is nobody's business
         else:
-            found[f"{at}{name}"] = "" if value is None else value
+            found[f"{at}{name}"] = "" if value is None else _brief(value)
     return found
+
+
+def _brief(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_brief, value))}]"
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

@@ -2,31 +2,41 @@
 
 from collections.abc import Sequence
 
+from markupsafe import Markup
+
 from aletheia.lab.campaign.speed_summary import Chosen
-from aletheia.lab.reporting.figures_of_campaigns import share_of_models_svg
+from aletheia.lab.reporting.figures_of_campaigns import layers_row
 from aletheia.planning.plan import layer_ranges
-from aletheia.reporting.blocks import Block, Figure, Table
+from aletheia.reporting.blocks import Block, Panels, Table
+
+ENDS = Markup('<span class="ends"><span>embedding</span><span>head</span></span>')
 
 
 def layer_blocks(chosen: Sequence[Chosen], more: str = "") -> list[Block]:
-    """A figure over all runs and a table of models and arms; those that adapt every layer are left out."""
-    rows = [
-        (
-            found.model,
-            found.arm,
-            "; ".join(dict.fromkeys(layer_ranges(layers) for layers in found.layers)),
-            str(found.layer_count),
-            "" if found.stability is None else f"{found.stability:.2f}",
-        )
-        for found in chosen
-        if len(found.layers[0]) < found.layer_count
-    ]
-    note = "Layers seed by seed, equal ones once. Stability: mean Jaccard index over pairs of seeds, 1 where all agree."
-    return [
-        Figure(
-            "Which layers were chosen",
-            share_of_models_svg(chosen, "layers"),
-            "Share of runs that adapt a layer to the end, by relative depth.",
-        ),
-        Table("Layers, model by model", ("model", "arm", "layers", "of", "stability"), rows, f"{note} {more}".strip()),
-    ]
+    """A table a model, an arm a row, with a strip of the layers; arms that adapt every layer are left out."""
+    some = [found for found in chosen if len(found.layers[0]) < found.layer_count]
+    tables = []
+    for model in dict.fromkeys(found.model for found in some):
+        own = [found for found in some if found.model == model]
+        rows = [
+            (
+                found.arm,
+                "; ".join(dict.fromkeys(layer_ranges(layers) for layers in found.layers)),
+                "" if found.stability is None else f"{found.stability:.2f}",
+            )
+            for found in own
+        ]
+        strips = tuple(layers_row(_shares(found)) for found in own)
+        title = f"{model}, {own[0].layer_count} layers"
+        tables.append(Table(title, ("arm", "layers", "stability"), rows, drawn=strips, scale=ENDS))
+    note = (
+        "Layers that learn to the end, seed by seed, equal ones once. In the strip, paler cells are those of some "
+        "seeds only. Stability is the mean Jaccard index over pairs of seeds: 1 where all agree."
+    )
+    return [Panels("Which layers were chosen", tables, f"{note} {more}".strip())]
+
+
+def _shares(chosen: Chosen) -> list[float]:
+    """Layer by layer, the share of runs that adapt it."""
+    runs = len(chosen.layers)
+    return [sum(layer in layers for layers in chosen.layers) / runs for layer in range(chosen.layer_count)]

@@ -1,118 +1,120 @@
-"""Figures of a campaign's report: plain data in, an SVG fragment out."""
+"""Figures of a campaign's report: plain data in, SVG out. Numbers stand beside each figure, never in it alone."""
 
-import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
 
-import numpy as np
+from markupsafe import Markup
 
 from aletheia.lab.campaign.behaviour_summary import Curve
-from aletheia.lab.campaign.speed_summary import Chosen, ModelSpeed
-from aletheia.reporting.figures import canvas
-from aletheia.reporting.format import shorten
-from aletheia.reporting.svg import INK, MUTED, drawing, run_color, run_dash, to_svg
+from aletheia.lab.statistics.results import Estimate
+from aletheia.reporting.svg import Axis, Drawing, line_path, panel, short, tick_texts, ticks
 
-ROW_HEIGHT = 5.5  # points per arm
-COLUMNS = 3  # of a legend
-BINS = 10  # of relative depth
+PANEL_WIDTH, PANEL_HEIGHT = 172, 128  # two stand side by side on a phone
 
 
-def ratios_svg(models: Sequence[ModelSpeed], baseline: str, identifier: str) -> str:
-    """A point with its interval per model and arm; the baseline is the line at 1."""
-    arms = [name for name in dict.fromkeys(found.arm for found in models) if name != baseline]
-    names = list(dict.fromkeys(found.model for found in models))
-    block = len(arms) + 1
-    with drawing(identifier):
-        top = _legend_height(arms) + 12  # and the numbers of the axis, which is long enough to need them at both ends
-        figure, axes = canvas(top + 30 + ROW_HEIGHT * block * len(names), left=92, top=top)
-        for found in models:
-            if found.arm == baseline:
-                continue
-            y = names.index(found.model) * block + arms.index(found.arm)
-            color = run_color(arms.index(found.arm))
-            if found.step.interval:
-                axes.plot([found.step.interval.low, found.step.interval.high], [y, y], color=color, linewidth=1.0)
-            axes.plot([found.step.value], [y], "o", color=color, markersize=3.2)
-        axes.axvline(1.0, color=MUTED, linewidth=0.8, linestyle=(0, (2, 3)))
-        for index in range(1, len(names)):
-            axes.axhline(index * block - 1, color=MUTED, linewidth=0.3, alpha=0.5)
-        middle = (len(arms) - 1) / 2
-        axes.set_yticks([index * block + middle for index in range(len(names))], [shorten(name, 16) for name in names])
-        axes.tick_params(axis="y", length=0, labelcolor=INK)
-        axes.set_ylim(block * len(names) - 1, -1)
-        axes.set_xlim(left=min(0.9, axes.get_xlim()[0]))
-        axes.grid(axis="x")
-        axes.spines["left"].set_visible(False)
-        axes.tick_params(axis="x", labeltop=True)
-        axes.set_xlabel("times as fast", fontsize=9)
-        handles = [
-            axes.plot([], [], "o-", color=run_color(index), markersize=3.6, label=arm)[0]
-            for index, arm in enumerate(arms)
-        ]
-        legend = axes.legend(handles=handles, ncols=COLUMNS, handlelength=1.2, loc="lower left", borderaxespad=2.0)
-        legend.set_bbox_to_anchor((-0.25, 1.0, 0.0, 0.0), axes.transAxes)
-        return to_svg(figure, identifier, f"Step speed-up of {', '.join(arms)} on {', '.join(names)}.")
+@dataclass(frozen=True)
+class Scale:
+    """The common scale of several intervals, around the value that stands for no difference.
+
+    ``margin`` is the worst that still counts as no worse, ``unit`` what the numbers of the scale are multiplied by.
+    Pictures on it are in per cent of their width.
+    """
+
+    low: float
+    high: float
+    equal: float
+    margin: float | None = None
+    unit: float = 1.0
+
+    @classmethod
+    def around(
+        cls, estimates: Iterable[Estimate], equal: float, margin: float | None = None, unit: float = 1.0
+    ) -> "Scale":
+        """From the lowest end to the highest, with room at both sides."""
+        values = [equal, *([] if margin is None else [margin])]
+        for found in estimates:
+            values += [found.value, *((found.interval.low, found.interval.high) if found.interval else ())]
+        room = 0.06 * ((max(values) - min(values)) or 1.0)
+        return cls(min(values) - room, max(values) + room, equal, margin, unit)
+
+    @property
+    def head(self) -> Markup:
+        """Round values along the scale."""
+        values = ticks(self.low * self.unit, self.high * self.unit, 3)
+        every = 2 if len(values) > 3 else 1  # more do not fit beside each other
+        texts = "".join(
+            f'<text x="{self._at(value / self.unit)}" y="75%">{text}</text>'
+            for value, text in list(zip(values, tick_texts(values), strict=True))[(len(values) - 1) % every :: every]
+        )
+        return Markup(f'<svg class="bar">{texts}</svg>')
+
+    def row(self, found: Estimate, more_is_better: bool) -> Markup:
+        """A point with its interval; coloured where the interval leaves out the value of no difference."""
+        interval = found.interval
+        css = "same"
+        if interval and not interval.low <= self.equal <= interval.high:
+            css = "good" if (found.value > self.equal) is more_is_better else "bad"
+        lines = self._upright("equal", self.equal) + (
+            "" if self.margin is None else self._upright("margin", self.margin)
+        )
+        if interval:
+            ends = f'x1="{self._at(interval.low)}" x2="{self._at(interval.high)}"'
+            lines += f'<line {ends} y1="50%" y2="50%"/>'
+        point = f'<circle cx="{self._at(found.value)}" cy="50%" r="4"/>'
+        return Markup(f'<svg class="bar {css}">{lines}{point}</svg>')
+
+    def _upright(self, css: str, value: float) -> str:
+        return f'<line class="{css}" x1="{self._at(value)}" x2="{self._at(value)}" y2="100%"/>'
+
+    def _at(self, value: float) -> str:
+        return f"{short(100 * (value - self.low) / (self.high - self.low))}%"
 
 
-def _legend_height(names: Sequence[str]) -> float:
-    """Points above a figure that the names of its lines take."""
-    return 12.0 + 13.0 * math.ceil(len(names) / COLUMNS)
+def layers_row(shares: Sequence[float]) -> Markup:
+    """A strip of the layers from embedding to head: coloured where they are adapted, paler where in some runs only."""
+    boxes, start = "", 0
+    for share, same in groupby(shares):
+        width = len(list(same))
+        if share:
+            pale = f' opacity="{share:.2g}"' if share < 1 else ""
+            left, wide = (f"{short(100 * layers / len(shares))}%" for layers in (start, width))
+            boxes += f'<rect x="{left}" width="{wide}" height="100%"{pale}/>'
+        start += width
+    return Markup(f'<svg class="strip">{boxes}</svg>')
 
 
-def share_of_models_svg(chosen: Sequence[Chosen], identifier: str) -> str:
-    """Share of (model, seed) runs that adapt a layer against its relative depth, a line per arm."""
-    arms = [
-        name
-        for name in dict.fromkeys(found.arm for found in chosen)
-        if any(len(layers) < found.layer_count for found in chosen if found.arm == name for layers in found.layers)
-    ]
-    with drawing(identifier):
-        top = _legend_height(arms)
-        figure, axes = canvas(186 + top, left=40, top=top)
-        centres = (np.arange(BINS) + 0.5) / BINS
-        for index, arm in enumerate(arms):
-            shares = _shares([found for found in chosen if found.arm == arm])
-            axes.plot(centres, shares, "o-", color=run_color(index), markersize=3, linewidth=1.1, label=arm)
-        axes.set(xlim=(0, 1), ylim=(-0.03, 1.03))
-        axes.grid(axis="y")
-        axes.set_xlabel("depth: 0 at the embedding, 1 at the head", fontsize=9)
-        axes.legend(ncols=COLUMNS, loc="lower left", bbox_to_anchor=(-0.1, 1.0), handlelength=1.2)
-        return to_svg(figure, identifier, f"Share of runs that adapt a layer, by depth: {', '.join(arms)}.")
+@dataclass(frozen=True)
+class CurvePanels:
+    """Held-out losses of one model while training, an arm at a time before those of all arms, which are drawn once."""
 
+    curves: Sequence[Curve]
+    identifier: str
 
-def _shares(chosen: Sequence[Chosen]) -> list[float]:
-    """By bin of relative depth: mean over runs of whether the layer there is adapted."""
-    hits = np.zeros(BINS)
-    runs = 0
-    for found in chosen:
-        for layers in found.layers:
-            runs += 1
-            for index in range(BINS):
-                hits[index] += int((index + 0.5) / BINS * found.layer_count) in layers
-    return [float(value) for value in hits / max(runs, 1)]
-
-
-def curves_svg(curves: Sequence[Curve], identifier: str, by: Literal["seconds", "steps"]) -> str:
-    """Held-out loss while training, a line per run, the same colour and dash per arm; not the loss before it."""
-    arms = list(dict.fromkeys(curve.arm for curve in curves))
-    with drawing(identifier):
-        top = _legend_height(arms)
-        figure, axes = canvas(212 + top, left=40, top=top)
-        for curve in curves:
-            index = arms.index(curve.arm)
-            trained = [point for point in curve.points if point[0] > 0]
-            axes.plot(
-                [seconds if by == "seconds" else steps for steps, seconds, _ in trained],
-                [loss for _, _, loss in trained],
-                color=run_color(index),
-                linestyle=run_dash(index),
-                linewidth=1.0,
-                marker="o",
-                markersize=2.4,
-                label=curve.arm if curve is next(other for other in curves if other.arm == curve.arm) else None,
-            )
-        axes.grid(axis="y")
-        axes.set_xlim(left=0)
-        axes.set_xlabel("seconds of training" if by == "seconds" else "optimizer steps", fontsize=9)
-        axes.legend(ncols=COLUMNS, loc="lower left", bbox_to_anchor=(-0.1, 1.0), handlelength=1.4)
-        return to_svg(figure, identifier, f"Held-out loss by {by} of training: {', '.join(arms)}.")
+    def svg(self, arm: str, is_first: bool) -> Markup:
+        """The panel of an arm; the first one on the page carries what the others show, too."""
+        trained = [[point for point in curve.points if point[0] > 0] for curve in self.curves]
+        losses = [loss for points in trained for _, _, loss in points]
+        low, high = min(losses), max(losses)
+        margin = 0.06 * ((high - low) or 0.1)
+        last = max(points[-1][0] for points in trained)
+        drawing = Drawing(PANEL_WIDTH, PANEL_HEIGHT)
+        x, y = Axis(0, last, 40, PANEL_WIDTH - 8), Axis(low - margin, high + margin, PANEL_HEIGHT - 22, 6)
+        values = ticks(y.low, y.high, 3)
+        for value, text in zip(values, tick_texts(values), strict=True):
+            drawing.line(x.start, y(value), x.end, y(value))
+            drawing.text(x.start - 7, y(value) + 4, text, "muted", "end")
+        drawing.vertical(x.start, y.end, y.start, cut_top=True, cut_bottom=y.low > 0)
+        drawing.line(x.start, y.start, x.end, y.start, "axis")
+        drawing.text(x.start, PANEL_HEIGHT - 6, "0", "muted", "middle")
+        drawing.text(x.end, PANEL_HEIGHT - 6, f"{last:,}", "muted", "end")
+        paths = [[(x(step), y(loss)) for step, _, loss in points] for points in trained]
+        if is_first:
+            every = "".join(map(line_path, paths))
+            drawing.parts.append(f'<path class="others" id="{self.identifier}" d="{every}"/>')
+        else:
+            drawing.parts.append(f'<use href="#{self.identifier}"/>')
+        for curve, points in zip(self.curves, paths, strict=True):
+            if curve.arm == arm:
+                drawing.curve(points, "run r0")
+        return panel(drawing, f"Held-out loss of {arm} by step")

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 
 from aletheia.lab.campaign.spec import SpeedCampaign
-from aletheia.lab.campaign.speed_summary import Comparison, ModelSpeed, SpeedSummary, summarize_speed
+from aletheia.lab.campaign.speed_summary import Comparison, SpeedSummary, summarize_speed
 from aletheia.lab.campaign.store import Record
 from aletheia.lab.reporting.chosen_layers import layer_blocks
-from aletheia.lab.reporting.figures_of_campaigns import ratios_svg
+from aletheia.lab.reporting.figures_of_campaigns import Scale
 from aletheia.lab.statistics.results import Estimate
-from aletheia.reporting.blocks import Block, Card, Page, Table
-from aletheia.reporting.blocks import Figure as FigureBlock
+from aletheia.reporting.blocks import Block, Card, Page, Panels, Table
 from aletheia.reporting.format import human_count, human_percent, human_ratio, human_seconds
 
 SUBJECT = "depth-aware"  # the arm that the verdict is about, where a campaign has it
@@ -37,13 +36,14 @@ def _verdict(summary: SpeedSummary, subject: str, step: Comparison | None, run: 
         return f"No arm can be compared with {baseline}: no model has rows of both."
     wins = round(step.wins.value * step.models)
     random = len({r.row.model for r in summary.records if r.result and r.result["random_weights"]})
-    which = f"{step.models} models" + (f" ({random} of them small, with random weights)" if random else "")
-    return (
-        f"{subject} takes a step {ratio_words(step.speedup)} times as fast as {baseline} over {which}, "
-        f"a whole run of {summary.campaign.steps} steps, probe and cache counted, "
-        f"{ratio_words(run.speedup)} times; "
-        f"it is faster on {wins} of {step.models} ({p_words(step.corrected)} after Holm's correction)."
-    )
+    sentences = [
+        f"{subject} takes a step {ratio_words(step.speedup)} times as fast as {baseline} over {step.models} models.",
+        f"A whole run of {summary.campaign.steps} steps, probe and cache counted, is {ratio_words(run.speedup)} times "
+        "as fast.",
+        f"It is faster on {wins} of {step.models} models, {p_words(step.corrected)} after Holm's correction.",
+        *([f"{random} of the models are small, with random weights."] if random else []),
+    ]
+    return " ".join(sentences)
 
 
 def _cards(summary: SpeedSummary, step: Comparison | None, run: Comparison | None) -> tuple[Card, ...]:
@@ -61,16 +61,11 @@ def _cards(summary: SpeedSummary, step: Comparison | None, run: Comparison | Non
 def _blocks(summary: SpeedSummary) -> list[Block]:
     campaign = summary.campaign
     blocks: list[Block] = [
-        FigureBlock(
-            "Step speed-up, model by model",
-            ratios_svg(summary.models, campaign.baseline, "speed-models"),
-            f"Against {campaign.baseline} in the same rounds, with 95 % intervals; right of the line is faster.",
-        ),
         _comparisons(
             f"Steps, against {campaign.baseline}",
             summary.step_comparisons,
             f"Geometric mean over models of the step time of {campaign.baseline} divided by the arm's. "
-            f"The paper: {PAPER}. "
+            f"Right of the line is faster. The paper: {PAPER}. "
             f"Times are of {campaign.rounds} rounds per seed, every arm a step in each, in one process.",
             is_titled=True,
         ),
@@ -81,68 +76,71 @@ def _blocks(summary: SpeedSummary) -> list[Block]:
             "start where the arm needs them, and the layers below the boundary once per row where it reads a cache.",
             is_titled=True,
         ),
+        _models(summary),
     ]
     if summary.asked_steps:
         note = "No correction for asking several. Where both chose the same layers, only how they are trained differs."
         blocks.append(_comparisons("Arms against each other: steps", summary.asked_steps, note))
         blocks.append(_comparisons("Arms against each other: whole runs", summary.asked_runs, note))
-    blocks.append(_models(summary))
     random = "Random weights have no task in them: what is chosen on random models says nothing about real ones."
     return [*blocks, *layer_blocks(summary.chosen, random)]
 
 
 def _comparisons(title: str, comparisons: Sequence[Comparison], note: str, is_titled: bool = False) -> Table:
-    """``is_titled`` if the title says what all are compared with."""
-    corrected = any(found.corrected is not None for found in comparisons)
+    """The fastest first. ``is_titled`` if the title says what all are compared with."""
+    ordered = sorted(comparisons, key=lambda found: -found.speedup.value)
+    corrected = any(found.corrected is not None for found in ordered)
     columns = (
-        *("arm", "models", "speed-up (95 % interval)", "time saved (95 % interval)", "faster on"),
+        *("arm", "speed-up (95 % interval)", "time saved (95 % interval)", "faster on"),
         *("p, sign flips", *(["after Holm"] if corrected else []), "p, Wilcoxon", "same layers"),
     )
     rows = [
         (
             found.arm if is_titled else f"{found.arm} against {found.other}",
-            str(found.models),
             ratio_words(found.speedup),
             percent_words(found.time_saved),
-            f"{round(found.wins.value * found.models)} of {found.models}",
+            f"{round(found.wins.value * found.models)} of {found.models} models",
             p_value(found.sign_flip),
             *([p_value(found.corrected)] if corrected else []),
             p_value(found.wilcoxon),
             f"{found.same_layers} of {found.runs} runs",
         )
-        for found in comparisons
+        for found in ordered
     ]
-    return Table(title, columns, rows, note)
+    scale = Scale.around([found.speedup for found in ordered], equal=1.0)
+    drawn = tuple(scale.row(found.speedup, more_is_better=True) for found in ordered)
+    return Table(title, columns, rows, note, drawn, scale.head)
 
 
-def _models(summary: SpeedSummary) -> Table:
+def _models(summary: SpeedSummary) -> Panels:
+    """A table a model, the fastest arm first, all on one scale."""
     sizes = {
         record.row.model: record.result["model_parameters"] for record in summary.records if record.result is not None
     }
-    rows = [_model_row(found, sizes[found.model], summary.campaign.baseline) for found in summary.models]
-    columns = (
-        *("model", "parameters", "arm", "step speed-up (95 % interval)", "predicted"),
-        *("run speed-up (95 % interval)", "once", "whole run"),
-    )
+    others = [found for found in summary.models if found.arm != summary.campaign.baseline]
+    scale = Scale.around([found.step for found in others], equal=1.0)
+    columns = ("arm", "steps (95 % interval)", "predicted", "whole run (95 % interval)", "takes")
+    tables = []
+    for model in dict.fromkeys(found.model for found in others):
+        own = sorted((found for found in others if found.model == model), key=lambda found: -found.step.value)
+        rows = [
+            (
+                found.arm,
+                ratio_words(found.step),
+                human_ratio(found.predicted).removesuffix("x"),
+                ratio_words(found.run),
+                human_seconds(found.run_seconds),
+            )
+            for found in own
+        ]
+        drawn = tuple(scale.row(found.step, more_is_better=True) for found in own)
+        title = f"{model}, {human_count(sizes[model])} parameters"
+        tables.append(Table(title, columns, rows, drawn=drawn, scale=scale.head))
     note = (
-        f"One figure per seed, Student's t on logarithms over {len(summary.campaign.seeds)} seeds. Once: probe "
-        "and cache of a run. Predicted: by counted operations, nothing measured."
+        f"Times as fast as {summary.campaign.baseline} in the same rounds. One figure per seed, Student's t on "
+        f"logarithms over {len(summary.campaign.seeds)} seeds. Predicted is by counted operations, nothing measured."
     )
-    return Table("Every model and arm", columns, rows, note)
-
-
-def _model_row(found: ModelSpeed, parameters: int, baseline: str) -> tuple[str, ...]:
-    is_baseline = found.arm == baseline
-    return (
-        found.model,
-        human_count(parameters),
-        found.arm,
-        "1" if is_baseline else ratio_words(found.step),
-        human_ratio(found.predicted),
-        "1" if is_baseline else ratio_words(found.run),
-        human_seconds(found.once_seconds),
-        human_seconds(found.run_seconds),
-    )
+    return Panels("Model by model", tables, note)
 
 
 def ratio_words(found: Estimate) -> str:
