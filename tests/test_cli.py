@@ -158,7 +158,7 @@ def test_layers_below_learn_at_first(run, model_folder, data_file, tmp_path):
     assert default["boundary"] == plain["boundary"] > 0
     code, out, _ = run("show", "default/plan.json")
     assert "first 25 % of the steps" in out
-    assert "at first" in (tmp_path / "default" / "report.html").read_text()
+    assert "learn in the first 1 steps, then freeze" in (tmp_path / "default" / "report.html").read_text()
     code, _, err = run(*train, "--out", "x", "--plan", "default/plan.json", "--freeze-after", 0.5)
     assert code == 2
     assert "expected the plan alone" in err

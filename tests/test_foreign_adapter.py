@@ -148,13 +148,13 @@ def test_the_report_has_the_ranks_and_a_curve_where_there_is_one(tmp_path, run):
     save_adapter(tmp_path / "a", layers_to_transform=[1, 3])
     assert run("report", tmp_path / "a", "--out", tmp_path / "r.html")[0] == 0
     page = (tmp_path / "r.html").read_text()
-    assert "LoRA rank by layer and module" in page
+    assert "Ranks by layer" in page
     assert "no trainer_state.json" in page
-    assert "Held-out and training loss by step" not in page
+    assert "Loss by optimizer step" not in page
     write_state(tmp_path / "a", [5, 10], evaluate=False)
     assert run("report", tmp_path / "a", "--out", tmp_path / "r.html")[0] == 0
     page = (tmp_path / "r.html").read_text()
-    assert "Held-out and training loss by step" in page
+    assert "Loss by optimizer step" in page
     assert "2.950 (step 5) to 2.900 (step 10)" in page
 
 

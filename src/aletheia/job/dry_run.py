@@ -4,7 +4,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.settings import LoadSettings
 from aletheia.data.preview import shown_row
 from aletheia.data.settings import DataSettings
-from aletheia.errors import ArtifactError
+from aletheia.errors import ArtifactError, ModelError
 from aletheia.files import free_bytes
 from aletheia.job.fine_tune import Job
 from aletheia.job.ready import Ready
@@ -32,7 +32,7 @@ from aletheia.prefix.cache_folders import default_cache_dir
 from aletheia.prefix.choose import MEMORY_SHARE
 from aletheia.probing.timings import Timings
 from aletheia.progress import Say, say_nothing, to_stderr
-from aletheia.runs.folder import ADAPTER_FILES, CARD_FILE, CONFIG_FILE, RunFolder, check_out
+from aletheia.runs.folder import ADAPTER_FILES, CARD_FILE, CONFIG_FILE, RunFolder, check_out, save_tokenizer
 from aletheia.runs.manifest import MANIFEST_FILE
 from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, REPORT_FILE, SCORES_FILE
 from aletheia.training.calibrate import calibrate
@@ -104,6 +104,13 @@ def dry_run(
         return _outlook(job, ready, notes, started)
 
 
+def _tokenizer_files(tokenizer: Any) -> list[str]:
+    """Names of the files that the tokenizer is saved in; none where it cannot be."""
+    with tempfile.TemporaryDirectory(prefix="aletheia-") as folder, suppress(ModelError):
+        return save_tokenizer(tokenizer, Path(folder))
+    return []
+
+
 def _check_rights(out: Path) -> None:
     """Refuse a folder that could not be written, without writing."""
     place = out.absolute()
@@ -152,7 +159,7 @@ def _outlook(job: Job, ready: Ready, notes: list[str], started: float) -> DryRun
         free_disk_bytes=free_bytes(job.folder.path),
         files=(
             *(*ADAPTER_FILES, PLAN_FILE, *([SCORES_FILE] if ready.scores else []), METRICS_FILE),
-            *(CONFIG_FILE, REPORT_FILE, CARD_FILE, MANIFEST_FILE),
+            *(CONFIG_FILE, REPORT_FILE, CARD_FILE, MANIFEST_FILE, *_tokenizer_files(ready.base.tokenizer)),
         ),
         notes=tuple(dict.fromkeys(notes)),
         measured_seconds=time.perf_counter() - started,

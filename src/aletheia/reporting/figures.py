@@ -336,7 +336,16 @@ def adapter_losses_figure(folders: Sequence[AdapterFolder], labels: Sequence[str
             drawing.closed()
         return drawing
 
-    return figure(identifier, "Loss by optimizer step", f"{', '.join(labels)}. {window.words}".strip(), draw)
+    words = "; ".join(_adapter_words(label, folder) for label, folder in zip(labels, folders, strict=True))
+    return figure(identifier, "Loss by optimizer step", f"{words}. {window.words}".strip(), draw)
+
+
+def _adapter_words(label: str, folder: AdapterFolder) -> str:
+    for kind, curve in (("held-out", folder.held_out_curve), ("training", folder.train_curve)):
+        if curve:
+            (first, before), (last, after) = curve[0], curve[-1]
+            return f"{label}: {kind} loss {human_loss(before)} (step {first}) to {human_loss(after)} (step {last})"
+    return f"{label}: no losses"
 
 
 def adapter_ranks_figure(folder: AdapterFolder, label: str, index: int, identifier: str) -> Markup:
