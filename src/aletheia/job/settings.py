@@ -71,6 +71,8 @@ class JobSettings(Settings):
             )
         if self.model.stream:
             self.check_streamed()
+        elif self.training.free_prefix:
+            self._check_upper_layers_alone("with `free_prefix`")
 
     def check_streamed(self) -> None:
         """Refuse what a streamed model cannot do, before anything is read.
@@ -79,13 +81,21 @@ class JobSettings(Settings):
             SettingsError: the setting that cannot be.
         """
         streamed = "where the model is streamed"
-        if self.plan.freeze_after:
-            raise SettingsError(
-                f"`freeze_after` is {self.plan.freeze_after:g}; expected 0 {streamed}: lower layers are not in memory"
-            )
+        self._check_upper_layers_alone(streamed)
         if self.training.cache not in ("auto", "disk"):
             raise SettingsError(
                 f"`cache` is {self.training.cache}; expected auto or disk {streamed}: its prefix is computed once"
+            )
+
+    def _check_upper_layers_alone(self, where: str) -> None:
+        if self.plan.freeze_after:
+            raise SettingsError(
+                f"`freeze_after` is {self.plan.freeze_after:g}; expected 0 {where}: lower layers are not in memory"
+            )
+        if self.plan.target is not None:
+            raise SettingsError(
+                f"`target` is {self.plan.target}; expected none {where}: in every target the lower layers learn, too, "
+                "and they are not in memory; `policy` and `percent` choose upper layers"
             )
 
     def sections(self) -> dict[str, dict[str, Any]]:
