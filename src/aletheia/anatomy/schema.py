@@ -95,10 +95,11 @@ class Kept(BaseModel):
     """What backward keeps beside the inputs and outputs of matrices: for the memory of training.
 
     Attributes:
-        norms: per layer, elements for a token that its norms keep in the dtype of the model.
+        norms: per layer, elements for a token that its norms and state spaces keep in the dtype of the model.
         wide_norms: the same in float32.
         activation: elements that an MLP's activation keeps beside its input, for each element of its result.
         wide_activation: the same in float32.
+        largest_state: elements for a token of the largest float32 tensor that a state space keeps.
         heads: of attention.
         square_copies: how often attention keeps a score for each two tokens of a row and head; 0 but for ``eager``.
         window: tokens that some layers see, where they do not see all.
@@ -111,6 +112,7 @@ class Kept(BaseModel):
     wide_norms: tuple[float, ...]
     activation: float = 0.0
     wide_activation: float = 0.0
+    largest_state: float = 0.0
     heads: int = 0
     square_copies: int = 0
     window: int = 0
