@@ -8,6 +8,7 @@ from aletheia.anatomy import device_memory
 from aletheia.data.order import training_batches
 from aletheia.job import fine_tune as fine_tune_module
 from aletheia.job import room as room_module
+from aletheia.job import source as source_module
 from aletheia.job.room import Room, largest_step, room_for
 from aletheia.job.settings import JobSettings
 from aletheia.training.settings import TrainSettings
@@ -92,6 +93,19 @@ def test_a_prefix_that_is_to_leave_memory_does_not_learn_first(limit, data_file,
     assert not run.plan.early_layers
     assert f"note: layers below {run.plan.boundary} do not learn: `free_prefix` drops them from memory" in lines
     assert run.metrics.cache_reason == "filled before the first step"
+
+
+def test_a_model_that_turns_out_too_large_is_streamed_whatever_the_target(
+    monkeypatch, data_file, model_folder, tmp_path
+):
+    monkeypatch.setattr(source_module, "RESIDENT_SHARE", 0.0)
+    lines: list[str] = []
+    training = {"steps": 2, "batch_size": 2, "evaluations": 1}
+    run = aletheia.fine_tune(
+        str(model_folder), str(data_file), tmp_path / "run", {"target": "balanced"}, training, say=lines.append
+    )
+    assert not run.plan.early_layers
+    assert any("do not learn, unlike `target` balanced says" in line for line in lines)
 
 
 TAKES = {"off": 9 * 10**9, "selective": 8 * 10**9, "full": 10**9}
