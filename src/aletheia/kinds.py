@@ -136,7 +136,7 @@ def _of_folder(folder: Path) -> Kind | None:
     if (folder / ".lock").is_file() and (folder / "checkpoints").is_dir():
         return "stopped run"
     entries = list(_first(folder.iterdir(), 1000))
-    if any(entry.name in OF_A_MODEL or entry.suffix in WEIGHTS for entry in entries):
+    if any(entry.suffix in WEIGHTS for entry in entries):
         return None  # a model that lacks a file, which its reader names
     return "rows" if any(map(_is_rows, entries)) else None
 
