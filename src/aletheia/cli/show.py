@@ -42,7 +42,7 @@ def show(
     elif kind == "plan":
         artifact = Plan.read(file)
         if not is_sealed(file):
-            say(f"note: {file} has no sha256, so it is taken as edited by hand")
+            say(f"note: {file} has no sha256 checksum, so it is treated as edited by hand")
     elif kind == "scores":
         artifact = Scores.read(file)
     else:
