@@ -271,7 +271,7 @@ def test_evaluate_forget_and_show(run, model_folder, benchmark_data, adapter, da
     assert extra["tasks"]["heldout"][0]["worse_by"] == 0
 
     _, err = evaluation(run, model_folder, benchmark_data, "tuned", *more, "--adapter", adapter, tasks=tasks)
-    assert "finished with these settings" in err
+    assert "finished evaluation with these settings" in err
     assert "load" not in err
 
 

@@ -220,7 +220,7 @@ def call(*given, **named):
 module.{name} = call
 """
 QUICK = {("probe", signal.SIGINT), ("save", signal.SIGTERM)}
-GOES_ON = r"interrupted(.*); the same command (goes on from|begins anew)"
+GOES_ON = r"interrupted(.*); the same command (goes on|resumes|starts|begins)"
 
 
 @pytest.mark.parametrize(

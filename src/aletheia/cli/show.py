@@ -1,4 +1,4 @@
-"""``aletheia show``: scores, a plan, a finished run or an adapter folder in the terminal."""
+"""``aletheia show``: show scores, a plan, a finished run or an adapter folder in the terminal."""
 
 from pathlib import Path
 from typing import Annotated
@@ -46,7 +46,9 @@ def show(
     elif kind == "scores":
         artifact = Scores.read(file)
     else:
-        raise ArtifactError(mistaken(file, EXPECTED, *SHOWN) or f"{file} is none of ours; expected {EXPECTED}")
+        raise ArtifactError(
+            mistaken(file, EXPECTED, *SHOWN) or f"{file} is not a file of Aletheia; expected {EXPECTED}"
+        )
     for note in artifact.notes if isinstance(artifact, Run) else ():
         say(f"note: {note}")
     if as_json:
