@@ -844,6 +844,6 @@ def test_the_command_line_from_dry_run_to_report(run, tmp_path, data_file):
     (tmp_path / "out" / "report.html").write_text("a page of somebody else")
     code, _, err = run("campaign", "report", "out")
     assert code == 2
-    assert "is no report of ours" in err
+    assert "is not a report of Aletheia" in err
     code, out, _ = run("campaign", "schema")
     assert json.loads(out)["oneOf"]
