@@ -375,7 +375,7 @@ def test_bad_data_is_named(benchmark_data, tmp_path):
         local_splits("mmlu", tmp_path)
     write_rows(tmp_path / "mmlu/dev.jsonl", [{}])
     write_rows(tmp_path / "mmlu/test.jsonl", [{"subject": "anatomy", "question": "?", "choices": ["1"], "answer": 0}])
-    with pytest.raises(DataError, match=r"test.jsonl:1: found no four choices"):
+    with pytest.raises(DataError, match=r"test.jsonl:1: expected four choices"):
         local_splits("mmlu", tmp_path)
     write_rows(tmp_path / "gsm8k/test.jsonl", [{"question": "?"}])
     write_rows(tmp_path / "gsm8k/train.jsonl", [{"question": "?", "answer": "1"}])
