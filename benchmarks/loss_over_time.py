@@ -3,11 +3,11 @@
     .venv/bin/python benchmarks/loss_over_time.py MODEL --data gsm8k/train.jsonl --held-out gsm8k/test.jsonl
     .venv/bin/python benchmarks/loss_over_time.py --draw
 
-Both sides run at once, each in a process of its own on one core, so that both feel the same machine. They get the same
+Both sides run at the same time, each in its own process on one core, so that the machine is the same for both. They get the same
 rows, batch size, passes, learning rate and warm-up, and the same function takes the held-out loss. Counted are probe,
 plan, cache and steps; loading and held-out losses are counted on neither side. Plain LoRA takes every step; ours may
 stop early and keeps its best point, as it does by default. Writes docs/results/loss-over-time/runs.json and draws
-picture.svg beside it.
+picture.svg next to it.
 """
 
 import argparse
