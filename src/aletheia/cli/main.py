@@ -32,7 +32,7 @@ def main() -> NoReturn:
 
         open_outputs()
         code = _run()
-        if caught:  # the command-line library turned it into an exit code
+        if caught:  # the command-line library made it an exit code
             raise KeyboardInterrupt
         sys.stdout.flush()  # now, while a full disk can still be reported
     except BaseException as error:
@@ -79,7 +79,7 @@ def _message_and_code(error: BaseException, caught: list[int]) -> tuple[str, int
     if isinstance(error, SystemExit):
         return "", error.code if isinstance(error.code, int) else int(error.code is not None)
     has_own_code = getattr(error, "exit_code", None) is not None
-    if isinstance(error, KeyboardInterrupt) or (caught and not has_own_code):  # or what a library turned it into
+    if isinstance(error, KeyboardInterrupt) or (caught and not has_own_code):  # or an error that a library raised for it
         return INTERRUPTED, 128 + (caught[0] if caught else 2)
     from aletheia.cli.faults import message_and_code
 
