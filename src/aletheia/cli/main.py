@@ -79,7 +79,7 @@ def _message_and_code(error: BaseException, caught: list[int]) -> tuple[str, int
     if isinstance(error, SystemExit):
         return "", error.code if isinstance(error.code, int) else int(error.code is not None)
     has_own_code = getattr(error, "exit_code", None) is not None
-    if isinstance(error, KeyboardInterrupt) or (caught and not has_own_code):  # or an error that a library raised for it
+    if isinstance(error, KeyboardInterrupt) or (caught and not has_own_code):  # or what a library raised for it
         return INTERRUPTED, 128 + (caught[0] if caught else 2)
     from aletheia.cli.faults import message_and_code
 
