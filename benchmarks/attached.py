@@ -1,4 +1,4 @@
-"""What ``aletheia.attach`` adds to TRL's SFTTrainer: its steps with and without, in the first epoch and from the cache."""
+"""Steps of TRL's SFTTrainer with and without ``aletheia.attach``, in the first epoch and from the cache."""
 
 import tempfile
 import time
@@ -19,7 +19,7 @@ BATCH_SIZE, STEPS, ROUNDS = 8, 4, 3  # steps per epoch
 
 
 class Clock(TrainerCallback):
-    """Seconds of every step, from the first forward pass to the optimizer's step."""
+    """Seconds of every step, from the first forward pass to the step of the optimizer."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
@@ -32,7 +32,7 @@ class Clock(TrainerCallback):
 
 
 def steps(base: Loaded, rows: Dataset, plan: Plan, attached: bool) -> list[float]:
-    """Seconds of two epochs of SFTTrainer with its defaults, in their order."""
+    """Seconds of two epochs of SFTTrainer with its defaults, in order."""
     model = aletheia.adapt(base.model, plan)
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:

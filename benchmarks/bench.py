@@ -1,7 +1,7 @@
-"""Interleaved steps, the gain taken apart, predictions, memory and growth; written to docs/results/benchmarks/README.md.
+"""Interleaved steps, the gain by parts, predictions, memory and growth; written to docs/results/benchmarks/README.md.
 
     make bench
-    .venv/bin/python benchmarks/bench.py steps predictions   # these sections; the others stay as they are
+    .venv/bin/python benchmarks/bench.py steps predictions   # only these sections
 
 Reads GSM8K from ../shared/data or the folder in ALETHEIA_DATA. Every speed is a ratio within one process, steps of all
 arms interleaved, with a 95 % interval over rounds; nothing is asserted.
@@ -50,7 +50,7 @@ SECTIONS = {
 def main() -> None:
     wanted = sys.argv[1:] or list(SECTIONS)
     if unknown := [name for name in wanted if name not in SECTIONS]:
-        raise SystemExit(f"{unknown[0]} is none of the sections {', '.join(SECTIONS)}")
+        raise SystemExit(f"{unknown[0]} is not a section; expected one of {', '.join(SECTIONS)}")
     quiet_libraries()
     base = aletheia.load(str(demo_checkpoint()), "auto")
     every = aletheia.load_data(str(DATA), base.tokenizer)
@@ -89,7 +89,7 @@ def head(data: Examples) -> str:
 
 
 def section(title: str, lines: list[str], data: Examples, dtype: torch.dtype) -> None:
-    """Print a section and put it into its place on the page; the others stay as they are."""
+    """Print a section and put it in its place on the page; the others stay unchanged."""
     dtype_name = "float32" if title == SECTIONS["probe"] else str(dtype).removeprefix("torch.")
     found = "\n".join([f"## {title}", "", f"Measured on {date.today()} in {dtype_name}.", "", *lines]).rstrip() + "\n"
     print(found, flush=True)
@@ -140,7 +140,7 @@ def bench_probe(model: torch.nn.Module, data: Examples) -> list[str]:
 
 
 def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: Plan) -> list[str]:
-    """The gain taken apart, then put together; and a whole run from its measured parts."""
+    """The gain by parts, then in total; and a whole run computed from its measured parts."""
     uniform = aletheia.plan(scores, policy="uniform")
     plain = StepKind("baseline", uniform)
     every = StepKind.fast("every layer, these four together", uniform)
@@ -180,7 +180,7 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
         "|---|---:|---:|",
         *table(seconds),
         "",
-        f"A whole run of {EPOCHS} epochs, {steps} steps, is put together from these parts. The probe takes {scores.probe.seconds:.0f} s. "
+        f"A whole run of {EPOCHS} epochs, {steps} steps, is computed from these parts. The probe takes {scores.probe.seconds:.0f} s. "
         f"The cache takes {building[0]:.0f} s, or {building[1]:.0f} s with adapters in the prefix. Every layer learns for a share of the "
         f"steps; the rest is taken from the cache. {BALANCED_SHARE:.0%} is the default over three passes.",
         "",
@@ -210,7 +210,7 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
 
 
 def bench_predictions(model: torch.nn.Module, data: Examples, scores: Scores) -> list[str]:
-    """What the calibrated cost model says, and what steps then take, minutes later."""
+    """Step times that the calibrated cost model predicts, and those measured minutes later."""
     timings = aletheia.calibrate(model, data, BATCH_SIZE)
     scores = scores.model_copy(update={"timings": timings})
     plans = {

@@ -1,9 +1,9 @@
-"""What the repository keeps of a campaign: its tables, one figure, and the figures of every row, packed.
+"""What the repository keeps of a campaign: its tables, one figure, and the numbers of every row, compressed.
 
     .venv/bin/aletheia campaign report results/speed && .venv/bin/python benchmarks/campaign_results.py results/speed docs/results/speed
 
-Of the three files of the report, report.md is copied. report.html leaves its first figure behind, as figure.svg, in the
-colours of the page. report.csv becomes report.csv.xz, its numbers rounded to six digits; pandas reads that as it is.
+report.md is copied. The first figure of report.html becomes figure.svg, in the colours of the page. report.csv becomes
+report.csv.xz, with numbers rounded to six digits; pandas reads it directly.
 """
 
 import lzma
@@ -26,12 +26,12 @@ def main() -> None:
 
 
 def first_figure(page: str) -> str:
-    """The first figure of a page as a file of its own."""
+    """The first figure of a page as a separate file."""
     start = re.search(r'<svg [^>]*role="img"', page)
     if not start:
         raise SystemExit("the page has no figure")
     depth = 0
-    for tag in re.finditer(r"<svg\b|</svg>", page[start.start() :]):  # a figure may hold others
+    for tag in re.finditer(r"<svg\b|</svg>", page[start.start() :]):  # a figure may contain others
         depth += 1 if tag[0] == "<svg" else -1
         if not depth:
             break
@@ -41,7 +41,7 @@ def first_figure(page: str) -> str:
 
 
 def style(page: str, svg: str) -> str:
-    """The page's rules for the classes of ``svg``, and its light and dark colours, the ground and the ink among them."""
+    """The page's rules for the classes of ``svg``, and its light and dark colours, including background and text."""
     css = "".join(re.findall(r"<style>(.*?)</style>", page, re.DOTALL))
     everywhere = re.sub(r"@[^{]*\{(?:[^{}]*\{[^{}]*\})*[^{}]*\}", "", css)  # no rule for paper or narrow windows
     classes = {name for names in re.findall(r'class="([^"]*)"', svg) for name in names.split()} - {"phone"}
@@ -66,7 +66,7 @@ def packed(table: str) -> bytes:
 
 
 def with_figure(report: str, figure: str) -> str:
-    """The report with the figure in front of its first table; what the figure shows is its text for those who do not see it."""
+    """The report with the figure in front of its first table; the figure's description is its alternative text."""
     head, mark, rest = report.partition("\n## ")
     label = re.search(r'aria-label="([^"]*)"|<desc[^>]*>([^<]*)', figure)
     return f"{head}\n![{(label[1] or label[2]) if label else 'Figure'}](figure.svg)\n{mark}{rest}"

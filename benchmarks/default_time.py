@@ -1,12 +1,12 @@
-"""Time of whole default runs against plain PEFT and Trainer, everything counted, put together of interleaved steps.
+"""Time of whole default runs against plain PEFT and Trainer, computed from interleaved steps; everything counts.
 
     .venv/bin/python benchmarks/default_time.py --tasks gsm8k,strategyqa --rounds 4
 
-Counted on our side: probe, every step as the default plan takes it (with every layer, with the lower half frozen, from
-the cache), the held-out loss before the first step, those in the run, from the cache where that has it, and those for
-the strength of the adapter. On theirs: plain steps on random batches; without held-out losses, as Trainer does by
-default; with as many as ours has in the run; and with early stopping on both sides. Steps before a stop and strengths
-are those of the runs in docs/results/defaults. Loading is the same on both sides and left out. Writes
+On our side, these count: the probe, every step of the default plan (with every layer, with the lower half frozen, from
+the cache), the held-out loss before the first step, those during the run (from the cache if possible), and those for
+the strength of the adapter. On their side: plain steps on random batches, without held-out losses, which is Trainer's
+default; with as many as ours has during the run; and with early stopping on both sides. Steps before a stop and
+strengths come from the runs in docs/results/defaults. Loading is the same on both sides and left out. Writes
 docs/results/defaults/time.json.
 """
 
@@ -69,7 +69,7 @@ def main() -> None:
 def known(arms: dict[tuple[str, float], list[Run]], name: str, length: str) -> tuple[float, float, float]:
     """The share of the planned steps that a default run takes, and plain LoRA at its best rate; strengths tried."""
     found = [(run["steps"], *ours(run)[1:]) for run in arms[DEFAULTS[name, length]]]
-    defaults = [(stop / steps, max(1, tries)) for steps, stop, tries in found]  # one at least, where none was recorded
+    defaults = [(stop / steps, max(1, tries)) for steps, stop, tries in found]  # at least one, if none was recorded
     theirs = [kept(run)[2] / run["steps"] for run in best_uniform(arms)[1]]
     stop, tries = np.mean(defaults, axis=0)
     return float(stop), float(np.mean(theirs)), float(tries)

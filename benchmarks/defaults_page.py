@@ -45,17 +45,17 @@ LENGTHS = {"40": "40 x 4", "150": "150 x 4", "epochs": "3 passes x 8"}
 
 
 def key(run: Run) -> tuple[str, ...]:
-    """What a run is known by."""
+    """The key of a run."""
     return (*(str(run[name]) for name in ("task", "length", "seed", "rate", "arm")), device(run))
 
 
 def device(run: Run) -> str:
-    """Where it ran: runs of ``frontier.py`` on a CPU do not say."""
+    """The device of a run; runs of ``frontier.py`` on a CPU do not record it."""
     return str(run.get("device", "CPU")).removeprefix("NVIDIA ")
 
 
 def collected(files: Iterable[Path]) -> list[Run]:
-    """All runs: those of the files, and those of the store that they do not have."""
+    """All runs: those of the files, and those that only the store has."""
     runs: dict[tuple[str, ...], Run] = {}
     lines = lzma.decompress(STORE.read_bytes()).decode().splitlines() if STORE.exists() else []
     for line in (*lines, *(line for file in files for line in file.read_text().splitlines())):
@@ -82,7 +82,7 @@ def write_store(runs: Sequence[Run]) -> None:
 
 
 def write_curves(runs: Sequence[Run]) -> None:
-    """A line per run: its settings, then every curve as ``STEP:LOSS STEP:LOSS``; a strength stands as ``STEPxSTRENGTH``."""
+    """A line per run: its settings, then every curve as ``STEP:LOSS STEP:LOSS``; a strength is ``STEPxSTRENGTH``."""
     curves = ("losses", "mean 8", "mean 3", "decayed", "strengths", "strengths of mean 3")
     with lzma.open(CURVES, "wt", newline="", preset=9 | lzma.PRESET_EXTREME) as file:
         table = csv.writer(file, lineterminator="\n")
@@ -258,7 +258,7 @@ def table_of_defaults(found: dict[Cell, dict[tuple[str, float], list[Run]]]) -> 
 
 
 def near(rate: float, other: float) -> bool:
-    """The same but for rounding to three digits."""
+    """Whether two numbers are equal after rounding to three digits."""
     return abs(rate / other - 1) < 0.01
 
 

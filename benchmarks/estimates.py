@@ -1,4 +1,4 @@
-"""The tables of docs/results/scale/README.md: four models on three machines, on paper.
+"""The tables of docs/results/scale/README.md: four models on three machines, estimated from sizes.
 
 .venv/bin/python benchmarks/estimates.py
 """

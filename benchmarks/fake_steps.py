@@ -1,10 +1,10 @@
 """Peak memory of one training step of a model of any size, on a machine that could not hold it.
 
-The step runs as ``aletheia train`` takes it, forward, backward, clipping and AdamW, over fake tensors, which have shapes
-and no data. Storages are counted while something refers to them. Fake tensors are on the processor, whose attention
-keeps what a GPU's does; what is done only on a processor is left out, so that the step is a GPU's. Not seen are buffers
-within a kernel, the GPU's context and its allocator's loss. ``real=True`` takes the same step with data, as a processor
-does.
+The step runs as in ``aletheia train`` (forward, backward, clipping and AdamW), over fake tensors, which have shapes and
+no data. Storages count while something refers to them. Fake tensors are on the processor, whose attention keeps the
+same tensors as a GPU's; steps that only a processor takes are left out, so that the step is that of a GPU. Buffers in
+kernels, the GPU's context and the overhead of its allocator are not seen. ``real=True`` takes the same step with data,
+as a processor does.
 """
 
 import weakref
@@ -62,7 +62,7 @@ class Kind:
 
     @property
     def step(self) -> Step:
-        """As the memory model is told of it."""
+        """The same step as an input of the memory model."""
         dtype = str(self.dtype).removeprefix("torch.")
         tokens = self.rows * self.row_tokens
         return Step(tokens, self.row_tokens, self.labelled_share, dtype, self.recompute, on_gpu=True)
@@ -123,7 +123,7 @@ def peak_of(kind: Kind, real: bool = False) -> Peak:
             _make_fake(model)
             stack.enter_context(patch.object(torch, "is_autocast_enabled", _casts))
             stack.enter_context(patch.dict(lean.ROWS_AT_ONCE, cpu=lean.ROWS_ON_DEVICE))
-            if kind.rows == 1:  # masks are made from values, which fake tensors have not
+            if kind.rows == 1:  # masks are made from values, and fake tensors have none
                 stack.enter_context(patch.object(transformers.masking_utils, "find_packed_sequence_indices", _none))
         live = LiveBytes()
         for tensor in _tensors(model):
@@ -164,7 +164,7 @@ def _adapted(kind: Kind, real: bool) -> tuple[Anatomy, WeightBytes, nn.Module]:
     if kind.nf4:
         _pack(model)
     anatomy, weights = read_anatomy(model), weight_bytes(model)
-    if kind.nf4:  # what a packed weight stands for is told by its scales, which it has once it is there
+    if kind.nf4:  # the scales describe a packed weight, and exist only once it is there
         counts = (sum(module.parameters for module in anatomy.in_layer(layer)) for layer in range(anatomy.layer_count))
         anatomy = anatomy.model_copy(update={"layer_parameters": tuple(counts)})
     wanted = [module for module in anatomy.adaptable() if module.layer >= kind.boundary]
@@ -247,7 +247,7 @@ def _batch(kind: Kind, hidden_size: int) -> dict[str, Any]:
 
 
 def _casts(device_type: str = "cpu", own: Any = torch.is_autocast_enabled) -> bool:
-    """PEFT asks it of a GPU, and copies its input where it hears no."""
+    """PEFT asks a GPU for this, and copies its input if the answer is no."""
     return bool(own(device_type))
 
 

@@ -5,7 +5,7 @@
 
 Every run has LoRA of rank 16 in SmolLM2-135M-Instruct from PEFT's random start, on the same rows, batches and optimizer
 as ``aletheia train`` would give it. Runs of a cell, seed and rate that begin alike share their first steps. One line per
-run goes to OUT/runs.jsonl: its settings, and the summed loss of each held-out row at every point; runs that are there
+run goes to OUT/runs.jsonl: its settings, and the summed loss of each held-out row at every point; existing runs
 are not repeated.
 
 Arms: ``uniform``; ``freeze-S-B``: every layer for a share S of the steps, then those from B up; ``thaw-S-B``: those from
@@ -183,7 +183,7 @@ class Group:
         return found
 
     def fast(self, stack: ExitStack, adapted, factors, arm: Arm, boundary: int, number: int) -> Batcher:
-        """Begin fast steps from ``boundary`` up, out of a cache where one lies below."""
+        """Start fast steps from ``boundary`` up, with a cache if there are layers below."""
         pad = self.task.train.pad_token_id
         for layer, own in enumerate(factors):
             for parameter in own:
@@ -212,7 +212,7 @@ def factor(done: int, steps: int, schedule: str) -> float:
 
 
 def kept(parameters, optimizer, points, seconds) -> dict:
-    """A copy of all that goes on changing."""
+    """A copy of everything that changes later."""
     moments = {
         index: {k: v.clone() for k, v in state.items()} for index, state in optimizer.state_dict()["state"].items()
     }
@@ -232,7 +232,7 @@ def put(parameters, values) -> None:
 
 
 def restore(parameters, optimizer, state: dict) -> None:
-    """Go back to what was kept."""
+    """Restore a saved state."""
     put(parameters, state["values"])
     whole = optimizer.state_dict()
     whole["state"] = {index: {k: v.clone() for k, v in own.items()} for index, own in state["moments"].items()}
@@ -287,7 +287,7 @@ def main() -> None:
 
 
 def done(store: Path) -> set[tuple]:
-    """Runs that are there."""
+    """Existing runs."""
     lines = store.read_text().splitlines() if store.exists() else []
     runs = [json.loads(line) for line in lines]
     return {(run["task"], run["length"], run["seed"], run["rate"], run["arm"]) for run in runs}

@@ -1,12 +1,12 @@
-"""Steps on a GPU, ours beside plain PEFT and TRL, on random models of three shapes; each trainer's loop counts.
+"""Steps on a GPU: ours, plain PEFT and TRL, on random models of three shapes; each trainer's loop counts.
 
     python benchmarks/gpu.py --out results
     python benchmarks/gpu.py --out results --end-to-end --gguf MODEL.gguf --rows rows.jsonl
     python benchmarks/gpu.py --out results --device cpu --tiny
 
-Results are printed as they come. ``gpu.json`` in the output folder is written anew after every arm: device, driver,
-versions, commit, the card's own large bfloat16 product, and every step's time. An arm that fails is recorded and the
-next one begins. Once ``--seconds`` are spent since the start of the process, no other one does.
+Results are printed as they come. ``gpu.json`` in the output folder is rewritten after every arm: device, driver,
+versions, commit, the speed of a large bfloat16 product on the card, and every step's time. An arm that fails is
+recorded, and the next one starts. No arm starts once ``--seconds`` have passed since the start of the process.
 """
 
 import argparse
@@ -80,13 +80,13 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of gpu.json")
-    parser.add_argument("--seconds", type=float, default=480, help="no arm begins after these (480)")
+    parser.add_argument("--seconds", type=float, default=480, help="no arm starts after these (480)")
     parser.add_argument("--models", default="8b,1.5b,mixture", help="of 8b, 1.5b and mixture, in this order")
-    parser.add_argument("--arms", help="by default all, the most telling first")
+    parser.add_argument("--arms", help="by default all, the most informative first")
     parser.add_argument("--steps", type=int, default=8, help=f"timed ones of each arm, after {WARM_UP} to warm up (8)")
-    parser.add_argument("--device", help="cuda or cpu; by default cuda where it is")
+    parser.add_argument("--device", help="cuda or cpu; by default cuda if available")
     parser.add_argument("--tiny", action="store_true", help="tiny models of the same families, to try this script")
-    parser.add_argument("--commit", help="of the code, where this is no checkout")
+    parser.add_argument("--commit", help="of the code, if this is not a checkout")
     parser.add_argument("--end-to-end", action="store_true", help="then whole runs on a real model and rows")
     parser.add_argument("--gguf", type=Path, help="the real model, a GGUF file")
     parser.add_argument("--rows", type=Path, help="JSON lines of question and answer; the last 96 are held out")
@@ -208,7 +208,7 @@ def matrix_limit(device: str, size: int) -> float:
 
 
 def release() -> None:
-    """Give back what the last arm held."""
+    """Free the memory of the last arm."""
     import torch
 
     gc.collect()
@@ -240,7 +240,7 @@ def about(device: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def version_of(package: str) -> str | None:
-    """None where it is not installed."""
+    """The version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -248,7 +248,7 @@ def version_of(package: str) -> str | None:
 
 
 def output_of(command: list[str]) -> str | None:
-    """Its first line; None where it does not run."""
+    """The first line of a command's output; None if it does not run."""
     try:
         found = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
     except (OSError, subprocess.CalledProcessError):

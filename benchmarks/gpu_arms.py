@@ -143,7 +143,7 @@ def trained(work: Work, trainer: Trainer) -> tuple[Clock, Counted]:
 def common(work: Work, folder: str) -> dict[str, Any]:
     """Arguments of Trainer that are no default: nothing is written, rows come in their order, and then once more.
 
-    So the timed steps, the last ones, are over every row once, as in all arms but those that say otherwise.
+    So the timed steps, the last ones, cover every row once, as in all arms that do not say otherwise.
     """
     return {
         "output_dir": folder,
@@ -252,7 +252,7 @@ def ours_in_nf4(work: Work) -> list[Measured]:
 
 
 def ours(work: Work, plan: Plan, epochs: int, options: dict[str, Any]) -> tuple[tuple[Clock, Counted], list[str]]:
-    """Epochs over the rows as ``aletheia train`` takes them, less what stands around training; and what it says."""
+    """Epochs over the rows as in ``aletheia train``, without the work around training; and its messages."""
     model = aletheia.adapt(work.model(), plan)
     settings = TrainSettings(
         epochs=epochs, batch_size=work.shape.batch_size, keep="last", early_stop=False, averaging="off", **options

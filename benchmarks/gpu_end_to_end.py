@@ -1,4 +1,4 @@
-"""Whole runs on a real model: ``aletheia train`` against a script of TRL's SFTTrainer, each in a process of its own.
+"""Whole runs on a real model: ``aletheia train`` against a script of TRL's SFTTrainer, each in its own process.
 
 Both get the same rows, batch size and epochs. The held-out loss of both is taken by the same function over the same
 rows, after the script's clock has stopped. ``aletheia train`` also takes it several times within its own time.

@@ -184,7 +184,7 @@ class Work:
         return aletheia.plan(self.scores, policy="last", percent=50, freeze_after=0)
 
     def model(self) -> PreTrainedModel:
-        """A model of one's own."""
+        """A new model for one arm."""
         model = build(self.shape, self.device)
         if self._in_nf4:
             to_nf4(model)
@@ -192,7 +192,7 @@ class Work:
 
     @contextmanager
     def quantized(self) -> Iterator[None]:
-        """Models come in NF4 for a while."""
+        """A context in which models are in NF4."""
         self._in_nf4 = True
         try:
             yield

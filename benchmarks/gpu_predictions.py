@@ -35,11 +35,11 @@ def predictions(work: Work) -> list[Measured]:
         room = predicted_bytes(work, plan)
         first = measured(work, f"predicted: {name}", plan, done, slice(work.warm_up, work.steps))
         first.peak_bytes = done[0].peaks[0]
-        found.append(beside(work, first, plan, plan.predicted.relative_step_time, room))
+        found.append(compared(work, first, plan, plan.predicted.relative_step_time, room))
         if plan.boundary:
             later = measured(work, f"predicted: {name}, cached", plan, done, work.last_steps, cached=True)
             later.peak_bytes = done[0].peaks[-1]
-            found.append(beside(work, later, plan, plan.predicted.relative_cached_step_time, room))
+            found.append(compared(work, later, plan, plan.predicted.relative_cached_step_time, room))
     found[0].notes.append(f"calibrated in {timings.seconds:.1f} s")
     return found
 
@@ -54,7 +54,7 @@ def predicted_bytes(work: Work, plan: Plan) -> int:
     return training_bytes(work.scores.anatomy, known_weights(work.scores), plan.layers, ranks, step)
 
 
-def beside(work: Work, found: Measured, plan: Plan, relative: float, room: int) -> Measured:
+def compared(work: Work, found: Measured, plan: Plan, relative: float, room: int) -> Measured:
     """The same with what was predicted, and the ratios."""
     assert plan.predicted.baseline_step_seconds is not None
     seconds = relative * plan.predicted.baseline_step_seconds

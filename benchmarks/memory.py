@@ -1,4 +1,4 @@
-"""Peak memory of the training phase beyond the process before loading, each side in a process of its own."""
+"""Peak memory of the training phase beyond the process before loading, each side in its own process."""
 
 import json
 import os

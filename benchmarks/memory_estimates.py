@@ -1,4 +1,4 @@
-"""The table of docs/results/scale/README.md on memory: predicted, counted on fake tensors, and where there is one, measured on an H200.
+"""The table of docs/results/scale/README.md on memory: predicted, counted on fake tensors and, if available, measured on an H200.
 
 .venv/bin/python benchmarks/memory_estimates.py
 

@@ -1,4 +1,4 @@
-"""Small SVG files: what matplotlib writes, with short coordinates, and styles and names written once."""
+"""Small SVG files: the output of matplotlib with short coordinates, and styles and names written once."""
 
 import io
 import re

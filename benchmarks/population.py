@@ -4,10 +4,10 @@
     .venv/bin/python benchmarks/population.py INPUTS.pt --out OUT --jobs 'main:012,more:0 single:01/40' --seconds 480
 
 ``--prepare`` writes down tokens, order of rows and default rates, as ``aletheia train`` takes them, and needs the data.
-Runs share the matrix products of the frozen weights; each has adapters, a rate and layers of its own. They have PEFT's
+Runs share the matrix products of the frozen weights; each has its own adapters, rate and layers. They have PEFT's
 random start, the batches, the optimizer and the schedule of ``frontier.py`` and ``single_layers.py``, whose lines they
-write: OUT/runs.jsonl and OUT/gains.jsonl. Arms that freeze or thaw go on from the state of the run that they part from.
-Every line is on disk when its runs are done; runs that are there are not repeated.
+write: OUT/runs.jsonl and OUT/gains.jsonl. Arms that freeze or thaw continue from the state of the run that they branch from.
+Every line is on disk when its runs are done; existing runs are not repeated.
 
 ``+ratioN`` behind an arm's name is a rate N times as high for B as for A, ``+warmS`` a warm-up over a share S of the
 steps, ``+betaB`` another second beta for Adam, ``+mean`` gives layers that freeze the average of their weights.
@@ -558,7 +558,7 @@ class Cell:
 
 
 def cut(arms: Sequence[Arm], most: int) -> list[Sequence[Arm]]:
-    """Parts of at most so many."""
+    """Parts of at most a given size."""
     return [arms[at : at + most] for at in range(0, len(arms), most)]
 
 
@@ -716,8 +716,10 @@ def one_job(cell: Cell, arms: list[Arm], is_single: bool, out: Path, device: str
         return f"{low:.4f}@{step}" + (f" mean {min(averages):.4f}" if averages else "")
 
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.0f} GiB" if cell.device == "cuda" else ""
-    told = ", ".join(f"{arm.name} {arm.rate:g}: {best(own)}" for arm, own in found.items() if arm.seed == arms[0].seed)
-    print(f"{cell.task} {cell.length}: {len(found)} runs, {seconds:.1f} s{memory} | {told}", flush=True)
+    losses = ", ".join(
+        f"{arm.name} {arm.rate:g}: {best(own)}" for arm, own in found.items() if arm.seed == arms[0].seed
+    )
+    print(f"{cell.task} {cell.length}: {len(found)} runs, {seconds:.1f} s{memory} | {losses}", flush=True)
 
 
 def runs_at_once(tokens: int) -> int:
@@ -729,7 +731,7 @@ def runs_at_once(tokens: int) -> int:
 
 
 def known_lines(out: Path) -> set[tuple]:
-    """Runs that are there."""
+    """Existing runs."""
     found: set[tuple] = set()
     for name in ("runs.jsonl", "gains.jsonl"):
         for line in (out / name).read_text().splitlines() if (out / name).exists() else ():

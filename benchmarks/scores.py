@@ -114,7 +114,7 @@ def spearman(a_XL: np.ndarray, b_L: np.ndarray) -> np.ndarray:
 
 
 def bootstrap(tables: list[np.ndarray], gains: list[Gains], draw_layers: bool = True) -> np.ndarray:
-    """Correlations [draws, tasks, scores] with layers (the same in all tasks), held-out rows and seeds drawn anew.
+    """Correlations [draws, tasks, scores] with layers (the same in all tasks), held-out rows and seeds drawn again.
 
     With ``draw_layers`` off, these layers are all there is, and only the noise of the gains counts.
     """

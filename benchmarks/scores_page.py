@@ -24,7 +24,7 @@ PAGE = """# Does a score predict what a layer is worth?
 
 Made by `benchmarks/single_layers.py`, or the job `single` of `benchmarks/population.py` on a GPU, and `benchmarks/scores.py`. Tables:
 [gains.csv](gains.csv), [scores.csv](scores.csv), [spearman.csv](spearman.csv).
-gains.jsonl.xz holds the loss of every held-out row, also of tasks that are not finished. To go on from there, unpack it into OUT/gains.jsonl.
+gains.jsonl.xz holds the loss of every held-out row, also of tasks that are not finished. To continue from there, unpack it into OUT/gains.jsonl.
 
 ## The question
 
@@ -164,7 +164,7 @@ def _meaning(by: dict, agreement: dict[str, tuple[dict, float]]) -> list[str]:
         "It is the best after the fact, so its figure flatters it.",
         f'Of those that look at no gradient, "{NAMES[simple]}" is the best, {_cell(mean[simple])}; it {_said(mean[simple])}.',
         f"Scores whose interval lies above 0: {', '.join(clear) if clear else 'none'}.",
-        f"Each interval stands by itself: no correction was made for looking at {len(NAMES)} of them.",
+        f"There is no correction for looking at {len(NAMES)} intervals.",
     ]
     weak = [task for task, (_, most) in agreement.items() if most < 0.7]
     if weak:

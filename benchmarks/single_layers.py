@@ -7,7 +7,7 @@ LoRA of rank 16 on the seven matrices of one layer of SmolLM2-135M-Instruct, fro
 AdamW, linear decay. Order of rows and optimizer are those of ``frontier.py``. Below the one adapted layer the model is
 the base model, so what enters the layer is computed once per task, from what entered the layer before, and is shared by
 all seeds. One line per run goes to OUT/gains.jsonl, with the summed loss of each held-out row; the line of the base
-model has no layer. Runs that are there are not repeated. ``--check`` writes nothing: it trains each run a second time
+model has no layer. Existing runs are not repeated. ``--check`` writes nothing: it trains each run a second time
 in plain PEFT, every layer computed from the tokens, and prints both losses.
 """
 
@@ -214,7 +214,7 @@ def keep(store: Path, sweep: Sweep, steps: int, layer: int | None, seed: int | N
 
 
 def losses_in(store: Path, name: str, steps: int) -> dict[tuple, float]:
-    """Nats per labelled token of the runs that are there, by layer and seed."""
+    """Nats per labelled token of the existing runs, by layer and seed."""
     lines = [json.loads(line) for line in store.read_text().splitlines()] if store.exists() else []
     runs = [line for line in lines if (line["task"], line["steps"]) == (name, steps)]
     return {(run["layer"], run["seed"]): mean(run["nats"], run["counts"]) for run in runs}

@@ -1,10 +1,10 @@
 #!/bin/sh
 # Four machines with eight GPUs each. Start it on every one of them, with the same arguments:
 #   examples/four_nodes.sh HEAD MODEL OUT
-# HEAD is the name of one of the machines, which all of them reach on port 29500. It was not run on several machines
-# here.
+# HEAD is the name of one of the machines, which all of them reach on port 29500. It has not been run on several
+# machines yet.
 #
-# OUT lies on a file system that all machines share: checkpoints are written and read there. The cache folder may lie
+# OUT must be on a file system that all machines share: checkpoints are written and read there. The cache folder can be
 # there, too, or on a disk of each machine, which then computes what its own processes see.
 #
 # With accelerate launch, give every machine its number:

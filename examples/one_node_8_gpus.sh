@@ -1,8 +1,8 @@
 #!/bin/sh
-# One machine, eight GPUs, by torchrun: examples/one_node_8_gpus.sh MODEL OUT
-# It was not run on GPUs here.
+# One machine with eight GPUs, started with torchrun: examples/one_node_8_gpus.sh MODEL OUT
+# It has not been run on GPUs yet.
 #
-# accelerate launch does the same; its file may then say FSDP2 instead of the settings of the run:
+# accelerate launch does the same; its own file can then set FSDP2 instead of the settings of the run:
 #   accelerate launch --config_file examples/accelerate_fsdp2.yaml --no_python aletheia train MODEL \
 #     --data train.jsonl --out OUT
 #   accelerate launch --config_file examples/accelerate_fsdp2.yaml examples/trl_sft.py MODEL train.jsonl plan.json OUT

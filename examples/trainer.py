@@ -4,7 +4,7 @@
     aletheia plan scores.json --out plan.json
     python examples/trainer.py MODEL train.jsonl plan.json OUT
 
-``train.jsonl`` has rows with ``prompt`` and ``completion``. Run again after a crash, it goes on from its last
+``train.jsonl`` has rows with ``prompt`` and ``completion``. Run again after a crash, it resumes from its last
 checkpoint. The batches here are plain text; any data set and collator will do.
 """
 
@@ -43,12 +43,12 @@ arguments = TrainingArguments(
     eval_strategy="epoch",
     save_strategy="epoch",
     report_to="none",
-    use_cpu=not torch.accelerator.is_available(),  # or several processes on CPUs do not find each other
+    use_cpu=not torch.accelerator.is_available(),  # otherwise several processes on CPUs do not find each other
 )
 collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
 trainer = Trainer(model, arguments, collator, train_dataset=rows["train"], eval_dataset=rows["test"])
 attachment = aletheia.attach(trainer, plan, notify=print)
-trainer.train(resume_from_checkpoint=os.path.isdir(out) and bool(get_last_checkpoint(out)))  # the newest whole one
+trainer.train(resume_from_checkpoint=os.path.isdir(out) and bool(get_last_checkpoint(out)))  # the newest complete one
 trainer.save_model()
 if trainer.is_world_process_zero():
     print(f"prefix cache: {attachment.decision.kind}, {attachment.decision.reason}")

@@ -1,6 +1,6 @@
 """An ordinary script for TRL's SFTTrainer, made faster by a plan.
 
-What is new is marked: the plan is read, gives the LoRA configuration, and is attached. The rest is as it was. Make the
+New lines are marked: the plan is read, gives the LoRA configuration, and is attached. The rest is unchanged. Make the
 plan first, then run the script as you always do, with ``torchrun`` or ``accelerate launch`` too:
 
     aletheia probe MODEL --data train.jsonl --out scores.json
@@ -31,7 +31,7 @@ trainer = SFTTrainer(
         per_device_train_batch_size=4,
         learning_rate=2e-4,
         report_to="none",
-        use_cpu=not torch.accelerator.is_available(),  # or several processes on CPUs do not find each other
+        use_cpu=not torch.accelerator.is_available(),  # otherwise several processes on CPUs do not find each other
     ),
     train_dataset=rows,
     peft_config=plan.lora_config(model),  # was LoraConfig(r=16, ...)

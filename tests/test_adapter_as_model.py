@@ -124,7 +124,7 @@ def test_the_card_of_a_merged_start_has_code_that_loads_it(foreign, model_folder
     assert aletheia.held_out_loss(ours, held_out, 2) == pytest.approx(loss, rel=1e-4)
     with pytest.raises(PlanError):  # the base without the first adapter
         aletheia.load_adapter(aletheia.load(str(model_folder), "float32").model, run.path)
-    with pytest.raises(ModelError, match="an adapter folder again; expected a base model; merge that adapter"):
+    with pytest.raises(ModelError, match="another adapter folder; expected a base model; merge that adapter"):
         fine_tune(run.path, data_file, tmp_path / "on")
 
 
@@ -242,7 +242,7 @@ def test_the_command_line_goes_on_with_an_adapter(foreign, data_file, tmp_path, 
     )
     code, _, err = run(*asked, "--freeze-after", 0, "--seed", 3, "--cache", "off", "--eval-rows", 1)
     assert code == 0, err
-    assert f"go on  with {foreign} on " in err
+    assert f"adapt  trains {foreign} further on " in err
     assert "goes on from" in (tmp_path / "run" / "README.md").read_text()
     first = json.loads((tmp_path / "run" / "metrics.json").read_text())
     code, _, err = run(*asked[:-2], "--config", "run/config.yaml", "--out", "again", "--cache", "off")

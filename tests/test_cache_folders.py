@@ -122,10 +122,10 @@ def test_the_command_names_what_is_no_cache_and_keeps_what_is_used(run, tmp_path
     (root / "torn" / "cache.json").write_text("{")
     code, out, err = run("cache", "--cache-dir", root, "--json")
     assert (code, len(json.loads(out))) == (0, 2)
-    assert err == f"note: what is no cache of ours in {root} is passed over: empty, loop, notes.txt and 1 more\n"
+    assert err == f"note: skipped in {root}, because they are not prefix caches: empty, loop, notes.txt and 1 more\n"
     code, out, err = run("cache", "--cache-dir", root, "--delete-unused", 0)
     assert code == 0
-    assert f"{held.folder} is in use by a run, and stays" in err
+    assert f"{held.folder} is in use by a run and is kept" in err
     assert not unused.folder.exists()
     assert {path.name for path in root.iterdir()} == {held.folder.name, "notes.txt", "empty", "loop", "torn"}
     assert run("cache", "--cache-dir", root / "notes.txt")[0] == 0

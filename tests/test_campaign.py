@@ -127,15 +127,15 @@ def pool(scripts, workers=2):
     ("text", "message"),
     [
         ("kind: speed\nname: [", "spec.yaml:2: "),
-        ("- a\n- b", "found list, expected a mapping"),
+        ("- a\n- b", "found list; expected a mapping"),
         ("name: x", "Unable to extract tag using discriminator 'kind'"),
         (json.dumps(SPEC | {"stepps": 3}), "stepps: Extra inputs are not permitted"),
-        (json.dumps(SPEC | {"arms": ["uniform", "papr"]}), "'papr' is no arm known by name (uniform, paper,"),
-        (json.dumps(SPEC | {"arms": ["paper"]}), "'uniform' is compared with, and is none of the arms (paper)"),
+        (json.dumps(SPEC | {"arms": ["uniform", "papr"]}), "'papr' is not a predefined arm (uniform, paper,"),
+        (json.dumps(SPEC | {"arms": ["paper"]}), "'uniform' is to be compared and is not among the arms (paper)"),
         (json.dumps(SPEC | {"seeds": [0, 0]}), "seeds: 0 twice"),
         (json.dumps(SPEC | {"models": [{"name": "a", "path": "x", "config": LLAMA}]}), "either a path or a config"),
         (json.dumps(SPEC | {"models": [{"name": "../a", "path": "x"}]}), "models.0.name: String should match"),
-        (json.dumps(SPEC | {"comparisons": [["paper", "last"]]}), "'last' is compared with"),
+        (json.dumps(SPEC | {"comparisons": [["paper", "last"]]}), "'last' is to be compared"),
         ("kind: speed\nname: !!python/object/apply:os.system [touch x]", "spec.yaml:2: found a tag"),
     ],
 )
@@ -209,7 +209,7 @@ def test_folders_may_move_and_data_may_not_change(tmp_path, scripts, monkeypatch
     assert all(record.status == "done" for record in records)
     assert (out / "jobs" / "m1--1" / "half-done").exists()
     (data / "train.jsonl").write_text("other rows")
-    with pytest.raises(CampaignError, match=r"train\.jsonl is not what it was when m0--0 ran"):
+    with pytest.raises(CampaignError, match=r"train\.jsonl was changed since m0--0 ran"):
         run_campaign(campaign(), out, pool(scripts), data)
 
 
@@ -220,7 +220,7 @@ def test_jobs_of_an_earlier_store_are_taken_in_or_refused_and_never_deleted(tmp_
     assert run_campaign(campaign(), tmp_path, pool(scripts)) == records
     assert (tmp_path / "started.txt").read_text() == started  # no job ran again
     (tmp_path / STORE_FILE).unlink()
-    with pytest.raises(CampaignError, match=r"m0--0 holds a campaign with rounds = 2, the file says 3"):
+    with pytest.raises(CampaignError, match=r"m0--0 holds a campaign with rounds = 2, and the file has 3"):
         run_campaign(campaign(rounds=3), tmp_path, pool(scripts))
     assert not (tmp_path / STORE_FILE).exists()
     assert len(list((tmp_path / "jobs").glob("*/result.json"))) == 9
@@ -371,7 +371,7 @@ def test_settings_of_the_other_executor_are_refused():
 
 def test_another_campaign_in_the_folder_is_refused(tmp_path, scripts):
     run_campaign(campaign(), tmp_path, pool(scripts))
-    with pytest.raises(CampaignError, match=r"holds a campaign with rounds = 2, the file says 3"):
+    with pytest.raises(CampaignError, match=r"holds a campaign with rounds = 2, and the file has 3"):
         run_campaign(campaign(rounds=3), tmp_path, pool(scripts))
     (tmp_path / STORE_FILE).write_bytes(b"no database" * 100)
     with pytest.raises(CampaignError, match="was changed after it was written"):
@@ -379,7 +379,7 @@ def test_another_campaign_in_the_folder_is_refused(tmp_path, scripts):
 
 
 def test_of_two_coordinators_one_goes_on(tmp_path, scripts):
-    at_work = pytest.raises(CampaignError, match="another 'aletheia campaign run' is at work")
+    at_work = pytest.raises(CampaignError, match="another 'aletheia campaign run' is running there")
     with Store.writing(tmp_path, campaign()), at_work:
         run_campaign(campaign(), tmp_path, pool(scripts))
 
@@ -434,7 +434,7 @@ def test_of_two_coordinators_that_start_together_one_goes_on(tmp_path, scripts, 
         told = [one.communicate(timeout=120)[1] for one in both]
         codes = [one.returncode for one in both]
         assert sorted(codes) == [0, 1], told
-        assert "another 'aletheia campaign run' is at work" in told[codes.index(1)].splitlines()[-1]
+        assert "another 'aletheia campaign run' is running there" in told[codes.index(1)].splitlines()[-1]
         records = Store(out / STORE_FILE).records()
         assert [record.status for record in records] == ["done"] * 27
 
@@ -626,14 +626,14 @@ def test_the_behaviour_report_says_what_cannot_be_shown(tmp_path):
     _, markdown, csv = (path.read_text() for path in write_report(Store(tmp_path / STORE_FILE), tmp_path))
     assert "worse than uniform by at most 0.0100 nats of held-out loss per token?" in markdown
     assert "Worse by more: paper. Shown: depth-aware." in markdown
-    assert "depth-aware and paper chose the same layers in every run, so it is not selection that differs." in markdown
+    assert "depth-aware and paper chose the same layers in every run, so selection explains no difference." in markdown
     assert "| depth-aware against paper | -0.3016 (" in markdown
     against_base = markdown.split("## Forgetting")[1].split("### Held-out loss")[1].split("###")[0]
     assert "| depth-aware | -1.1060 (" in against_base
     arms = re.findall(r"^\| ([a-z-]+) \|", against_base, re.MULTILINE)
     assert arms == ["arm", "---", "depth-aware", "uniform", "paper"]  # by effect
     assert "too few items" in markdown  # three points of accuracy on twelve items
-    assert "where nearly all items get one answer: base answers A to 12 of 12 items of mmlu." in markdown
+    assert "if nearly all items get one answer: base answers A to 12 of 12 items of mmlu." in markdown
     assert csv.count("\n") == 5
 
 
@@ -645,7 +645,7 @@ def test_a_behaviour_page_draws_each_arm_before_all_others_which_are_drawn_once(
     assert panels.count('id="curves-0"') == 1
     assert panels.count('<use href="#curves-0"/>') == 2
     assert panels.count('class="run r0"') == 3
-    assert "does not begin at zero" in panels
+    assert "does not start at zero" in panels
 
 
 def test_intervals_are_drawn_where_they_lie():
@@ -803,7 +803,7 @@ def test_without_a_sandbox_the_campaign_says_where_to_do_without(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     sandbox.check.cache_clear()
     campaign = read_campaign(Path(__file__).parent.parent / "campaigns/behaviour-instruct.yaml")
-    with pytest.raises(SandboxError, match=r"bubblewrap.*boundary, with `unsafe_exec`$"):
+    with pytest.raises(SandboxError, match=r"bubblewrap.*sandbox with `unsafe_exec`$"):
         check_tools(campaign)
     check_tools(campaign.model_copy(update={"unsafe_exec": True}))
 
@@ -815,10 +815,10 @@ def test_the_command_line_from_dry_run_to_report(run, tmp_path, data_file):
     code, out, _ = run(*asked, "--dry-run")
     assert code == 0
     assert "2 rows in 1 jobs, 0 rows done" in out
-    assert "hours to go (from operations" in out
+    assert "hours to go (a rough guess from operations" in out
     assert not (tmp_path / "out").exists()
     code, _, err = run("campaign", "status", "out")
-    assert (code, err) == (2, "error: out holds no campaign; run one there with 'aletheia campaign run'\n")
+    assert (code, err) == (2, "error: out holds no campaign; start one there with 'aletheia campaign run'\n")
     bad = SPEC | {"models": [{"name": "bad", "config": LLAMA | {"pad_token_id": 999}}]}
     (tmp_path / "bad.yaml").write_text(yaml.safe_dump(bad))
     code, _, err = run(*asked[:2], "bad.yaml", *asked[3:], "--dry-run")
@@ -826,7 +826,7 @@ def test_the_command_line_from_dry_run_to_report(run, tmp_path, data_file):
     assert "error: model bad: transformers cannot build this config (" in err.splitlines()[-1]
     code, _, err = run(*asked[:-1], tmp_path / "nowhere")
     assert code == 2
-    assert "train.jsonl is missing; expected it there, or another --data-dir" in as_flags(err)
+    assert "train.jsonl is missing; put it there, or set another --data-dir" in as_flags(err)
     code, _, err = run(*asked)
     assert code == 0, err
     assert "done   m0 last 0" in err
@@ -844,6 +844,6 @@ def test_the_command_line_from_dry_run_to_report(run, tmp_path, data_file):
     (tmp_path / "out" / "report.html").write_text("a page of somebody else")
     code, _, err = run("campaign", "report", "out")
     assert code == 2
-    assert "is no report of ours" in err
+    assert "is not a report of Aletheia" in err
     code, out, _ = run("campaign", "schema")
     assert json.loads(out)["oneOf"]

@@ -329,10 +329,10 @@ def test_a_plan_edited_by_hand_is_taken_once_its_seal_is_out(run, copy, model_fo
     assert Plan.read(place).settings.rslora
     assert not is_sealed(place)
     code, _, err = run("show", place)
-    assert (code, err.count("has no sha256, so it is taken as edited by hand")) == (0, 1)
+    assert (code, err.count("has no sha256 checksum, so it is treated as edited by hand")) == (0, 1)
     command = ("train", model_folder, "--data", data_file, "--plan", place, "--steps", 1, "--max-length", 64)
     code, _, err = run(*command, "--out", "new")
-    assert (code, err.count("has no sha256, so it is taken as edited by hand")) == (0, 1)
+    assert (code, err.count("has no sha256 checksum, so it is treated as edited by hand")) == (0, 1)
     assert is_sealed(Path("new/plan.json"))
     scores = copy / "scores.json"
     edited(scores)

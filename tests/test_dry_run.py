@@ -84,7 +84,7 @@ def test_what_would_end_the_run_is_said_before(asked, model_folder, data, tmp_pa
         asked(out="file")
     with monkeypatch.context() as patched:
         patched.setattr("os.access", lambda path, mode: path != tmp_path)
-        with pytest.raises(ArtifactError, match=r"cannot write to .*: no rights"):
+        with pytest.raises(ArtifactError, match=r"cannot write to .*: permission denied"):
             asked(out="deep/run")
     with pytest.raises(DataError, match="no such file"):
         asked(rows=data | {"eval_data": ["held.jsonl"]})
@@ -133,7 +133,7 @@ def test_an_interrupted_run_goes_on_only_with_its_own_settings(asked, model_fold
 def test_models_that_are_not_timed_say_why(asked, model_folder, data, tmp_path, quiet):
     found = asked(model={"model": str(model_folder), "stream": True})
     assert not found.seconds
-    assert found.why_no_seconds == "the model is read layer by layer"
+    assert found.why_no_seconds == "the model is streamed, layer by layer"
     assert found.cache == "disk"
     aletheia.fine_tune(str(model_folder), data, tmp_path / "done", None, TRAINING, say=quiet)
     found = asked(model=str(tmp_path / "done"))

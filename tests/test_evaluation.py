@@ -271,7 +271,7 @@ def test_evaluate_forget_and_show(run, model_folder, benchmark_data, adapter, da
     assert extra["tasks"]["heldout"][0]["worse_by"] == 0
 
     _, err = evaluation(run, model_folder, benchmark_data, "tuned", *more, "--adapter", adapter, tasks=tasks)
-    assert "finished with these settings" in err
+    assert "finished evaluation with these settings" in err
     assert "load" not in err
 
 
@@ -375,7 +375,7 @@ def test_bad_data_is_named(benchmark_data, tmp_path):
         local_splits("mmlu", tmp_path)
     write_rows(tmp_path / "mmlu/dev.jsonl", [{}])
     write_rows(tmp_path / "mmlu/test.jsonl", [{"subject": "anatomy", "question": "?", "choices": ["1"], "answer": 0}])
-    with pytest.raises(DataError, match=r"test.jsonl:1: found no four choices"):
+    with pytest.raises(DataError, match=r"test.jsonl:1: expected four choices"):
         local_splits("mmlu", tmp_path)
     write_rows(tmp_path / "gsm8k/test.jsonl", [{"question": "?"}])
     write_rows(tmp_path / "gsm8k/train.jsonl", [{"question": "?", "answer": "1"}])

@@ -149,7 +149,7 @@ def test_the_report_has_the_ranks_and_a_curve_where_there_is_one(tmp_path, run):
     assert run("report", tmp_path / "a", "--out", tmp_path / "r.html")[0] == 0
     page = (tmp_path / "r.html").read_text()
     assert "Ranks by layer" in page
-    assert "no trainer_state.json" in page
+    assert "neither trainer_state.json" in page
     assert "Loss by optimizer step" not in page
     write_state(tmp_path / "a", [5, 10], evaluate=False)
     assert run("report", tmp_path / "a", "--out", tmp_path / "r.html")[0] == 0

@@ -175,15 +175,15 @@ def test_the_template_of_an_adapter_folder_counts(model_folder, adapter, tmp_pat
 def test_what_cannot_be_answered_is_said(model_folder, adapter, tmp_path):
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "one"}) + "\n")
     for error, words, call in (
-        (SettingsError, "found no prompt and no `data`", lambda: generate(model_folder)),
+        (SettingsError, "found neither a `prompt` nor `data`", lambda: generate(model_folder)),
         (
             SettingsError,
-            "`against` is base and .* is no adapter folder",
+            "`against` is base and .* is not an adapter folder",
             lambda: generate(model_folder, "x", None, "base"),
         ),
         (
             DataError,
-            "plain text, which has no answer",
+            "plain text, without an answer",
             lambda: generate(model_folder, data=str(tmp_path / "text.jsonl")),
         ),
         (DataError, "prompt 2 is empty", lambda: generate(model_folder, ["a", " \n"])),

@@ -136,7 +136,7 @@ def test_evaluations_with_different_tokenizers_are_not_compared(data_file, tmp_p
     for name, tokenizer in (("one", make_tokenizer()), ("other", other_vocabulary())):
         settings = eval_settings(None, None, model="tiny", tasks=["heldout"], eval_data=str(data_file), limit=2)
         done.append(evaluate(Loaded(make_model(), tokenizer, None), settings, tmp_path / name, show_progress=False))
-    with pytest.raises(EvaluationError, match=r"with the tokenizer .*, .*other with .*; expected one"):
+    with pytest.raises(EvaluationError, match=r"uses the tokenizer .*, .*other uses .*; expected the same"):
         compare(*done)
     header = {"tokenizer": done[0].evaluation.tokenizer.model_dump(exclude={"name"})}
     Journal(tmp_path / "journal", header)

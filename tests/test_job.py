@@ -146,9 +146,9 @@ def test_settings_that_contradict_each_other_are_refused_before_anything_is_read
             job(**more)
     streamed = {"model": "nowhere", "stream": True}
     for more, told in (
-        ({"plan": {"freeze_after": 0.5}}, "`freeze_after` is 0.5; expected 0 where the model is streamed"),
-        ({"plan": {"target": "quality"}}, "`target` is quality; expected none where the model is streamed"),
-        ({"training": {"cache": "memory"}}, "`cache` is memory; expected auto or disk where the model is streamed"),
+        ({"plan": {"freeze_after": 0.5}}, "`freeze_after` is 0.5; expected 0 for a streamed model"),
+        ({"plan": {"target": "quality"}}, "`target` is quality; expected none for a streamed model"),
+        ({"training": {"cache": "memory"}}, "`cache` is memory; expected auto or disk for a streamed model"),
     ):
         with pytest.raises(SettingsError, match=told):
             aletheia.fine_tune(streamed, "nothing.jsonl", tmp_path / "run", **more)

@@ -94,7 +94,7 @@ def test_what_is_free_decides_nothing(monkeypatch):
         assert "smaller batches" in room.warning(every + 10**9)
     ((_, why),) = found
     total = device_memory.total_memory_bytes(cpu)
-    assert f"80% of the {total / 1e9:.1f} GB" in why
+    assert f"(80% of {total / 1e9:.1f} GB" in why
     assert "`max_memory` of 6.0 GB" in Room(cpu, 6 * 10**9).why_no_early_layers(7 * 10**9, is_streamed=False)
 
 

@@ -185,8 +185,8 @@ def test_10_a_path_of_another_kind_for_what_shows_and_measures(refuse, model_fol
         "show done",
         "eval model --adapter plan.json --tasks mmlu --out X": "plan.json is a plan; expected a run folder or another "
         "adapter folder; to follow it: aletheia train MODEL --data ROWS --plan plan.json --out RUN",
-        "eval done --out X": f"done is an adapter of the base model {model_folder}; expected that as MODEL, and the "
-        f"adapter beside it: aletheia eval {model_folder} --adapter done ...",
+        "eval done --out X": f"done is an adapter of the base model {model_folder}; expected the base as MODEL and the "
+        f"adapter as an option: aletheia eval {model_folder} --adapter done ...",
     }.items():
         assert refuse(command) == line
     assert refuse("report plan.json").startswith("--out is missing; expected for example: aletheia report ")

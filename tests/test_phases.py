@@ -156,7 +156,7 @@ def test_a_speedup_counts_the_early_steps(scores):
 
 
 def test_what_cannot_be_is_refused(plan, examples, tmp_path):
-    with pytest.raises(TrainingError, match="layers 0-1 at first, which are not in memory"):
+    with pytest.raises(TrainingError, match="layers 0-1 at first, and a streamed model"):
         trained(plan, examples, tmp_path / "run", Prepared(prefix=object()))
     with pytest.raises(TrainingError, match="layers 0-1 at first, which are not in memory"):
         trained(plan, examples, tmp_path / "run", free_prefix=True)

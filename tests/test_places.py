@@ -356,7 +356,7 @@ def test_a_fault_of_ours_is_one_line_and_debug_shows_where(run, monkeypatch, sco
     code, _, err = run("plan", scores_file, "--out", "p.json")
     assert code == 1
     assert re.fullmatch(
-        r"error: KeyError: 'an inner name' \(this is a bug of ours; .*--debug.*ALETHEIA_DEBUG.*\)\n", err
+        r"error: KeyError: 'an inner name' \(this is a bug in Aletheia; .*--debug.*ALETHEIA_DEBUG.*\)\n", err
     )
     monkeypatch.setenv("ALETHEIA_DEBUG", "1")
     _, _, err = run("plan", scores_file, "--out", "p.json")
@@ -373,7 +373,7 @@ def test_a_fault_of_ours_is_one_line_and_debug_shows_where(run, monkeypatch, sco
     ],
 )
 def test_no_memory_says_what_to_lower(error):
-    line, code = faults.told(error)
+    line, code = faults.message_and_code(error)
     assert code == 2
     assert "there is not enough memory" in line
     assert "--batch-size or --max-length" in line

@@ -104,7 +104,7 @@ def test_rows_that_would_stop_a_run_are_counted(model_folder, tmp_path):
     data = {"data": str(write(tmp_path / "rows.jsonl", *rows)), "max_length": 90}
     found = aletheia.preview(str(model_folder), data)
     assert (found.rows, sum(found.left_out.values()), found.truncated) == (3, 1, 1)
-    assert any("a run stops at the first of the rows" in note for note in found.notes)
+    assert any("training would stop at the first row" in note for note in found.notes)
     assert [row.is_longest_allowed for row in found.shown] == [False, False, True]
     assert len(aletheia.preview(str(model_folder), data, rows=[4, 1]).shown) == 2
     for number, words in ((0, "from 1 to 4"), (5, "from 1 to 4"), (2, "rows.jsonl:2 is left out")):
@@ -118,9 +118,9 @@ def test_held_out_rows_that_would_stop_a_run_are_told_of(model_folder, talks, tm
     found = aletheia.preview(str(model_folder), data)
     assert dict(found.left_out) == {}
     assert any(note.startswith("held-out rows: 1 row is left out: 1 with ") for note in found.notes)
-    assert any("a run stops at the first of the rows" in note for note in found.notes)
+    assert any("training would stop at the first row" in note for note in found.notes)
     found = aletheia.preview(str(model_folder), data | {"skip_unusable": True})
-    assert not any("a run stops" in note for note in found.notes)
+    assert not any("training would stop" in note for note in found.notes)
 
 
 def test_what_the_notes_on_the_data_say_is_not_said_again_for_held_out_rows(model_folder, talks, tmp_path):

@@ -125,10 +125,10 @@ def test_a_base_on_this_machine_is_named_nowhere_unless_its_id_is_given(finished
     said = []
     done = aletheia.push(finished, "me/thing", say=said.append)
     assert len(said) == 1
-    assert "a path of this machine, so the card names none; `base` gives its hub id" in said[0]
+    assert "a path of this machine, so the card names no base; give its hub id with `base`" in said[0]
     assert "base_model" not in done.metadata
     assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] is None
-    with pytest.raises(ArtifactError, match=r"`base` is .*; expected an id of the hub"):
+    with pytest.raises(ArtifactError, match=r"`base` is .*; expected a hub id"):
         aletheia.push(finished, "me/thing", base=finished.metrics.model.name)
 
 

@@ -296,7 +296,7 @@ def test_a_ratio_stands_only_between_runs_that_did_the_same_work_on_the_same_mac
     ]
     html = page_of(runs, tmp_path).text
     assert f"Not like for like. The runs differ in {why}." in html
-    assert "No ratio to uniform is given, since the two are not alike." in html
+    assert "No ratio to uniform is given, because the two runs are not comparable." in html
     assert not re.findall(r"[\d.]+ times as (?:fast|long)|\d\.\d\dx(?! over)|Time saved|Speed-up", html)
 
 
@@ -497,10 +497,10 @@ def test_report_replaces_a_report_and_nothing_else(tmp_path):
     report([make_run()], out)
     assert "plan" in Page(out.read_text(encoding="utf-8")).text
     out.write_text("<html>my thesis</html>")
-    with pytest.raises(ArtifactError, match="no report of ours"):
+    with pytest.raises(ArtifactError, match="not a report of Aletheia"):
         report([make_run()], out)
     assert out.read_text() == "<html>my thesis</html>"
-    with pytest.raises(ArtifactError, match="another place"):
+    with pytest.raises(ArtifactError, match="another `out`"):
         report([make_run()], tmp_path)
 
 
@@ -808,7 +808,7 @@ def test_a_run_that_ended_at_its_best_says_which_point_was_kept_and_what_it_save
     assert "step 75 of 150, 50 steps saved" in told
     assert [line.split()[0] for line in told.splitlines() if line.rstrip().endswith(" kept")] == ["75"]
     page = page_of([run], tmp_path)
-    assert "Training ended before the planned 200 steps, since the loss no longer fell." in page.text
+    assert "Training ended before the planned 200 steps, because the loss no longer fell." in page.text
     assert "The adapter of step 75 was kept." in page.text
     assert "150 steps, 50 saved" in page.text
     assert "--steps 200" in page.text

@@ -47,7 +47,7 @@ def test_what_is_free_decides_nothing_and_is_told(monkeypatch):
     assert found == [(80 * 10**9, None)] * 2
     reason = Room(CPU, None).why_no_early_layers(81 * 10**9, False)
     assert reason is not None
-    assert "to take 81.0 GB to train, more than 80.0 GB, which is 80% of the 100.0 GB there are" in reason
+    assert "to take 81.0 GB, more than 80.0 GB (80% of 100.0 GB in total)" in reason
     assert "more than `max_memory` of 6.0 GB" in Room(CPU, 6 * 10**9).why_no_early_layers(7 * 10**9, False)
 
 
@@ -81,7 +81,7 @@ def test_layers_that_do_not_fit_do_not_learn_and_the_figures_are_told(
     )
     assert not run.plan.early_layers
     told = next(line for line in lines if "do not learn" in line)
-    assert f"do not learn{unlike}: every layer is predicted to take 1.2 GB to train, more than 0.0 GB" in told
+    assert f"do not learn{unlike}: every layer is predicted to take 1.2 GB, more than 0.0 GB" in told
 
 
 @pytest.mark.parametrize("limit", [{}, {"max_memory": "8GB"}])
@@ -137,8 +137,8 @@ def test_backward_computes_again_what_would_not_fit(
     )
     assert run.metrics.settings.gradient_checkpointing == taken
     assert bool(run.plan.early_layers) == (TAKES[taken] <= usable)
-    told = [line for line in lines if "which is taken" in line]
-    assert [f"`gradient_checkpointing` {taken}, which is taken" in line for line in told] == [True] * (taken != "off")
+    notes = [line for line in lines if "is used and takes" in line]
+    assert [f"`gradient_checkpointing` {taken} is used" in line for line in notes] == [True] * (taken != "off")
 
 
 def test_a_limit_that_was_given_bounds_the_layers_instead(data_file, model_folder, tmp_path):

@@ -90,11 +90,11 @@ def test_a_template_is_the_same_when_it_is_read_again(home, data_file, template)
 def test_a_base_that_is_gone_is_named_with_the_way_out(home, data_file):
     run = fine_tune("tiny", data_file, "run")
     shutil.move(home / "tiny", home / "other")
-    with pytest.raises(ModelError, match=rf"'{home / 'tiny'}'; found no such model.*`base` names where it lies now"):
+    with pytest.raises(ModelError, match=rf"'{home / 'tiny'}'; found no such model.*set `base` to its present place"):
         fine_tune(run.path, data_file, "on", None)
     on = fine_tune({"model": str(run.path), "base": "other"}, data_file, "on", None)
     assert base_of(on.path) == on.metrics.model.name == str(home / "other")
-    with pytest.raises(SettingsError, match="`base` is given and other is no adapter folder"):
+    with pytest.raises(SettingsError, match="`base` is given and other is not an adapter folder"):
         fine_tune({"model": "other", "base": "other"}, data_file, "x")
 
 

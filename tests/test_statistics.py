@@ -506,7 +506,7 @@ def test_clusters_only_lower_the_bound_of_items():
         (lambda: ratio_of_times([1, 2], [1, 2], level=95), "level is 95"),
         (lambda: geometric_mean([1, math.nan]), "found nan at position 1"),
         (lambda: geometric_mean([[1.0], [2.0]]), "2 dimensions"),
-        (lambda: mean(["a", "b"]), "no number"),
+        (lambda: mean(["a", "b"]), "not a number"),
         (lambda: mean([1, 2], ["a"]), "2 values and 1 clusters"),
         (lambda: sign_flip_test([1, math.inf]), "found inf"),
         (lambda: sign_flip_test([1], "both"), "expected 'two-sided'"),

@@ -30,7 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # its tables cut options and choices off
+    rich_markup_mode=None,  # its tables cut off options and choices
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     cls=Group,
 )
@@ -47,7 +47,7 @@ def _options(
     debug: bool = typer.Option(
         False,
         "--debug",
-        help="Show tracebacks and what libraries print. Give it before the command, or set ALETHEIA_DEBUG=1.",
+        help="Show tracebacks and the output of libraries. Give it before the command, or set ALETHEIA_DEBUG=1.",
     ),
 ) -> None:
     """Fine-tune only the layers of a language model that the task needs."""
@@ -57,7 +57,7 @@ def _options(
 
 
 def run() -> int:
-    """Run the command that ``sys.argv`` asks for; returns its exit code, errors are raised."""
+    """Run the command in ``sys.argv`` and return its exit code; errors are raised."""
     command = typer.main.get_command(app)
     learn(command)
     try:

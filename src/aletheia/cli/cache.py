@@ -1,4 +1,4 @@
-"""``aletheia cache``: the prefix caches on disk, and their removal."""
+"""``aletheia cache``: list and delete prefix caches on disk."""
 
 import time
 from pathlib import Path
@@ -33,12 +33,12 @@ def cache(
     delete_unused: Annotated[
         float | None,
         typer.Option(
-            "--delete-unused", help="Delete the caches that no run has opened for so many days.", metavar="DAYS", min=0
+            "--delete-unused", help="Delete all caches that no run has used for this many days.", metavar="DAYS", min=0
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """List the caches of frozen layers on disk, or delete those that are no longer used."""
+    """List the prefix caches on disk, or delete those that are no longer used."""
     from aletheia.errors import CacheError
     from aletheia.prefix.cache_folders import default_cache_dir, stored_caches
     from aletheia.reporting.format import human_bytes
@@ -51,14 +51,14 @@ def cache(
         unwanted = [one for one in found if delete and one.folder.name.startswith(delete)]
         if len(unwanted) != 1:
             raise CacheError(
-                f"{len(unwanted)} caches in {root} begin with {delete!r}; expected one, see 'aletheia cache'"
+                f"{len(unwanted)} caches in {root} begin with {delete!r}; expected exactly one; see 'aletheia cache'"
             )
     if delete_unused is not None:
         before = time.time() - delete_unused * DAY_SECONDS
         old = [one for one in found if one.used < before and one not in unwanted]
         for one in old:
             if one.is_used:
-                say(f"note: {one.folder} is in use by a run, and stays")
+                say(f"note: {one.folder} is in use by a run and is kept")
         unwanted += [one for one in old if not one.is_used]
     for one in unwanted:
         one.delete()
@@ -67,7 +67,7 @@ def cache(
     if strays:
         names = ", ".join(one.name for one in strays[:3])
         more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
-        say(f"note: what is no cache of ours in {root} is passed over: {names}{more}")
+        say(f"note: skipped in {root}, because they are not prefix caches: {names}{more}")
     if as_json:
         print_json([_described(one) for one in left])
     elif left:

@@ -1,4 +1,4 @@
-"""``aletheia campaign``: models x arms x seeds, run, watched and reported."""
+"""``aletheia campaign``: run, watch and report experiments of models x arms x seeds."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,11 +39,14 @@ def run(
         Path,
         typer.Argument(help="YAML file that describes the campaign; see 'aletheia campaign schema'.", metavar="SPEC"),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder to write results to, or to go on in.", metavar="OUT")],
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="Folder for the results; an interrupted campaign in it resumes.", metavar="OUT"),
+    ],
     data_dir: Annotated[
         Path | None,
         typer.Option(
-            "--data-dir", help="Folder that paths of data start from. (default: data_dir of SPEC)", metavar="FOLDER"
+            "--data-dir", help="Folder that data paths are relative to. (default: data_dir of SPEC)", metavar="FOLDER"
         ),
     ] = None,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Run the rows that failed again.")] = False,
@@ -53,9 +56,9 @@ def run(
     *,
     given: Given,
 ) -> None:
-    """Run every row of a campaign that is not done yet; after an interruption the same command goes on.
+    """Run all rows of a campaign that are not done yet; after an interruption, the same command resumes.
 
-    The exit code is 1 if rows failed; the others are kept.
+    The exit code is 1 if rows failed; the results of the others are kept.
     """
     from aletheia.lab.campaign.checks import check_campaign, check_tools
     from aletheia.lab.campaign.coordinate import run_campaign
@@ -87,7 +90,7 @@ def run(
 
 @app.command("status", epilog=f"Example:\n\n\b\n{EXAMPLES['status']}", cls=Command)
 def status(out: OutArgument, as_json: JsonOption = False) -> None:
-    """Show which rows are done, which failed and why, and which are still to come."""
+    """Show which rows are done, which failed and why, and which are pending."""
     from aletheia.lab.campaign.store import STORE_FILE, Store
     from aletheia.lab.reporting.campaign_terminal import status_table
 
@@ -129,7 +132,7 @@ def schema() -> None:
 
 @contextmanager
 def _live_table() -> "Iterator[Watcher]":
-    """Shows rows as they come in: a table that is drawn again, or a line per row where stderr is no terminal."""
+    """Show rows as they finish: a live table, or a line per row if stderr is not a terminal."""
     from rich.console import Console, Group
     from rich.live import Live
 

@@ -1,4 +1,4 @@
-"""The file of ``--config``: sections of settings in YAML, and the command line over them. Loads no torch.
+"""The file of ``--config``: sections of settings in YAML, which the command line overrides. Loads no torch.
 
 model: Qwen/Qwen2.5-0.5B-Instruct      # short for {name: ...}
 data: train.jsonl                      # or {data: [...], max_length: ..., ...}
@@ -29,9 +29,9 @@ S = TypeVar("S", bound=Settings)
 _CLASSES: tuple[Any, ...] = (LoadSettings, DataSettings, PlanSettings, TrainSettings)
 SECTIONS: dict[str, Any] = {section_of(one): one for one in _CLASSES}
 PLAN_FILE = "file"
-SHORT = {"model": "model", "data": "data"}  # the field that a section stands for where it is no mapping
-NEVER_FROM_A_FILE = ("trust_remote_code", "allow_pickle")  # alone
-# a flag for one of a pair puts aside what the file says of the other
+SHORT = {"model": "model", "data": "data"}  # the field that a section sets if it is not a mapping
+NEVER_FROM_A_FILE = ("trust_remote_code", "allow_pickle")  # the command line must give them, too
+# a flag for one of a pair overrides the other one in the file
 PAIRS = {"steps": "epochs", "epochs": "steps", "eval_data": "eval_fraction", "eval_fraction": "eval_data"}
 
 
@@ -40,7 +40,7 @@ def read_config(path: Path) -> Given:
 
     Raises:
         SettingsError: it cannot be read, is too large, or is not as expected.
-        ArtifactError: it lies in a run folder and was changed there.
+        ArtifactError: it is part of a run folder and was changed there.
     """
     if (fault := mistaken(path, "a YAML file of settings", "settings")) is not None:
         raise SettingsError(fault)
@@ -55,7 +55,7 @@ def parse_config(text: str, name: str) -> Given:
     Values are checked later, by :func:`build`.
 
     Raises:
-        SettingsError: no YAML, an alias, merge key or double key, or a section or setting that is unknown.
+        SettingsError: not YAML; an alias, merge key or double key; or an unknown section or setting.
     """
     return _sections(parse_yaml(text, name), name)
 
@@ -69,10 +69,10 @@ def _sections(found: Any, name: str) -> Given:
 
 
 def merge(file_sections: Mapping[str, Mapping[str, Any]], given: Mapping[str, Mapping[str, Any]]) -> Given:
-    """What the file says, and over it what stands on the command line.
+    """The settings of the file, overridden by those of the command line.
 
-    A flag also puts aside what excludes it in the file: of ``steps`` and ``epochs``, of ``eval_data`` and
-    ``eval_fraction``, and of a plan's file and how a plan is made.
+    A flag also overrides settings of the file that it excludes: ``steps`` and ``epochs`` exclude each other, and so do
+    ``eval_data`` and ``eval_fraction``, and a plan file and settings for making a plan.
     """
     merged: Given = {}
     for section in dict.fromkeys((*file_sections, *given)):
@@ -89,17 +89,17 @@ def merge(file_sections: Mapping[str, Mapping[str, Any]], given: Mapping[str, Ma
 def build(
     settings: type[S], file_sections: Mapping[str, Mapping[str, Any]], given: Mapping[str, Mapping[str, Any]]
 ) -> S:
-    """The settings that file and command line give together; a plan's ``file`` is not one of them.
+    """The settings from file and command line; a plan's ``file`` is not among them.
 
     Raises:
-        SettingsError: a value is refused; one that the file gave is named with its section, ``training.steps``.
+        SettingsError: a value is refused. One from the file is named with its section: ``training.steps``.
     """
     section = section_of(settings)
     for name in NEVER_FROM_A_FILE:
         if file_sections.get(section, {}).get(name) and section == "model" and not given.get(section, {}).get(name):
             raise SettingsError(
-                f"`{section}.{name}` is true in the file, which may be somebody else's; expected it to be given beside "
-                f"the file, as `{name}`"
+                f"`{section}.{name}` is true in the file, which may come from someone else; give `{name}` on the "
+                "command line, too"
             )
     values = merge(file_sections, given).get(section, {})
     if section == "plan":
@@ -141,12 +141,12 @@ def _section(section: Any, value: Any, name: str) -> dict[str, Any]:
 
 
 def _written(section: str, field: str) -> str:
-    """How a field is written in its section: the model's name is ``model.name``."""
+    """The name of a field in its section: the model is ``model.name``."""
     return "name" if (section, field) == ("model", "model") else field
 
 
 def training_arguments() -> frozenset[str]:
-    """Fields of transformers' TrainingArguments, looked up only where a setting is none of ours."""
+    """Fields of transformers' TrainingArguments, looked up only for settings that are not Aletheia's."""
     from dataclasses import fields
 
     from transformers import TrainingArguments
@@ -155,7 +155,7 @@ def training_arguments() -> frozenset[str]:
 
 
 def _meant(name: str, own: str | None = None) -> str:
-    """The setting of ours that another name or another section stands for; empty where there is none."""
+    """The setting that another program's name, or a name in the wrong section, means; empty if unknown."""
     name = name.replace("-", "_").lower()
     flag = OTHER_NAMES.get(name.replace("_", "-"), "").partition(" ")[0]
     for section in sorted(SECTIONS, key=lambda one: one != own):

@@ -1,4 +1,4 @@
-"""``aletheia demo``: the main job on a small real model and a real task, against uniform LoRA."""
+"""``aletheia demo``: the whole job on a small real model and a real task, compared with uniform LoRA."""
 
 from pathlib import Path
 from textwrap import indent
@@ -21,8 +21,8 @@ EXAMPLE = "aletheia demo --out demo-run"
 STEPS = 36  # as in aletheia.job.demo, which needs torch
 ABOUT = (
     "Both runs take the same steps on the same rows and compute them in the same way; only the plan differs. 'uniform' "
-    "is LoRA on every layer to the end. One short run each shows that a plan works, not how much it gains: results "
-    "over many runs are in docs/results."
+    "is LoRA on every layer to the end. One short run of each shows that a plan works, not how much it gains. For "
+    "results over many runs, see docs/results."
 )
 
 
@@ -37,8 +37,8 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier demo in --out.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Teach SmolLM2-135M to write summary lines of functions: a plan for speed, and uniform LoRA, on the same rows."""
-    say("start  torch and transformers, which takes some seconds")
+    """Fine-tune a small model twice, with a plan for speed and with uniform LoRA, and compare the two."""
+    say("start  loading torch and transformers takes some seconds")
     from aletheia.job.demo import demo as run_demo
     from aletheia.reporting.terminal import comparison_table
 

@@ -1,4 +1,4 @@
-"""``aletheia doctor``: what is here, what works, and the command that adds what is missing."""
+"""``aletheia doctor``: what is installed, what works, and the commands that add what is missing."""
 
 import platform
 from typing import Any
@@ -21,11 +21,11 @@ EXTRAS = {
     "quant": ("bitsandbytes",),
     "ray": ("ray",),
 }
-ADD = {"demo": DEMO_INSTALL}  # the others: pip install of their packages
+ADD = {"demo": DEMO_INSTALL}  # all others: pip install of their packages
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Check the installation: packages, device, number formats and extras, and how to add what is missing.
+    """Check the installation: packages, device, number formats and extras, with commands for what is missing.
 
     The exit code is 1 if something required is missing.
     """
@@ -67,7 +67,7 @@ def _examine() -> dict[str, Any]:
 
 
 def _sandbox() -> str:
-    """Whether generated code can be run contained here, or why not."""
+    """``ok`` if the sandbox for generated code works here, otherwise the reason."""
     from aletheia.errors import SandboxError
     from aletheia.lab.evaluation import sandbox
 
@@ -79,7 +79,7 @@ def _sandbox() -> str:
 
 
 def _step_milliseconds(device: Any, dtype: Any) -> float | None:
-    """Time of one forward and backward pass of a 512 x 512 Linear on 64 tokens; None if the dtype fails."""
+    """Milliseconds of one forward and backward pass of a 512 x 512 Linear on 64 tokens; None if the dtype fails."""
     import time
 
     import torch
@@ -107,7 +107,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     if found["missing"]:
         lines.append(f"add what is missing:  pip install {' '.join(found['missing'])}")
     if "device" in found:
-        lines.append(f"device {found['device']}, {found['threads']} threads; --dtype auto takes {found['auto_dtype']}")
+        lines.append(f"device {found['device']}, {found['threads']} threads; --dtype auto uses {found['auto_dtype']}")
         for name, milliseconds in found["dtypes"].items():
             works = "does not work" if milliseconds is None else f"works, {milliseconds:.1f} ms for a 512 x 512 Linear"
             lines.append(f"  {name}: {works}")

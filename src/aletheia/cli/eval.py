@@ -1,4 +1,4 @@
-"""``aletheia eval``: what a model can do, and what an adapter made it forget."""
+"""``aletheia eval``: measure what a model can do, and what an adapter made it forget."""
 
 import time
 from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 EXAMPLE = "aletheia eval Qwen/Qwen2.5-0.5B-Instruct --adapter run --tasks mmlu,gsm8k --limit 200 --out run-eval"
 
 
-OF_TRAINING = {  # settings that only a run has
+OF_TRAINING = {  # settings that only training has
     *("model", "stream", "max_memory", "fresh", "base", "data", "eval_data", "eval_fraction", "eval_rows", "train_on"),
     *("chat_template", "template_date"),
 }
@@ -33,9 +33,7 @@ def eval(
     ] = None,
     out: Annotated[
         Path,
-        typer.Option(
-            "--out", help="Folder to write the evaluation to; one that was interrupted goes on.", metavar="FOLDER"
-        ),
+        typer.Option("--out", help="Folder for the evaluation; an interrupted one in it resumes.", metavar="FOLDER"),
     ] = ...,  # type: ignore[assignment]
     adapter: Annotated[
         Path | None,
@@ -50,7 +48,7 @@ def eval(
         list[Path] | None,
         typer.Option(
             "--against",
-            help="Folder of a finished evaluation to compare with, item by item: that of the base shows what was "
+            help="Folder of a finished evaluation to compare with, item by item. The base model's shows what was "
             "forgotten. Repeat the option for more.",
             metavar="FOLDER",
         ),
@@ -58,7 +56,7 @@ def eval(
     unsafe_exec: Annotated[
         bool,
         typer.Option(
-            "--unsafe-exec", help="Run the programs that the model writes for humaneval even without a sandbox."
+            "--unsafe-exec", help="Run the programs that the model writes for humaneval, even without a sandbox."
         ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another evaluation in --out.")] = False,
@@ -66,7 +64,7 @@ def eval(
     *,
     given: Given,
 ) -> None:
-    """Measure what a model can do, with an adapter or without: benchmarks, and the loss on held-out rows."""
+    """Measure what a model can do, with or without an adapter: benchmarks, and the loss on held-out rows."""
     from aletheia.lab.evaluation.against import compare
     from aletheia.lab.evaluation.record import Evaluated
     from aletheia.lab.reporting.evaluation_table import comparison_table, evaluation_table
@@ -84,20 +82,20 @@ def eval(
 def _evaluate(
     model: str, adapter: Path | None, out: Path, given: Given, unsafe_exec: bool, overwrite: bool
 ) -> "Evaluated":
-    """Load and evaluate, unless the folder holds the result already."""
+    """Load and evaluate, unless the folder already holds the result."""
     from aletheia.anatomy.fingerprint import identify
     from aletheia.job.source import load_as_asked
     from aletheia.lab.evaluation.evaluate import Origin, claim, eval_settings, evaluate, with_adapter
 
     loading, asked = LoadSettings(model=model, **given["model"]), EvalChoice(**given["eval"])
     cut = {name: value for name, value in given["data"].items() if name != "eval_data"}
-    rows = DataSettings(data=("none",), **cut)  # how held-out rows are cut, where there are any
+    rows = DataSettings(data=("none",), **cut)  # how held-out rows are cut, if there are any
     settings = eval_settings(
         asked.data_dir, adapter, model=model, max_length=rows.max_length, skip_unusable=rows.skip_unusable,
         dtype=loading.dtype, quantize=loading.quantize, attention=loading.attention, **asked.of_result(),
     )  # fmt: skip
     if (finished := claim(out, settings, overwrite)) is not None:
-        say(f"found  {out}, finished with these settings")
+        say(f"found  a finished evaluation with these settings in {out}")
         return finished
     started = time.perf_counter()
     say(f"load   {model}")

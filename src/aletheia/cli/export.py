@@ -1,4 +1,4 @@
-"""``aletheia export``: a run for the programs that serve it or train it on."""
+"""``aletheia export``: convert a run for programs that serve it or train it further."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +19,7 @@ def export(
         str,
         typer.Option(
             "--to",
-            help="Program or form to write for: the first five serve the result, the others train it further.",
+            help="Program or form to write for. The first five serve the result, the others train it further.",
             metavar="{merged,vllm,gguf,ollama,mlx,axolotl,llama-factory,unsloth,trl}",
         ),
     ],
@@ -39,7 +39,7 @@ def export(
         str,
         typer.Option(
             "--dtype",
-            help="Number format of merged weights. auto: as in the base.",
+            help="Number format of merged weights; auto keeps that of the base.",
             metavar="{auto,bfloat16,float16,float32}",
         ),
     ] = "auto",
@@ -52,7 +52,7 @@ def export(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write a run in the form that another program serves or trains on."""
+    """Convert a run for another program, which serves it or trains it further."""
     from aletheia.runs.exports.export import export as write_export
 
     done = write_export(source, to, out, base, dtype, overwrite, trust_remote_code, allow_pickle)  # type: ignore[arg-type]  # checked there

@@ -1,4 +1,4 @@
-"""``aletheia generate``: answers of a trained adapter, and of its base beside them."""
+"""``aletheia generate``: answers of a trained adapter, and of its base for comparison."""
 
 import sys
 from typing import Annotated, Literal
@@ -12,7 +12,7 @@ from aletheia.data.settings import DataSettings
 from aletheia.runs.answers import GenerateSettings
 
 EXAMPLE = 'aletheia generate run --prompt "What is LoRA?" --against base'
-OF_TRAINING = {  # settings that are of no use to answers
+OF_TRAINING = {  # settings that do not affect answers
     *("model", "stream", "max_memory", "fresh", "data", "max_length", "train_on"),
     *("eval_data", "eval_fraction", "eval_rows"),
 }
@@ -26,26 +26,28 @@ def generate(
     ],
     prompt: Annotated[
         list[str] | None,
-        typer.Option("--prompt", help="Text to answer; - reads it from stdin. Give it again for more.", metavar="TEXT"),
+        typer.Option(
+            "--prompt", help="Text to answer; - reads it from stdin. Repeat the option for more.", metavar="TEXT"
+        ),
     ] = None,
     data: Annotated[
         list[str] | None,
         typer.Option(
             "--data",
-            help="Rows to answer, in any form that train takes; the row's own last answer is shown, too. Give it again "
-            "for more.",
+            help="Rows to answer, in any form that train takes; each row's own last answer is shown, too. Repeat the "
+            "option for more.",
             metavar="DATA",
         ),
     ] = None,
     against: Annotated[
         Literal["base"] | None,
-        typer.Option("--against", help="Show the answers of the base model, too.", metavar="{base}"),
+        typer.Option("--against", help="Also show the answers of the base model.", metavar="{base}"),
     ] = None,
     as_json: JsonOption = False,
     *,
     given: Given,
 ) -> None:
-    """Answer prompts or rows of data with a trained adapter, and with its base for comparison."""
+    """Answer prompts or rows of data with a trained adapter, and with its base model for comparison."""
     from rich.console import Console
 
     from aletheia.job.generate import generate as answered
@@ -58,5 +60,5 @@ def generate(
     if as_json:
         print_json([answer.model_dump(mode="json") for answer in answers])
         return
-    console = Console(highlight=False, markup=False, emoji=False)  # answers are no markup
+    console = Console(highlight=False, markup=False, emoji=False)  # answers are not markup
     console.print(render_answers(answers, console.width))

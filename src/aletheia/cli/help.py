@@ -1,4 +1,4 @@
-"""Help pages that cut nothing off: options by group, names and choices in full at any width."""
+"""Help pages that cut nothing off: options in groups, names and choices in full at any width."""
 
 import re
 from textwrap import wrap
@@ -9,21 +9,21 @@ from typer.core import TyperCommand, TyperGroup
 from aletheia.errors import SettingsError
 from aletheia.settings import GIVEN, GROUPS, OUTPUT
 
-NARROW = 70  # columns below which a text stands under its option
-LONGEST = 28  # characters of an option that leave its text on the same line
+NARROW = 70  # columns; below this width, help texts start under their options
+LONGEST = 28  # characters; a longer option has its help text on the next line
 OTHERS = "Options"
 OR_IN_FILE = "(required, here or in --config)"
-Rows = list[tuple[str, str]]  # how an argument or option is written, and what it does
+Rows = list[tuple[str, str]]  # an argument or option, and its help text
 
 
 class Command(TyperCommand):
-    """A command whose help lists its options by group, and an example in the end."""
+    """A command whose help lists its options by group and ends with an example."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As typer does, but all that is missing is named at once.
+        """Like typer's, but names everything that is missing at once.
 
         Raises:
-            SettingsError: something must be given and is not.
+            SettingsError: a required argument or option is missing.
         """
         try:
             given, _, _ = self.make_parser(ctx).parse_args(args=list(args))
@@ -38,12 +38,12 @@ class Command(TyperCommand):
         return super().parse_args(ctx, args)
 
     def _missing(self, names: list[str], path: str) -> str:
-        told = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+        listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
         example = f"; expected for example: {example}" if (example := example_of(self)) else ""
-        return f"{told} {'is' if len(names) == 1 else 'are'} missing{example}; see '{path} --help'"
+        return f"{listed} {'is' if len(names) == 1 else 'are'} missing{example}; see '{path} --help'"
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """The arguments as they are called, those that may be left out in brackets."""
+        """The arguments of the usage line; optional ones in brackets."""
         arguments = [one for one in self.get_params(ctx) if one.param_type_name == "argument"]
         return ["[OPTIONS]", *(_metavar(one) if one.required else f"[{_metavar(one)}]" for one in arguments)]
 
@@ -53,12 +53,12 @@ class Command(TyperCommand):
             _write_section(title, rows, formatter)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write the example, on several lines where it is wider than the page."""
+        """Write the example, on several lines if it is wider than the page."""
         _write_example(self, formatter)
 
 
 class Group(TyperGroup):
-    """A group of commands whose help has the whole first sentence of each."""
+    """A group of commands whose help shows the whole first sentence of each."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write commands, then options."""
@@ -88,7 +88,7 @@ def options_by_group(command: Any, ctx: Any) -> dict[str, Rows]:
 
 
 def _place(parameter: Any) -> int:
-    """Arguments go first, then what is read and what is written."""
+    """Sort key: arguments first, then what is read, then what is written."""
     first = ("argument", "data", "out")
     return min(
         first.index(name) if name in first else len(first) for name in (parameter.param_type_name, parameter.name)
@@ -100,7 +100,7 @@ def _name(parameter: Any) -> str:
 
 
 def _must(parameter: Any, given: dict[str, Any]) -> bool:
-    """Whether something must be given on the command line, which has no file that gives it."""
+    """Whether a parameter must be given on the command line, as no settings file can give it."""
     return parameter.required or (str(parameter.help or "").endswith(OR_IN_FILE) and not _is_given(given.get("config")))
 
 
@@ -154,7 +154,7 @@ def _write_example(command: Any, formatter: Any) -> None:
 
 
 def _wrapped_choices(head: str, width: int) -> list[str]:
-    """An option with its list of values, which goes on behind a comma where it is too wide."""
+    """An option with its list of values; one that is too wide is wrapped after a comma."""
     lines = [""]
     for part in re.split(r"(?<=,)(?=\S)", head):
         if len(lines[-1]) + len(part) > width and lines[-1]:
@@ -164,7 +164,7 @@ def _wrapped_choices(head: str, width: int) -> list[str]:
 
 
 def _wrapped_command(command: str, width: int) -> list[str]:
-    """A command in lines that a shell takes as one."""
+    """A command in lines that a shell reads as one."""
     lines = [""]
     for part in re.split(r" (?=--)", command):
         if lines[-1] and len(lines[-1]) + len(part) + 1 > width:

@@ -1,4 +1,4 @@
-"""``aletheia inspect``: the anatomy of a model, weights untouched."""
+"""``aletheia inspect``: show the anatomy of a model without reading its weights."""
 
 from aletheia.anatomy.settings import LoadSettings
 from aletheia.cli.options import JsonOption, ModelArgument, print_json, print_rich

@@ -1,4 +1,4 @@
-"""The command ``aletheia``: whatever happens, one line and an exit code. Little is imported before that holds."""
+"""The command ``aletheia``: every error ends in one line and an exit code. Few imports come before that holds."""
 
 import os
 import sys
@@ -8,13 +8,13 @@ if TYPE_CHECKING:
     from types import FrameType
 
 DEBUG = "ALETHEIA_DEBUG"
-INTERRUPTED = "interrupted; the same command goes on from what it has saved, or begins anew"
+INTERRUPTED = "interrupted; the same command resumes from what was saved, or starts from the beginning"
 
 
 def main() -> NoReturn:
     """Entry point: exit code 0; 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM, or what an error asks for.
 
-    1 stands for results that are no success (failed rows, say) and for a fault of ours.
+    1 means an unsuccessful result, such as failed rows, or a bug in Aletheia.
     """
     caught: list[int] = []
     earlier = {}
@@ -32,11 +32,11 @@ def main() -> NoReturn:
 
         open_outputs()
         code = _run()
-        if caught:  # the command-line library made an exit code of it
+        if caught:  # the command-line library made it an exit code
             raise KeyboardInterrupt
-        sys.stdout.flush()  # now, while a full disk can still be said
+        sys.stdout.flush()  # now, while a full disk can still be reported
     except BaseException as error:
-        for signum in earlier:  # a second Ctrl-C is to change nothing any more
+        for signum in earlier:  # a second Ctrl-C must change nothing any more
             signal.signal(signum, signal.SIG_IGN)
         code = _end(error, caught)
     finally:
@@ -58,10 +58,10 @@ def _run() -> int:
 
 
 def _end(error: BaseException, caught: list[int]) -> int:
-    """Say what ended the command, in one line; returns its exit code."""
+    """Print in one line what ended the command; returns its exit code."""
     from aletheia.cli.terminal import lose_output
 
-    message, code = _told(error, caught)
+    message, code = _message_and_code(error, caught)
     if os.environ.get(DEBUG) and not isinstance(error, SystemExit):
         import traceback
 
@@ -74,13 +74,13 @@ def _end(error: BaseException, caught: list[int]) -> int:
     return code
 
 
-def _told(error: BaseException, caught: list[int]) -> tuple[str, int]:
+def _message_and_code(error: BaseException, caught: list[int]) -> tuple[str, int]:
     """The line and the exit code of what ended the command."""
     if isinstance(error, SystemExit):
         return "", error.code if isinstance(error.code, int) else int(error.code is not None)
     has_own_code = getattr(error, "exit_code", None) is not None
-    if isinstance(error, KeyboardInterrupt) or (caught and not has_own_code):  # or what a library made of it
+    if isinstance(error, KeyboardInterrupt) or (caught and not has_own_code):  # or what a library raised for it
         return INTERRUPTED, 128 + (caught[0] if caught else 2)
-    from aletheia.cli.faults import told
+    from aletheia.cli.faults import message_and_code
 
-    return told(error)
+    return message_and_code(error)

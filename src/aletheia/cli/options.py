@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, and what they do with their output."""
+"""Arguments and options that several commands share, and the output of commands."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ SeedOption = Annotated[
     int,
     typer.Option(
         "--seed",
-        help="Seed of all that is random: the same one repeats the result.",
+        help="Random seed; the same seed gives the same result.",
         metavar="INT",
         min=0,
         max=2**32 - 1,
@@ -38,7 +38,7 @@ def parse_memory(value: str | None) -> int | None:
     """Bytes of a ``--max-memory`` such as 6GB, 500MiB or 3000000000.
 
     Raises:
-        ModelError: it is no amount of memory.
+        ModelError: ``value`` is not an amount of memory.
     """
     from pydantic import ByteSize, TypeAdapter, ValidationError
 
@@ -52,11 +52,11 @@ def parse_memory(value: str | None) -> int | None:
         raise ModelError(f"--max-memory is {value!r}; expected an amount such as 6GB or 500MiB") from error
 
 
-NO_GAIN = 3  # exit code of a run that learned nothing or did harm
+NO_GAIN = 3  # exit code of a run that learned nothing or made the model worse
 
 
 def conclude(runs: "Sequence[Run]", allow_worse: bool = False, aloud: bool = True) -> None:
-    """The last line of a command that trained, and its exit code, where a run is of no use.
+    """Print a last line and set the exit code if a run learned nothing or made the model worse.
 
     Raises:
         typer.Exit: with code 3: a run learned nothing, or its held-out loss rose and that is not allowed.
@@ -70,21 +70,21 @@ def conclude(runs: "Sequence[Run]", allow_worse: bool = False, aloud: bool = Tru
 
 
 def print_json(value: Any) -> None:
-    """Machine-readable result on stdout."""
+    """Print a machine-readable result on stdout."""
     typer.echo(json.dumps(value, indent=1))
 
 
 def print_rich(*renderables: Any) -> None:
-    """Tables and text for people on stdout."""
+    """Print tables and text for people on stdout."""
     from rich.console import Console
 
-    console = Console(highlight=False, markup=False, emoji=False)  # names are no markup
+    console = Console(highlight=False, markup=False, emoji=False)  # names are not markup
     for renderable in renderables:
         console.print(renderable)
 
 
 def _as_options(line: str) -> str:
-    """Names in backticks become options, but an indented line is a quotation of data and stays as it is."""
+    """Turn names in backticks into options; an indented line quotes data and stays as it is."""
     return printable(line if line.startswith("    ") else translate(line))
 
 

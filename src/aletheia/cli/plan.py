@@ -1,4 +1,4 @@
-"""``aletheia plan``: from scores to the modules that get LoRA."""
+"""``aletheia plan``: choose from scores which modules get LoRA."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +31,7 @@ def plan(
         str | None,
         typer.Option(
             "--max-memory",
-            help="Most memory that training may take in all, such as 6GB; lower layers stay frozen where it is short. "
+            help="Total memory that training may use, such as 6GB; lower layers stay frozen if it is short. "
             "(default: no limit)",
             metavar="SIZE",
         ),
@@ -39,7 +39,7 @@ def plan(
     batch_tokens: Annotated[
         int,
         typer.Option(
-            "--batch-tokens", help="With --max-memory: tokens of the largest training batch.", metavar="INT", min=1
+            "--batch-tokens", help="With --max-memory: tokens in the largest training batch.", metavar="INT", min=1
         ),
     ] = 4096,
     show_frontier: Annotated[
@@ -48,17 +48,19 @@ def plan(
     ] = False,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", help="Draw these choices to a file: .svg, .png or .pdf.", metavar="FILE"),
+        typer.Option("--plot", help="Draw these choices and write them to a .svg, .png or .pdf file.", metavar="FILE"),
     ] = None,
     show_estimate: Annotated[
         bool,
-        typer.Option("--estimate", help="Print memory, disk, reads and time of the whole job on typical machines."),
+        typer.Option(
+            "--estimate", help="Print estimated memory, disk, reads and time of the whole job on typical machines."
+        ),
     ] = False,
     as_json: JsonOption = False,
     *,
     given: Given,
 ) -> None:
-    """Choose from scores which layers to adapt, with which ranks, and write that as a plan."""
+    """Choose from scores which layers to adapt and with which ranks, and write a plan file."""
     from aletheia.errors import PlanError
     from aletheia.planning.make import plan as make_plan
     from aletheia.planning.make import plan_frontier, plan_targets

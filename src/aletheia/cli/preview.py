@@ -1,4 +1,4 @@
-"""``aletheia preview``: rows as the model will see them."""
+"""``aletheia preview``: show rows as the model will see them."""
 
 from dataclasses import asdict
 from typing import Annotated
@@ -12,7 +12,7 @@ from aletheia.cli.wording import translate
 from aletheia.data.settings import DataSettings
 
 EXAMPLE = "aletheia preview Qwen/Qwen2.5-0.5B-Instruct --data train.jsonl"
-WITHOUT_WEIGHTS = {  # settings of models that are computed with
+WITHOUT_WEIGHTS = {  # settings that only matter when weights are loaded
     *("model", "dtype", "quantize", "attention", "stream", "max_memory", "allow_pickle", "fresh"),
 }
 

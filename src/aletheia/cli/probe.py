@@ -1,4 +1,4 @@
-"""``aletheia probe``: which layers the task pulls on."""
+"""``aletheia probe``: score the layers by the gradients of a task."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -37,7 +37,7 @@ def probe(
         ),
     ] = 5,
     batch_size: Annotated[
-        int, typer.Option("--batch-size", help="Rows of a probe batch.", metavar="INT", min=1, max=MOST_ROWS)
+        int, typer.Option("--batch-size", help="Rows per probe batch.", metavar="INT", min=1, max=MOST_ROWS)
     ] = 1,
     score: Annotated[
         str, typer.Option("--score", help="What to measure.", metavar="{gradient-norm}")
@@ -46,7 +46,7 @@ def probe(
         int,
         typer.Option(
             "--train-batch-size",
-            help="Rows of a training step, for measuring its time.",
+            help="Rows per training step, to measure its time.",
             metavar="INT",
             min=1,
             max=MOST_ROWS,
@@ -64,7 +64,7 @@ def probe(
     *,
     given: Given,
 ) -> None:
-    """Find the layers that the task pulls on: the gradient norm that each receives on a few batches. Trains nothing."""
+    """Score each layer by the norm of its gradients on a few batches of the task. Trains nothing."""
     from aletheia.data.rows import load_rows
     from aletheia.errors import ProbeError
     from aletheia.files import beside
@@ -105,12 +105,12 @@ def probe(
 
 
 def _timed(scores: "Scores", base: "Loaded", examples: "Examples", batch_size: int, seed: int) -> "Scores":
-    """With measured step times, where a step of plain uniform LoRA, which they are compared with, fits in memory."""
+    """Scores with measured step times, if a step of plain uniform LoRA, the baseline, fits in memory."""
     import torch
 
     from aletheia.training.calibrate import calibrate
 
-    say(f"time   measures what the parts of a training step of {batch_size} rows take")
+    say(f"time   measures the parts of a training step of {batch_size} rows")
     try:
         return scores.model_copy(
             update={"timings": calibrate(base.model, examples, batch_size, seed, show_progress=say)}

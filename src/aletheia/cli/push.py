@@ -1,4 +1,4 @@
-"""``aletheia push``: a finished run on the hub."""
+"""``aletheia push``: upload a finished run to the hub."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -17,22 +17,25 @@ def push(
         str, typer.Argument(help="Repository on the hub: owner/name, or a name for one of yours.", metavar="REPO")
     ],
     private: Annotated[
-        bool, typer.Option("--private/--public", help="Whether only you see a repository that this makes.")
+        bool,
+        typer.Option("--private/--public", help="Whether a new repository is private or public. (default: private)"),
     ] = True,
     revision: Annotated[
         str | None,
-        typer.Option("--revision", help="Branch to write, made if it is missing. (default: main)", metavar="BRANCH"),
+        typer.Option(
+            "--revision", help="Branch to write to, created if it is missing. (default: main)", metavar="BRANCH"
+        ),
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option("--base", help="Hub id of the base model, where the run has a local path.", metavar="HUB_ID"),
+        typer.Option("--base", help="Hub id of the base model, if the run names a local path.", metavar="HUB_ID"),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be uploaded, and upload nothing.")
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Upload a run to the hub, with a card that the hub understands. Checkpoints and data stay here."""
+    """Upload a run to the hub, with a model card. Checkpoints and data stay on this machine."""
     from aletheia.job.push import push as pushed
     from aletheia.reporting.format import human_bytes
 

@@ -1,4 +1,4 @@
-"""``aletheia report``: one page for one or several runs."""
+"""``aletheia report``: write a page about one or several runs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,8 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            help="Run folders to show, or adapter folders of other programs; the others are compared with the first.",
+            help="Run folders to show, or adapter folders of other programs; the first is what the others are compared "
+            "with.",
             metavar="RUN...",
         ),
     ],

@@ -1,4 +1,4 @@
-"""Options of a command, declared from the fields of settings objects: name, help, values and default exist once."""
+"""Options of a command, made from the fields of settings classes: name, help, values and default are written once."""
 
 import inspect
 from collections.abc import Callable, Collection, Iterable
@@ -16,7 +16,7 @@ from aletheia.cli.help import OR_IN_FILE
 from aletheia.cli.wording import FLAGS, flag_of, flags_of, translate
 from aletheia.settings import Settings
 
-Given = dict[str, dict[str, Any]]  # section -> name -> value, of what stands on the command line
+Given = dict[str, dict[str, Any]]  # section -> name -> value, as given on the command line
 _SHOWN: dict[Any, str] = {ByteSize: "SIZE", Path: "PATH", int: "INT", float: "NUMBER", str: "TEXT", date: "DATE"}
 
 
@@ -30,10 +30,10 @@ def from_settings(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command one option for each field of these settings, and the function one argument ``given``.
 
-    ``given`` holds a dictionary for each class, by :func:`section_of`, with only what stands on the command line; the
-    settings class checks it. A field that two classes have is one option, told as the last of them tells it, and goes
-    to both. Fields without :func:`aletheia.settings.option` are not offered, nor are those to ``leave_out``. A field
-    that must be given must be an option, too, unless the function has a parameter ``config``: the file may give it.
+    ``given`` holds a dictionary for each class, by :func:`section_of`, with only the options that were given; the
+    settings class checks them. A field of two classes is one option with the help of the last one, and goes to both.
+    Fields without :func:`aletheia.settings.option` get no option, nor do those in ``leave_out``. Required fields become
+    required options, unless the function has a parameter ``config``, as that file may give them.
 
     Raises:
         ValueError: a field is named like a parameter of the function, or ``leave_out`` names no field.
@@ -42,7 +42,7 @@ def from_settings(
     for one in classes:
         for name, field in one.model_fields.items():
             if name not in leave_out and "group" in _extra(field):
-                owners[name] = [*owners.pop(name, []), one]  # it stands where the last of them has it
+                owners[name] = [*owners.pop(name, []), one]  # in the place where the last class has it
     flags = flags_of(*classes)
     if unknown := set(leave_out) - flags.keys():
         raise ValueError(f"{', '.join(sorted(unknown))} to leave out; expected fields of the settings")
@@ -79,7 +79,7 @@ def _extra(field: FieldInfo) -> dict[str, Any]:
 
 
 def _own_words(parameters: Iterable[inspect.Parameter]) -> dict[str, str]:
-    """How a help text calls the command's own arguments and options, by the name of the one or of the flag."""
+    """How help texts name the command's own arguments and options, by parameter or flag."""
     words = {}
     for one in parameters:
         for info in get_args(one.annotation):
@@ -92,7 +92,7 @@ def _own_words(parameters: Iterable[inspect.Parameter]) -> dict[str, str]:
 
 
 def _parameter(settings: type[Settings], name: str, words: dict[str, str], has_file: bool) -> inspect.Parameter:
-    """The parameter that makes typer offer a field; nothing given is None."""
+    """The parameter from which typer makes the option of a field; None means not given."""
     field, flag = settings.model_fields[name], flag_of(settings, name)
     kinds = _kinds(field.annotation)
     is_switch = bool in kinds
@@ -129,7 +129,7 @@ def _help(field: FieldInfo, words: dict[str, str], has_file: bool) -> str:
 
 
 def _members(annotation: Any) -> list[Any]:
-    """The alternatives of a type, None and annotations taken off."""
+    """The alternatives of a type, without None and annotations."""
     if get_origin(annotation) is Annotated:
         return _members(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -142,7 +142,7 @@ def _is_list(annotation: Any) -> bool:
 
 
 def _kinds(annotation: Any) -> list[Any]:
-    """The types that one value may have: those of a list's items, those of the others themselves."""
+    """The types that a single value may have; for lists, those of the items."""
     return [
         kind
         for one in _members(annotation)
@@ -158,7 +158,7 @@ def _metavar(kinds: list[Any]) -> str:
 
 
 def _typed(value: Any, annotation: Any) -> Any:
-    """What was typed, as a number where the field takes numbers; what cannot be one stays for the class to refuse."""
+    """A typed value as a number if the field takes numbers; anything else is left for the class to refuse."""
     if isinstance(value, list):
         return tuple(_typed(one, annotation) for one in value)
     kinds = _kinds(annotation)

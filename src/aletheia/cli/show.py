@@ -1,4 +1,4 @@
-"""``aletheia show``: scores, a plan, a finished run or an adapter folder in the terminal."""
+"""``aletheia show``: show scores, a plan, a finished run or an adapter folder in the terminal."""
 
 from pathlib import Path
 from typing import Annotated
@@ -42,11 +42,13 @@ def show(
     elif kind == "plan":
         artifact = Plan.read(file)
         if not is_sealed(file):
-            say(f"note: {file} has no sha256, so it is taken as edited by hand")
+            say(f"note: {file} has no sha256 checksum, so it is treated as edited by hand")
     elif kind == "scores":
         artifact = Scores.read(file)
     else:
-        raise ArtifactError(mistaken(file, EXPECTED, *SHOWN) or f"{file} is none of ours; expected {EXPECTED}")
+        raise ArtifactError(
+            mistaken(file, EXPECTED, *SHOWN) or f"{file} is not a file of Aletheia; expected {EXPECTED}"
+        )
     for note in artifact.notes if isinstance(artifact, Run) else ():
         say(f"note: {note}")
     if as_json:

@@ -1,4 +1,4 @@
-"""Standard output and error that can be closed, unread or of any encoding: none of that ends a command."""
+"""Standard output and error that may be closed, unread or in any encoding: none of that ends a command."""
 
 import codecs
 import io
@@ -12,9 +12,9 @@ PLAIN = str.maketrans("█▏▎▍▌▋▊▉─●✗·→…", "#      #-*x.
 def open_outputs() -> None:
     """Make the three standard streams safe to use, whatever was done to them.
 
-    One that is closed leads nowhere: the next file that is opened would else take its number and what is printed.
-    Where a reader goes away (``| head -1``), the rest leads nowhere, too. What an encoding does not have is printed in
-    plain characters or as an escape.
+    A closed stream is sent to the null device. Otherwise the next file that is opened would get its number, and with
+    it what is printed. When a reader goes away (``| head -1``), the rest is discarded, too. Characters that an encoding
+    lacks are printed as plain ones or as escapes.
     """
     codecs.register_error("plain", _plain)
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
@@ -38,7 +38,7 @@ def _safe(stream: io.TextIOWrapper, kind: "type[_Output]") -> TextIO:
 
 
 def lose_output() -> None:
-    """What stdout could not take leads nowhere, or the interpreter fails over it once more when it ends."""
+    """Discard what stdout could not take; otherwise the interpreter would fail again when it ends."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -46,7 +46,7 @@ def lose_output() -> None:
 
 
 class _Output(io.FileIO):
-    """Goes on into nowhere when nobody reads any more."""
+    """A stream whose output is discarded once nobody reads it any more."""
 
     lost: tuple[type[OSError], ...] = (BrokenPipeError,)
 
@@ -59,7 +59,7 @@ class _Output(io.FileIO):
 
 
 class _Messages(_Output):
-    """No message is worth a run: whatever keeps one from being written, the command goes on."""
+    """Messages: whatever keeps one from being written, the command continues."""
 
     lost = (OSError,)
 
@@ -71,7 +71,7 @@ def _lead_nowhere(descriptor: int) -> None:
 
 
 def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Instead of a character that the encoding does not have: one like it in ASCII, else an escape."""
+    """A similar ASCII character for one that the encoding lacks, otherwise an escape."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end].translate(PLAIN)

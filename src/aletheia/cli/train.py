@@ -36,9 +36,9 @@ def train(
         Path | None,
         typer.Option(
             "--config",
-            help="YAML file with settings in the sections model, data, plan and training; options of the command line "
-            "win over it. A finished run has one, config.yaml. Under training it takes every field of transformers' "
-            "TrainingArguments as well.",
+            help="YAML file of settings in the sections model, data, plan and training. Options on the command line "
+            "override it. A finished run has such a file, config.yaml. The section training also takes every field of "
+            "transformers' TrainingArguments.",
             metavar="FILE",
             rich_help_panel=GIVEN,
         ),
@@ -56,8 +56,8 @@ def train(
         str,
         typer.Option(
             "--resume",
-            help="What to do with a run in RUN that was interrupted: auto goes on with it, never starts from the "
-            "beginning, and a checkpoint's folder goes on from there.",
+            help="What to do with an interrupted run in RUN: auto resumes it, never starts from the beginning, and the "
+            "folder of a checkpoint resumes from there.",
             metavar="{auto,never}|PATH",
             rich_help_panel=SAVING,
         ),
@@ -70,7 +70,7 @@ def train(
         typer.Option(
             "--dry-run",
             help="Train and write nothing: load the model, plan, time a few steps, and show the plan, a row, and the "
-            "time, memory and disk that the run is predicted to take.",
+            "predicted time, memory and disk space.",
             rich_help_panel=GIVEN,
         ),
     ] = False,
@@ -80,7 +80,7 @@ def train(
 ) -> None:
     """Fine-tune a model: find the layers that matter, choose what to adapt, and train it.
 
-    If the run is stopped or killed, the same command resumes from the last checkpoint. The exit code is 3 if nothing
+    If the run is stopped or killed, the same command resumes it from the last checkpoint. The exit code is 3 if nothing
     was learned or the held-out loss rose; the adapter is kept.
     """
     from aletheia.job.dry_run import dry_run as look_ahead

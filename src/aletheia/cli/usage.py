@@ -1,4 +1,4 @@
-"""What is said of arguments that the command line cannot take: the option that was meant."""
+"""Messages about unknown or wrong arguments, with the option that was probably meant."""
 
 from difflib import get_close_matches
 from typing import Any
@@ -9,7 +9,7 @@ from aletheia.training.settings import NOT_TAKEN
 
 
 def usage(error: BaseException) -> str | None:
-    """The line over arguments that the command-line library refuses; None for another error."""
+    """The message for arguments that the command-line library refuses; None for other errors."""
     if not hasattr(error, "format_message"):  # its base class is not public
         return None
     message, context = error.format_message(), getattr(error, "ctx", None)
@@ -22,7 +22,7 @@ def usage(error: BaseException) -> str | None:
 
 
 def _meant(given: str, command: Any) -> str:
-    """The option that was meant, for the end of a message; empty where none is near."""
+    """The option that was probably meant, for the end of a message; empty if none is close."""
     known = {name for one in command.params for name in (*one.opts, *one.secondary_opts)}
     name = given.lstrip("-").replace("_", "-").lower()
     ours = f"--{name}" if f"--{name}" in known else OTHER_NAMES.get(name, "")

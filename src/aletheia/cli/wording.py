@@ -1,4 +1,4 @@
-"""From the names of Python in a message to the options of the command line."""
+"""Translation of Python names in messages to options of the command line."""
 
 import re
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from aletheia.data.settings import DataSettings
 from aletheia.settings import Settings
 from aletheia.training.settings import TrainSettings
 
-# what other programs call it, and what it is here; the first word is the option
+# other programs' name -> the name here; the first word is the option
 OTHER_NAMES = {
     "lr": "--learning-rate",
     **dict.fromkeys(("r", "lora-r", "lora-rank", "lora-dim"), "--rank"),
@@ -45,7 +45,7 @@ _QUOTED = re.compile(r"`([^`\n]+)`")
 
 
 def flag_of(settings: type[Settings], name: str) -> str:
-    """The option of a settings field: the flag it asks for, else its name with dashes."""
+    """The option of a settings field: its own flag if it has one, else its name with dashes."""
     extra = settings.model_fields[name].json_schema_extra
     asked = str(extra.get("flag") or "") if isinstance(extra, dict) else ""
     return "--" + (asked.lstrip("-") or name.replace("_", "-"))
@@ -60,14 +60,14 @@ FLAGS = flags_of(LoadSettings, DataSettings, TrainSettings)
 
 
 def learn(command: Any) -> None:
-    """Add the parameters of a command of typer's, or of all in a group: options by flag, arguments by metavar."""
+    """Add the parameters of a typer command, or of all commands in a group: options by flag, arguments by metavar."""
     found = list(_parameters(command))
     for kind in ("argument", "option"):  # an option of any command goes before an argument of another
         for one in found:
             if one.param_type_name == kind:
                 shown = max(one.opts, key=len) if kind == "option" else one.metavar or one.name.upper()
                 FLAGS[one.name] = shown
-                if kind == "option":  # such as `plan`, whose parameter cannot be called so
+                if kind == "option":  # such as `plan`, a name that its parameter cannot have
                     FLAGS.setdefault(shown.lstrip("-").replace("-", "_"), shown)
 
 
@@ -78,7 +78,7 @@ def _parameters(command: Any) -> Iterator[Any]:
 
 
 def translate(message: str, flags: dict[str, str] | None = None) -> str:
-    """A message with options for known names in backticks, and the other words without the backticks.
+    """A message in which known names in backticks are options, and other words lose their backticks.
 
     ```steps` is 0`` becomes ``--steps is 0``, ```cache=off``` becomes ``--cache off``, ```stream=False``` becomes
     ``--no-stream``.

@@ -1,4 +1,4 @@
-"""The demo: a small real model, rows that every machine has, and a plan for speed beside uniform LoRA."""
+"""The demo: a small real model, rows that every machine has, and a plan for speed next to uniform LoRA."""
 
 import time
 from contextlib import ExitStack
@@ -31,7 +31,7 @@ ARMS = ("uniform", "plan")
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo left: two runs, their page, and an answer to a held-out prompt before and after the plan's run."""
+    """Results of the demo: two runs, their page, and an answer to a held-out prompt before and after the plan's run."""
 
     uniform: Run
     plan: Run
@@ -42,12 +42,12 @@ class Demo:
 
     @property
     def runs(self) -> list[Run]:
-        """Uniform LoRA, which the plan is compared with, comes first."""
+        """Both runs; uniform LoRA, the baseline, comes first."""
         return [self.uniform, self.plan]
 
 
 def demo(out: Path, steps: int = STEPS, seed: int = 0, overwrite: bool = False, say: Say = to_stderr) -> Demo:
-    """Teach SmolLM2-135M to write the summary line of a function: every layer to the end, then by a plan for speed.
+    """Teach SmolLM2-135M to write the summary line of a function, with uniform LoRA and with a plan for speed.
 
     Both runs take the same steps on the same rows, computed in the same way. Only the plan differs.
 
@@ -56,10 +56,10 @@ def demo(out: Path, steps: int = STEPS, seed: int = 0, overwrite: bool = False, 
         steps: optimizer steps of each run, in one pass over as many rows as they need.
         seed: of the rows and of both runs.
         overwrite: replace an earlier demo.
-        say: gets a line for each thing that is done, and one at least every 30 seconds while it goes on.
+        say: receives a line for each phase, and one at least every 30 seconds during it.
 
     Raises:
-        ArtifactError: ``out`` is taken or cannot be written.
+        ArtifactError: ``out`` holds other files or cannot be written.
         ModelError: the demo's packages are not installed.
     """
     with ExitStack() as stack:
@@ -95,7 +95,7 @@ def demo(out: Path, steps: int = STEPS, seed: int = 0, overwrite: bool = False, 
 
 @torch.no_grad()
 def answer(base: Loaded, prompt: str, say: Say, max_new_tokens: int = 40) -> str:
-    """What the model says to one prompt, greedily."""
+    """The model's answer to one prompt, decoded greedily."""
     text = base.tokenizer.apply_chat_template(
         [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
     )

@@ -1,4 +1,4 @@
-"""What a run would do and take, without training or writing: ``aletheia train --dry-run``."""
+"""What a run would do and need, without training or writing: ``aletheia train --dry-run``."""
 
 import os
 import tempfile
@@ -49,7 +49,7 @@ from aletheia.training.processes import Launch
 from aletheia.training.race import FACTORS, race_steps
 from aletheia.training.settings import TrainSettings
 
-VALUE_BYTES, MOMENTS_BYTES = 4, 8  # of a trainable parameter: itself, or its average, and AdamW's two moments
+VALUE_BYTES, MOMENTS_BYTES = 4, 8  # per trainable parameter: a value (or its average), and AdamW's two moments
 
 
 def dry_run(
@@ -64,21 +64,24 @@ def dry_run(
 ) -> DryRun:
     """What :func:`aletheia.fine_tune` would do with the same arguments, without training and without writing.
 
-    The same as ``aletheia train --dry-run``. The model is loaded, probed where no plan is given, and a few training
-    steps are timed on it; a model that is streamed is not timed. What would end the run is raised here.
+    The same as ``aletheia train --dry-run``. It loads the model, probes it unless a plan is given, and times a few
+    training steps. Streamed models are not timed. Errors that would end the run are raised here.
 
     Args:
-        model: as for :func:`aletheia.fine_tune`, like all others.
+        model: as for :func:`aletheia.fine_tune`, like all other arguments.
         data: rows to learn from.
-        out: the run folder; it is looked at, not made.
-        plan: a plan's file, or how to plan.
+        out: the run folder; it is checked but not created.
+        plan: a plan file, or how to plan.
         training: how to train.
         overwrite: whether a finished run in ``out`` would be replaced.
         resume: what would be done with an interrupted run in ``out``.
-        say: gets a line for each thing that is done; by default they go to stderr.
+        say: receives a line for each phase; by default, lines go to stderr.
+
+    Returns:
+        The plan, a row as the model sees it, and predicted time, memory and disk space.
 
     Raises:
-        AletheiaError: what is wrong with the model, the rows, the plan, a setting, the folder, or too small a disk.
+        AletheiaError: the model, the rows, the plan, a setting or the folder is wrong, or the disk is too small.
     """
     started = time.perf_counter()
     settings = JobSettings.of(model, data, plan, training)
@@ -89,13 +92,13 @@ def dry_run(
     notes: list[str] = []
     with ExitStack() as stack:
         launch = stack.enter_context(Launch.join())
-        told = (say or to_stderr) if launch.is_first else say_nothing
+        output = (say or to_stderr) if launch.is_first else say_nothing
 
         def listen(line: str) -> None:
             if line.startswith(NOTE):
                 notes.append(line.removeprefix(NOTE))
             else:
-                told(line)
+                output(line)
 
         work = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aletheia-")))
         folder = RunFolder.of_another_process(out, resumes=state == "interrupted" and resume != "never")
@@ -105,19 +108,19 @@ def dry_run(
 
 
 def _tokenizer_files(tokenizer: Any) -> list[str]:
-    """Names of the files that the tokenizer is saved in; none where it cannot be."""
+    """Names of the files that the tokenizer is saved in; none if it cannot be saved."""
     with tempfile.TemporaryDirectory(prefix="aletheia-") as folder, suppress(ModelError):
         return save_tokenizer(tokenizer, Path(folder))
     return []
 
 
 def _check_rights(out: Path) -> None:
-    """Refuse a folder that could not be written, without writing."""
+    """Raise ArtifactError for a folder that cannot be written, without writing to it."""
     place = out.absolute()
     while not place.exists():
         place = place.parent
     if not os.access(place, os.W_OK):
-        raise ArtifactError(f"cannot write to {place}: no rights; choose another `out`")
+        raise ArtifactError(f"cannot write to {place}: permission denied; choose another `out`")
 
 
 def _outlook(job: Job, ready: Ready, notes: list[str], started: float) -> DryRun:
@@ -132,7 +135,8 @@ def _outlook(job: Job, ready: Ready, notes: list[str], started: float) -> DryRun
     job.folder.check_room(disk["adapter"])
     if disk["adapter"] + disk["checkpoints"] > free_bytes(job.folder.path):
         notes.append(
-            "the disk of `out` may not hold the checkpoints; set `save_total_limit` 1, or choose another `out`"
+            "the disk of `out` may be too small for the checkpoints; set `save_total_limit` to 1, or choose another "
+            "`out`"
         )
     seconds, why = _seconds(job, ready, steps, cache != "off", recompute)
     return DryRun(
@@ -167,10 +171,10 @@ def _outlook(job: Job, ready: Ready, notes: list[str], started: float) -> DryRun
 
 
 def _cache(ready: Ready, training: TrainSettings) -> tuple[Literal["memory", "disk", "off"], int]:
-    """Where the output of the frozen layers will lie, as far as that is known before, and its size.
+    """Where the output of the frozen layers will be cached, as far as is known beforehand, and its size in bytes.
 
     Raises:
-        CacheError: it is to lie on a disk that cannot hold it.
+        CacheError: the disk is too small for it.
     """
     if training.cache == "off" or ready.plan.boundary == 0:
         return "off", 0
@@ -185,7 +189,7 @@ def _cache(ready: Ready, training: TrainSettings) -> tuple[Literal["memory", "di
 
 
 def _disk_bytes(plan: Plan, training: TrainSettings, rows: int, cache_bytes: int) -> dict[str, int]:
-    """At most: the adapter, the checkpoints that are there at once, of which the best one stays, and the cache."""
+    """Upper bounds: the adapter, the checkpoints that exist at the same time (the best one is kept), and the cache."""
     trainable = plan.trainable_parameters * (2 if training.correct_quantization else 1)
     values = 2 if takes_average(rows, training, Launch.here().processes) else 1
     kept = training.save_total_limit + (training.keep == "best")
@@ -194,17 +198,17 @@ def _disk_bytes(plan: Plan, training: TrainSettings, rows: int, cache_bytes: int
 
 
 def _seconds(job: Job, ready: Ready, steps: int, is_cached: bool, recompute: str) -> tuple[dict[str, float], str]:
-    """Predicted seconds by phase from a few training steps that are timed; or why there are none."""
+    """Predicted seconds by phase, from a few timed training steps; or the reason why there are none."""
     if isinstance(ready.base, Checkpoint):
-        return {}, "the model is read layer by layer"
+        return {}, "the model is streamed, layer by layer"
     if ready.adapted is not None:
-        return {}, "the model carries the adapter that is trained further"
+        return {}, "an adapter is trained further, and steps are timed on a base model only"
     training, data, plan = job.settings.training, ready.data, ready.plan
     job.say(f"time   a few training steps of {training.batch_size} rows")
     try:
         timings = calibrate(ready.base.model, data, training.batch_size, training.seed, rounds=1, show_progress=job.say)
     except torch.OutOfMemoryError:
-        return {}, "a step of plain LoRA, which it is measured by, does not fit in memory"
+        return {}, "a step of plain LoRA, the baseline of the prediction, does not fit in memory"
     ranks = {adapter.name: adapter.rank for adapter in plan.adapters}
     costs = measured_costs(read_anatomy(ready.base.model), ranks, plan.settings.rank, timings)
     left = steps - (ready.found.step if ready.found else 0)
@@ -223,7 +227,7 @@ def _seconds(job: Job, ready: Ready, steps: int, is_cached: bool, recompute: str
 
 
 def _evaluation_seconds(ready: Ready, training: TrainSettings, costs: LayerCosts, timings: Timings) -> float:
-    """Of the held-out losses, the first one included: forward passes over all layers."""
+    """Seconds of all held-out evaluations, the first one included: forward passes over all layers."""
     tokens = sum(len(row) for row in ready.held_out.examples)
     taken = evaluations_of(len(ready.data), training, Launch.here().processes) or 1
     times = 1 + taken + training.rescale

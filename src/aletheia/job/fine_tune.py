@@ -1,4 +1,4 @@
-"""The whole job, top to bottom: load, probe, plan, adapt, train, report. What ``aletheia train`` does, this does."""
+"""The whole job, top to bottom: load, probe, plan, adapt, train, report; what ``aletheia train`` does."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -70,40 +70,43 @@ def fine_tune(
 ) -> Run:
     """Fine-tune the layers that matter: probe, plan, adapt, train and report, or follow a plan.
 
-    The same as ``aletheia train``, with the same defaults. A run that was interrupted goes on from its last whole
-    checkpoint when it is called again with the same settings. Under ``torchrun`` or ``accelerate launch`` all processes
-    call this; the first one writes.
+    The same as ``aletheia train``, with the same defaults. Called again with the same settings, an interrupted run
+    resumes from its last complete checkpoint. Under ``torchrun`` or ``accelerate launch`` all processes call this
+    function; the first one writes.
 
     Args:
         model: hub id, folder or file, or :class:`aletheia.LoadSettings`.
         data: rows to learn from, or :class:`aletheia.DataSettings`.
         out: the run folder.
-        plan: a plan's file, or :class:`aletheia.PlanSettings`.
-        training: :class:`aletheia.TrainSettings`; settings may be given as mappings, too.
+        plan: a plan file, or :class:`aletheia.PlanSettings`.
+        training: :class:`aletheia.TrainSettings`; all settings may be given as mappings, too.
         overwrite: replace a finished run in ``out``.
-        resume: ``auto`` goes on with an interrupted run in ``out``, ``never`` begins anew, a path goes on from that
-            checkpoint.
-        say: gets a line for each thing that is done, and one at least every 30 seconds, from another thread, while it
-            goes on; by default they go to stderr.
+        resume: ``auto`` resumes an interrupted run in ``out``, ``never`` starts from the beginning, a path resumes
+            from that checkpoint.
+        say: receives a line for each phase, and one at least every 30 seconds during it, from another thread; by
+            default, lines go to stderr.
+
+    Returns:
+        The finished run.
 
     Raises:
-        AletheiaError: what is wrong, in one line; settings and the folder are checked before anything is loaded.
+        AletheiaError: one line with the cause; settings and the folder are checked before anything is loaded.
     """
     settings = JobSettings.of(model, data, plan, training)
     training_arguments(settings.training, "")  # Trainer's own checks
-    told = say or to_stderr
+    output = say or to_stderr
     with ExitStack() as stack:
         interrupted = stack.enter_context(interrupts())
         launch = stack.enter_context(Launch.join())
         folder = stack.enter_context(launch.claim(out, overwrite, "never" if resume == "never" else "auto"))
         interrupted.checkpoints = folder.checkpoints
-        job = Job(settings, folder, launch, told if launch.is_first else say_nothing, interrupted)
+        job = Job(settings, folder, launch, output if launch.is_first else say_nothing, interrupted)
         return job.run(None if resume in ("auto", "never") else Path(resume))
 
 
 @dataclass
 class Job:
-    """One call of :func:`fine_tune`, step by step; what a streamed probe keeps lies in ``work``."""
+    """One call of :func:`fine_tune`, step by step; a streamed probe keeps its files in ``work``."""
 
     settings: JobSettings
     folder: RunFolder
@@ -115,7 +118,7 @@ class Job:
     started: float = field(default_factory=time.perf_counter)
 
     def ready(self, resume: Path | None = None, shows_row: bool = True) -> Ready:
-        """Load, probe and plan; says how the model sees the first row with ``shows_row``."""
+        """Load, probe and plan; with ``shows_row``, also say how the model sees the first row."""
         settings = self.settings
         start = Start.of(settings)
         given = self._given()
@@ -129,7 +132,7 @@ class Job:
         self.say(f"load   {settings.model.model}")
         with self._timed("load"), Progress("load", 0, "", self.say):
             base, data = self._load(rows, start)
-        if not writes_date(base.tokenizer):  # the day is no matter to such a run, nor to its record
+        if not writes_date(base.tokenizer):  # the date changes neither such a run nor its record
             self.settings = settings = settings.model_copy(update={"data": asked})
         if shows_row:
             show_first(data, base.tokenizer, self.say)
@@ -177,7 +180,7 @@ class Job:
     # --- an interrupted run
 
     def _checkpoint(self, resume: Path | None) -> TrainingCheckpoint | None:
-        """The checkpoint to go on from, of a job with the same settings; damaged ones are named and passed over."""
+        """The checkpoint to resume from, of a job with the same settings; damaged ones are reported and skipped."""
         if resume is not None:
             found: TrainingCheckpoint | None = verified(resume)
         elif self.folder.resumes:
@@ -188,7 +191,7 @@ class Job:
         else:
             return None
         if found is None:
-            self.say("note: the run that was interrupted here left no whole checkpoint; it begins anew")
+            self.say("note: the interrupted run left no complete checkpoint; training starts from the beginning")
             return None
         now = self.settings.about()
         check_same_run(
@@ -197,7 +200,7 @@ class Job:
         return found
 
     def _set_date(self, found: TrainingCheckpoint | None) -> None:
-        """The date for chat templates that write one: as asked, else that of the interrupted run, else today's."""
+        """Set the date for chat templates that write one: the given date, else the interrupted run's, else today."""
         data = self.settings.data
         if data.template_date is None:
             begun = found.manifest.about.get("template_date") if found is not None else None
@@ -211,11 +214,11 @@ class Job:
             return None
         given = Plan.read(file)
         if not is_sealed(file):
-            self.say(f"note: {file} has no sha256, so it is taken as edited by hand")
+            self.say(f"note: {file} has no sha256 checksum, so it is treated as edited by hand")
         return given
 
     def _keep(self, plan: Plan, scores: Scores | None) -> None:
-        """What a run that goes on needs beside its checkpoints."""
+        """Write what a resumed run needs as well as its checkpoints."""
         folder = self.folder.checkpoints
         folder.mkdir(parents=True, exist_ok=True)
         plan.write(folder / PLAN_FILE)
@@ -240,7 +243,7 @@ class Job:
     def _plan(
         self, base: Source, data: Examples, given: Plan | None, found: TrainingCheckpoint | None
     ) -> tuple[Scores | None, Plan]:
-        """The plan to follow, and the scores it was made from where it was made here."""
+        """The plan to follow, and the scores that it was made from if it was made here."""
         if found is not None:
             kept = found.path.parent
             scores = Scores.read(kept / SCORES_FILE) if (kept / SCORES_FILE).exists() else None
@@ -262,15 +265,15 @@ class Job:
     def _go_on(
         self, base: Source, data: Examples, start: Start, found: TrainingCheckpoint | None
     ) -> tuple[Scores | None, Plan, Any]:
-        """Scores, plan and model of an adapter that is trained on."""
-        assert not isinstance(base, Checkpoint), "a base to go on from is loaded as a whole"
+        """Scores, plan and model of an adapter that is trained further."""
+        assert not isinstance(base, Checkpoint), "the base of an adapter is loaded as a whole"
         own = start.own_plan
         scores = self.launch.computed_by_first(partial(self._probe, base, data)) if own is None else own[0]
         adapted = continue_adapter(base.model, start.folder, self.settings.model.allow_pickle, data.tokenizer)
         plan = plan_of_adapter(adapted, scores) if own is None else own[1]  # type: ignore[arg-type]
         where = plan.model.model_copy(update={"name": base.model.name_or_path})  # the base may have been moved
         plan = plan.model_copy(update={"model": where})
-        self.say(f"go on  with {start.folder} on {start.base.model}")
+        self.say(f"adapt  trains {start.folder} further on {start.base.model}")
         return scores, plan, adapted
 
     def _adapted(self, base: Source, plan: Plan) -> Any:
@@ -295,7 +298,7 @@ class Job:
         return resident.probe(base.model, data, seed=seed, show_progress=self.say)
 
     def _make_plan(self, scores: Scores, base: Source, data: Examples) -> Plan:
-        """What fits in memory, with lower layers that learn at first where those do, too."""
+        """A plan that fits in memory; lower layers learn at first if they fit, too."""
         settings, is_streamed = self.settings, isinstance(base, Checkpoint)
         upper_alone = is_streamed or settings.training.free_prefix
         asked: dict[str, Any] = {"epochs": self._passes(data), "seed": settings.training.seed}
@@ -316,9 +319,9 @@ class Job:
         return made
 
     def recompute(self, ready: Ready) -> Recompute:
-        """What backward computes again, so that the plan fits; a run that goes on does as it did.
+        """The gradient checkpointing with which the plan fits; a resumed run keeps its own.
 
-        Says so where that was not asked for, and warns where the plan may not fit.
+        Says so if it was not asked for, and warns if the plan may not fit.
         """
         if ready.found is not None:
             kept: Recompute = ready.found.manifest.about["gradient_checkpointing"]
@@ -334,14 +337,14 @@ class Job:
         return fitting.recompute
 
     def _passes(self, data: Examples) -> float:
-        """Passes over the data that the time is counted for; without a cache, later ones cost as much as the first."""
+        """Passes over the data that the plan counts; without a cache, later ones cost as much as the first."""
         training = self.settings.training
         if training.cache == "off":
             return 1.0
         return min(planned_passes(len(data), training, self.launch.processes), MOST_EPOCHS)
 
     def _check_plan(self, plan: Plan, base: Source, data: Examples) -> None:
-        """Whether a plan that was given belongs to the model and fits in memory; other data are only noted."""
+        """Check that the given plan belongs to the model and fits in memory; other data only get a note."""
         plan.check_model(self._model_identity(base))
         plan.check_tokenizer(data.tokenizer)
         if plan.data and plan.data.fingerprint != data.identity.fingerprint:
@@ -353,14 +356,14 @@ class Job:
         if room.max_memory is not None and needed > room.max_memory:
             raise TrainingError(
                 f"`max_memory` is {room.max_memory / 1e9:.1f} GB; the plan takes up to {needed / 1e9:.1f} GB with "
-                f"batches of {step.tokens:,} tokens; expected a plan made with that `max_memory`, smaller batches or "
+                f"batches of {step.tokens:,} tokens; make a plan with that `max_memory`, or use smaller batches or "
                 "shorter rows"
             )
 
     # --- train
 
     def _prefix(self, base: Source, plan: Plan, data: Examples, held_out: Examples) -> PrefixCache | None:
-        """For a streamed model: what enters the boundary layer, of every row that the run will see."""
+        """For a streamed model: the inputs of the boundary layer, for every row that the run will see."""
         if not isinstance(base, Checkpoint):
             return None
         training = self.settings.training
@@ -373,7 +376,7 @@ class Job:
             for note in cache.notes:
                 self.say(f"note: {note}")
             cap = self.settings.model.max_memory
-            self.say(f"cache  what layers {layer_ranges(range(plan.boundary))} compute, once for each row")
+            self.say(f"cache  the output of layers {layer_ranges(range(plan.boundary))}, computed once for each row")
             fill_streamed(base, plan.boundary, used, cache, training.batch_size, data.pad_token_id, cap, self.say)
         return cache
 
@@ -381,10 +384,10 @@ class Job:
 def _check_plan_streamed(plan: Plan) -> None:
     if plan.early_layers:
         raise TrainingError(
-            f"the plan adapts layers {layer_ranges(plan.early_layers)} at first, which are not in memory where the "
-            "model is streamed; expected one made with `freeze_after` 0"
+            f"the plan adapts layers {layer_ranges(plan.early_layers)} at first, and a streamed model does not have "
+            "them in memory; expected a plan made with `freeze_after` 0"
         )
     if plan.boundary == 0:
         raise TrainingError(
-            "the plan adapts layer 0; expected one that leaves a frozen prefix where the model is streamed"
+            "the plan adapts layer 0, and a streamed model needs frozen layers at the bottom; expected another plan"
         )

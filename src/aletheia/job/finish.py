@@ -1,4 +1,4 @@
-"""What a finished run has beside its adapter, and its way to the hub."""
+"""The files that go with the adapter of a finished run, and its upload to the hub."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ from aletheia.training.settings import TrainSettings
 def complete(
     run: Run, settings: JobSettings, tokenizer: Any, scores: Scores | None, say: Callable[[str], None]
 ) -> None:
-    """Write settings, scores, the page, and the tokenizer with the chat template that the run learned with.
+    """Write settings, scores, the report, and the tokenizer with the chat template that the run learned with.
 
     Raises:
         ArtifactError: they cannot be written; the run is complete without them.
@@ -34,11 +34,11 @@ def complete(
         except ModelError as error:
             say(f"note: {error}")
     except ArtifactError as error:
-        raise ArtifactError(f"the run is complete, but what belongs beside its adapter is not: {error}") from error
+        raise ArtifactError(f"the run is complete, but not the files that go with its adapter: {error}") from error
 
 
 def push(run: Run, training: TrainSettings, say: Callable[[str], None]) -> None:
-    """Upload a finished folder, if ``training`` asks for it; the run is on disk whatever the hub says.
+    """Upload a finished run folder if ``training`` asks for it; the run is on disk in any case.
 
     Raises:
         TrainingError: the upload failed.

@@ -1,4 +1,4 @@
-"""Answers of a trained adapter, of its base beside it, or of any model: prompts in, texts out."""
+"""Answers of a trained adapter, of its base for comparison, or of any model: prompts in, texts out."""
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -31,13 +31,13 @@ from aletheia.runs.saved import load_adapter, use_template_of
 from aletheia.runs.schema import METRICS_FILE, Metrics
 from aletheia.settings import LONGEST_ROW
 
-PADDING = 3  # tokens in front of the prompt that is tried
+PADDING = 3  # tokens in front of a prompt, to test whether the model ignores them
 PLACEHOLDER = "."  # the answer of a row that is made of a prompt alone
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is answered: its tokens up to where the answer begins, and how it is shown."""
+    """A prompt: its tokens up to where the answer begins, and how it is shown."""
 
     where: str
     shown: str
@@ -55,25 +55,25 @@ def generate(
 ) -> list[Answer]:
     """Answer prompts or rows with a run's adapter, any PEFT adapter or a plain model.
 
-    The same as ``aletheia generate``, with the same defaults. A prompt is a user turn in the model's chat template;
-    for a run, its tokens are those that it would have in a training row. Without a chat template it is continued as it
-    stands, unless the run learned from prompts and answers. Decoding is greedy by default; the rest is as the model's
-    generation config says, a penalty on repetition for instance.
+    The same as ``aletheia generate``, with the same defaults. A prompt is a user turn in the model's chat template.
+    For a run, its tokens are those that it would have in a training row. Without a chat template the model continues
+    the prompt as plain text, unless the run learned from prompts and answers. Decoding is greedy by default. All else,
+    such as a repetition penalty, is as in the model's generation config.
 
     Args:
         model: run folder, adapter folder, hub id, model folder or file, or :class:`aletheia.LoadSettings`.
         prompts: one prompt or several.
-        data: rows whose last answer is generated anew, or :class:`aletheia.DataSettings`; a mapping without ``data``
-            only sets how prompts are written, such as ``chat_template``.
-        against: ``base`` answers without the adapter, too; the model is loaded once.
+        data: rows whose last answer the model writes again, or :class:`aletheia.DataSettings`. A mapping without
+            ``data`` only sets how prompts are written, such as ``chat_template``.
+        against: ``base`` also gives the answers without the adapter; the model is loaded once.
         settings: :class:`aletheia.GenerateSettings`.
-        say: gets a line for each thing that is done; by default they go to stderr.
+        say: receives a line for each phase; by default, lines go to stderr.
 
     Returns:
         An answer for each prompt, then one for each row, in their order.
 
     Raises:
-        AletheiaError: what is wrong, in one line.
+        AletheiaError: one line with the cause.
     """
     how = model if isinstance(model, LoadSettings) else LoadSettings(**_section(model, "model"))
     chosen = settings if isinstance(settings, GenerateSettings) else GenerateSettings(**dict(settings or {}))
@@ -82,14 +82,14 @@ def generate(
     asked = DataSettings(**{"data": "prompts"} | given)
     rows = load_rows(asked.data, asked.skip_unusable) if "data" in given else None
     if not prompts and rows is None:
-        raise SettingsError("found no prompt and no `data`; expected one of them")
+        raise SettingsError("found neither a `prompt` nor `data`; expected at least one of them")
     folder = adapter_folder(how.model)
     if against is not None and folder is None:
         raise SettingsError(
-            f"`against` is {against} and {how.model} is no adapter folder; expected one, or no `against`"
+            f"`against` is {against} and {how.model} is not an adapter folder; expected one, or no `against`"
         )
-    told = say or to_stderr
-    told(f"load   {how.model}")
+    output = say or to_stderr
+    output(f"load   {how.model}")
     base = load_as_asked(how if folder is None else base_settings(how, folder))
     if folder is not None:
         use_template_of(folder, base.tokenizer)
@@ -97,12 +97,12 @@ def generate(
         use_template(base.tokenizer, read_template(asked.chat_template))
     questions = [
         *_of_prompts(prompts, base, asked, _learned_answers(folder)),
-        *_of_rows(rows, base, asked, chosen.limit, told),
+        *_of_rows(rows, base, asked, chosen.limit, output),
     ]
     adapted: Any = base.model
     if folder is not None:
         adapted = load_adapter(base.model, folder, how.allow_pickle, identify_tokenizer(base.tokenizer))
-    answering = Answering(adapted.eval(), base.tokenizer, chosen, told)
+    answering = Answering(adapted.eval(), base.tokenizer, chosen, output)
     answers = answering.answers(questions)
     if against is None:
         return [_answer(question, *one) for question, one in zip(questions, answers, strict=True)]
@@ -123,11 +123,11 @@ def _answer(question: Question, text: str, ended: bool) -> Answer:
     return Answer(where=question.where, prompt=question.shown, answer=text, ended=ended, reference=question.reference)
 
 
-# --- what is asked
+# --- prompts
 
 
 def _learned_answers(folder: Path | None) -> bool:
-    """Whether a run learned from prompts with answers, rather than from plain text; False where that is not known."""
+    """Whether a run learned from prompts with answers, not from plain text; False if that is unknown."""
     if folder is None or not (folder / METRICS_FILE).is_file():
         return False
     data = Metrics.read(folder / METRICS_FILE).data
@@ -135,11 +135,11 @@ def _learned_answers(folder: Path | None) -> bool:
 
 
 def _of_prompts(prompts: Sequence[str], base: Loaded, asked: DataSettings, as_rows: bool) -> list[Question]:
-    """Prompts as tokens: ``as_rows`` have them, else as the chat template opens an answer, else as plain text."""
+    """Prompts as tokens: as in training rows with ``as_rows``, else in the chat template, else as plain text."""
     named = [(f"prompt {number}", prompt) for number, prompt in enumerate(prompts, start=1)]
     for where, prompt in named:
         if not prompt.strip():
-            raise DataError(f"{where} is empty; expected a text to answer")
+            raise DataError(f"{where} is empty; expected some text")
     if not named:
         return []
     if not as_rows:
@@ -160,7 +160,7 @@ def _of_prompts(prompts: Sequence[str], base: Loaded, asked: DataSettings, as_ro
 
 
 def _opened(named: Sequence[tuple[str, str]], base: Loaded, asked: DataSettings) -> list[str]:
-    """Prompts as user turns in the chat template, with the opening of an answer behind them."""
+    """Prompts as user turns in the chat template, followed by the opening of an answer."""
 
     def work(pulse: Callable[[], None]) -> Iterator[str]:
         template = ChatTemplate(base.tokenizer, pulse, asked.template_date)
@@ -173,7 +173,7 @@ def _opened(named: Sequence[tuple[str, str]], base: Loaded, asked: DataSettings)
 
 
 def _plain_ids(prompt: str, base: Loaded) -> tuple[int, ...]:
-    """The tokens of a text that is continued, without an end token that some tokenizers put behind it."""
+    """The tokens of a text to continue, without the end token that some tokenizers append."""
     ids = list(base.tokenizer(prompt)["input_ids"])
     while len(ids) > 1 and ids[-1] == base.tokenizer.eos_token_id:
         ids.pop()
@@ -181,12 +181,12 @@ def _plain_ids(prompt: str, base: Loaded) -> tuple[int, ...]:
 
 
 def _of_rows(rows: Rows | None, base: Loaded, asked: DataSettings, limit: int | None, say: Say) -> list[Question]:
-    """Rows as what stands before their last answer, and that answer."""
+    """Rows as prompts: all that precedes their last answer, with that answer as the reference."""
     if rows is None:
         return []
     rows = replace(rows, rows=rows.rows[:limit])
     if (text := next((row for row in rows.rows if row.messages is None), None)) is not None:
-        raise DataError(f"{text.where} is plain text, which has no answer; expected questions and answers, or messages")
+        raise DataError(f"{text.where} is plain text, without an answer; expected prompts and completions, or messages")
     examples = _encoded(rows, base, asked)
     if len(examples) < len(rows.rows):
         say(f"{NOTE}{len(rows.rows) - len(examples)} of {len(rows.rows)} rows are left out")
@@ -206,7 +206,7 @@ def _of_rows(rows: Rows | None, base: Loaded, asked: DataSettings, limit: int | 
 
 
 def _encoded(rows: Rows, base: Loaded, asked: DataSettings) -> dict[str, Example]:
-    """Rows as they are learned, by their place; never cut, since the answer is not read."""
+    """Rows encoded as for training, by their place; never cut, since the answer is not read."""
     found = encode(
         rows,
         base.tokenizer,
@@ -226,12 +226,12 @@ def _prompt_ids(example: Example) -> tuple[int, ...]:
     return tuple(example.input_ids[:start])
 
 
-# --- what is answered
+# --- answers
 
 
 @dataclass(frozen=True)
 class Answering:
-    """A model, with its adapter where it has one, that answers questions in batches."""
+    """A model, with or without an adapter, that answers prompts in batches."""
 
     model: Any
     tokenizer: Any
@@ -239,7 +239,7 @@ class Answering:
     say: Say
 
     def answers(self, questions: Sequence[Question], without_adapter: bool = False) -> list[tuple[str, bool]]:
-        """Text of each answer, and whether it ended by itself.
+        """The text of each answer, and whether it ended by itself.
 
         Raises:
             DataError: a prompt fills all positions of the model.
@@ -257,7 +257,7 @@ class Answering:
         return [found[at] for at in range(len(questions))]
 
     def _batches(self, questions: Sequence[Question]) -> Iterator[list[int]]:
-        """Numbers of questions that are computed together: of like length, and of equal length where padding counts."""
+        """Positions of prompts to compute together: of similar length, or of equal length if padding matters."""
         order = sorted(range(len(questions)), key=lambda at: (len(questions[at].ids), at))
         alike = self.settings.batch_size == 1 or len({len(question.ids) for question in questions}) == 1
         padded = not alike and self._padding_is_hidden(questions[order[0]])
@@ -276,7 +276,7 @@ class Answering:
         return stop_ids(self.tokenizer, stop_ids_of(self.model), len(input_weight(self.model)))
 
     def _padding_is_hidden(self, question: Question) -> bool:
-        """Whether the model takes a prompt the same behind padding: recurrent layers carry masked tokens on."""
+        """Whether padding in front of a prompt changes nothing; recurrent layers carry masked tokens along."""
         alone, behind = (self._generated([question], len(question.ids) + more, 1)[1] for more in (0, PADDING))
         noise = max(1e-4, 8 * torch.finfo(self.model.dtype).eps) * float(alone.abs().max())
         return float((alone - behind).abs().max()) <= noise
@@ -302,7 +302,7 @@ class Answering:
         )
         if self.settings.temperature > 0:
             config.update(do_sample=True, temperature=self.settings.temperature)
-        else:  # what only counts where tokens are drawn would be warned of
+        else:  # transformers warns of settings that only count for sampling
             config.update(do_sample=False, temperature=None, top_p=None, top_k=None, min_p=None, typical_p=None)
         device = base.device
         made = base.generate(

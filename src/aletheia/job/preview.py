@@ -1,4 +1,4 @@
-"""Rows of a data set as a model will see them, before anything is trained. Reads the tokenizer and the config alone."""
+"""Rows of a data set as a model will see them, before training. Reads only the tokenizer and the config."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -29,13 +29,13 @@ def preview(
     The same as ``aletheia preview``. Rows that would stop a run are counted in ``left_out`` instead.
 
     Args:
-        model: hub id, folder or file, or :class:`aletheia.LoadSettings`; of an adapter folder its base. No weights are
-            read.
+        model: hub id, folder or file, or :class:`aletheia.LoadSettings`; for an adapter folder, its base is used. No
+            weights are read.
         data: rows to learn from, or :class:`aletheia.DataSettings`.
-        rows: numbers of rows to show, from 1; by default three, of different roles or files where there are some.
+        rows: numbers of rows to show, from 1; by default three, of different roles or files if possible.
 
     Raises:
-        AletheiaError: what is wrong, in one line.
+        AletheiaError: one line with the cause.
     """
     settings = JobSettings.of(model, data)
     asked = settings.data.model_copy(update={"skip_unusable": True})
@@ -53,13 +53,15 @@ def preview(
         shared = overlap(train, held_out)
         left_out += held_out.skipped
     if left_out and not settings.data.skip_unusable:
-        notes.append("a run stops at the first of the rows that are left out here, unless `skip_unusable` is given")
+        notes.append(
+            "training would stop at the first row that is left out here; set `skip_unusable` to skip such rows"
+        )
     shown = _rows_to_show(found, examples, rows, base.tokenizer)
     return Preview.of(examples, shown, shared, list(dict.fromkeys(notes)))
 
 
 def _rows_to_show(rows: Rows, examples: Examples, asked: Sequence[int], tokenizer: Any) -> list[ShownRow]:
-    """The rows ``asked`` for, by number from 1; by default three, of different roles or files where there are some.
+    """The rows ``asked`` for, by number from 1; by default three, of different roles or files if possible.
 
     Raises:
         DataError: there is no row of that number, or it is left out.
@@ -67,9 +69,9 @@ def _rows_to_show(rows: Rows, examples: Examples, asked: Sequence[int], tokenize
     encoded = {example.where: example for example in examples.examples}
     for number in asked:
         if not 1 <= number <= len(rows.rows):
-            raise DataError(f"`row` is {number}; expected a number from 1 to {len(rows.rows)}, the rows of the data")
+            raise DataError(f"`row` is {number}; expected a number from 1 to {len(rows.rows)}, the number of rows")
         if (where := rows.rows[number - 1].where) not in encoded:
-            raise DataError(f"`row` is {number}; expected a row that is learned from: {where} is left out")
+            raise DataError(f"`row` is {number}, and {where} is left out; expected a row to learn from")
     numbers = list(dict.fromkeys(asked)) or _different(rows.rows, encoded)
     return [
         shown_row(encoded[rows.rows[number - 1].where], number, tokenizer, examples.max_length) for number in numbers
@@ -77,7 +79,7 @@ def _rows_to_show(rows: Rows, examples: Examples, asked: Sequence[int], tokenize
 
 
 def _different(rows: Sequence[Row], encoded: Mapping[str, Example]) -> list[int]:
-    """Numbers of three rows: the first of other roles, then of other files, then of other content."""
+    """Numbers of three rows that differ: first in roles, then in files, then in content."""
     usable = [number for number, row in enumerate(rows, start=1) if row.where in encoded]
     by_roles: dict[tuple[str, ...], int] = {}
     by_file: dict[str, int] = {}

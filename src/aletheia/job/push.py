@@ -1,4 +1,4 @@
-"""A finished run on the hub: what others need to use the adapter, and nothing that names paths of this machine."""
+"""Upload of a finished run to the hub: what others need to use the adapter, without paths of this machine."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from aletheia.runs.folder import CARD_FILE, CONFIG_FILE
 from aletheia.runs.manifest import MANIFEST_FILE, FileRecord
 from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, REPORT_FILE, SCORES_FILE, Run
 
-_NAMED = ("model", "data", "held_out_data", "tokenizer", "went_on_from")  # parts of our files that have a name
+_NAMED = ("model", "data", "held_out_data", "tokenizer", "went_on_from")  # parts of our files that hold a name
 _Artifact = TypeVar("_Artifact", bound=BaseModel)
 
 
@@ -51,20 +51,23 @@ def push(
 ) -> Pushed:
     """Upload a finished run to the hub: adapter, tokenizer, plan, metrics, scores, report and card.
 
-    Checkpoints, settings and data stay here. What is uploaded names files by their last part, and the base model by its
-    hub id: where the run has a local path instead, ``base`` gives the id. A card that was rewritten keeps its text.
+    Checkpoints, settings and data stay here. Uploaded files name local files by their last part, and the base model by
+    its hub id. If the run has a local path instead, ``base`` gives the id. A card that was edited keeps its text.
 
     Args:
         run: the run folder.
-        repo: ``owner/name``, or ``name`` for your own account; it is made if need be.
-        private: whether a repository that is made is private; one that is there stays as it is.
-        revision: the branch, made if need be; by default the main one.
+        repo: ``owner/name``, or ``name`` for your own account; it is created if it does not exist.
+        private: whether a new repository is private; an existing one stays as it is.
+        revision: the branch, created if it does not exist; by default the main branch.
         base: hub id of the base model.
-        dry_run: only say what would be uploaded.
-        say: gets notes.
+        dry_run: only return what would be uploaded.
+        say: receives notes.
+
+    Returns:
+        The files with their sizes in bytes, and the metadata of the card.
 
     Raises:
-        ArtifactError: the folder holds no finished run or was changed, a name is none of the hub's, or the upload
+        ArtifactError: the folder holds no finished run or was changed, a name is not a hub id, or the upload
             failed.
     """
     run = run if isinstance(run, Run) else Run.read(run)
@@ -87,7 +90,7 @@ def push(
             commit_message=f"LoRA adapter trained with aletheia-tune {run.metrics.packages.get('aletheia-tune', '')}",
             revision=revision,
         )
-    except Exception as error:  # network, rights, names: the hub's client has many
+    except Exception as error:  # network, permissions, names: the hub's client raises many kinds
         raise ArtifactError(f"uploading {run.path} to {repo} failed: {_reason(error)}") from error
     return Pushed(made.repo_id, sizes, metadata, str(made))
 
@@ -95,15 +98,15 @@ def push(
 def _check_names(repo: str, base: str | None) -> None:
     for name, what in ((repo, "`repo`"), (base, "`base`")):
         if name is not None and not is_hub_name(name):
-            raise ArtifactError(f"{what} is {name!r}; expected an id of the hub, such as owner/name")
+            raise ArtifactError(f"{what} is {name!r}; expected a hub id such as owner/name")
 
 
 def _reason(error: Exception) -> str:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if isinstance(error, LocalTokenNotFoundError) or status == 401:
-        return "no valid token; log in with 'hf auth login', or set HF_TOKEN"
+        return "found no valid token; log in with 'hf auth login', or set HF_TOKEN"
     if status == 403:
-        return "the token may not write there; make one with the right to write, or choose another repository"
+        return "the token may not write there; create one with write access, or choose another repository"
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set; unset it to reach the hub"
     return f"{one_line(error, 300)}"
@@ -113,12 +116,12 @@ def _reason(error: Exception) -> str:
 
 
 def _contents(run: Run, base: str | None, say: Callable[[str], None]) -> tuple[dict[str, bytes | Path], dict[str, Any]]:
-    """Every file by its name, rewritten where it would name paths of this machine; and the card's metadata."""
+    """Every file by its name, rewritten if it names paths of this machine; and the card's metadata."""
     known = base or (run.metrics.model.name if is_hub_id(run.metrics.model.name) else None)
     if known is None:
         say(
-            f"note: the base is {run.metrics.model.name}, a path of this machine, so the card names none; "
-            "`base` gives its hub id"
+            f"note: the base is {run.metrics.model.name}, a path of this machine, so the card names no base; "
+            "give its hub id with `base`"
         )
     public = replace(run, metrics=_public(run.metrics, known), plan=_public(run.plan, known))
     records = Contents.read(run.path / MANIFEST_FILE).files
@@ -146,7 +149,7 @@ def _record(held: bytes | Path) -> FileRecord:
 
 
 def _public(artifact: _Artifact, base: str | None) -> _Artifact:
-    """The same with the base by its hub id, and other paths by their last part."""
+    """The same, with the base named by its hub id and other paths by their last part."""
     changes = {}
     for part in _NAMED:
         if (held := getattr(artifact, part, None)) is not None:
@@ -156,7 +159,7 @@ def _public(artifact: _Artifact, base: str | None) -> _Artifact:
 
 
 def _last_parts(name: str) -> str:
-    """A name with its absolute paths by their last part; other names as they are."""
+    """A name with absolute paths cut to their last part; other names stay as they are."""
     parts = name.split(BETWEEN_SOURCES)
     return BETWEEN_SOURCES.join(PurePath(part).name if PurePath(part).is_absolute() else part for part in parts)
 
@@ -172,7 +175,7 @@ def _report(public: Run) -> bytes:
 
 
 def _card(run: Run, public: Run, base: str | None, more: Mapping[str, Any]) -> tuple[bytes, dict[str, Any]]:
-    """The card with the hub's metadata: written anew, or the text of a person who rewrote it."""
+    """The card with the hub's metadata: a new one, or the existing text if a person edited it."""
     metadata = card_metadata(base, more)
     if not any(str(run.path / CARD_FILE) in note for note in check_contents(run.path)):
         return model_card(public, metadata).encode(), metadata
@@ -187,7 +190,7 @@ def _card(run: Run, public: Run, base: str | None, more: Mapping[str, Any]) -> t
 
 
 def _license(name: str, base: str | None) -> dict[str, Any]:
-    """The license that the card of the base names, if it lies in its folder or in the hub's cache."""
+    """The license in the card of the base, if that card is in its folder or in the hub's cache."""
     card = Path(name) / CARD_FILE
     if not card.is_file():
         cached = try_to_load_from_cache(base, CARD_FILE) if base else None
@@ -196,14 +199,14 @@ def _license(name: str, base: str | None) -> dict[str, Any]:
         card = Path(cached)
     try:
         found = metadata_load(card) or {}
-    except (OSError, ValueError):  # no UTF-8, or no YAML between its lines
+    except (OSError, ValueError):  # not UTF-8, or no YAML in the header
         return {}
     kept = {key: found[key] for key in ("license", "license_name", "license_link") if isinstance(found.get(key), str)}
     return kept if "license" in kept else {}
 
 
 def _data_sets(config: Path) -> dict[str, Any]:
-    """The data sets of the hub among the rows that were learned from; those of this machine have absolute paths."""
+    """The hub data sets that the run learned from; local data have absolute paths."""
     if not config.is_file():
         return {}
     sources = read_yaml(config)["data"]["data"]

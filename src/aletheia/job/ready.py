@@ -1,4 +1,4 @@
-"""A job between its planning and its training."""
+"""A job after planning and before training."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +15,8 @@ from aletheia.runs.manifest import TrainingCheckpoint
 class Ready:
     """What a run starts from once everything is loaded and planned.
 
-    ``adapted`` is there where an adapter is trained further; ``scores`` where the plan was made from them here;
-    ``found`` is the checkpoint that an interrupted run goes on from.
+    ``adapted`` is set if an adapter is trained further, ``scores`` if the plan was made from them here. ``found`` is
+    the checkpoint that an interrupted run resumes from.
     """
 
     base: Source

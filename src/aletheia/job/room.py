@@ -1,4 +1,4 @@
-"""Whether training fits: what it is predicted to take, of how much, and a line for people where that decides."""
+"""Whether training fits in memory: what it is predicted to take, how much there is, and notes about it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,68 +33,68 @@ from aletheia.training.settings import Recompute, TrainSettings
 
 @dataclass(frozen=True)
 class Room:
-    """The memory that training may take: what was asked for, else a fixed share of all, whatever is free now."""
+    """The memory that training may take: what was asked for, else a fixed share of all memory, free or not."""
 
     device: torch.device
     max_memory: int | None
-    kinds: tuple[Recompute, ...] = ("off",)  # of recomputation that may be taken, the least first
+    kinds: tuple[Recompute, ...] = ("off",)  # of gradient checkpointing to choose from, the cheapest first
 
     @property
     def usable_bytes(self) -> int:
-        """In all, weights included."""
+        """Bytes in total, weights included."""
         return usable_memory_bytes(self.device) if self.max_memory is None else self.max_memory
 
     @property
     def about(self) -> str:
-        """Where that comes from."""
+        """Where that limit comes from, in words."""
         if self.max_memory is not None:
             return f"`max_memory` of {_gigabytes(self.max_memory)}"
         total = _gigabytes(total_memory_bytes(self.device))
-        return f"{_gigabytes(self.usable_bytes)}, which is {usable_share(self.device):.0%} of the {total} there are"
+        return f"{_gigabytes(self.usable_bytes)} ({usable_share(self.device):.0%} of {total} in total)"
 
     def why_no_early_layers(self, every_bytes: int | None, is_streamed: bool) -> str | None:
-        """Why the lower layers cannot learn at first, in a few words; None where they can."""
+        """Why the lower layers cannot learn at first, in a few words; None if they can."""
         if is_streamed:
-            return "the model is streamed, and they are not in memory"
+            return "the model is streamed, so they are not in memory"
         if every_bytes is None:
-            return "the scores tell no weight sizes"
+            return "the scores file holds no weight sizes"
         if every_bytes <= self.usable_bytes:
             return None
-        return f"every layer is predicted to take {_gigabytes(every_bytes)} to train, more than {self.about}"
+        return f"training every layer is predicted to take {_gigabytes(every_bytes)}, more than {self.about}"
 
     def fitting(self, step: Step, needed: Callable[[Step], int | None]) -> Step:
-        """The step that computes least again of those that fit; as it is where none does."""
+        """The step with the cheapest gradient checkpointing that fits; ``step`` itself if none fits."""
         return next((one for one in self.steps(step) if (needed(one) or 0) <= self.usable_bytes), step)
 
     def steps(self, step: Step) -> list[Step]:
-        """The step with each kind of recomputation that may be taken."""
+        """The step with each kind of gradient checkpointing to choose from."""
         return [replace(step, recompute=kind) for kind in self.kinds]
 
     def about_recomputation(self, kind: Recompute, plain_bytes: int, taken_bytes: int) -> str:
-        """A line where backward computes again what would not fit."""
+        """A note that gradient checkpointing was switched on to save memory."""
         return (
-            f"note: training is predicted to take {_gigabytes(plain_bytes)}, more than {self.about}; with "
-            f"`gradient_checkpointing` {kind}, which is taken, {_gigabytes(taken_bytes)}"
+            f"note: training is predicted to take {_gigabytes(plain_bytes)}, more than {self.about}; "
+            f"`gradient_checkpointing` {kind} is used and takes {_gigabytes(taken_bytes)}"
         )
 
     def warning(self, predicted_bytes: int) -> str | None:
-        """A line where a plan may not fit, or not beside what else is running; None where it does."""
+        """A note if a plan may not fit, alone or next to other programs; None if it fits."""
         if predicted_bytes > self.usable_bytes:
             return (
-                f"note: training is predicted to take {_gigabytes(predicted_bytes)}, more than {self.about}; smaller "
-                "batches, shorter rows and `gradient_checkpointing` take less"
+                f"note: training is predicted to take {_gigabytes(predicted_bytes)}, more than {self.about}; use "
+                "smaller batches, shorter rows or `gradient_checkpointing` if memory runs out"
             )
         now = free_memory_bytes(self.device) + own_memory_bytes(self.device)
         if predicted_bytes <= now:
             return None
         return (
-            f"note: training is predicted to take {_gigabytes(predicted_bytes)}, and {_gigabytes(now)} are free now: "
-            "other programs take the rest"
+            f"note: training is predicted to take {_gigabytes(predicted_bytes)}, and {_gigabytes(now)} are free now; "
+            "close other programs if memory runs out"
         )
 
 
 def room_for(base: Source, data: Examples, settings: JobSettings) -> tuple[Room, Step]:
-    """The memory that training may take, and its largest step, with the recomputation that was asked for."""
+    """The memory that training may take, and its largest step, with the gradient checkpointing that was asked for."""
     training, limit = settings.training, settings.model.max_memory
     asked = training.gradient_checkpointing
     if isinstance(base, Checkpoint):
@@ -104,13 +104,13 @@ def room_for(base: Source, data: Examples, settings: JobSettings) -> tuple[Room,
     if packs(model, data, training)[0]:
         training = training.model_copy(update={"packing": "on"})
     step = largest_step(data, training, input_weight(model).dtype, model.device, resident=True)
-    is_open = asked == "auto" and limit is None  # a limit that was given bounds the layers instead
+    is_open = asked == "auto" and limit is None  # a given limit bounds the number of layers instead
     kinds = recomputations(model, training.compile_layers) if is_open else (training.recompute,)
     return Room(model.device, limit, kinds), step
 
 
 def bytes_by(base: Source, plan: Plan) -> Callable[[Step], int]:
-    """The memory that training takes by ``plan``, at most, for its largest step."""
+    """A function from the largest step to the bytes that training by ``plan`` takes at most."""
     if isinstance(base, Checkpoint):
         anatomy, weights = base.anatomy, by_layer.weight_bytes(base)
     else:
@@ -124,8 +124,8 @@ def largest_step(
 ) -> Step:
     """The largest batch, with the largest share of a row that is labelled.
 
-    Where rows are padded that is one of the longest rows; where they are packed, and drawn at random, the largest one
-    of the run.
+    With padding, that is a batch of the longest rows. With packing and random batches, it is the largest batch of the
+    run.
     """
     lengths = [len(row) for row in data.examples]
     longest = max(lengths)

@@ -17,7 +17,7 @@ from aletheia.training.settings import WITHOUT_INFLUENCE, TrainSettings
 
 
 class PlanChoice(PlanSettings):
-    """How a run is planned: by the settings of :func:`aletheia.plan`, or by a plan that was made before."""
+    """How a run is planned: by the settings of :func:`aletheia.plan`, or by an existing plan file."""
 
     SECTION: ClassVar[str] = "plan"
 
@@ -40,7 +40,7 @@ class JobSettings(Settings):
         plan: str | Path | Mapping[str, Any] | PlanSettings | None = None,
         training: Mapping[str, Any] | TrainSettings | None = None,
     ) -> "JobSettings":
-        """From settings, or what they are made of: a name for the model, a source of rows, a plan's file.
+        """From settings, or from a model's name, a source of rows and a plan file.
 
         Raises:
             SettingsError: a setting is out of range, unknown, or contradicts another.
@@ -55,7 +55,7 @@ class JobSettings(Settings):
         return made
 
     def check(self) -> None:
-        """Whether the sections fit each other.
+        """Check that the sections go together.
 
         Raises:
             SettingsError: they contradict each other.
@@ -63,49 +63,49 @@ class JobSettings(Settings):
         chosen = self.plan.given()
         if self.plan.file is not None and len(chosen) > 1:
             other = next(name for name in chosen if name != "file")
-            raise SettingsError(f"`plan` and `{other}` are both given; expected the plan alone, which says so itself")
+            raise SettingsError(f"`plan` and `{other}` are both given; expected the plan file alone, which has its own")
         if self.training.correct_quantization and self.model.quantize != "nf4":
             raise SettingsError(
-                "`correct_quantization` takes back what `quantize` nf4 does to weights; found `quantize` "
+                "`correct_quantization` corrects the error of `quantize` nf4; found `quantize` "
                 f"{self.model.quantize}, expected nf4"
             )
         if self.model.stream:
-            self._check_no_target("where the model is streamed")
+            self._check_no_target("for a streamed model")
             self.check_streamed()
         elif self.training.free_prefix:
             self._check_no_target("with `free_prefix`")
             self._check_upper_layers_alone("with `free_prefix`")
 
     def check_streamed(self) -> None:
-        """Refuse what a streamed model cannot do, before anything is read.
+        """Refuse settings that do not work with a streamed model, before anything is read.
 
         A target is not refused here: where the model turns out to be too large, a note says what is not done.
 
         Raises:
-            SettingsError: the setting that cannot be.
+            SettingsError: names the setting.
         """
-        streamed = "where the model is streamed"
+        streamed = "for a streamed model"
         self._check_upper_layers_alone(streamed)
         if self.training.cache not in ("auto", "disk"):
             raise SettingsError(
-                f"`cache` is {self.training.cache}; expected auto or disk {streamed}: its prefix is computed once"
+                f"`cache` is {self.training.cache}; expected auto or disk {streamed}: its lower layers run only once"
             )
 
     def _check_upper_layers_alone(self, where: str) -> None:
         if self.plan.freeze_after:
             raise SettingsError(
-                f"`freeze_after` is {self.plan.freeze_after:g}; expected 0 {where}: lower layers are not in memory"
+                f"`freeze_after` is {self.plan.freeze_after:g}; expected 0 {where}: no lower layers are in memory"
             )
 
     def _check_no_target(self, where: str) -> None:
         if self.plan.target is not None:
             raise SettingsError(
-                f"`target` is {self.plan.target}; expected none {where}: in every target the lower layers learn, too, "
-                "and they are not in memory; `policy` and `percent` choose upper layers"
+                f"`target` is {self.plan.target}; expected none {where}: in every target the lower layers learn as "
+                "well, and they are not in memory; `policy` and `percent` choose upper layers"
             )
 
     def sections(self) -> dict[str, dict[str, Any]]:
-        """Every setting that has a value, as its file has it: files by their whole path."""
+        """Every setting that has a value, by section, as in the settings file; files by their absolute path."""
         model = self.model.model_dump(mode="json", exclude_none=True)
         data = self.data.model_dump(mode="json", exclude_none=True)
         for name in ("data", "eval_data"):
@@ -126,20 +126,20 @@ class JobSettings(Settings):
         }
 
     def to_yaml(self) -> str:
-        """The file that repeats the job."""
+        """The settings file that repeats the job."""
         return yaml.safe_dump(self.sections(), sort_keys=False, allow_unicode=True)
 
     def about(self) -> dict[str, Any]:
-        """What tells this job from others, name by name: all settings that may change its result."""
+        """What distinguishes this job from others: all settings that may change its result, by name."""
         sections = self.sections()
-        told = {"model": sections["model"].pop("name")}
+        found = {"model": sections["model"].pop("name")}
         for section in sections.values():
-            told |= section
-        return {name: value for name, value in told.items() if name not in WITHOUT_INFLUENCE}
+            found |= section
+        return {name: value for name, value in found.items() if name not in WITHOUT_INFLUENCE}
 
 
 def _section(given: object, name: str) -> dict[str, Any]:
-    """A section as a mapping; one value stands for the one that ``name`` says."""
+    """A section as a mapping; a single value becomes the setting ``name``."""
     if given is None:
         return {}
     if isinstance(given, Settings):

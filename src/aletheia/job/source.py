@@ -1,4 +1,4 @@
-"""The model of a job and its rows: resident, or read layer by layer where it does not fit."""
+"""The model of a job and its rows: loaded as a whole, or read layer by layer if it does not fit."""
 
 import re
 from dataclasses import replace
@@ -31,13 +31,13 @@ from aletheia.runs.saved import merge_adapter
 
 Source = Loaded | Checkpoint
 NOTE = "note: "
-FEW_HELD_OUT_ROWS = 8  # whose loss says little about other rows
+FEW_HELD_OUT_ROWS = 8  # with fewer, the held-out loss says little about other rows
 _LOWERED = " is lowered to that"
-_HOW_MANY = re.compile(r" \(\d+ rows?, first .*\)$")  # how many rows a note is of, and where the first stands
+_HOW_MANY = re.compile(r" \(\d+ rows?, first .*\)$")  # how many rows a note is about, and the place of the first
 
 
 def is_streamed(how: LoadSettings, say: Say = to_stderr) -> bool:
-    """Whether to read the weights layer by layer: as asked, or where they would take most of the memory.
+    """Whether to read the weights layer by layer: as asked, or if they would take most of the memory.
 
     Raises:
         ModelError: MODEL cannot be found or read; an adapter's base would have to be streamed.
@@ -52,20 +52,20 @@ def is_streamed(how: LoadSettings, say: Say = to_stderr) -> bool:
     limit = usable_memory_bytes(device) if how.max_memory is None else how.max_memory
     if needed is None or needed <= RESIDENT_SHARE * limit:
         return False
-    say(f"stream {needed / 1e9:.1f} GB of weights, {limit / 1e9:.1f} GB of memory: layer by layer")
+    say(f"stream {needed / 1e9:.1f} GB of weights layer by layer, for {limit / 1e9:.1f} GB of memory")
     return True
 
 
 def check_whole(base: LoadSettings) -> None:
-    """Refuse an adapter's base that would have to be streamed: what it gets is put on all of its layers.
+    """Refuse an adapter's base that would have to be streamed: an adapter needs all layers in memory.
 
     Raises:
-        ModelError: it takes most of the memory.
+        ModelError: the base takes most of the memory.
     """
     if is_streamed(base, lambda line: None):
         raise ModelError(
             f"{base.model} takes over half the memory; expected the base of an adapter folder to fit as a whole; "
-            "`quantize` makes it smaller"
+            "use `quantize` to make it smaller"
         )
 
 
@@ -78,7 +78,7 @@ def encode_for(base: Source, rows: Rows, data: DataSettings, say: Say = to_stder
 
 
 def encoded(base: Source, rows: Rows, data: DataSettings) -> tuple[Examples, list[str]]:
-    """Rows as tokens for a model: no longer than its positions, none it has no embedding for; and notes on them.
+    """Rows as tokens for a model, within its positions and its vocabulary; and notes about them.
 
     The chat template of ``data`` becomes that of the model's tokenizer.
     """
@@ -98,7 +98,7 @@ def encoded(base: Source, rows: Rows, data: DataSettings) -> tuple[Examples, lis
 
 
 def count_notes(examples: Examples) -> list[str]:
-    """How many rows are cut, left out or there already, where there are any."""
+    """Notes on how many rows are cut, left out or duplicates, if any are."""
     notes = []
     if examples.truncated:
         are = "is" if examples.truncated == 1 else "are"
@@ -128,21 +128,21 @@ def split_for(
 
 
 def few_held_out(held_out: Examples) -> str:
-    """A warning that the held-out loss of so few rows is no basis for a decision."""
+    """A warning that so few held-out rows are no basis for a decision."""
     rows, tokens = len(held_out), held_out.labelled_tokens
     return (
-        f"warning: only {rows} row{' is' if rows == 1 else 's are'} held out, with {tokens:,} labelled tokens: the "
+        f"warning: only {rows} row{' is' if rows == 1 else 's are'} held out, with {tokens:,} labelled tokens; the "
         f"loss on {'it' if rows == 1 else 'them'} says little about other rows; hold out more with `eval_fraction`, or "
-        "give a file of them with `eval_data`"
+        "give a file of held-out rows with `eval_data`"
     )
 
 
 def split(
     base: Source, data: Examples, eval_rows: Rows | None, asked: DataSettings, seed: int
 ) -> tuple[Examples, Examples, list[str]]:
-    """Rows to learn from and held-out rows: those of ``eval_rows``, else a share of the data; and notes on the latter.
+    """Training rows and held-out rows (``eval_rows``, else a share of the data), and notes on the held-out rows.
 
-    What the notes on the data say is not said again.
+    Notes that were already given for the data are left out.
     """
     if eval_rows is None:
         fraction = 0.05 if asked.eval_fraction is None else asked.eval_fraction
@@ -168,12 +168,13 @@ def show_first(data: Examples, tokenizer: Any, say: Say) -> None:
 
 
 def load_for(how: LoadSettings, rows: Rows, data: DataSettings, say: Say = to_stderr) -> tuple[Loaded, Examples]:
-    """The model and its rows, computed in a way that stays finite where float16 does not.
+    """The model and its rows, in a number format whose values stay finite.
 
-    With ``fresh`` the adapter that MODEL is has been merged into its base.
+    With ``fresh``, the adapter in MODEL is merged into its base.
 
     Raises:
-        ModelError: it cannot be loaded, or not be trained as it is, see :func:`~aletheia.probing.passes.check_passes`.
+        ModelError: the model cannot be loaded, or not be trained as it is; see
+            :func:`~aletheia.probing.passes.check_passes`.
     """
     folder = adapter_folder(how.model) if how.fresh else None
     base = load_as_asked(how if folder is None else base_settings(how, folder))
@@ -190,8 +191,8 @@ def load_for(how: LoadSettings, rows: Rows, data: DataSettings, say: Say = to_st
         into = base_settings(how, folder).model
         say(f"merge  {folder} into {into}")
         say(
-            f"{NOTE}what is trained now fits {into} with {folder} merged into it, not {into} alone; "
-            "merge them with PEFT and save that to use it; the README of the run has the code"
+            f"{NOTE}the new adapter needs {into} with {folder} merged into it, not {into} alone; "
+            "merge them with PEFT and save the result; the README of the run has the code"
         )
     return base, examples
 
@@ -208,7 +209,7 @@ def load_as_asked(how: LoadSettings) -> Loaded:
 
     Raises:
         ModelError: as there.
-        SettingsError: ``base`` is given and MODEL is no adapter folder.
+        SettingsError: ``base`` is given and MODEL is not an adapter folder.
     """
     _refuse_base(how)
     return load(how.model, how.dtype, None, how.quantize, how.attention, how.trust_remote_code, how.allow_pickle)
@@ -222,10 +223,10 @@ def checkpoint_as_asked(how: LoadSettings) -> Checkpoint:
 
 def _refuse_base(how: LoadSettings) -> None:
     if how.base is not None:
-        raise SettingsError(f"`base` is given and {how.model} is no adapter folder; expected one, or no `base`")
+        raise SettingsError(f"`base` is given and {how.model} is not an adapter folder; expected one, or no `base`")
 
 
 def note_unusual(anatomy: Anatomy, say: Say) -> None:
-    """Say what of the layers LoRA leaves as it is, and what they share, if anything."""
+    """Say which parts of the layers LoRA does not adapt, and which parts layers share."""
     for note in anatomy.notes:
         say(NOTE + note)

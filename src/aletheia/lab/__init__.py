@@ -1,1 +1,1 @@
-"""Evidence, for those who compare: campaigns, evaluation, statistics, and their reports."""
+"""Tools for comparisons: campaigns, evaluation, statistics, and their reports."""

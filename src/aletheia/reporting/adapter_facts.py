@@ -1,4 +1,4 @@
-"""What an adapter folder tells of itself, in words. No matplotlib."""
+"""Facts about an adapter folder, in words. No matplotlib."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from aletheia.runs.adapter_folder import AdapterFolder
 
 
 def adapter_facts(folder: AdapterFolder) -> dict[str, str]:
-    """What an adapter folder tells of itself, by name, for a table or a terminal."""
+    """Facts about an adapter folder, by name, for a table or a terminal."""
     kinds = Counter(adapter.name.rpartition(".")[2] for adapter in folder.adapters)
     scaled = "alpha / sqrt(rank)" if folder.rslora else "alpha / rank"
     return {
@@ -20,7 +20,7 @@ def adapter_facts(folder: AdapterFolder) -> dict[str, str]:
         "Ranks": rank_summary(folder.adapters) or str(folder.rank),
         "Alpha": f"{_alphas(folder)}, scaled as {scaled}",
         "Dropout": f"{folder.dropout:g}",
-        "Beside LoRA": ", ".join(folder.beside) or NOTHING,
+        "Besides LoRA": ", ".join(folder.beside) or NOTHING,
         "Parameters": human_count(folder.parameters),
         "Steps": _steps(folder),
         "Training loss": _ends(folder.train_curve),
@@ -40,7 +40,7 @@ def _steps(folder: AdapterFolder) -> str:
 
 
 def _ends(curve: Sequence[tuple[int, float]]) -> str:
-    """First and last loss."""
+    """First and last loss of a curve, in words."""
     if not curve:
         return NOTHING
     (first_step, first), (last_step, last) = curve[0], curve[-1]

@@ -1,4 +1,4 @@
-"""The page about adapter folders of other programs: what they adapt, and losses where a Trainer's state has them."""
+"""The page about adapter folders of other programs: what they adapt, and losses if a Trainer's state has them."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,11 @@ from aletheia.reporting.blocks import Block, Card, Figure, Page, Panels, Table
 from aletheia.reporting.format import NOTHING
 from aletheia.runs.adapter_folder import AdapterFolder
 
-NO_LOSSES = "No losses are shown: the folder holds no trainer_state.json, and no metrics.json of 'aletheia train'."
+NO_LOSSES = "No losses are shown: the folder holds neither trainer_state.json nor metrics.json of 'aletheia train'."
 
 
 def adapter_page(folders: Sequence[AdapterFolder], labels: Sequence[str]) -> Page:
-    """Layers, ranks and losses of adapters, side by side; nothing is claimed of their times."""
+    """Layers, ranks and losses of adapters, side by side; their times are unknown."""
     columns = [adapter_facts(folder) for folder in folders]
     rows = [(name, *(column[name] for column in columns)) for name in columns[0]]
     rows = [row for row in rows if set(row[1:]) != {NOTHING}]
@@ -29,7 +29,9 @@ def adapter_page(folders: Sequence[AdapterFolder], labels: Sequence[str]) -> Pag
         if folder.adapters
     ]
     if ranks:
-        about = "Empty: not adapted. Layers above the highest adapted one are not drawn: the folder does not name them."
+        about = (
+            "Empty: not adapted. Layers above the highest adapted one are not drawn, as the folder does not name them."
+        )
         blocks.append(Panels("Ranks by layer", ranks, about))
     first = columns[0]
     cards = (
@@ -42,4 +44,4 @@ def adapter_page(folders: Sequence[AdapterFolder], labels: Sequence[str]) -> Pag
 
 def _verdict(folder: AdapterFolder) -> str:
     layers = f"layers {layer_ranges(folder.layers)}" if folder.layers else "no layer"
-    return f"A LoRA adapter for {folder.base or 'a base model that is not named'}: it changes {layers}."
+    return f"A LoRA adapter for {folder.base or 'an unnamed base model'}: it changes {layers}."

@@ -1,4 +1,4 @@
-"""The anatomy of a model in the terminal: like layers are shown once."""
+"""The anatomy of a model in the terminal: layers of the same build are shown once."""
 
 from itertools import groupby
 

@@ -1,4 +1,4 @@
-"""Answers side by side where the terminal is wide enough, else one under the other."""
+"""Answers side by side if the terminal is wide enough, otherwise one below the other."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from rich.text import Text
 from aletheia.names import printable
 from aletheia.runs.answers import Answer
 
-NARROWEST = 34  # columns of an answer beside another
+NARROWEST = 34  # columns of an answer next to another
 PROMPT_LINES = 12
 
 
@@ -30,7 +30,7 @@ def _prompt(answer: Answer) -> RenderableType:
 
 
 def _texts(answer: Answer, width: int) -> list[RenderableType]:
-    """The answers by name: in columns, or under each other."""
+    """The answers by name: in columns, or one below the other."""
     has_base = answer.base is not None
     named = [("with the adapter" if has_base else "answer", _text(answer.answer, answer.ended))]
     if answer.base is not None:

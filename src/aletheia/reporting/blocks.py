@@ -1,4 +1,4 @@
-"""What a page is made of, before it is HTML or Markdown."""
+"""The parts of a page, before it is HTML or Markdown."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from markupsafe import Markup
 
 @dataclass(frozen=True)
 class Card:
-    """A figure that is seen first."""
+    """A number at the head of the page."""
 
     name: str
     value: str
@@ -19,7 +19,7 @@ class Card:
 class Table:
     """Rows of cells under a title; the first column names the row.
 
-    ``drawn`` holds a picture of each row, shown after its name, ``scale`` what they are measured by.
+    ``drawn`` holds a picture for each row, shown after its name; ``scale`` is their common axis.
     """
 
     title: str
@@ -61,7 +61,7 @@ Block = Table | Panels | Pre
 
 @dataclass(frozen=True)
 class Page:
-    """A report: the verdict in a sentence, then what it rests on."""
+    """A report: the verdict in a sentence, then the evidence for it."""
 
     title: str
     verdict: str

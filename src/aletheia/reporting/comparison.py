@@ -1,4 +1,4 @@
-"""Several runs side by side as plain data: names that tell them apart, ratios between like ones, what differs."""
+"""Several runs side by side as plain data: distinct names, ratios between comparable runs, differences."""
 
 import shlex
 from collections.abc import Container, Sequence
@@ -21,15 +21,15 @@ from aletheia.runs.adapter_folder import AdapterFolder
 from aletheia.runs.schema import HeldOutPoint, Metrics, Run, UsedSettings
 
 NO_INTERVAL = (
-    "Each time is one measurement on a machine that other work may have slowed, so it carries no interval. "
+    "Each time is a single measurement with no interval; other work may have slowed the machine. "
     "For a claim about speed, repeat the runs with several seeds."
 )
-# Conditions under which the same work is done on the same machine: where one differs, a ratio of times says nothing.
+# Conditions of the same work on the same machine. If one differs, a ratio of times means nothing.
 SAME_WORK = (
     *("model", "tokenizer", "data", "held-out rows", "steps", "batch size", "gradient accumulation", "max length"),
     *("start", "dtype", "quantization", "processes", "device", "machine", "torch version"),
 )
-SAME_LOSS = ("model", "tokenizer", "held-out rows", "max length")  # where one differs, so does what a loss means
+SAME_LOSS = ("model", "tokenizer", "held-out rows", "max length")  # if one differs, losses are not comparable
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds of a run against the reference's; ``is_alike`` if both did the same work on the same machine."""
+    """Seconds of a run and of the reference; ``is_alike`` if both did the same work on the same machine."""
 
     seconds: float
     reference_seconds: float
@@ -59,7 +59,7 @@ class Speed:
 
     @property
     def speedup(self) -> float | None:
-        """t_ref / t; None when nothing was timed, or the runs are not alike."""
+        """t_ref / t; None when nothing was timed, or the runs are not comparable."""
         return self.reference_seconds / self.seconds if self._compares else None
 
     @property
@@ -73,19 +73,19 @@ class Speed:
 
 
 def train_speed(run: Run, reference: Run) -> Speed:
-    """Optimizer steps alone."""
+    """The times of the optimizer steps alone."""
     alike = not differences([reference, run], SAME_WORK)
     return Speed(run.metrics.seconds.train, reference.metrics.seconds.train, alike)
 
 
 def total_speed(run: Run, reference: Run) -> Speed:
-    """Everything from loading to the last held-out evaluation."""
+    """The times of everything from loading to the last held-out evaluation."""
     alike = not differences([reference, run], SAME_WORK)
     return Speed(run.metrics.seconds.total, reference.metrics.seconds.total, alike)
 
 
 def run_labels(runs: Sequence[Run | AdapterFolder]) -> tuple[str, ...]:
-    """The folder names; equal ones get their parent folder, and a number if that does not tell them apart.
+    """The folder names; equal ones get their parent folder, and a number if those are equal, too.
 
     Raises:
         ArtifactError: no runs.
@@ -185,7 +185,7 @@ def _data_key(metrics: Metrics) -> str | None:
 
 
 def held_out_points(metrics: Metrics) -> tuple[HeldOutPoint, ...]:
-    """The held-out curve with its first and last point, which the record also keeps by themselves."""
+    """The held-out curve with its first and last point, which the record also keeps on their own."""
     points = {point.step: point for point in metrics.held_out_curve}
     first = HeldOutPoint(step=0, loss=metrics.held_out_loss_before, train_seconds=0.0)
     last = HeldOutPoint(step=metrics.steps, loss=metrics.held_out_loss_after, train_seconds=metrics.seconds.train)
@@ -195,7 +195,7 @@ def held_out_points(metrics: Metrics) -> tuple[HeldOutPoint, ...]:
 
 
 def seconds_to_loss(metrics: Metrics, loss: float) -> float | None:
-    """Train seconds until the first held-out evaluation at or below ``loss``; None if none was."""
+    """Train seconds until the first held-out evaluation at or below ``loss``; None if it was not reached."""
     reached = [point.train_seconds for point in held_out_points(metrics) if point.loss <= loss]
     return min(reached, default=None)
 
@@ -224,7 +224,7 @@ def _plan_rows(runs: Sequence[Run]) -> tuple[Row, ...]:
 
 
 def _early(run: Run) -> str:
-    """Which layers learned at first only, and for how long."""
+    """Which layers learned only at first, and for how many steps."""
     if not run.plan.early_layers:
         return NOTHING
     return f"{layer_ranges(run.plan.early_layers)}, {run.metrics.early_steps:,} steps"
@@ -259,7 +259,7 @@ def step_time(metrics: Metrics) -> str:
 
 
 def kept_point(metrics: Metrics) -> str:
-    """Which step's adapter was kept, whether it is an average, how strong, and how many planned steps were saved.
+    """Which step's adapter was kept, whether it is an average, its strength, and how many planned steps were saved.
 
     ``step 150 of 180, weights averaged, at 0.8 of its strength, 60 steps saved``.
     """
@@ -321,7 +321,7 @@ def _quantization(setting: UsedSettings) -> str | None:
 
 
 def repeat_command(run: Run) -> tuple[str, ...]:
-    """The ``aletheia train`` command that repeats a run from its plan, one option a part, quoted for a shell.
+    """The ``aletheia train`` command that repeats a run from its plan: one part per option, quoted for a shell.
 
     Empty when the record does not name its data.
     """
@@ -333,7 +333,7 @@ def repeat_command(run: Run) -> tuple[str, ...]:
     if held_out is not None and held_out.name != metrics.data.name:
         options += [("--eval-data", name) for name in held_out.sources]
     options.append(("--eval-rows", str(metrics.held_out_rows)))
-    if metrics.went_on_from is None:  # an adapter brings its own
+    if metrics.went_on_from is None:  # an adapter folder has its own plan
         options.append(("--plan", f"{run.name}/plan.json"))
     options += [
         ("--steps", str(metrics.planned_steps or metrics.steps)),
@@ -358,10 +358,10 @@ def repeat_command(run: Run) -> tuple[str, ...]:
         options.append(("--attention", settings.attention))
     model = metrics.went_on_from.name if metrics.went_on_from else metrics.model.name
     head = f"aletheia train {shlex.quote(model)}"
-    if settings.packing or settings.device != "cpu":  # a processor packs where it is asked to
+    if settings.packing or settings.device != "cpu":  # a CPU packs only on request
         options.append(("--packing", "on" if settings.packing else "off"))
     switches = []
-    if settings.group_by_length == settings.packing:  # by default one or the other
+    if settings.group_by_length == settings.packing:  # by default, exactly one of them is on
         switches.append("--group-by-length" if settings.group_by_length else "--no-group-by-length")
     if settings.compile_layers:
         switches.append("--compile-layers")

@@ -1,4 +1,4 @@
-"""The paper estimate of a job as a table for the terminal."""
+"""The estimate of a job, from sizes alone, as a table for the terminal."""
 
 from collections.abc import Sequence
 
@@ -29,7 +29,7 @@ def estimate_view(found: Sequence[tuple[Machine, Sequence[Phase]]], job: Job) ->
     head = Text(
         f"Estimated from sizes alone: {job.rows:,} rows of {job.tokens_per_row} tokens, {job.labelled_share:.0%} of "
         f"them labelled, {job.epochs:g} pass{'' if job.epochs == 1 else 'es'} in batches of {job.batch_size}. "
-        "(!) is more memory than the machine has."
+        "(!) marks more memory than the machine has."
     )
     return Group(head, table)
 

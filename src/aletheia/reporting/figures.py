@@ -1,4 +1,4 @@
-"""The figures of the report, each a function from plain data to SVG for desk and phone."""
+"""The figures of the report, each a function from plain data to SVG for desktop and phone."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from aletheia.reporting.times import learning_layers, time_parts
 from aletheia.runs.adapter_folder import AdapterFolder
 from aletheia.runs.schema import Metrics, Run, TrainPoint
 
-MODULE_ROWS = 12  # more kinds of modules than this are drawn by role
-MANY = 3  # evaluations; with fewer, what lies between them says little, and the whole axis is shown
+MODULE_ROWS = 12  # kinds of modules; if there are more, they are drawn by role
+MANY = 3  # evaluations; with no more than these, the whole axis is shown
 _LEFT, _RIGHT = 46.0, 12.0
-_CURVE_POINTS = 240  # of a training curve; more cannot be told apart on a screen
+_CURVE_POINTS = 240  # of a training curve; more make no visible difference on a screen
 
 
 @dataclass(frozen=True)
 class LossWindow:
-    """The losses that a figure shows. Cut at the top: losses before training lie above ``high``."""
+    """The range of losses that a figure shows. With ``cut_top``, losses before training are above ``high``."""
 
     low: float
     high: float
@@ -34,17 +34,17 @@ class LossWindow:
 
     @property
     def words(self) -> str:
-        """Where the axis is cut; empty if it is not."""
+        """Where the axis is cut, in words; empty if it is not."""
         if self.cut_top:
             return f"axis cut at {'both ends' if self.cut_bottom else 'the top'}"
         return "axis cut at the bottom" if self.cut_bottom else ""
 
 
 def loss_window(held_out: Sequence[Sequence[float]], train: Sequence[float] = ()) -> LossWindow:
-    """What to show of held-out curves and training losses.
+    """The range to show for held-out curves and training losses.
 
-    Several curves start at one loss: where that is far above everything later, it is left out, and the rest can be seen
-    apart.
+    Several curves share their first loss. If it is far above all later ones, it is left out, so that the curves can be
+    distinguished.
     """
     later = [loss for curve in held_out for loss in curve[1:]] or [loss for curve in held_out for loss in curve]
     every = [*train, *(loss for curve in held_out for loss in curve)]
@@ -62,7 +62,7 @@ def loss_figure(
 ) -> Markup:
     """Held-out loss with marks, by step or by seconds of training.
 
-    By step it also shows where lower layers freeze; a run that is alone also its smoothed training loss, faint.
+    By step, it also shows where lower layers freeze and, for a single run, the smoothed training loss.
     """
     held_out = [[point.loss for point in held_out_points(run.metrics)] for run in runs]
     train = smoothed(runs[0].metrics.train_curve) if len(runs) == 1 and not by_seconds else []
@@ -108,7 +108,7 @@ def _loss_words(label: str, metrics: Metrics) -> str:
 
 
 def _loss_frame(drawing: Drawing, x: Axis, y: Axis, window: LossWindow, x_label: str) -> None:
-    """Grid, axes with their cuts marked, and what they count."""
+    """Grid, axes with marked cuts, and axis labels."""
     narrow = drawing.width == PHONE
     drawing.text(2, 14, "Loss, nats per token" + (f" ({window.words})" if window.words else ""), "muted")
     values = ticks(window.low, window.high, 5)
@@ -124,7 +124,7 @@ def _loss_frame(drawing: Drawing, x: Axis, y: Axis, window: LossWindow, x_label:
 
 
 def _freezing(drawing: Drawing, runs: Sequence[Run], x: Axis, y: Axis) -> None:
-    """Where the lower layers of a run stop learning."""
+    """A vertical line where the lower layers of a run stop learning."""
     for index, run in enumerate(runs):
         early = learning_layers(run)[1]
         if not early:
@@ -143,7 +143,7 @@ def _freezing(drawing: Drawing, runs: Sequence[Run], x: Axis, y: Axis) -> None:
 
 
 def _marks(drawing: Drawing, run: Run, points: Sequence[Point], index: int, top: float) -> None:
-    """A mark at each evaluation that the figure shows, a ring about the one that was kept."""
+    """A mark at each evaluation in the figure, and a ring around the kept one."""
     for found, at in zip(held_out_points(run.metrics), points, strict=True):
         if at[1] >= top:
             drawing.marker(at, index)
@@ -152,7 +152,7 @@ def _marks(drawing: Drawing, run: Run, points: Sequence[Point], index: int, top:
 
 
 def layers_figure(run: Run, label: str, index: int, identifier: str, wide: int = DESK) -> Markup:
-    """Layer by layer, on one axis: probe score, LoRA rank of each kind of module, and in which steps it learns."""
+    """For each layer, on one axis: probe score, LoRA rank of each kind of module, and the steps in which it learns."""
     plan = run.plan
     cells = rank_cells(plan.adapters)
     kinds = list(dict.fromkeys(kind for kind, _ in cells))
@@ -199,7 +199,7 @@ def _column(plan: Plan | AdapterFolder, x: Axis) -> float:
 
 
 def _groups(run: Run) -> dict[str, tuple[int, ...]]:
-    """The layers by how they learn."""
+    """The layers by how long they learn."""
     lasting, early = learning_layers(run)
     others = tuple(layer for layer in range(run.plan.layer_count) if layer not in {*lasting, *early})
     return {"lasting": lasting, "early": early, "idle": others}
@@ -226,7 +226,7 @@ def _ranks(
     kinds: Sequence[str],
     top: float,
 ) -> None:
-    """A row per kind of module; at its end the rank, or the lowest and highest."""
+    """A row per kind of module, with its rank, or lowest and highest rank, at the end."""
     width = _column(plan, x)
     highest, lowest = max(cells.values()), min(cells.values())
     drawing.text(2, top - 9, "LoRA rank by module" + ("; paler is lower" if lowest < highest else ""), "muted")
@@ -243,7 +243,7 @@ def _ranks(
 
 
 def _phases(drawing: Drawing, run: Run, x: Axis, top: float) -> None:
-    """Steps downwards: a column is coloured while its layer learns."""
+    """Steps from top to bottom: a column is coloured while its layer learns."""
     early, steps = run.metrics.early_steps, run.metrics.steps
     drawing.text(2, top - 9, "Steps in which a layer learns", "muted")
     y = Axis(0, steps, top, top + 72)
@@ -269,7 +269,7 @@ def rank_cells(adapters: Sequence[Adapter]) -> dict[tuple[str, int], float]:
 
 
 def times_figure(runs: Sequence[Run], labels: Sequence[str], identifier: str) -> Markup:
-    """A bar per run, as long as the run took, in parts."""
+    """A bar per run, in parts; its length is the time that the run took."""
     longest = max(run.metrics.seconds.total for run in runs) or 1.0
     totals = [human_seconds(run.metrics.seconds.total) for run in runs]
     words = "; ".join(f"{label} took {total}" for label, total in zip(labels, totals, strict=True))
@@ -294,7 +294,7 @@ def times_figure(runs: Sequence[Run], labels: Sequence[str], identifier: str) ->
 def smoothed(curve: Sequence[TrainPoint]) -> list[tuple[float, float]]:
     """(step, mean loss of the last twentieth of the steps), so that single batches do not hide the trend.
 
-    Of a long curve every n-th point, and the last one.
+    A long curve is thinned to every n-th point and the last one.
     """
     window = smoothing_window(len(curve))
     losses = [point.loss for point in curve]
@@ -310,7 +310,7 @@ def smoothing_window(points: int) -> int:
 
 
 def adapter_losses_figure(folders: Sequence[AdapterFolder], labels: Sequence[str], identifier: str) -> Markup:
-    """Held-out loss with marks and smoothed training loss by step, of the folders that have them."""
+    """Held-out loss with marks and smoothed training loss by step, for the folders that have them."""
     train = [
         smoothed([TrainPoint(step=step, loss=loss, train_seconds=0.0) for step, loss in folder.train_curve])
         for folder in folders

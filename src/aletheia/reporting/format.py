@@ -1,4 +1,4 @@
-"""Numbers and names as people read them, the same in the terminal and on the page."""
+"""Numbers and names for people, the same in the terminal and on the page."""
 
 from collections.abc import Iterable
 
@@ -70,7 +70,7 @@ def _three_digits(value: float) -> str:
 
 
 def bar(value: float, highest: float, width: int) -> str:
-    """A bar of at most ``width`` characters, an eighth of a character fine."""
+    """A bar of at most ``width`` characters, in steps of an eighth of a character."""
     if not value > 0 or not highest > 0:
         return ""
     eighths = max(1, round(8 * width * min(1.0, value / highest)))
@@ -78,7 +78,7 @@ def bar(value: float, highest: float, width: int) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """At most ``width`` characters, the middle cut out: both ends of a name tell runs apart."""
+    """At most ``width`` characters, cut in the middle: both ends of a name distinguish runs."""
     text = printable(text)
     if len(text) <= width:
         return text
@@ -87,7 +87,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def model_name(name: str) -> str:
-    """What a model is called: a hub id as it is, of a path on disk the last part."""
+    """The name of a model: a hub id as it is, a path by its last part."""
     is_path = name.startswith(("/", "./", "../", "~"))
     return (is_path and name.rstrip("/").rpartition("/")[2]) or name
 
@@ -101,10 +101,10 @@ def rank_summary(adapters: Iterable[Adapter]) -> str:
 
 
 def alpha_summary(settings: PlanSettings) -> str:
-    """Alpha, and how it scales an adapter, e.g. ``32 at rank 16`` or ``32, scaled as rsLoRA``; dropout if there is."""
+    """Alpha, and how it scales an adapter: ``32 at rank 16`` or ``32, scaled as rsLoRA``; and dropout, if any."""
     alpha = f"{settings.common_alpha:g}"
-    told = f"{alpha}, scaled as rsLoRA" if settings.rslora else f"{alpha} at rank {settings.rank}"
-    return f"{told}, dropout {settings.dropout:g}" if settings.dropout else told
+    text = f"{alpha}, scaled as rsLoRA" if settings.rslora else f"{alpha} at rank {settings.rank}"
+    return f"{text}, dropout {settings.dropout:g}" if settings.dropout else text
 
 
 def _span(ranks: set[int]) -> str:

@@ -22,7 +22,7 @@ BAR_WIDTH = 20
 
 
 def frontier_view(points: Sequence[FrontierPoint], chosen: Plan, rows: int = ROWS) -> RenderableType:
-    """At most ``rows`` of the choices, evenly over all of them, fastest first; the one that is the plan is marked."""
+    """At most ``rows`` of the choices, evenly spaced, fastest first; the one that equals the plan is marked."""
     epochs, seconds = chosen.settings.epochs or 1.0, chosen.predicted.baseline_step_seconds
 
     def time_of(relative: float) -> str:
@@ -47,17 +47,17 @@ def frontier_view(points: Sequence[FrontierPoint], chosen: Plan, rows: int = ROW
             bar(point.captured_importance, 1.0, BAR_WIDTH),
             style="bold" if is_chosen else "",
         )
-    unit = "seconds, measured in parts" if seconds else "relative to uniform LoRA in plain PEFT, by operations"
+    unit = "in seconds, from measured parts" if seconds else "relative to uniform LoRA in plain PEFT, by operations"
     note = (
-        f"{len(points)} choices of layers are such that no other is faster and holds more of the score. step, cached: "
-        f"time of a step in the first pass and from a filled cache, {unit}. {passes}: speed of such a run"
-        + (f", against {seconds:.2f} s a step for uniform LoRA in plain PEFT." if seconds else ".")
+        f"There are {len(points)} choices of layers that no other beats in both time and score. step, cached: time of "
+        f"a step in the first pass and from a filled cache, {unit}. {passes}: speed of such a run"
+        + (f", against {seconds:.2f} s per step for uniform LoRA in plain PEFT." if seconds else ".")
     )
     return Group(table, Text(), Text(note, style="dim"), Text(f"{' '.join(plan_sentences(chosen))}"))
 
 
 def _some(points: Sequence[FrontierPoint], chosen: Plan, rows: int) -> list[FrontierPoint]:
-    """``rows`` of the points at most: the first, the last, the plan's own if it is among them, and some between."""
+    """At most ``rows`` of the points: the first, the last, the plan's own if it is among them, and some between."""
     last, count = len(points) - 1, min(rows, len(points))
     wanted = {round(number * last / max(1, count - 1)) for number in range(count)}
     own = next((at for at, point in enumerate(points) if point.layers == chosen.layers), None)
@@ -71,7 +71,7 @@ def check_plot(path: Path) -> None:
     """Refuse a picture that cannot be drawn, before anything is computed.
 
     Raises:
-        PlanError: an unknown suffix, or a folder.
+        PlanError: the suffix is unknown, or ``path`` is a folder.
         ArtifactError: its folder cannot be written.
     """
     if path.suffix not in (".svg", ".png", ".pdf"):
@@ -82,10 +82,10 @@ def check_plot(path: Path) -> None:
 
 
 def plot_frontier(points: Sequence[FrontierPoint], chosen: Plan, path: Path) -> None:
-    """Draw step time, first epoch and from a filled cache, against captured importance; the suffix says the format.
+    """Draw step times (first epoch, and from a filled cache) against captured importance; the suffix sets the format.
 
     Raises:
-        ArtifactError: a place that cannot be written.
+        ArtifactError: ``path`` cannot be written.
     """
     drawn = BytesIO()
     frontier_figure(points, chosen).savefig(drawn, dpi=144, format=path.suffix[1:])

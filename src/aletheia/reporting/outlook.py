@@ -1,4 +1,4 @@
-"""A dry run in the terminal: the plan, a row, the size of the run, and what it is predicted to take."""
+"""A dry run in the terminal: the plan, a row, the size of the run, and its predicted time, memory and disk."""
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -14,7 +14,7 @@ PHASES = {"load": "load", "probe": "probe", "race": "rates", "training": "train"
 
 
 def dry_run_view(found: DryRun) -> RenderableType:
-    """A line for each thing that a person decides by; all of them fit into 80 columns."""
+    """A line for each figure that helps to decide; all fit into 80 columns."""
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
@@ -55,7 +55,7 @@ def _data(found: DryRun) -> str:
 def _steps(found: DryRun) -> str:
     passes = f"{found.passes:.3g} {'pass' if found.passes == 1 else 'passes'} over the rows"
     losses = f", {found.evaluations:,} held-out losses" if found.evaluations else ""
-    start = f"; goes on after step {found.resumed_step:,}" if found.resumed_step else ""
+    start = f"; resumes after step {found.resumed_step:,}" if found.resumed_step else ""
     return f"{found.steps:,} of {found.rows_per_step:,} rows, at most: {passes}{losses}{start}"
 
 
@@ -67,14 +67,14 @@ def _time(found: DryRun) -> str:
 
 
 def _about(seconds: float) -> str:
-    """No more digits than a prediction has."""
+    """A time rounded to the digits that a prediction has."""
     return f"{max(1, round(seconds))} s" if seconds < 100 else human_seconds(float(f"{seconds:.2g}"))
 
 
 def _memory(found: DryRun) -> str:
     again = "" if found.recompute == "off" else f", with gradient checkpointing {found.recompute}"
     usable = human_bytes(found.usable_memory_bytes)
-    return f"at most {human_bytes(found.memory_bytes)} of {usable} that it may take{again}"
+    return f"at most {human_bytes(found.memory_bytes)} of the {usable} that it may use{again}"
 
 
 def _disk(found: DryRun) -> str:

@@ -36,14 +36,14 @@ from aletheia.runs.schema import Metrics, Run
 
 _Thing = TypeVar("_Thing")
 _MARK = '<meta name="generator" content="aletheia">'
-_MARK_WITHIN = 2048  # the mark stands in the first lines of our pages
+_MARK_WITHIN = 2048  # the mark is in the first lines of our pages
 
 
 def report(runs: Sequence[Run | AdapterFolder], out: str | Path) -> Path:
     """Write one page about ``runs``; the first is the reference of the comparison. Returns its path.
 
-    The same runs give the same bytes. An existing file is replaced only if it is such a report. With an adapter folder
-    of another program among them, the page shows what all of them have: layers, ranks, and losses where there are some.
+    The same runs give the same bytes. An existing file is replaced only if it is such a report. If one of ``runs`` is
+    an adapter folder of another program, the page shows what all have: layers, ranks and, if recorded, losses.
 
     Raises:
         ArtifactError: no runs, ``out`` holds something else, or it cannot be written.
@@ -62,27 +62,27 @@ def report(runs: Sequence[Run | AdapterFolder], out: str | Path) -> Path:
 
 
 def refuse_foreign(out: Path) -> None:
-    """Raises ArtifactError where ``out`` is a file that is no report of ours."""
+    """Raise ArtifactError if ``out`` exists and is not a report of Aletheia."""
     if not out.exists():
         return
     try:
         with open(out, "rb") as handle:
             ours = _MARK.encode() in handle.read(_MARK_WITHIN)
     except OSError as error:
-        raise ArtifactError(f"cannot write {out}: {error.strerror}; choose another place with `out`") from error
+        raise ArtifactError(f"cannot write {out}: {error.strerror}; choose another `out`") from error
     if not ours:
-        raise ArtifactError(f"{out} exists and is no report of ours; choose another `out` or remove it first")
+        raise ArtifactError(f"{out} exists and is not a report of Aletheia; choose another `out` or remove it first")
 
 
 def page_environment() -> Environment:
-    """Templates that escape every name, and show control characters in none."""
+    """Templates that escape every name and replace control characters."""
     environment = Environment(
         loader=PackageLoader("aletheia.reporting", package_path="."),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # names may hold anything a file system allows; figures are ours and pass as they are
+        # names may hold anything that a file system allows; figures are made here and pass unchanged
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters["lines"] = _lines
@@ -91,14 +91,14 @@ def page_environment() -> Environment:
 
 
 def to_html(page: Page) -> str:
-    """One self-contained page: no script, nothing loaded, dark and light, readable on a phone and in print."""
+    """One self-contained page without scripts, in dark and light, readable on a phone and in print."""
     kinds = {Table: "table", Panels: "panels", Pre: "pre"}
     blocks = [{"kind": kinds[type(block)], "block": block} for block in page.blocks]
     return page_environment().get_template("campaign.html.j2").render(page=page, blocks=blocks)
 
 
 def _lines(text: str) -> Markup:
-    """Text of several lines, each printable and escaped."""
+    """Text of several lines, each made printable and escaped."""
     return Markup("\n").join(printable(line) for line in text.splitlines())
 
 

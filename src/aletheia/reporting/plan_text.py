@@ -1,4 +1,4 @@
-"""A plan in words and as a short table: what learns, why, what that gives up, and what it saves."""
+"""A plan in words and as a short table: what learns and why, what it gives up, and what it saves."""
 
 from collections.abc import Iterable, Sequence
 
@@ -17,11 +17,11 @@ WHY = {
     "first": "they are the first of the model",
     "random": "they were drawn at random",
 }
-WORTH_EXPLAINING = 1.01  # a speed-up although every layer learns
+WORTH_EXPLAINING = 1.01  # a speed-up that needs a reason when every layer learns
 
 
 def plan_sentences(plan: Plan) -> tuple[str, str]:
-    """What was chosen and why; and what that gives up."""
+    """A sentence about what was chosen and why, and one about what that gives up."""
     learning, others = layer_ranges(plan.layers), set(range(plan.layer_count)) - set(plan.layers)
     share, rest = human_percent(_share(plan, plan.layers)), human_percent(_share(plan, others))
     if plan.reason:
@@ -40,22 +40,22 @@ def plan_sentences(plan: Plan) -> tuple[str, str]:
 
 
 def speed_sentence(plan: Plan) -> str:
-    """How long a step and the run take beside plain LoRA, and where that comes from if every layer learns."""
+    """The predicted speed against plain LoRA, and where it comes from if every layer learns."""
     predicted = plan.predicted
     run = predicted.run_speedup or predicted.speedup
-    told = f"Predicted: {human_ratio(run)} as fast as uniform LoRA in plain PEFT and Trainer over the run."
+    text = f"Predicted: {human_ratio(run)} as fast as uniform LoRA in plain PEFT and Trainer over the run."
     if len(plan.layers) < plan.layer_count or run < WORTH_EXPLAINING:
-        return told
+        return text
     if predicted.baseline_step_seconds is None:
-        return f"{told} That comes from the language model head, which is computed at labelled tokens only."
+        return f"{text} That comes from the language model head, which is computed at labelled tokens only."
     return (
-        f"{told} That comes from shortcuts, not from the choice of layers: logits at labelled tokens only, batches of "
-        "rows of like length, adapters in fewer operations."
+        f"{text} That comes from shortcuts, not from the choice of layers: logits at labelled tokens only, batches of "
+        "rows of similar length, adapters in fewer operations."
     )
 
 
 def plan_view(plan: Plan, head: RenderableType) -> RenderableType:
-    """``head``, the sentences, a row for layers that learn alike, and what a step takes."""
+    """``head``, the sentences, a row per group of layers that learn alike, and predicted step times."""
     settings = plan.settings
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="dim", no_wrap=True)
@@ -96,7 +96,7 @@ def _layers(plan: Plan) -> Table:
 
 
 def _steps(plan: Plan) -> Table:
-    """What a step of each kind takes."""
+    """A table of the predicted time of each kind of step."""
     predicted = plan.predicted
     kinds: list[tuple[str, float | None]] = [
         ("while every layer learns", predicted.relative_early_step_time),
@@ -116,7 +116,7 @@ def _steps(plan: Plan) -> Table:
 
 
 def _share(plan: Plan, layers: Iterable[int]) -> float:
-    """Of the summed scores, what lies in ``layers``."""
+    """The share of the summed scores in ``layers``."""
     total = sum(plan.layer_scores)
     listed: Sequence[int] = list(layers)
     return sum(plan.layer_scores[layer] for layer in listed) / total if total else len(listed) / plan.layer_count

@@ -1,4 +1,4 @@
-"""Rows as the model will see them, in a terminal: what is learned is marked, by colour or by brackets."""
+"""Rows as the model will see them, in a terminal; learned text is marked by colour or brackets."""
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -10,19 +10,19 @@ from aletheia.reporting.format import human_percent
 
 WIDTH = 80
 INDENT = "    "
-_PLACE = 28  # characters of where a row stands; the end tells files apart
+_PLACE = 28  # characters of the place of a row; its end distinguishes files
 BRACKETS = ("\N{MATHEMATICAL LEFT WHITE SQUARE BRACKET}", "\N{MATHEMATICAL RIGHT WHITE SQUARE BRACKET}")
 ASCII_BRACKETS = ("[[", "]]")
 _RETURN = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"
-_CHARACTERS, _PIECES = 600, 40  # of a piece, of a row, unless rows are asked for
+_CHARACTERS, _PIECES = 600, 40  # per piece, and pieces per row, unless rows are asked for
 _QUOTED_CHARACTERS, _QUOTED_PIECES, _QUOTED_LINES = 120, 16, 12
-# colours of their own background are readable whatever the terminal's is
+# colours with a background are readable on any terminal
 _LEARNED, _LEARNED_SPECIAL = "black on green", "black on yellow"
 _GIVEN, _GIVEN_SPECIAL = "dim", "magenta"
 
 
 def render_preview(preview: Preview, console: Console, whole: bool = False) -> RenderableType:
-    """Rows and counts for ``console``: in colour if it has any, else what is learned in brackets.
+    """Rows and counts for ``console``: learned text in colour if the console has colours, else in brackets.
 
     ``whole`` rows are not shortened.
     """
@@ -37,7 +37,7 @@ def render_preview(preview: Preview, console: Console, whole: bool = False) -> R
 
 
 def quoted(row: ShownRow) -> list[str]:
-    """A row in a few lines of plain text that any terminal can show, under a headline."""
+    """A row in a few lines of plain ASCII text, under a headline."""
     text = row_text(row.shortened(_QUOTED_CHARACTERS, _QUOTED_PIECES), ASCII_BRACKETS, "ascii")
     width = WIDTH - len(INDENT)
     lines = [INDENT + line.plain.rstrip() for line in text.wrap(Console(width=width), width)]
@@ -49,7 +49,7 @@ def quoted(row: ShownRow) -> list[str]:
 
 
 def row_text(row: ShownRow, brackets: tuple[str, str] | None, encoding: str = "utf-8") -> Text:
-    """A row with its line breaks; what is learned in colour, or between ``brackets``."""
+    """A row with its line breaks; learned text in colour, or between ``brackets``."""
     text = Text(overflow="fold", no_wrap=False)
     inside = False
     for piece in row.pieces:
@@ -64,7 +64,7 @@ def row_text(row: ShownRow, brackets: tuple[str, str] | None, encoding: str = "u
 
 
 def _mark(text: Text, bracket: str) -> None:
-    """Put a bracket behind the text; one that closes goes before a line end, which has its own sign."""
+    """Append a bracket; a closing one goes before a line end, which has its own sign."""
     ends_line = text.plain.endswith("\n") and bracket in (BRACKETS[1], ASCII_BRACKETS[1])
     if ends_line:
         text.right_crop()
@@ -72,7 +72,7 @@ def _mark(text: Text, bracket: str) -> None:
 
 
 def _visible(piece: Piece, encoding: str) -> str:
-    """The text of a piece with nothing that could move the cursor; a learned line end is shown as a character."""
+    """The text of a piece without characters that move the cursor; a learned line end is shown as a character."""
     arrow = _RETURN if _fits(_RETURN, encoding) else "\\n"
     shown = "".join(char if char.isprintable() or char == "\n" else _escaped(char) for char in piece.text)
     shown = shown.encode(encoding, "backslashreplace").decode(encoding)
@@ -135,8 +135,8 @@ def _counts(preview: Preview) -> Table:
         shared = preview.held_out
         lines += [
             ("held-out rows", shared.rows, ""),
-            ("  also learned", shared.same, "the same row stands in the rows to learn from"),
-            ("  same prompt", shared.same_prompt, "with another answer in the rows to learn from"),
+            ("  also learned", shared.same, "the same row is among the training rows"),
+            ("  same prompt", shared.same_prompt, "with another answer among the training rows"),
         ]
     for name, count, more in lines:
         table.add_row(Text(name), Text(f"{count:,}", "bold" if count else ""), Text(printable(more)))

@@ -1,4 +1,4 @@
-"""The sentences and figures at the head of a report: what came of a run, and how it stands to another one."""
+"""The sentences and numbers at the head of a report: the outcome of a run, and how it compares with another."""
 
 from collections.abc import Sequence
 
@@ -31,7 +31,7 @@ def alone(run: Run) -> str:
         sentences.append(f"Layers {layer_ranges(early)} learned in the first {metrics.early_steps:,} only.")
     if metrics.steps_saved:
         planned = metrics.planned_steps or metrics.steps
-        sentences.append(f"Training ended before the planned {planned:,} steps, since the loss no longer fell.")
+        sentences.append(f"Training ended before the planned {planned:,} steps, because the loss no longer fell.")
     if metrics.kept_step not in (None, metrics.steps) or metrics.kept_scale != 1:
         strength = f" at {metrics.kept_scale:g} of its strength" if metrics.kept_scale != 1 else ""
         sentences.append(f"The adapter of step {metrics.kept_step or metrics.steps:,} was kept{strength}.")
@@ -48,7 +48,7 @@ def _layers(run: Run) -> str:
 
 
 def against(run: Run, reference: Run, label: str, other: str) -> str:
-    """One run beside the reference. A ratio stands here only if both did the same work on the same machine."""
+    """One run compared with the reference. A ratio is given only if both did the same work on the same machine."""
     return f"{_times(run, reference, label, other)} {_losses(run.metrics, reference.metrics, [reference, run])}"
 
 
@@ -56,7 +56,7 @@ def _times(run: Run, reference: Run, label: str, other: str) -> str:
     training, total = train_speed(run, reference), total_speed(run, reference)
     if not training.is_alike:
         took = f"{label} trained in {human_seconds(training.seconds)}."
-        return f"{took} No ratio to {other} is given, since the two are not alike."
+        return f"{took} No ratio to {other} is given, because the two runs are not comparable."
     if training.speedup is None:
         return f"{label} trained in {human_seconds(training.seconds)}. No ratio is given: a run was not timed."
     return (
@@ -66,7 +66,7 @@ def _times(run: Run, reference: Run, label: str, other: str) -> str:
 
 
 def _how_fast(speed: Speed) -> str:
-    """``1.58 times as fast``; of a slower run ``1.33 times as long``, which nobody reads as a gain."""
+    """``1.58 times as fast``, or for a slower run ``1.33 times as long``, which nobody reads as a gain."""
     ratio = speed.speedup or 1.0
     return f"{ratio:.2f} times as fast" if ratio >= 1 else f"{1 / ratio:.2f} times as long"
 
@@ -84,7 +84,7 @@ def _losses(metrics: Metrics, goal: Metrics, runs: Sequence[Run]) -> str:
 
 
 def warning(run: Run) -> str | None:
-    """Why the adapter is of no use; None if it is."""
+    """Why the adapter is useless; None if it is not."""
     metrics = run.metrics
     before, after = human_loss(metrics.held_out_loss_before), human_loss(metrics.held_out_loss_after)
     if metrics.verdict == "worse":
@@ -115,7 +115,7 @@ def chosen_words(run: Run) -> str:
 
 
 def cards(runs: Sequence[Run], labels: Sequence[str]) -> list[dict[str, str]]:
-    """The figures to see first: of the only run, or of the second beside the first; more runs have the table."""
+    """The numbers to see first: of a single run, or of the second run against the first; none for more runs."""
     last = runs[-1].metrics
     loss = {"name": "Held-out loss", "value": human_loss(last.held_out_loss_after)}
     trainable = {"name": "Trainable parameters", "value": human_count(last.trainable_parameters)}

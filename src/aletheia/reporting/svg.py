@@ -1,7 +1,7 @@
-"""Figures as SVG that belongs to the page: its style sheet gives them colour and type.
+"""Figures as SVG inside the page, whose style sheet sets their colours and fonts.
 
-Drawn without a plotting library: a figure exists once for a desk and once for a phone, in the page's colours on dark
-and on light ground, and stays a few kilobytes. All text is escaped here.
+They are drawn without a plotting library: each figure exists once for a desktop and once for a phone, follows the
+page's dark and light colours, and stays a few kilobytes. All text is escaped here.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +16,7 @@ from aletheia.names import printable
 DESK, HALF, PHONE = 880, 480, 350  # widths of the drawings, in pixels at their own size
 RUN_COLORS = 7  # of the style sheet
 _DASHES = ("", "7 4", "2 3", "9 3 2 3", "5 2", "1 4", "12 4")
-_MARKERS = (  # about the origin, told apart without colour: circle, square, triangle, diamond, cross, plus, bar
+_MARKERS = (  # around the origin, distinct without colour: circle, square, triangle, diamond, cross, plus, bar
     "M-3.6 0a3.6 3.6 0 1 0 7.2 0a3.6 3.6 0 1 0-7.2 0z",
     "M-3.3-3.3h6.6v6.6h-6.6z",
     "M0-4.4l4.4 7.6h-8.8z",
@@ -25,7 +25,7 @@ _MARKERS = (  # about the origin, told apart without colour: circle, square, tri
     "M-1.2-4.4h2.4v3.2h3.2v2.4h-3.2v3.2h-2.4v-3.2h-3.2v-2.4h3.2z",
     "M-1.6-4.6h3.2v9.2h-3.2z",
 )
-_BREAK = 14.0  # pixels of an axis that its mark of a cut takes
+_BREAK = 14.0  # pixels that the mark of a cut takes on an axis
 
 Point = tuple[float, float]
 Box = tuple[float, float, float, float]  # x, y, width, height
@@ -33,7 +33,7 @@ Box = tuple[float, float, float, float]  # x, y, width, height
 
 @dataclass(frozen=True)
 class Axis:
-    """Values from ``low`` to ``high`` laid out from pixel ``start`` to pixel ``end``."""
+    """Values from ``low`` to ``high``, mapped to the pixels from ``start`` to ``end``."""
 
     low: float
     high: float
@@ -48,7 +48,7 @@ class Axis:
 
 @dataclass
 class Drawing:
-    """Shapes in the order in which they are painted; sizes in pixels."""
+    """Shapes in painting order; sizes in pixels."""
 
     width: float
     height: float
@@ -72,7 +72,7 @@ class Drawing:
             self.parts.append(f'<path class="{css}"{faint} d="{path}"/>')
 
     def text(self, x: float, y: float, text: str, css: str = "", anchor: str = "start") -> None:
-        """One line of text; ``y`` is its base line."""
+        """One line of text; ``y`` is its baseline."""
         place = "" if anchor == "start" else f' text-anchor="{anchor}"'
         named = f' class="{css}"' if css else ""
         self.parts.append(f'<text{named} x="{short(x)}" y="{short(y)}"{place}>{escape(printable(text))}</text>')
@@ -82,7 +82,7 @@ class Drawing:
         self.parts.append(f'<path class="mark" transform="translate({_pair(*at)})" d="{marker_path(index)}"/>')
 
     def ring(self, at: Point) -> None:
-        """Around the mark of the adapter that was kept."""
+        """A ring around the mark of the kept adapter."""
         self.parts.append(f'<circle class="ring" cx="{short(at[0])}" cy="{short(at[1])}" r="8"/>')
 
     def opened(self, css: str) -> None:
@@ -94,7 +94,7 @@ class Drawing:
         self.parts.append("</g>")
 
     def clipped(self, box: Box) -> None:
-        """Begin an area that nothing is drawn outside of; :meth:`unclipped` ends it."""
+        """Begin an area outside of which nothing is drawn; :meth:`unclipped` ends it."""
         x, y, width, height = map(short, box)
         place = f'x="{x}" y="{y}" width="{width}" height="{height}" viewBox="{x} {y} {width} {height}"'
         self.parts.append(f"<svg {place}>")
@@ -119,9 +119,9 @@ def _zigzag(x: float, y: float) -> list[Point]:
 
 
 def figure(identifier: str, title: str, words: str, draw: Callable[[int], Drawing], wide: int = DESK) -> Markup:
-    """A figure in two drawings of which the style sheet shows one: ``wide``, and as wide as a phone.
+    """A figure in two drawings, ``wide`` and as wide as a phone; the style sheet shows one of them.
 
-    ``title`` names it, ``words`` says what it shows to those who cannot see it.
+    ``title`` names the figure, ``words`` describe it for screen readers.
     """
     return Markup("").join(
         _svg(draw(width), f"{identifier}-{kind}", kind, title, words)
@@ -150,12 +150,12 @@ def run_class(index: int) -> str:
 
 
 def run_dash(index: int) -> str:
-    """Dashes of run ``index``: neighbours in colour never share them."""
+    """The dash pattern of run ``index``; runs of one colour have different ones."""
     return _DASHES[(index + index // RUN_COLORS) % len(_DASHES)]
 
 
 def marker_path(index: int) -> str:
-    """The mark of run ``index`` about the origin."""
+    """The path of the mark of run ``index``, around the origin."""
     return _MARKERS[(index + index // RUN_COLORS) % len(_MARKERS)]
 
 
@@ -181,14 +181,14 @@ def ticks(low: float, high: float, most: int, integer: bool = False) -> list[flo
 
 
 def tick_texts(values: Sequence[float]) -> list[str]:
-    """As many decimals as the distance of the values asks for."""
+    """Labels of ticks, with as many decimals as their distance needs."""
     step = min((after - value for value, after in pairwise(values)), default=1.0)
     decimals = max(0, -floor(log10(step) + 1e-9))
     return [f"{value:,.{decimals}f}" for value in values]
 
 
 def line_path(points: Sequence[Point]) -> str:
-    """A path through points in steps of a tenth of a pixel, each relative to the one before."""
+    """A path through points, rounded to a tenth of a pixel, each relative to the one before."""
     tenths = [(round(10 * x), round(10 * y)) for x, y in points]
     moves = [_pair((x - before_x) / 10, (y - before_y) / 10) for (before_x, before_y), (x, y) in pairwise(tenths)]
     first = f"M{_pair(tenths[0][0] / 10, tenths[0][1] / 10)}"
@@ -196,7 +196,7 @@ def line_path(points: Sequence[Point]) -> str:
 
 
 def short(value: float) -> str:
-    """A tenth of a pixel is fine enough."""
+    """A number of pixels, rounded to a tenth."""
     text = f"{value:.1f}".removesuffix(".0")
     return "0" if text == "-0" else text
 

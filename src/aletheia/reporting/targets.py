@@ -12,7 +12,7 @@ from aletheia.reporting.format import NOTHING, human_percent
 
 
 def targets_view(plans: Mapping[Target, Plan]) -> RenderableType:
-    """A row per target: which layers learn how long, the predicted time of the run, the loss that was measured."""
+    """A row per target: which layers learn for how long, the predicted time of the run, and the measured loss."""
     table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("--target", "learn to the end", "learn at first", "time", "loss"):
         table.add_column(name, justify="right" if name in ("time", "loss") else "left", no_wrap=True)

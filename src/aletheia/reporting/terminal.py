@@ -61,7 +61,7 @@ _HELD_OUT_NAMES = {"Before": "Held-out loss before", "After": "Held-out loss aft
 
 
 def render(artifact: Scores | Plan | Run | AdapterFolder) -> RenderableType:
-    """What ``aletheia show`` prints for an artefact."""
+    """The view that ``aletheia show`` prints for an artefact."""
     if isinstance(artifact, Scores):
         return _render_scores(artifact)
     if isinstance(artifact, Plan):
@@ -135,17 +135,19 @@ def _top_modules(scores: Scores) -> Table:
 
 
 def _experts(scores: Scores) -> Table:
-    """How the probe's tokens spread over the experts of each layer, and which experts none of them reached."""
+    """How the probe's tokens spread over the experts of each layer, and which experts got none."""
     table = _table(
         ("layer", 5, "right"), ("experts", 7, "right"), ("tokens each", 14, "right"), ("no token", 40, "left")
     )
     layers = {module.name: module.layer for module in scores.anatomy.modules}
-    stacks = {layers[name]: stack for name, stack in scores.experts.items()}  # those of a layer got the same tokens
+    stacks = {
+        layers[name]: stack for name, stack in scores.experts.items()
+    }  # all stacks of a layer get the same tokens
     for layer, stack in sorted(stacks.items()):
         unreached = [str(index) for index, norm in enumerate(stack.norms) if norm is None]
         spread = f"{min(stack.tokens):,} - {max(stack.tokens):,}" if stack.tokens else NOTHING
-        told = f"{len(unreached)}: {', '.join(unreached)}" if unreached else ""
-        table.add_row(str(layer), str(len(stack.norms)), spread, Text(shorten(told, 40)))
+        listed = f"{len(unreached)}: {', '.join(unreached)}" if unreached else ""
+        table.add_row(str(layer), str(len(stack.norms)), spread, Text(shorten(listed, 40)))
     return table
 
 
@@ -175,7 +177,11 @@ def _render_run(run: Run) -> RenderableType:
         f"{run.name}: {model_name(metrics.model.name)}",
         [
             *data,
-            *([("adapter", f"goes on with {printable(metrics.went_on_from.name)}")] if metrics.went_on_from else []),
+            *(
+                [("adapter", f"trained further from {printable(metrics.went_on_from.name)}")]
+                if metrics.went_on_from
+                else []
+            ),
             ("plan", " ".join(plan_sentences(plan))),
             ("trainable", f"{human_count(metrics.trainable_parameters)} parameters, rank {ranks_text(plan.adapters)}"),
             ("steps", f"{metrics.steps:,} of {settings.batch_size} rows, learning rate {settings.learning_rate:.3g}"),
@@ -197,7 +203,7 @@ def _render_run(run: Run) -> RenderableType:
 
 
 def _time_table(metrics: Metrics) -> Table:
-    """Where the time went, in tenths of a second that add up."""
+    """Where the time went, in tenths of a second that add up to the total."""
     seconds = metrics.seconds
     per_second = f", {metrics.tokens / seconds.train:,.0f} tokens/s" if seconds.train else ""
     evaluations = len(metrics.held_out_curve)
@@ -206,9 +212,7 @@ def _time_table(metrics: Metrics) -> Table:
         "eval": f"{evaluations} times",
     }
     spent = {phase: round(getattr(seconds, phase), 1) for phase in PHASES}
-    spent[max(PHASES, key=spent.__getitem__)] += round(seconds.total, 1) - sum(
-        spent.values()
-    )  # what rounding left over
+    spent[max(PHASES, key=spent.__getitem__)] += round(seconds.total, 1) - sum(spent.values())  # the rest from rounding
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(justify="right", no_wrap=True)
@@ -259,7 +263,7 @@ def _head(kind: str, name: str, facts: Sequence[tuple[str, str]]) -> RenderableT
 
 
 def _table(*columns: tuple[str, int, str], header: bool = True) -> Table:
-    """Fixed widths, so that tables of one listing line up and fit 80 columns."""
+    """A table with fixed widths, so that tables of one view line up and fit 80 columns."""
     table = Table(box=None, show_header=header, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
     for name, width, justify in columns:
         table.add_column(name, width=width, overflow="fold", justify="right" if justify == "right" else "left")
@@ -267,5 +271,5 @@ def _table(*columns: tuple[str, int, str], header: bool = True) -> Table:
 
 
 def _score(score: float) -> str:
-    """Four digits; scores of different models differ by powers of ten."""
+    """A score with four digits; scores of different models differ by powers of ten."""
     return f"{score:#.4g}"

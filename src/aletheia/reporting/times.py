@@ -1,4 +1,4 @@
-"""Where the wall-clock time of runs went, as parts that add up to the total, and ratios where they mean something."""
+"""Where the wall-clock time of runs went, as parts that add up to the total."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,7 +38,7 @@ def learning_layers(run: Run) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def time_parts(run: Run) -> tuple[Part, ...]:
-    """All that took time, in order; training in two parts where lower layers froze on the way."""
+    """The parts of a run that took time, in order; training is two parts if lower layers froze on the way."""
     seconds = run.metrics.seconds
     parts = [Part(phase, PART_NAMES[phase], getattr(seconds, phase)) for phase in PHASES if getattr(seconds, phase)]
     return tuple(piece for part in parts for piece in (_training(run, part) if part.key == "train" else [part]))
@@ -58,7 +58,7 @@ def _training(run: Run, whole: Part) -> list[Part]:
 
 
 def time_table(runs: Sequence[Run]) -> list[tuple[str, str, list[float | None]]]:
-    """(key, name, seconds of each run, None where it has no such part), in the order in which things happen."""
+    """(key, name, seconds of each run or None if it has no such part), in the order of a run."""
     found = [{part.key: part for part in time_parts(run)} for run in runs]
     names = PART_NAMES if len(runs) > 1 else {key: part.name for key, part in found[0].items()}
     return [

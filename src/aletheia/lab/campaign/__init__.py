@@ -1,1 +1,1 @@
-"""Campaigns: models x arms x seeds, each row run once, kept, and reported from what is kept."""
+"""Campaigns: models x arms x seeds; each row runs once, is stored, and reported from the store."""

@@ -1,4 +1,4 @@
-"""What a result was made with: code, packages, machine."""
+"""What a result was made with: code, packages and machine."""
 
 import os
 import platform
@@ -16,7 +16,7 @@ PACKAGES = ("aletheia-tune", "torch", "transformers", "peft", "accelerate", "dat
 
 @cache
 def about() -> dict[str, Any]:
-    """Versions, the commit of the code and whether it was changed since, where that is known, and the machine."""
+    """Package versions, the machine and, if known, the commit of the code and whether it was changed since."""
     has_accelerator = torch.accelerator.is_available()
     return {
         "packages": package_versions(PACKAGES),
@@ -36,15 +36,15 @@ def _device(has_accelerator: bool) -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of git in the folder of this code; None unless that is a checkout of it."""
+    """Output of git in the folder of this code; None unless that folder is a checkout of it."""
     here = Path(__file__)
-    told = ""
-    for asked in (("ls-files", "--error-unmatch", here.name), arguments):  # another project may lie around it
+    output = ""
+    for asked in (("ls-files", "--error-unmatch", here.name), arguments):  # the folder may be inside another project
         try:
             done = subprocess.run(["git", "-C", here.parent, *asked], capture_output=True, text=True, timeout=10)
         except (OSError, subprocess.TimeoutExpired):
             return None
         if done.returncode != 0:
             return None
-        told = done.stdout.strip()
-    return told
+        output = done.stdout.strip()
+    return output

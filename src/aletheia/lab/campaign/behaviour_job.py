@@ -1,6 +1,7 @@
 """A job of a behaviour campaign: fine-tune with one arm (or not at all), then evaluate, task by task.
 
-What a killed job has finished stays in its folder and is gone on with: the run, and every evaluation item by item.
+What a killed job has finished stays in its folder, and the next attempt resumes it: the run, and evaluations item by
+item.
 """
 
 from collections.abc import Mapping
@@ -61,7 +62,7 @@ class _RowJob:
 def run_behaviour(
     campaign: BehaviourCampaign, row: Row, data_dir: Path, folder: Path, place: Path
 ) -> dict[str, Mapping[str, Any]]:
-    """The ``result`` of one row: how it was trained, and its items, benchmark by benchmark."""
+    """The ``result`` of one row by its arm: how it was trained, and its items, benchmark by benchmark."""
     job = _RowJob(campaign, row, model_source(model_named(campaign, row.model), folder), data_dir, folder, place)
     adapter = None if row.arm == BASE else place / RUN
     if adapter is not None and not (adapter / METRICS_FILE).exists():  # written last
@@ -93,7 +94,7 @@ def _train(job: _RowJob, out: Path) -> None:
     steps = _steps(campaign, arm, made, scores, seed)
 
     def attempt(model: nn.Module, cache: CacheKind, resume: Literal["auto", "never"]) -> None:
-        """From fresh adapters, or from the last checkpoint of a job that was killed."""
+        """Train from new adapters, or from the last checkpoint of a killed job."""
         with RunFolder.claim(out, overwrite=True, resume=resume) as claimed:
             train(
                 adapt(model, made, seed),
@@ -105,8 +106,8 @@ def _train(job: _RowJob, out: Path) -> None:
                 batch_size=campaign.batch_size,
                 learning_rate=arm.learning_rate,
                 evaluations=campaign.evaluations,
-                early_stop=False,  # as many steps as the campaign says
-                averaging="off",  # arms are compared as the optimizer left them
+                early_stop=False,  # exactly the steps of the campaign
+                averaging="off",  # arms are compared with the weights that the optimizer left
                 rescale=False,
                 seed=seed,
                 cache=cache,
@@ -115,7 +116,7 @@ def _train(job: _RowJob, out: Path) -> None:
             )
 
     shared = made.boundary > 0 and not made.early_layers  # arms and seeds with one boundary share a cache on disk
-    with suppress(CacheError):  # not exact, or no place for it
+    with suppress(CacheError):  # not exact, or no room for it
         attempt(base.model, "disk" if shared else "auto", "auto" if kept else "never")
         return
     del base
@@ -123,7 +124,7 @@ def _train(job: _RowJob, out: Path) -> None:
 
 
 def _scores(job: _RowJob, base: Loaded, data: Examples) -> tuple[Scores, bool]:
-    """The row's scores, and whether they were kept from before: checkpoints belong to the plan made from them."""
+    """The row's scores, and whether an earlier attempt made them: checkpoints belong to the plan made from them."""
     file = job.place / SCORES_FILE
     with suppress(ArtifactError):
         found = Scores.read(file)
@@ -135,7 +136,7 @@ def _scores(job: _RowJob, base: Loaded, data: Examples) -> tuple[Scores, bool]:
 
 
 def _steps(campaign: BehaviourCampaign, arm: Arm, made: Plan, scores: Scores, seed: int) -> int:
-    """As many steps for every arm, or as many as cost what the baseline's run costs, by counted operations."""
+    """The steps of an arm: the same for all arms, or as many as the operations of the baseline's run allow."""
     if campaign.match == "steps":
         return campaign.steps
     baseline = next(other for other in campaign.arms if other.name == campaign.baseline)
@@ -145,7 +146,7 @@ def _steps(campaign: BehaviourCampaign, arm: Arm, made: Plan, scores: Scores, se
 
 
 def _per_step(arm: Arm, made: Plan) -> float:
-    """Mean operations of a step of the run, in steps of uniform LoRA."""
+    """Mean operations of a step of the run; a step of uniform LoRA is 1."""
     predicted = made.predicted
     if arm.execution == "plain":
         return predicted.relative_step_time
@@ -155,7 +156,7 @@ def _per_step(arm: Arm, made: Plan) -> float:
 
 
 def _once(campaign: BehaviourCampaign, arm: Arm, made: Plan) -> float:
-    """Operations that a run pays once, in the same unit: probe, filling the cache."""
+    """One-off operations of a run, in the same unit: probe, and filling the cache."""
     predicted, size = made.predicted, campaign.batch_size
     probe_rows = made.probe.batches * made.probe.batch_size if made.uses_scores else 0
     fill = 0.0
@@ -185,7 +186,7 @@ def _trained(run: Run) -> dict[str, Any]:
 
 
 def _held_out(campaign: BehaviourCampaign, base: Loaded, data_dir: Path) -> dict[str, Any]:
-    """Nats and labelled tokens, row by row."""
+    """Nats and labelled tokens of each held-out row."""
     rows = held_out_rows(campaign, data_dir, base.tokenizer)
     size = campaign.eval_batch_size
     base.model.eval()
@@ -194,11 +195,11 @@ def _held_out(campaign: BehaviourCampaign, base: Loaded, data_dir: Path) -> dict
         for start in range(0, len(rows), size)
         for pair in row_losses(base.model, rows.examples[start : start + size], rows.pad_token_id)
     ]
-    told = [[row.input_ids, row.labels] for row in rows.examples]
+    content = [[row.input_ids, row.labels] for row in rows.examples]
     return {
         "value": [nats for nats, _ in found],
         "weight": [tokens for _, tokens in found],
-        "digest": sha256_of(told),
+        "digest": sha256_of(content),
     }
 
 
@@ -221,7 +222,7 @@ def _task(
     run = partial(evaluate, base, asked, out, job.data_dir, origin, campaign.unsafe_exec, show_progress=False)
     try:
         done = run()
-    except OtherEvaluationError:  # begun with other packages
+    except OtherEvaluationError:  # started with other packages
         done = run(overwrite=True)
     measure = MEASURES[name][0]
     rows = done.rows[name]

@@ -1,7 +1,7 @@
 """What a behaviour campaign found, from its store alone: scores, forgetting, arms against arms. Torch-free.
 
-Items and seeds are both samples: an interval counts what varies from item to item (clustered where they come in groups)
-and from run to run. With one seed it is that of this run alone.
+Items and seeds are both samples: an interval covers variation between items (clustered if they come in groups) and
+between runs. With one seed, it holds for this run alone.
 """
 
 from collections import Counter
@@ -27,7 +27,7 @@ LOSSES = (HELD_OUT, "wikitext")  # lower is better: nats per token, and per word
 
 @dataclass(frozen=True)
 class Score:
-    """A benchmark's figure for one arm: mean over items and seeds, its interval over items, and seed by seed."""
+    """A benchmark's score for one arm: mean over items and seeds with its interval, and the score of each seed."""
 
     model: str
     arm: str
@@ -38,10 +38,10 @@ class Score:
 
 @dataclass(frozen=True)
 class Difference:
-    """``arm`` minus ``other`` on a benchmark, paired by item; ``better`` says which way is better.
+    """``arm`` minus ``other`` on a benchmark, paired by item; ``gain`` is above zero if ``arm`` is better.
 
-    ``margin`` is the verdict on the margin that the campaign file fixed, where it fixed one. ``same_layers`` counts the
-    seeds in which both arms adapt the same layers to the end.
+    ``margin`` is the verdict on the margin in the campaign file, if there is one. ``same_layers`` counts the seeds in
+    which both arms adapt the same layers to the end.
     """
 
     model: str
@@ -55,18 +55,18 @@ class Difference:
 
     @property
     def gain(self) -> float:
-        """The difference turned so that above zero is better."""
+        """The difference, with the sign that makes values above zero better."""
         return -self.estimate.value if self.task in LOSSES else self.estimate.value
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves out zero."""
+        """Whether the interval excludes zero."""
         interval = self.estimate.interval
         return interval is not None and not interval.low <= 0 <= interval.high
 
     @property
     def margin_verdict(self) -> str:
-        """Whether the arm is shown not to be worse by more than the margin, shown to be, or neither; empty without."""
+        """The verdict on the margin: shown, not shown, or worse by more; empty without a margin."""
         if self.margin is None:
             return ""
         interval = self.estimate.interval
@@ -89,12 +89,12 @@ class Curve:
 
 @dataclass(frozen=True)
 class SingleAnswer:
-    """An arm that gives nearly all items of a multiple-choice task one answer: ``told`` says which, to how many."""
+    """An arm with one answer to nearly all items of a multiple-choice task; ``answer`` says which, and how often."""
 
     model: str
     arm: str
     task: str
-    told: str
+    answer: str
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ class BehaviourSummary:
 
 @dataclass(frozen=True)
 class _Items:
-    """Values of a benchmark, one per item: 0 or 1, or a loss; ``weight`` is what a loss is summed over.
+    """Values of a benchmark, one per item: 0 or 1, or a summed loss; ``weight`` is its number of tokens or words.
 
-    ``digest`` stands for what the items are: only like items are paired.
+    ``digest`` identifies the items: only equal items are paired.
     """
 
     value: Floats
@@ -129,12 +129,16 @@ class _Items:
         return float(self.value.sum() / self.weight.sum())
 
     def less(self, other: "_Items | None" = None) -> Floats:
-        """Values less another's, one per item, so scaled that their mean is the (difference of the) score."""
+        """Values, or differences from ``other``, one per item, scaled so that their mean is that of the score."""
         return linearised(self.value - other.value if other else self.value, self.weight)
 
 
 def summarize_behaviour(campaign: BehaviourCampaign, records: Sequence[Record]) -> BehaviourSummary:
-    """Scores per arm, and differences to the base, to the baseline, and between the arms that were asked about."""
+    """Scores per arm, and differences from the base, from the baseline, and between arms to compare.
+
+    Raises:
+        CampaignError: the items of two arms differ.
+    """
     by_arm = results_by_arm(records)
     tasks = [HELD_OUT, *campaign.tasks]
     items = {(model, arm, task): _items(by_arm[model, arm], task) for model, arm in by_arm for task in tasks}
@@ -168,10 +172,10 @@ def summarize_behaviour(campaign: BehaviourCampaign, records: Sequence[Record]) 
             if arm != BASE
         ),
         tuple(
-            SingleAnswer(model, arm, task, told)
+            SingleAnswer(model, arm, task, answer)
             for (model, arm), results in by_arm.items()
             for task in tasks
-            if (told := single_answer(_answers(results, task)))
+            if (answer := single_answer(_answers(results, task)))
         ),
         tuple(chosen_layers(arm, model, results) for (model, arm), results in by_arm.items() if arm != BASE),
         tuple(records),
@@ -179,21 +183,21 @@ def summarize_behaviour(campaign: BehaviourCampaign, records: Sequence[Record]) 
 
 
 def _items(results: Mapping[int, Mapping[str, Any]], task: str) -> dict[int, _Items]:
-    """By seed; seeds that did not run the task are left out."""
+    """Items of a task by seed; seeds that did not run it are left out."""
     found = {}
     for seed, result in results.items():
-        told = result["items"].get(task)
-        if told is not None:
-            value = np.asarray(told["value"], dtype=np.float64)
-            weight = np.asarray(told.get("weight", np.ones(len(value))), dtype=np.float64)
-            clusters = tuple(told.get("cluster", ()))
+        items = result["items"].get(task)
+        if items is not None:
+            value = np.asarray(items["value"], dtype=np.float64)
+            weight = np.asarray(items.get("weight", np.ones(len(value))), dtype=np.float64)
+            clusters = tuple(items.get("cluster", ()))
             clusters_or_none = clusters if len(set(clusters)) > 1 else None
-            found[seed] = _Items(value, weight, clusters_or_none, told["digest"])
+            found[seed] = _Items(value, weight, clusters_or_none, items["digest"])
     return found
 
 
 def _answers(results: Mapping[int, Mapping[str, Any]], task: str) -> Mapping[str, int]:
-    """Summed over the seeds; none of tasks without choices, nor of rows that were recorded before they were counted."""
+    """Answers summed over seeds; empty for tasks without choices, and for old rows that did not count them."""
     return sum((Counter(result["items"].get(task, {}).get("answers", {})) for result in results.values()), Counter())
 
 
@@ -217,7 +221,7 @@ def _difference(
     layers: Mapping[tuple[str, str], Mapping[int, Sequence[int]]],
     with_margin: bool,
 ) -> Difference | None:
-    """Paired by item; a base has one seed, which stands for all.
+    """The difference of two arms, paired by item; a base has one seed, which is used for all.
 
     Raises:
         CampaignError: the items differ.
@@ -230,8 +234,8 @@ def _difference(
     pairs = [(ours[seed], theirs.get(seed, base)) for seed in seeds]
     if {mine.digest for mine, _ in pairs} != {yours.digest for _, yours in pairs}:
         raise CampaignError(
-            f"{task}: the items of {arm} and {other} on {model} differ, as after another lm-eval; "
-            "run the campaign in another folder"
+            f"{task}: the items of {arm} and {other} on {model} differ, for example because lm-eval was "
+            "updated; run the campaign in another folder"
         )
     changes = [mine.less(yours) for mine, yours in pairs]
     estimate = crossed_mean(changes, base.cluster)
@@ -248,7 +252,7 @@ def _verdict(
 ) -> NonInferiority:
     """Whether the arm is worse by less than ``margin``, one-sided at 95 %.
 
-    The bound is that over items and seeds; for right or wrong the mean of every seed's bound for such items, if lower.
+    The bound is over items and seeds. For right-or-wrong items, the mean of each seed's bound counts if it is lower.
     """
     sign, level = -1.0 if task in LOSSES else 1.0, 0.95
     interval = crossed_mean(changes, pairs[0][1].cluster, 2 * level - 1).interval

@@ -1,4 +1,4 @@
-"""The coordinator: gives jobs to an executor, and keeps what comes back. Torch-free."""
+"""The coordinator: gives jobs to an executor and stores their results. Torch-free."""
 
 import itertools
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 from aletheia.errors import ArtifactError, CampaignError
 from aletheia.files import file_sha256, is_full_disk, read_sealed, sealed_json, write_text
-from aletheia.lab.campaign.checks import JOBS, check_data_unchanged, check_earlier_jobs, data_files, told_before
+from aletheia.lab.campaign.checks import JOBS, check_data_unchanged, check_earlier_jobs, data_files, earlier_job
 from aletheia.lab.campaign.executors import Executor
 from aletheia.lab.campaign.full_disk import full_disk, stop_on_full_disk
 from aletheia.lab.campaign.grid import Job, Row, jobs
@@ -19,7 +19,7 @@ from aletheia.lab.campaign.process import JOB_FILE, LOG_FILE, RESULT_FILE, Endin
 from aletheia.lab.campaign.spec import BehaviourCampaign, SpeedCampaign, parse_campaign
 from aletheia.lab.campaign.store import STORE_FILE, Record, Store
 
-MORE_TRIES = 2  # of a job that a signal ended
+MORE_TRIES = 2  # of a job that was ended by a signal
 Watcher = Callable[[Store, Sequence[Job]], None]
 
 
@@ -34,22 +34,21 @@ def run_campaign(
 ) -> list[Record]:
     """Run every row that is not recorded yet, and return all rows.
 
-    A row is recorded in the store once its job is through; whatever interrupts the campaign, the next call goes on
-    with the rows that are not, and takes in results that were written but not recorded. Failed rows keep their reason.
-    A job that a signal ends runs again, after those that wait. A full disk stops the campaign, and its row stays to
-    be done.
+    A row is recorded in the store when its job has finished. After an interruption, the next call records results that
+    were written but not recorded, and runs the remaining rows. Failed rows keep their reason. A job that is ended by a
+    signal runs again after the waiting ones. A full disk stops the campaign, and its row stays pending.
 
     Args:
         campaign: what to run; the same as before, if the folder holds one.
-        folder: where the store, the jobs and their artefacts go.
+        folder: folder for the store, the jobs and their artefacts.
         executor: where jobs run; closed at the end.
-        data_dir: instead of the campaign's ``data_dir``.
-        retry_failed: run rows that failed once more.
-        watch: called whenever something changed, with the store and the jobs that run or wait.
-        more_tries: how often a job runs again that a signal ended.
+        data_dir: used instead of the campaign's ``data_dir``.
+        retry_failed: run failed rows again.
+        watch: called after every change, with the store and the jobs that run or wait.
+        more_tries: how often a job that was ended by a signal runs again.
 
     Raises:
-        CampaignError: the folder holds another campaign or its jobs, another coordinator is at work, or the disk is
+        CampaignError: the folder holds another campaign or its jobs, another coordinator is running, or the disk is
             full.
     """
     folder = folder.resolve()
@@ -57,7 +56,7 @@ def run_campaign(
     with closing(executor), stop_on_full_disk(folder):
         if not (folder / STORE_FILE).exists():
             check_earlier_jobs(campaign, folder)
-        with Store.writing(folder, campaign) as store, closing(executor):  # before the lock goes, too
+        with Store.writing(folder, campaign) as store, closing(executor):  # also before the lock is released
             hashes = {name: file_sha256(data / name) for name in data_files(campaign) if (data / name).is_file()}
             check_data_unchanged(store, folder, hashes)
             if retry_failed:
@@ -83,7 +82,7 @@ def _finish(
     watch: Watcher,
     more_tries: int,
 ) -> None:
-    """Record jobs as they end; those that a signal ended are submitted again."""
+    """Record jobs as they end; submit those again that were ended by a signal."""
     killed: Counter[Job] = Counter()
     while waiting:
         done, _ = wait(waiting, timeout=1.0, return_when=FIRST_COMPLETED)
@@ -106,7 +105,7 @@ def _finish(
 
 
 def _ending(future: "Future[Ending]") -> Ending:
-    """How a job ended, also where it could not be started or its worker was lost."""
+    """How a job ended, also if it could not start or its worker was lost."""
     error = future.exception()
     if error is None:
         return future.result()
@@ -114,9 +113,9 @@ def _ending(future: "Future[Ending]") -> Ending:
 
 
 def _forget_failures(store: Store, folder: Path) -> None:
-    """Jobs with a failed row run again as a whole, since arms are paired round by round.
+    """Make jobs with a failed row pending again, as a whole, because arms are paired round by round.
 
-    What they left goes before the store forgets them.
+    Their results are removed before the store forgets their rows.
     """
     failed = {record.row for record in store.records() if record.status == "failed"}
     for job in jobs(store.campaign):
@@ -134,19 +133,19 @@ def _pending(store: Store) -> list[Job]:
 def _prepare(
     place: Path, campaign: SpeedCampaign | BehaviourCampaign, job: Job, data_dir: Path, hashes: Mapping[str, str]
 ) -> None:
-    """Write what the job is to do. What an earlier attempt at the same left stays, and is gone on with.
+    """Write the job file. The files of an earlier attempt at the same job stay, and the job resumes from them.
 
-    What an attempt with other data left is set aside under another name: hours of work may lie there.
+    Files of an attempt with other data are moved aside, as they may be hours of work.
     """
-    told = {
+    content = {
         "data": hashes,
         "campaign": campaign.model_dump(mode="json"),
         "rows": [[row.model, row.arm, row.seed] for row in job.rows],
         "data_dir": str(data_dir.resolve()),
         "folder": str(place.parent.parent),
     }
-    text = sealed_json(told)
-    if place.exists() and any(place.iterdir()) and not _is_same(told_before(place), json.loads(text)):
+    text = sealed_json(content)
+    if place.exists() and any(place.iterdir()) and not _is_same(earlier_job(place), json.loads(text)):
         aside = next(name for count in itertools.count(1) if not (name := Path(f"{place}.before-{count}")).exists())
         place.rename(aside)
     place.mkdir(parents=True, exist_ok=True)
@@ -155,7 +154,7 @@ def _prepare(
 
 
 def _is_same(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether a job was to do the same; folders may have moved, and a later release may know more keys."""
+    """Whether two job files describe the same job; folders may have moved, and a newer release may add keys."""
     if any(earlier.get(part) != now[part] for part in ("data", "rows")):
         return False
     try:
@@ -165,7 +164,7 @@ def _is_same(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 
 def _outcome(job: Job, place: Path, why: str | None) -> list[Record]:
-    """A record for each row of a job: its result, its own reason, or the job's."""
+    """A record for each row of a job: its result, or the reason of its failure, its own or the job's."""
     found: dict[str, Any] = {}
     if why is None:
         try:

@@ -22,10 +22,10 @@ class ExecutorSettings(Settings):
         "local", "Where jobs run: local (on this machine) or ray (on a Ray cluster)."
     )
     workers: int | None = option(
-        None, "Jobs at a time on this machine, each with a GPU of its own. (default: 1)", ge=1, le=MOST_WORKERS
+        None, "Jobs to run at the same time on this machine, each on its own GPU. (default: 1)", ge=1, le=MOST_WORKERS
     )
-    address: str | None = option(None, "Address of the Ray cluster to join. (default: one is started here)")
-    gpus: float | None = option(None, "GPUs of each job on a Ray cluster; with 0 it sees none. (default: 0)", ge=0)
+    address: str | None = option(None, "Address of the Ray cluster to join. (default: start one on this machine)")
+    gpus: float | None = option(None, "GPUs of each job on a Ray cluster. (default: 0)", ge=0)
     cpus: float | None = option(None, "CPUs of each job on a Ray cluster. (default: 1)", ge=0)
 
     @model_validator(mode="after")
@@ -51,24 +51,28 @@ def make_executor(settings: ExecutorSettings) -> "Executor":
 
 
 class Executor(Protocol):
-    """Takes the folder of a job; the future holds how the job ended."""
+    """Runs jobs, each given by its folder; the future holds how the job ended."""
 
     def submit(self, folder: Path) -> "Future[Ending]":
         """Start a job, or queue it."""
 
     def close(self) -> None:
-        """Stop what still runs."""
+        """Stop the running jobs."""
 
 
 class LocalPool:
-    """Jobs on this machine, ``workers`` at a time; one is in order.
+    """Jobs on this machine, ``workers`` at a time; a single worker keeps their order.
 
-    With several workers and several NVIDIA GPUs (those in ``CUDA_VISIBLE_DEVICES``, by default all), worker i sees GPU
-    ``i mod GPUs`` alone. Workers share the processor's threads, unless ``OMP_NUM_THREADS`` says how many each has.
+    With several workers and several NVIDIA GPUs (those in ``CUDA_VISIBLE_DEVICES``, by default all), worker i sees only
+    GPU ``i mod GPUs``. Workers share the processor's threads, unless ``OMP_NUM_THREADS`` sets the number of each.
     """
 
     def __init__(self, workers: int = 1, command: Sequence[str] = COMMAND) -> None:
-        """Raises CampaignError: no worker."""
+        """Start the pool.
+
+        Raises:
+            CampaignError: ``workers`` is less than 1.
+        """
         if workers < 1:
             raise CampaignError(f"`workers` is {workers}; expected at least 1")
         self._pool = ThreadPoolExecutor(workers)
@@ -83,7 +87,7 @@ class LocalPool:
         return self._pool.submit(self._run, folder)
 
     def _run(self, folder: Path) -> Ending:
-        worker = self._free.pop()  # lists change whole under the interpreter's lock
+        worker = self._free.pop()  # pop and append are atomic under the interpreter's lock
         try:
             environment = dict(self._environment)
             if self._devices:
@@ -93,7 +97,7 @@ class LocalPool:
             self._free.append(worker)
 
     def close(self) -> None:
-        """Stop what still runs, and what waits."""
+        """Stop the running jobs and drop the waiting ones."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         stop_processes()
         self._pool.shutdown()
@@ -122,13 +126,13 @@ class RayCluster:
             import ray
         except ImportError as error:
             raise CampaignError(
-                "`executor` is ray, and Ray is not installed; pip install 'aletheia-tune[ray]'"
+                "`executor` is ray, and Ray is not installed; install it with: pip install 'aletheia-tune[ray]'"
             ) from error
         self._ray = ray
         try:
             ray.init(address=address, log_to_driver=False, include_dashboard=False, configure_logging=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
-            raise CampaignError(f"no Ray cluster at {address}: {error}") from error
+            raise CampaignError(f"cannot reach a Ray cluster at {address}: {error}") from error
         self._command = tuple(command)
         self._remote = ray.remote(_run_remotely).options(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)
 

@@ -1,4 +1,4 @@
-"""What a campaign will take: rows, hours and disk, before it runs."""
+"""What a campaign will need, before it runs: rows, hours and disk space."""
 
 import statistics
 import time
@@ -17,9 +17,9 @@ from aletheia.lab.campaign.store import STORE_FILE, Store, check_same
 from aletheia.planning.cost import layer_costs
 
 BYTES = 4
-STEP_SHARE = 0.5  # of the speed of a large matrix product, which training steps of small models reach at most
+STEP_SHARE = 0.5  # of the speed of a large matrix product; training steps of small models reach no more
 SETUP_SECONDS = 30.0  # of a process: imports, loading, the probe
-# of each benchmark: items in all, tokens of an item's prompt, and of what a model writes unless it is cut off
+# per benchmark: number of items, tokens per prompt, and tokens per answer unless it is cut off
 BENCHMARKS = {
     "mmlu": (14042, 120, 0),
     "gsm8k": (1319, 900, 256),
@@ -29,9 +29,9 @@ BENCHMARKS = {
 
 
 def forecast(campaign: SpeedCampaign | BehaviourCampaign, folder: Path, workers: int = 1) -> Forecast:
-    """Estimate from operations and this machine's speed, or from the rows of this campaign that are done.
+    """Estimate from the finished rows of this campaign, or else from operations and this machine's speed.
 
-    The first counts operations of training and evaluation on items of usual length: a rough guess.
+    The latter counts the operations of training and evaluation on items of usual length, and is a rough guess.
     """
     planned, anatomies = jobs(campaign), {model.name: _anatomy(model) for model in campaign.models}
     done, spent = _done(campaign, folder)
@@ -62,7 +62,7 @@ def _done(campaign: SpeedCampaign | BehaviourCampaign, folder: Path) -> tuple[in
 
 
 def _row_flops(campaign: SpeedCampaign | BehaviourCampaign, row: Row, anatomy: Anatomy | None) -> float:
-    """Operations of a row; its steps are those of uniform LoRA over full rows, an upper bound."""
+    """Operations of a row; its steps count as uniform LoRA over full rows, an upper bound."""
     if anatomy is None:
         return 0.0
     ranks = {module.name: 16 for module in anatomy.adaptable()}
@@ -79,7 +79,7 @@ def _row_flops(campaign: SpeedCampaign | BehaviourCampaign, row: Row, anatomy: A
 
 
 def _disk_bytes(campaign: SpeedCampaign | BehaviourCampaign, entry: ModelEntry, anatomy: Anatomy | None) -> int:
-    """Models that are made, and the adapters and caches of a behaviour campaign; an upper bound."""
+    """Bytes of random models, and of adapters and caches of a behaviour campaign; an upper bound."""
     if anatomy is None:
         return 0
     made = anatomy.parameters * BYTES if entry.config is not None else 0
@@ -95,7 +95,7 @@ def _adapter_parameters(arm: Arm, anatomy: Anatomy) -> int:
 
 
 def _anatomy(entry: ModelEntry) -> Anatomy | None:
-    """Read on the meta device; None for a model that is not here yet."""
+    """The anatomy, read on the meta device; None for a model that is not on this machine yet."""
     from aletheia.anatomy.demo import demo_checkpoint
     from aletheia.anatomy.read import read_anatomy
 
@@ -108,7 +108,7 @@ def _anatomy(entry: ModelEntry) -> Anatomy | None:
 
 
 def _flops_per_second(dtype: str) -> float:
-    """Of matrix products of a size that training has, on the device and in the dtype that it would use."""
+    """Speed of matrix products of a size as in training, on the device and in the dtype of the campaign."""
     device = pick_device()
     a, b = (torch.randn(1024, 1024, device=device, dtype=pick(dtype, device)) for _ in range(2))
     spent = []

@@ -1,4 +1,4 @@
-"""A full disk: no fault of a row, so the campaign stops and the row stays to be done. Torch-free."""
+"""A full disk is not the fault of a row: the campaign stops, and the row stays pending. Torch-free."""
 
 import sqlite3
 from collections.abc import Iterator
@@ -10,16 +10,16 @@ from aletheia.files import free_bytes, is_full_disk
 
 
 def full_disk(folder: Path, what: str) -> CampaignError:
-    """The one line with which a campaign stops."""
+    """The error that stops a campaign."""
     return CampaignError(
-        f"the disk is full ({what}), {free_bytes(folder):,} bytes are free; expected room for {folder}: make some and "
-        "run the campaign again, which goes on with the rows that are not done"
+        f"the disk is full ({what}), {free_bytes(folder):,} bytes are free; free some space for {folder} and run the "
+        "campaign again, which resumes with the rows that are not done"
     )
 
 
 @contextmanager
 def stop_on_full_disk(folder: Path) -> Iterator[None]:
-    """Turns any error that comes of a full disk into that line.
+    """Turn any error that a full disk causes into that error.
 
     Raises:
         CampaignError: the disk is full.

@@ -1,4 +1,4 @@
-"""Rows and jobs of a campaign: what is recorded, and what runs in a process of its own. Torch-free."""
+"""Rows and jobs of a campaign: a row is recorded, a job runs in its own process. Torch-free."""
 
 from dataclasses import dataclass
 
@@ -24,9 +24,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Numbers of rows and jobs, hours and bytes still to come.
+    """Numbers of rows and jobs, and the hours and bytes of the pending ones.
 
-    ``measured`` if hours come from rows that are done; ``unread`` models are in no other number.
+    ``measured``: hours come from finished rows. ``unread`` models count in no other number.
     """
 
     rows: int

@@ -1,4 +1,4 @@
-"""``python -m aletheia.lab.campaign.job FOLDER``: run one job and leave ``result.json``. See ``process.py``."""
+"""``python -m aletheia.lab.campaign.job FOLDER``: run one job and write ``result.json``. See ``process.py``."""
 
 import os
 import sys
@@ -18,19 +18,19 @@ from aletheia.lab.campaign.spec import SpeedCampaign, parse_campaign
 from aletheia.libraries import quiet_libraries
 
 ABANDONED = 75
-LOCK_SECONDS = 60  # for a copy to end whose Ray worker died
+LOCK_SECONDS = 60  # to wait for the end of a copy whose Ray worker died
 
 
 def main(place: Path) -> int:
-    """Run the job in ``place``; exit code 0, 2 with a line that says why not, or ``DISK_FULL``."""
+    """Run the job in ``place``; exit code 0, 2 with a line that gives the reason, or ``DISK_FULL``."""
     threading.Thread(target=_end_with_input, daemon=True).start()
-    quiet_libraries()  # or their last line would be told as the reason of a failure
+    quiet_libraries()  # otherwise their last line would be reported as the reason of a failure
     try:
         with FileLock(place / "job.lock", timeout=LOCK_SECONDS):
-            told = read_sealed(place / JOB_FILE)
-            campaign = parse_campaign(told["campaign"], str(place / JOB_FILE))
-            rows = [Row(*row) for row in told["rows"]]
-            found = _run(campaign, rows, Path(told["data_dir"]), Path(told["folder"]), place)
+            job = read_sealed(place / JOB_FILE)
+            campaign = parse_campaign(job["campaign"], str(place / JOB_FILE))
+            rows = [Row(*row) for row in job["rows"]]
+            found = _run(campaign, rows, Path(job["data_dir"]), Path(job["folder"]), place)
             write_text(place / RESULT_FILE, sealed_json(found))
     except Timeout:
         _say("error: another process runs this job; wait until it ends")
@@ -45,7 +45,7 @@ def main(place: Path) -> int:
 
 
 def _say(message: str) -> None:
-    """A line at the end of the log, past any buffer, if the disk takes it."""
+    """Write a line at the end of the log, bypassing buffers, if the disk has room."""
     with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -71,14 +71,14 @@ def _run(campaign: Any, rows: list[Row], data_dir: Path, folder: Path, place: Pa
     shared = {
         "about": about(),
         "process_peak_bytes": peak_memory_bytes(torch.device("cpu")),
-        "job_seconds": (time.perf_counter() - started) / len(found),  # a row's share
+        "job_seconds": (time.perf_counter() - started) / len(found),  # per row
     }
     return {arm: {"result": value["result"] | shared} if "result" in value else value for arm, value in found.items()}
 
 
 def _end_with_input() -> None:
-    """End at once when whoever waits for this job is gone."""
-    while os.read(0, 4096):  # not sys.stdin, whose lock would be held when the interpreter shuts down
+    """End at once when the process that waits for this job is gone."""
+    while os.read(0, 4096):  # not sys.stdin: its lock would be held when the interpreter shuts down
         pass
     os._exit(ABANDONED)
 
@@ -86,5 +86,5 @@ def _end_with_input() -> None:
 if __name__ == "__main__":
     code = main(Path(sys.argv[1]))
     if code == DISK_FULL:
-        os._exit(code)  # what lies in buffers has no place, and the exit code would say that instead
+        os._exit(code)  # flushing buffers to the full disk would fail and change the exit code
     sys.exit(code)

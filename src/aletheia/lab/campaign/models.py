@@ -1,4 +1,4 @@
-"""Models of a campaign: those that are there, and random ones of a shape, made once."""
+"""Models of a campaign: existing ones, and random ones of a given shape, which are made once."""
 
 import hashlib
 import json
@@ -31,13 +31,13 @@ CHAT_TEMPLATE = (
 
 
 def model_source(entry: ModelEntry, folder: Path) -> str:
-    """What ``aletheia.load`` takes: the path as it is, or the folder of a model that is made if it is not there.
+    """The model for ``aletheia.load``: the path as it is, or the folder of a random model, made on first use.
 
-    Random models are the same for a config: drawn with seed 0, in float32, with a tokenizer of one token per byte.
-    A GGUF file is unpacked once, since that takes longer than many a row.
+    A config always gives the same random model: drawn with seed 0, in float32, with one token per byte. A GGUF file is
+    unpacked once, because that can take longer than a row.
 
     Raises:
-        CampaignError: transformers knows no such config.
+        CampaignError: transformers cannot build the config.
     """
     path = str(demo_checkpoint()) if entry.path == DEMO else entry.path
     if path is not None and not path.endswith(".gguf"):
@@ -49,7 +49,7 @@ def model_source(entry: ModelEntry, folder: Path) -> str:
         if not place.exists():
             model, tokenizer = _unpacked(path) if path else _random(entry)
             temporary = place.with_name(f"{place.name}.new")
-            shutil.rmtree(temporary, ignore_errors=True)  # of a kill
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
             model.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
             temporary.rename(place)
@@ -58,7 +58,7 @@ def model_source(entry: ModelEntry, folder: Path) -> str:
 
 def _unpacked(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     base = load(path, "float32")
-    for name in ("quantization_config", "hf_quantizer"):  # or it would be saved as what it is no longer
+    for name in ("quantization_config", "hf_quantizer"):  # otherwise it would be saved as quantized
         for holder in (base.model, base.model.config):
             if hasattr(holder, name):
                 delattr(holder, name)
@@ -71,10 +71,10 @@ def _random(entry: ModelEntry) -> tuple[PreTrainedModel, PreTrainedTokenizerBase
 
 
 def build(entry: ModelEntry, tokenizer: PreTrainedTokenizerBase, device: str = "cpu") -> PreTrainedModel:
-    """A random model of a config, drawn with seed 0 in float32; on the meta device, its shape alone.
+    """A random model of a config, drawn with seed 0 in float32; on the meta device, only its shape.
 
     Raises:
-        CampaignError: transformers knows no such config.
+        CampaignError: transformers cannot build the config.
     """
     try:
         check_config(entry.config or {}, f"model {entry.name}")

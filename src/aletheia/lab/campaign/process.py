@@ -1,7 +1,7 @@
-"""A job in a process of its own: started and waited for here, run in ``job.py``. Torch-free.
+"""A job in its own process: started and awaited here, run in ``job.py``. Torch-free.
 
-The folder of a job holds ``job.json`` (what to do), ``log.txt`` (what it said) and, once it is through,
-``result.json``. The process reads its standard input and ends when that closes, so no job outlives whoever waits.
+The folder of a job holds ``job.json`` (what to do), ``log.txt`` (its output) and, once the job has finished,
+``result.json``. The process ends when its standard input closes, so no job outlives the process that waits for it.
 """
 
 import os
@@ -16,31 +16,31 @@ from typing import Literal
 JOB_FILE, RESULT_FILE, LOG_FILE = "job.json", "result.json", "log.txt"
 COMMAND = (sys.executable, "-m", "aletheia.lab.campaign.job")
 REASON_CHARACTERS = 500
-DISK_FULL = 74  # exit code of a job that had no room; it is no failure of its rows
+DISK_FULL = 74  # exit code of a job that found the disk full, which is not a failure of its rows
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How the process of a job ended, and in one line why, unless it is through."""
+    """How the process of a job ended; ``reason`` says why in one line, unless it finished (``through``)."""
 
     how: Literal["through", "failed", "killed", "disk full"]
     reason: str = ""
 
 
 def run_process(folder: Path, command: Sequence[str] = COMMAND, environment: dict[str, str] | None = None) -> Ending:
-    """Run the job in ``folder`` to its end.
+    """Run the job in ``folder`` and wait for its end.
 
-    A job is through when its ``result.json`` is there, however the process ended.
+    A job has finished if its ``result.json`` exists, however the process ended.
     """
     with open(folder / LOG_FILE, "ab") as log:
-        start = log.tell()  # of what this attempt says
+        start = log.tell()  # of this attempt's output
         process = subprocess.Popen(
             [*command, str(folder)],
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
             env=os.environ | (environment or {}),
-            start_new_session=True,  # Ctrl-C is the coordinator's to handle
+            start_new_session=True,  # the coordinator handles Ctrl-C
         )
         _RUNNING.processes.append(process)
         try:
@@ -66,7 +66,7 @@ def _signal_name(number: int) -> str:
 
 @dataclass
 class _Running:
-    """Processes of this one, so that it can end them."""
+    """Child processes, so that they can be ended."""
 
     processes: list["subprocess.Popen[bytes]"] = field(default_factory=list)
 
@@ -88,4 +88,4 @@ def stop_processes() -> None:
 def _last_line(path: Path, start: int) -> str:
     text = path.read_bytes()[start:].decode("utf-8", errors="replace")
     lines = [line.strip() for line in text.splitlines()]
-    return next((line for line in reversed(lines) if line), "it said nothing")[:REASON_CHARACTERS]
+    return next((line for line in reversed(lines) if line), "no output")[:REASON_CHARACTERS]

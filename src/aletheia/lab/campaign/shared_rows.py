@@ -10,12 +10,12 @@ from aletheia.lab.campaign.spec import BehaviourCampaign, SpeedCampaign
 
 
 def training_rows(campaign: SpeedCampaign | BehaviourCampaign, data_dir: Path, tokenizer: Any) -> Examples:
-    """The first rows of the data that fit into ``max_length``; errors as below."""
+    """The first rows of the data that fit into ``max_length``; raises as :func:`_rows`."""
     return _rows(campaign, data_dir / campaign.data, tokenizer, 0, campaign.rows)
 
 
 def held_out_rows(campaign: BehaviourCampaign, data_dir: Path, tokenizer: Any) -> Examples:
-    """The first rows of a file of their own, or those that follow the training rows; errors as below."""
+    """The first rows of the held-out file, else the rows after the training rows; raises as :func:`_rows`."""
     if campaign.held_out is None:
         return _rows(campaign, data_dir / campaign.data, tokenizer, campaign.rows, campaign.held_out_rows)
     return _rows(campaign, data_dir / campaign.held_out, tokenizer, 0, campaign.held_out_rows)
@@ -32,7 +32,7 @@ def _rows(campaign: SpeedCampaign | BehaviourCampaign, path: Path, tokenizer: An
     fitting = [index for index, row in enumerate(every.examples) if len(row) <= campaign.max_length]
     if len(fitting) < start + count:
         raise CampaignError(
-            f"{path}: {len(fitting)} rows of up to {campaign.max_length} tokens, expected {start + count}; "
+            f"{path}: found {len(fitting)} rows of up to {campaign.max_length} tokens; expected {start + count}; "
             "lower rows or raise max_length"
         )
     return every.subset(fitting[start : start + count])

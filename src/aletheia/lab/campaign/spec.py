@@ -1,4 +1,4 @@
-"""What a campaign runs: a typed YAML file of models, arms and seeds. Torch-free."""
+"""The file of a campaign: models, arms and seeds in YAML, with types. Torch-free."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ class _Strict(BaseModel):
 
 
 class ModelEntry(_Strict):
-    """A model: one that is there, or a random one of a shape, right for speed and worthless for quality."""
+    """A model: an existing one, or a random one of a given shape, which is good for speed and useless for quality."""
 
     name: Name
     path: str | None = Field(default=None, description="hub id, local folder, .gguf file, or 'demo'")
@@ -32,9 +32,9 @@ class ModelEntry(_Strict):
     @model_validator(mode="after")
     def _one_source(self) -> "ModelEntry":
         if (self.path is None) == (self.config is None):
-            raise ValueError("expected either a path or a config")
+            raise ValueError("expected either a path or a config, and not both")
         if self.config is not None and "model_type" not in self.config:
-            raise ValueError("the config names no model_type, such as llama")
+            raise ValueError("the config has no model_type; expected one, such as llama")
         return self
 
 
@@ -64,19 +64,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def _filled_in(given: Any) -> Any:
-    """An arm by its name, or a mapping whose missing keys are those of the arm it is named after."""
+    """A predefined arm by its name, or a mapping; its missing keys come from the predefined arm of that name."""
     entry = {"name": given} if isinstance(given, str) else given
     if not isinstance(entry, Mapping):
         return given
     preset = PRESETS.get(str(entry.get("name")), {})
     if not preset and "policy" not in entry:
         known = ", ".join(PRESETS)
-        raise ValueError(f"{entry.get('name')!r} is no arm known by name ({known}); expected a policy of its own")
+        raise ValueError(f"{entry.get('name')!r} is not a predefined arm ({known}); expected one of them, or a policy")
     return {**preset, **entry}
 
 
 class _Campaign(_Strict):
-    """What both kinds share: all arms see the same rows in the same order, in the same dtype, with one optimizer."""
+    """What both kinds of campaign share: all arms see the same rows in the same order, dtype and optimizer."""
 
     name: Name
     models: tuple[ModelEntry, ...] = Field(min_length=1)
@@ -84,16 +84,18 @@ class _Campaign(_Strict):
     seeds: tuple[Annotated[int, Field(ge=0, le=2**32 - 1)], ...] = Field(min_length=1)
     data_dir: str = Field(
         default=".",
-        description="folder of the data; the command line may name another",
+        description="folder of the data; the command line may override it",
     )
     data: str = Field(description="rows to train on")
-    rows: int = Field(default=640, ge=1, le=10**8, description="rows used, the first that fit into max_length")
+    rows: int = Field(
+        default=640, ge=1, le=10**8, description="number of rows to use: the first that fit into max_length"
+    )
     max_length: int = Field(default=256, ge=2, le=LONGEST_ROW, description="tokens; longer rows are left out")
     batch_size: int = Field(default=4, ge=1, le=MOST_ROWS)
     steps: int = Field(default=200, ge=1, le=MOST_STEPS)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     baseline: str = "uniform"
-    comparisons: tuple[tuple[str, str], ...] = Field(default=(), description="pairs of arms whose difference is asked")
+    comparisons: tuple[tuple[str, str], ...] = Field(default=(), description="pairs of arms to compare")
 
     @model_validator(mode="after")
     def _names(self) -> "_Campaign":
@@ -104,13 +106,13 @@ class _Campaign(_Strict):
         ):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
-                raise ValueError(f"{what}: {', '.join(twice)} twice")
+                raise ValueError(f"{what}: {', '.join(twice)} twice; expected different names")
         arms = {arm.name for arm in self.arms}
         if BASE in arms:
             raise ValueError(f"arms: {BASE!r} is the name of the model before training; choose another")
         for name in (self.baseline, *(name for pair in self.comparisons for name in pair)):
             if name not in arms:
-                raise ValueError(f"{name!r} is compared with, and is none of the arms ({', '.join(sorted(arms))})")
+                raise ValueError(f"{name!r} is to be compared and is not among the arms ({', '.join(sorted(arms))})")
         return self
 
     @property
@@ -124,21 +126,21 @@ class SpeedCampaign(_Campaign):
 
     kind: Literal["speed"]
     rounds: int = Field(
-        default=12, ge=2, le=MOST_STEPS, description="steps timed of each arm; the run's time is put together of them"
+        default=12, ge=2, le=MOST_STEPS, description="timed steps of each arm; the time of a run is computed from them"
     )
 
 
 class TaskSettings(_Strict):
-    """How much of a benchmark is run, and the margin within which an arm counts as not worse."""
+    """How much of a benchmark to run, and the margin within which an arm counts as not worse."""
 
     limit: int | None = Field(default=None, ge=1, description="items")
     max_new_tokens: int | None = Field(default=None, ge=1, le=LONGEST_ROW)
-    seeds: tuple[int, ...] | None = Field(default=None, description="seeds whose rows run it; all by default")
+    seeds: tuple[int, ...] | None = Field(default=None, description="seeds that run it; all by default")
     margin: float | None = Field(
         default=None,
         gt=0,
         lt=1,
-        description="largest loss that counts as none: a share of items (0.03 is 3 points), nats per word for wikitext",
+        description="largest drop that counts as not worse: share of items (0.03: 3 points), wikitext: nats per word",
     )
 
 
@@ -146,12 +148,18 @@ class BehaviourCampaign(_Campaign):
     """Held-out loss and benchmarks before and after fine-tuning with each arm, paired per item."""
 
     kind: Literal["behaviour"]
-    held_out: str | None = Field(default=None, description="rows for the held-out loss; by default those after rows")
+    held_out: str | None = Field(
+        default=None, description="file of held-out rows; by default, the rows after the training rows"
+    )
     held_out_rows: int = Field(default=96, ge=1, le=10**8)
-    evaluations: int = Field(default=4, ge=1, le=MOST_STEPS, description="held-out losses during training, evenly")
-    held_out_margin: float | None = Field(default=None, gt=0, description="nats per token that count as no loss")
+    evaluations: int = Field(
+        default=4, ge=1, le=MOST_STEPS, description="held-out losses during training, evenly spaced"
+    )
+    held_out_margin: float | None = Field(
+        default=None, gt=0, description="largest rise, in nats per token, that counts as not worse"
+    )
     match: Literal["steps", "compute"] = Field(
-        default="steps", description="compute: an arm takes as many steps as cost what the baseline's cost, in FLOPs"
+        default="steps", description="compute: an arm takes as many steps as the FLOPs of the baseline's run allow"
     )
     tasks: dict[BenchmarkName, TaskSettings] = {}
     eval_batch_size: int = Field(default=8, ge=1, le=MOST_ROWS)
@@ -171,7 +179,7 @@ def read_campaign(path: str | Path) -> SpeedCampaign | BehaviourCampaign:
     """Read and check a campaign file.
 
     Raises:
-        CampaignError: missing, no YAML, or not as the schema says; names the first field that is wrong.
+        CampaignError: the file is missing, is not YAML, or does not match the schema; names the first wrong field.
     """
     path = Path(path)
     if (fault := mistaken(path, "a YAML file that describes a campaign", "settings")) is not None:
@@ -181,12 +189,18 @@ def read_campaign(path: str | Path) -> SpeedCampaign | BehaviourCampaign:
     except SettingsError as error:
         raise CampaignError(str(error)) from error
     if not isinstance(found, dict):
-        raise CampaignError(f"{path}: found {type(found).__name__}, expected a mapping with kind, name, models, arms")
+        raise CampaignError(
+            f"{path}: found {type(found).__name__}; expected a mapping with kind, name, models and arms"
+        )
     return parse_campaign(found, str(path))
 
 
 def parse_campaign(found: Mapping[str, Any], source: str) -> SpeedCampaign | BehaviourCampaign:
-    """Check a campaign; ``source`` is named in the error."""
+    """Check a campaign; errors name ``source``.
+
+    Raises:
+        CampaignError: it does not match the schema; names the first wrong field.
+    """
     try:
         return _ADAPTER.validate_python(found)
     except ValidationError as error:

@@ -21,7 +21,7 @@ from aletheia.probing.scores import Scores
 
 
 def run_speed(campaign: SpeedCampaign, rows: list[Row], data_dir: Path, folder: Path) -> dict[str, Mapping[str, Any]]:
-    """What came of each arm: its ``result``, or the ``reason`` why there is none."""
+    """For each arm its ``result``, or the ``reason`` why there is none."""
     seed = rows[0].seed
     base = load(model_source(model_named(campaign, rows[0].model), folder), campaign.dtype)
     data = training_rows(campaign, data_dir, base.tokenizer)
@@ -49,7 +49,7 @@ def run_speed(campaign: SpeedCampaign, rows: list[Row], data_dir: Path, folder: 
 
 
 def arm_plan(arm: Arm, scores: Scores, seed: int, epochs: float) -> Plan:
-    """The plan of an arm; what it draws depends on model and seed, or models of one depth would share a draw."""
+    """The plan of an arm; random layers depend on model and seed, so that models of one depth differ."""
     drawn = hashlib.sha256(f"{scores.model.fingerprint} {seed}".encode()).digest()
     return plan(
         scores,
@@ -64,7 +64,7 @@ def arm_plan(arm: Arm, scores: Scores, seed: int, epochs: float) -> Plan:
 
 
 def _kinds(arm: Arm, made: Plan, cacheable: set[int]) -> list[StepKind]:
-    """The kinds of steps that the run of an arm is made of; at some boundaries a cache would not be exact."""
+    """The kinds of steps in the run of an arm; ``cacheable`` holds the boundaries at which a cache is exact."""
     if arm.execution == "plain":
         return [StepKind(arm.name, made)]
     risen = bool(made.early_layers)
@@ -78,7 +78,7 @@ def _kinds(arm: Arm, made: Plan, cacheable: set[int]) -> list[StepKind]:
 
 
 def _predicted(arm: Arm, made: Plan) -> float:
-    """Speed-up by counted operations over the steps of a run, early and later ones in their shares."""
+    """Speed-up by counted operations over a run, with early and later steps in their shares."""
     if arm.execution == "plain":
         return made.predicted.speedup
     share = made.freeze_after
@@ -89,7 +89,7 @@ def _predicted(arm: Arm, made: Plan) -> float:
 def _result(
     campaign: SpeedCampaign, model: str, arm: Arm, made: Plan, scores: Scores, seconds: dict[str, list[float]]
 ) -> dict[str, Any]:
-    """What is recorded: seconds round by round, and what a run pays once."""
+    """The recorded result: seconds of each round, and the one-off costs of a run."""
     return {
         "layers": list(made.layers),
         "layer_count": made.layer_count,

@@ -14,15 +14,15 @@ from aletheia.lab.statistics.rates import win_rate
 from aletheia.lab.statistics.ratios import geometric_mean, ratio_of_times
 from aletheia.lab.statistics.results import Estimate
 
-FEW = 8  # ratios; with fewer a bootstrap has no interval to give
+FEW = 8  # ratios; with fewer, a bootstrap gives no interval
 
 
 @dataclass(frozen=True)
 class ModelSpeed:
     """An arm on one model, against the baseline in the same rounds.
 
-    ``step`` is the ratio of step times, a figure per seed from its paired rounds, ``run`` that of whole runs, both over
-    seeds. ``once_seconds`` is what a run pays once (probe, cache), ``run_seconds`` all of it.
+    ``step`` is the ratio of step times and ``run`` the ratio of whole runs, both as means over seeds. ``once_seconds``
+    are the one-off costs of a run (probe, cache), ``run_seconds`` its whole time.
     """
 
     model: str
@@ -36,12 +36,12 @@ class ModelSpeed:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One arm against another over models: how many times faster, how sure.
+    """One arm against another over models: how many times faster, and how certain.
 
     ``speedup`` is the geometric mean over models, ``time_saved`` the mean of ``1 - 1 / speed-up``, ``wins`` the share
-    of models on which the arm is faster; ``sign_flip`` and ``wilcoxon`` are p-values, two-sided, over models,
-    ``corrected`` the first after Holm over the arms (None for a comparison of its own). ``same_layers`` counts the
-    ``runs`` in which both chose the same layers: where they did, a difference is not one of selection.
+    of models on which the arm is faster. ``sign_flip`` and ``wilcoxon`` are two-sided p-values over models;
+    ``corrected`` is the first after Holm over the arms (None for a single comparison). ``same_layers`` counts the
+    ``runs`` in which both chose the same layers; there, selection cannot explain a difference.
     """
 
     arm: str
@@ -86,7 +86,7 @@ Results = dict[tuple[str, str], dict[int, Mapping[str, Any]]]  # by (model, arm)
 
 
 def results_by_arm(records: Iterable[Record]) -> Results:
-    """What the rows that are done left."""
+    """The results of finished rows."""
     found: Results = {}
     for record in records:
         if record.result is not None:
@@ -136,12 +136,12 @@ def summarize_speed(campaign: SpeedCampaign, records: Sequence[Record]) -> Speed
 
 
 def _predicted(base: Mapping[str, Any], own: Mapping[str, Any], is_plain: bool) -> float:
-    """Plans count labelled-token logits in, which a plain step has not: nor has the baseline's."""
+    """The predicted speed-up; plans count labelled-token logits, which neither plain steps nor the baseline use."""
     return float(own["predicted_speedup"] / (base["predicted_speedup"] if is_plain else 1.0))
 
 
 def round_seconds(result: Mapping[str, Any], steps: int) -> list[float]:
-    """Mean seconds of a step of the run, round by round: early steps and later ones in their shares."""
+    """Mean seconds of a step of the run, for each round: early and later steps in their shares."""
     early, later = result["early_step_seconds"], result["step_seconds"]
     if not early:
         return list(later)
@@ -150,19 +150,19 @@ def round_seconds(result: Mapping[str, Any], steps: int) -> list[float]:
 
 
 def once_seconds(campaign: SpeedCampaign, result: Mapping[str, Any]) -> float:
-    """What a run pays once: probe, and the layers below the boundary over every row for the cache."""
+    """One-off seconds of a run: probe, and the layers below the boundary over every row for the cache."""
     batches = math.ceil(campaign.rows / campaign.batch_size)
     prefix = result["prefix_seconds"]
     return float(result["probe_seconds"] + (sum(prefix) / len(prefix) * batches if prefix else 0.0))
 
 
 def run_seconds(campaign: SpeedCampaign, result: Mapping[str, Any]) -> float:
-    """A whole run, put together of its measured parts."""
+    """Seconds of a whole run, computed from its measured parts."""
     return _average(round_seconds(result, campaign.steps)) * campaign.steps + once_seconds(campaign, result)
 
 
 def _compare(ratios: Mapping[tuple[str, str], float], by_pair: Results, arm: str, other: str) -> Comparison | None:
-    """Over the models that have both arms; ``ratios`` are against the baseline."""
+    """A comparison over the models that have both arms; ``ratios`` are against the baseline."""
     models = [model for model, name in ratios if name == arm and (model, other) in ratios]
     if not models:
         return None
@@ -190,14 +190,14 @@ def _compare(ratios: Mapping[tuple[str, str], float], by_pair: Results, arm: str
 
 
 def _corrected(comparisons: Sequence[Comparison | None]) -> tuple[Comparison, ...]:
-    """Holm over the arms."""
+    """The comparisons with Holm-corrected p-values over the arms."""
     present = [comparison for comparison in comparisons if comparison is not None]
     adjusted = holm({comparison.arm: comparison.sign_flip for comparison in present})
     return tuple(Comparison(**vars(comparison) | {"corrected": adjusted[comparison.arm]}) for comparison in present)
 
 
 def chosen_layers(arm: str, model: str, results: Mapping[int, Mapping[str, Any]]) -> Chosen:
-    """What an arm chose on a model, from its results by seed."""
+    """The layers that an arm chose on a model, from its results by seed."""
     layers = [frozenset(results[seed]["layers"]) for seed in sorted(results)]
     pairs = [
         len(first & second) / len(first | second)

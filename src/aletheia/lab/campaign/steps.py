@@ -30,7 +30,7 @@ from aletheia.prefix.stored import prefix_output, stored_prefix
 from aletheia.probing.logits import labelled_logits
 
 ATTEMPTS = 4
-OTHERS = 0.1  # of the processors, which other work may use during a step that counts
+OTHERS = 0.1  # share of the processors that other work may use during a counted step
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class StepKind:
 
     name: str
     plan: Plan
-    truncated: bool = False  # plain autograd stops at the boundary by itself; matters under checkpointing
+    truncated: bool = False  # plain autograd stops at the boundary anyway; matters with checkpointing
     labelled: bool = False
     grouped: bool = False
     lean: bool = False  # adapters, norms and loss
-    attention: bool = False  # by products
+    attention: bool = False  # by matrix products
     cached: bool = False
     recompute: Recompute = "off"
     risen: bool = False  # the plan's early layers have learnt and are frozen as they are, adapters and all
@@ -66,10 +66,10 @@ class StepKind:
 
 @contextmanager
 def prepared(model: nn.Module, kind: StepKind) -> Iterator[PeftModel]:
-    """The base model adapted and set up for a kind of step, and given back without adapters."""
+    """The base model, adapted and set up for a kind of step; afterwards without adapters again."""
     with ExitStack() as stack:
         adapted = adapt(model, kind.plan)
-        stack.callback(adapted.unload)  # after an error, too, or the next kind would begin with these adapters
+        stack.callback(adapted.unload)  # after an error, too; otherwise the next kind would start with these adapters
         adapted.train()
         if kind.risen:
             _, layers = find_layers(adapted)
@@ -103,16 +103,16 @@ def building_seconds(model: nn.Module, plan: Plan, data: Examples, batch_size: i
 def interleaved_steps(
     model: nn.Module, kinds: Sequence[StepKind], data: Examples, batch_size: int, rounds: int, seed: int = 0
 ) -> dict[str, list[float]]:
-    """Seconds of ``rounds`` steps of each kind: forward, backward, clipping, AdamW; after a step that is not counted.
+    """Seconds of ``rounds`` steps of each kind: forward, backward, clipping, AdamW; after one step that is not counted.
 
-    Every kind goes through batches of one epoch, cut at random or by length as it says, at the same quantiles of
-    size, so that the sums stand for the epoch. Steps that other work disturbed are taken again.
+    Every kind takes batches of one epoch, random or grouped by length, at the same quantiles of size, so that the sums
+    represent the epoch. Steps that other work disturbed are repeated.
     """
     orders = {grouped: _spread(data, batch_size, rounds, grouped, seed) for grouped in (True, False)}
     caches = _filled(model, kinds, data, orders, batch_size)
     seconds: dict[str, list[float]] = {kind.name: [] for kind in kinds}
     for number in range(rounds + 1):
-        first = number % len(kinds)  # each goes first in turn, so that none always follows the same one
+        first = number % len(kinds)  # each kind goes first in turn, so that none always follows the same one
         for kind in (*kinds[first:], *kinds[:first]):
             rows = [data[row] for row in orders[kind.grouped][number]]
             spent = undisturbed(partial(_seconds, model, kind, rows, data.pad_token_id, caches))
@@ -122,9 +122,9 @@ def interleaved_steps(
 
 
 def undisturbed(step: Callable[[], float]) -> float:
-    """What a step returns, its seconds; on a processor that other work took a part of, the best of a few attempts.
+    """Seconds that ``step`` returns; on a processor that other work uses, those of the best of a few attempts.
 
-    Best is the one that others disturbed least, not the fastest one.
+    The best attempt is the least disturbed one, not the fastest.
     """
     if torch.accelerator.is_available():
         return step()
@@ -141,7 +141,7 @@ def undisturbed(step: Callable[[], float]) -> float:
 
 
 def _busy_seconds() -> float:
-    """Of all processors since the machine started, those included that its host took away."""
+    """Busy seconds of all processors since the machine started, including those that its host took away."""
     times = psutil.cpu_times()
     return sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq", "steal"))
 
@@ -164,7 +164,7 @@ def _filled(
 def _seconds(
     model: nn.Module, kind: StepKind, rows: list[Example], pad_token_id: int, caches: dict[int, MemoryCache]
 ) -> float:
-    """Seconds of one step; adapting the model and giving it back are not counted."""
+    """Seconds of one step; adapting and restoring the model are not counted."""
     with prepared(model, kind) as adapted:
         parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)

@@ -1,8 +1,8 @@
 """The store of a campaign: one SQLite file with a row per (model, arm, seed), one writer at a time. Torch-free.
 
-SQLite has no checksums of its own, so each row carries the sha256 of what it says, as does the campaign. While no
-coordinator is at work, the sha256 of the whole file lies beside it; one that was killed leaves none, and the next one
-that ends as it should does.
+SQLite has no checksums, so each row carries the sha256 of its content, and so does the campaign. While no coordinator
+runs, a file next to the store holds the sha256 of the whole file. A killed coordinator leaves no such file; the next
+one that ends normally writes it again.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from aletheia.lab.campaign.spec import BehaviourCampaign, SpeedCampaign, parse_c
 STORE_FILE = "campaign.db"
 SEAL_FILE = STORE_FILE + ".sha256"
 VERSION = 2
-DAMAGE = (sqlite3.Error, OSError, UnicodeDecodeError)  # SQLite's messages quote what it found, whatever that is
+DAMAGE = (sqlite3.Error, OSError, UnicodeDecodeError)  # SQLite's messages quote what they found, of any content
 Status = Literal["pending", "done", "failed"]
 SCHEMA = """
 CREATE TABLE campaign (version INTEGER NOT NULL, spec TEXT NOT NULL, sha256 TEXT NOT NULL);
@@ -44,7 +44,7 @@ CREATE TABLE rows (
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a row: ``result`` if it is done, ``reason`` if it failed."""
+    """The state of a row: ``result`` if it is done, ``reason`` if it failed."""
 
     row: Row
     status: Status
@@ -56,15 +56,15 @@ class Store:
     """The rows of one campaign. Every change is on disk when the call returns (WAL, synchronous=FULL)."""
 
     def __init__(self, path: Path) -> None:
-        """Open a store that is there, to read; see :meth:`writing` to change it.
+        """Open an existing store to read it; see :meth:`writing` to change it.
 
         Raises:
-            CampaignError: there is none, it is of another release, or it was changed since it was written.
+            CampaignError: there is no store, it is of another release, or it was changed after it was written.
         """
         self._path = path
         try:
             if not path.is_file():
-                raise CampaignError(f"{path.parent} holds no campaign; run one there with 'aletheia campaign run'")
+                raise CampaignError(f"{path.parent} holds no campaign; start one there with 'aletheia campaign run'")
             self._check_seal()
             self._connection = sqlite3.connect(path, timeout=30, isolation_level=None)
             self._connection.execute("PRAGMA journal_mode=WAL")
@@ -75,17 +75,17 @@ class Store:
                 raise CampaignError(f"{path} has store version {version!r}; expected {VERSION}, choose another `out`")
             self.campaign = parse_campaign(json.loads(self._checked_spec()), str(path))
         except DAMAGE as error:
-            told = " ".join(str(error).split())
-            raise CampaignError(f"{path} is no store of ours ({told}); choose another `out`") from error
+            reason = " ".join(str(error).split())
+            raise CampaignError(f"{path} is not the store of a campaign ({reason}); choose another `out`") from error
         self.records()
 
     @classmethod
     @contextmanager
     def writing(cls, folder: Path, campaign: SpeedCampaign | BehaviourCampaign) -> Iterator["Store"]:
-        """The store of ``folder`` for the one coordinator that may write to it; made if it is not there.
+        """The store of ``folder`` for the one coordinator that may write to it; created if it does not exist.
 
         Raises:
-            CampaignError: another coordinator is at work, or the folder holds another campaign.
+            CampaignError: another coordinator is running, or the folder holds another campaign.
             ArtifactError: the folder cannot be written.
         """
         check_writable(folder)
@@ -95,7 +95,7 @@ class Store:
             lock.acquire(timeout=0)
         except Timeout:
             raise CampaignError(
-                f"{folder}: another 'aletheia campaign run' is at work; wait for it, or stop it"
+                f"{folder}: another 'aletheia campaign run' is running there; wait for it, or stop it"
             ) from None
         try:
             path = folder / STORE_FILE
@@ -113,7 +113,7 @@ class Store:
             lock.release()
 
     def record(self, records: Iterable[Record]) -> None:
-        """Keep what came of rows, all of them or none; a row that is done stays as it is."""
+        """Store the results of rows, all of them or none; a row that is done stays as it is."""
         self._change(records, " AND status != 'done'")
 
     def records(self) -> list[Record]:
@@ -131,15 +131,15 @@ class Store:
         if len(found) != len(expected):
             raise self._damaged(f"it has {len(found)} rows, the campaign {len(expected)}")
         records = []
-        for row, (*told, digest) in zip(expected, found, strict=True):
-            if digest != _sha256(*told) or told[:3] != [row.model, row.arm, row.seed]:
+        for row, (*fields, digest) in zip(expected, found, strict=True):
+            if digest != _sha256(*fields) or fields[:3] != [row.model, row.arm, row.seed]:
                 raise self._damaged(f"the sha256 of {row.model}, {row.arm}, seed {row.seed} differs")
-            status, reason, result = told[3:]
+            status, reason, result = fields[3:]
             records.append(Record(row, status, reason, None if result is None else json.loads(result)))
         return records
 
     def forget(self, rows: Iterable[Row]) -> None:
-        """Rows become pending again, all of them or none."""
+        """Make rows pending again, all of them or none."""
         self._change([Record(row, "pending", None, None) for row in rows])
 
     def _change(self, records: Iterable[Record], where: str = "") -> None:
@@ -147,14 +147,14 @@ class Store:
             f"UPDATE rows SET status = ?, reason = ?, result = ?, sha256 = ? "
             f"WHERE model = ? AND arm = ? AND seed = ?{where}"
         )
-        values = [(*_told(record)[3:], _sha256(*_told(record)), *_told(record)[:3]) for record in records]
+        values = [(*_fields(record)[3:], _sha256(*_fields(record)), *_fields(record)[:3]) for record in records]
         with self._connection:
             self._connection.execute("BEGIN IMMEDIATE")
             self._connection.executemany(change, values)
             self._connection.execute("COMMIT")
 
     def _checked_spec(self) -> str:
-        """The campaign as it was written, of a file whose pages, tables and indexes hold together."""
+        """The campaign as it was written, after a check of the file's pages, tables and indexes."""
         fault = self._connection.execute("PRAGMA integrity_check(1)").fetchone()[0]
         if fault != "ok":
             raise self._damaged(str(fault))
@@ -167,8 +167,8 @@ class Store:
 
     def _damaged(self, fault: str) -> CampaignError:
         return CampaignError(
-            f"{self._path} was changed after it was written ({' '.join(fault.split())}); put it back, or remove it: "
-            "'aletheia campaign run' makes it anew from what its jobs have left"
+            f"{self._path} was changed after it was written ({' '.join(fault.split())}); restore it, or remove it and "
+            "'aletheia campaign run' rebuilds it from the results of its jobs"
         )
 
     def close(self) -> None:
@@ -176,11 +176,11 @@ class Store:
         self._connection.close()
 
     def _seal(self) -> None:
-        """Close the file and leave its sha256 beside it, unless someone reads it just now."""
+        """Close the file and write its sha256 next to it, unless another process is reading it."""
         with closing(self._connection), suppress(sqlite3.Error):
             is_busy, *_ = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-            if not is_busy:  # nothing is left to be moved into the file later
-                with suppress(OSError, ArtifactError):  # no room: all rows are kept, and have a sha256 of their own
+            if not is_busy:  # nothing remains to be moved into the file later
+                with suppress(OSError, ArtifactError):  # disk full: all rows are stored, and each has its own sha256
                     write_text(self._path.with_name(SEAL_FILE), file_sha256(self._path) + "\n")
 
     def _check_seal(self) -> None:
@@ -189,11 +189,11 @@ class Store:
             return
         kept = place.read_bytes()
         if kept.decode("ascii", "replace") != file_sha256(self._path) + "\n" and place.exists():
-            raise self._damaged(f"its sha256 is not that in {SEAL_FILE}")  # no coordinator began meanwhile
+            raise self._damaged(f"its sha256 is not that in {SEAL_FILE}")  # no coordinator started meanwhile
 
 
 def _create(path: Path, campaign: SpeedCampaign | BehaviourCampaign) -> None:
-    """Write a store whole: into a temporary file, then under its name, so that a kill leaves none by halves."""
+    """Write a whole store: into a temporary file, then under its name, so that a kill leaves no partial store."""
     temporary = path.with_suffix(".new")
     temporary.unlink(missing_ok=True)
     rows = [row for job in jobs(campaign) for row in job.rows]
@@ -202,17 +202,17 @@ def _create(path: Path, campaign: SpeedCampaign | BehaviourCampaign) -> None:
         connection.executescript(SCHEMA)
         spec = campaign.model_dump_json()
         connection.execute("INSERT INTO campaign VALUES (?, ?, ?)", (VERSION, spec, _sha256(spec)))
-        told = [_told(Record(row, "pending", None, None)) for row in rows]
+        fields = [_fields(Record(row, "pending", None, None)) for row in rows]
         connection.executemany(
             "INSERT INTO rows (model, arm, seed, status, reason, result, sha256) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            [(*one, _sha256(*one)) for one in told],
+            [(*one, _sha256(*one)) for one in fields],
         )
     connection.close()
     temporary.rename(path)
 
 
-def _told(record: Record) -> tuple[Any, ...]:
-    """What a row of the table says."""
+def _fields(record: Record) -> tuple[Any, ...]:
+    """The fields of a row of the table."""
     row, result = record.row, record.result
     text = None if result is None else json.dumps(result, sort_keys=True, allow_nan=False)
     return row.model, row.arm, row.seed, record.status, record.reason, text
@@ -237,16 +237,16 @@ def _schema_of_ours() -> list[tuple[Any, ...]]:
 def check_same(
     stored: SpeedCampaign | BehaviourCampaign, given: SpeedCampaign | BehaviourCampaign, folder: Path
 ) -> None:
-    """Refuse to go on with another campaign than the one that ``folder`` holds.
+    """Refuse a campaign that differs from the one in ``folder``.
 
     Raises:
-        CampaignError: names the first key that differs.
+        CampaignError: names the first differing key.
     """
     before, now = (_flat(campaign.model_dump(mode="json")) for campaign in (stored, given))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise CampaignError(
-                f"{folder} holds a campaign with {key} = {before.get(key)!r}, the file says {now.get(key)!r}; "
+                f"{folder} holds a campaign with {key} = {before.get(key)!r}, and the file has {now.get(key)!r}; "
                 "choose another `out`"
             )
 

@@ -1,4 +1,4 @@
-"""One evaluation against another, paired per item: forgetting, and extra forgetting. Torch-free."""
+"""One evaluation against another, paired by item: forgetting, and extra forgetting. Torch-free."""
 
 from aletheia.errors import EvaluationError
 from aletheia.lab.evaluation.measures import differences
@@ -8,15 +8,15 @@ from aletheia.lab.evaluation.record import Comparison, Evaluated
 def compare(this: Evaluated, other: Evaluated) -> Comparison:
     """How much worse ``this`` is than ``other`` on the tasks that both have; positive is worse.
 
-    Against the base model that is forgetting. Against another adapter (uniform LoRA, say) it is extra forgetting:
-    the base's own score falls out of (base - this) - (base - other), so no evaluation of it is needed.
+    Against the base model, that is forgetting. Against another adapter, such as uniform LoRA, it is extra forgetting:
+    the score of the base cancels out of (base - this) - (base - other), so it need not be evaluated.
 
     Raises:
-        EvaluationError: no task in common, another base model or tokenizer, or items that are not the same.
+        EvaluationError: they have no task in common, or differ in base model, tokenizer or items.
     """
     names = [task.name for task in this.evaluation.tasks if task.name in other.rows]
     if not names:
-        raise EvaluationError(f"{this.path} and {other.path} have no task in common; evaluate the same `tasks`")
+        raise EvaluationError(f"{this.path} and {other.path} have no task in common; evaluate both on the same `tasks`")
     if not this.evaluation.model.is_same_model(other.evaluation.model):
         raise EvaluationError(
             f"{this.path} evaluates {this.evaluation.model}, {other.path} {other.evaluation.model}; "
@@ -24,7 +24,9 @@ def compare(this: Evaluated, other: Evaluated) -> Comparison:
         )
     one, two = this.evaluation.tokenizer, other.evaluation.tokenizer
     if one.vocabulary != two.vocabulary:
-        raise EvaluationError(f"{this.path} was made with the tokenizer {one}, {other.path} with {two}; expected one")
+        raise EvaluationError(
+            f"{this.path} uses the tokenizer {one}, {other.path} uses {two}; expected the same tokenizer"
+        )
     tasks = {}
     for name in names:
         _check_items(name, this, other)
@@ -33,7 +35,7 @@ def compare(this: Evaluated, other: Evaluated) -> Comparison:
 
 
 def kind(this: Evaluated, other: Evaluated) -> str:
-    """What the difference is called."""
+    """The name of the difference: forgetting, extra forgetting or difference."""
     adapted = this.evaluation.settings.adapter_sha256, other.evaluation.settings.adapter_sha256
     match adapted:
         case (str(), None):
@@ -50,7 +52,7 @@ def _check_items(name: str, this: Evaluated, other: Evaluated) -> None:
     if one.keys() != two.keys():
         raise EvaluationError(
             f"{name}: {this.path} has {len(one)} items, {other.path} {len(two)}, {len(one.keys() & two.keys())} of "
-            "them in common; expected the same items, use the same `limit`"
+            "them in common; expected the same items; use the same `limit`"
         )
     if changed := [place for place in one if one[place] != two[place]]:
         raise EvaluationError(

@@ -1,4 +1,4 @@
-"""Run an evaluation: prepare its tasks, answer what is missing, write ``items.parquet`` and ``eval.json``."""
+"""Run an evaluation: prepare tasks, answer missing items, write ``items.parquet`` and ``eval.json``."""
 
 import os
 import sys
@@ -53,25 +53,25 @@ TASKS = tuple(MEASURES)
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model comes from: its identity before an adapter was put on it, and the seconds that loading took."""
+    """Where a model comes from: its identity before it got an adapter, and the seconds that loading took."""
 
     identity: ModelIdentity
     load_seconds: float = 0.0
 
 
 def eval_settings(data_dir: Path | None, adapter: Path | None, **settings: Any) -> EvalSettings:
-    """Settings with the hashes of all local files that decide the result: data and adapter.
+    """Settings with the hashes of all local files that affect the result: data and adapter.
 
     Raises:
-        EvaluationError: an unknown task, one twice, a wrong number, or ``heldout`` without its file or the other way.
+        EvaluationError: an unknown or repeated task, a number out of range, or only one of ``heldout`` and its file.
         DataError: a data file is missing.
-        ArtifactError: there is no adapter in ``adapter``.
+        ArtifactError: ``adapter`` holds no adapter.
     """
     names, model = tuple(settings.pop("tasks")), str(settings.get("model", ""))
     if (Path(model) / ADAPTER_CONFIG).is_file():
         base = base_of_adapter(Path(model))
         raise EvaluationError(
-            f"{model} is an adapter of the base model {base}; expected that as MODEL, and the adapter beside it: "
+            f"{model} is an adapter of the base model {base}; expected the base as MODEL and the adapter as an option: "
             f"aletheia eval {base} `adapter={model}` ..."
         )
     if unknown := [name for name in names if name not in TASKS]:
@@ -101,17 +101,17 @@ def eval_settings(data_dir: Path | None, adapter: Path | None, **settings: Any) 
 
 
 def claim(out: Path, settings: EvalSettings, overwrite: bool = False) -> Evaluated | None:
-    """Look at the output folder before anything is loaded: the finished evaluation if it is this one, else None.
+    """Check the output folder before anything is loaded; return its finished evaluation if the settings are equal.
 
     Raises:
-        EvaluationError: it holds a finished evaluation with other settings, while ``overwrite`` is off.
-        ArtifactError: it is a file, holds something else, or cannot be written.
+        EvaluationError: the folder holds a finished evaluation with other settings, and ``overwrite`` is off.
+        ArtifactError: ``out`` is a file, holds something else, or cannot be written.
     """
     if out.exists() and not out.is_dir():
-        raise ArtifactError(f"{out} is a file; expected a folder for the evaluation, choose another `out`")
+        raise ArtifactError(f"{out} is a file; expected a folder for the evaluation; choose another `out`")
     ours = is_finished(out) or (out / JOURNAL_FILE).is_file()
     if out.is_dir() and any(out.iterdir()) and not ours:
-        raise ArtifactError(f"{out} holds other files; expected a new or empty folder, choose another `out`")
+        raise ArtifactError(f"{out} holds other files; expected a new or empty folder; choose another `out`")
     if is_finished(out) and not overwrite:
         finished = Evaluated.read(out)
         difference = settings.first_difference(finished.evaluation.settings)
@@ -125,7 +125,7 @@ def claim(out: Path, settings: EvalSettings, overwrite: bool = False) -> Evaluat
 
 
 def with_adapter(base: Loaded, adapter: str | Path, settings: EvalSettings, allow_pickle: bool = False) -> Loaded:
-    """A base model with an adapter on it, whose chat template counts where the evaluation uses one.
+    """A base model with an adapter on it, and with the adapter's chat template.
 
     Raises:
         AletheiaError: as :func:`aletheia.load_adapter`.
@@ -148,20 +148,20 @@ def evaluate(
     overwrite: bool = False,
     show_progress: bool = True,
 ) -> Evaluated:
-    """Evaluate a model, going on where a call with the same settings was interrupted.
+    """Evaluate a model; resume if a call with the same settings was interrupted.
 
     Args:
-        base: the model, with its adapter where there is one, and its tokenizer.
+        base: the model, with its adapter if there is one, and its tokenizer.
         settings: from :func:`eval_settings`.
         out: the folder to write.
-        data_dir: local benchmark files; without it they come from the hub.
-        origin: what base model it is, taken before an adapter was put on it.
-        unsafe_exec: where no sandbox can be had, run HumanEval's programs without one.
+        data_dir: folder of local benchmark files; by default they come from the hub.
+        origin: identity of the base model, from before it got an adapter.
+        unsafe_exec: run HumanEval's programs without a sandbox if there is none.
         overwrite: replace another evaluation in ``out``.
-        show_progress: say on stderr how far each task is.
+        show_progress: print the progress of each task to stderr.
 
     Raises:
-        EvaluationError: other settings than those of what lies in ``out``, no lm-eval, or values that are not finite.
+        EvaluationError: ``out`` holds another evaluation, lm-eval is missing, or a value is not finite.
         DataError: a data file is missing or malformed.
         ArtifactError: ``out`` cannot be written.
     """
@@ -212,10 +212,10 @@ def evaluate(
 
 
 def language_model(model: nn.Module, tokenizer: Any, batch_size: int, context_length: int | None = None) -> "HFLM":
-    """lm-eval's view of a model that is loaded already, adapter included.
+    """lm-eval's wrapper for a loaded model, with its adapter.
 
-    Log-probabilities are float32. By default lm-eval leaves them, and their sums, in the model's dtype: in bfloat16 a
-    document's 10,000 nats are rounded to a multiple of 64, and choices of a question tie.
+    Log-probabilities are float32. By default, lm-eval leaves them and their sums in the model's dtype. In bfloat16, the
+    10,000 nats of a document would be rounded to a multiple of 64, and choices of a question would tie.
     """
     check_installed()
     with quiet():
@@ -257,10 +257,10 @@ def _prepare(base: Loaded, settings: EvalSettings, data_dir: Path | None, unsafe
 
 
 def _scorer(unsafe_exec: bool) -> Score:
-    """What runs the programs of HumanEval and tells which pass.
+    """A function that runs the programs of HumanEval and returns which of them pass.
 
     Raises:
-        SandboxError: there is no sandbox on this machine and ``unsafe_exec`` is off; said before anything is generated.
+        SandboxError: this machine has no sandbox and ``unsafe_exec`` is off; raised before anything is generated.
     """
     unsafe = False
     try:
@@ -281,12 +281,12 @@ def _scorer(unsafe_exec: bool) -> Score:
 
 
 def _answer_missing(work: Work, journal: Journal, show_progress: bool) -> None:
-    """Whole batches, also where only a part is missing: their composition decides the last digits."""
+    """Answer whole batches, even if only a part is missing: their composition affects the last digits."""
     todo = [batch for batch in work.batches() if any((work.name, at) not in journal.answers for at in batch)]
     if not todo:
         return
     done = len(work) - sum(map(len, todo))
-    say = Stderr(stream=sys.stderr)  # this very stream: lm-eval's own bars are silenced by exchanging sys.stderr
+    say = Stderr(stream=sys.stderr)  # the stream as it is now: sys.stderr is replaced to silence lm-eval's own bars
     with Progress(work.name, len(work), "items", show_progress and say, done) as progress:
         for batch in todo:
             journal.add(work.name, batch, work.answer(batch))
@@ -307,7 +307,7 @@ def _result(work: Work, rows: Sequence[Row]) -> TaskResult:
 
 
 def _write_items(path: Path, rows: Sequence[Row]) -> None:
-    """Every task has all columns, empty where they mean nothing for it."""
+    """Write the items; every task has all columns, which are empty if they do not apply."""
     import pyarrow
     import pyarrow.parquet
 

@@ -1,8 +1,8 @@
-"""Runs inside the sandbox: a solution, then its tests, then the proof that they ended.
+"""Runs inside the sandbox: a solution, then its tests, then the proof that the tests ended.
 
-Standard input carries three parts, each after its length (8 hexadecimal digits): solution, tests, nonce. Solution
-code finds an empty standard input. The nonce is written to standard output, and the process left at once, only when
-the last test has returned: leaving early, printing a success message or catching exceptions proves nothing.
+Standard input carries three parts, each after its length (8 hexadecimal digits): solution, tests, nonce. The solution
+finds an empty standard input. Only when the last test has returned, the nonce is written to standard output, and the
+process exits at once. So exiting early, printing a success message or catching exceptions proves nothing.
 
 Passed as text to an interpreter that cannot import this package.
 """
@@ -13,7 +13,7 @@ import sys
 
 
 def _main() -> None:
-    # what the tests and the proof rest on is taken before the solution can replace it
+    # what the tests and the proof rely on is saved before the solution can replace it
     execute, translate, read, write, leave = exec, compile, os.read, os.write, os._exit
     set_trace, set_profile = sys.settrace, sys.setprofile
     number, length = int, len

@@ -1,15 +1,15 @@
 """HumanEval and MBPP: programs from completions, run in the sandbox, and pass@k. No torch.
 
-What counts as passed: after the last test returned, the harness proved it with a nonce that is drawn for each run.
-Leaving early, a printed success message and caught exceptions prove nothing. A solution cannot see the tests while
-its module runs, and its changes to builtins and trace functions are undone before them.
+A program passes if the harness proves, after the last test returned, that it knows a nonce drawn for this run.
+Exiting early, a printed success message and caught exceptions prove nothing. A solution cannot see the tests while its
+module runs, and its changes to builtins and trace functions are undone before the tests.
 
-What remains possible to a solution written against this very harness: it shares a process with its tests, so it can
-search the open descriptors for the nonce, change modules that the tests use (``math.isclose``), or return objects
-that are equal to everything, as with the reference implementation. Read suspicious solutions.
+A solution that is written against this harness can still cheat, as it shares a process with its tests. It can search
+the open descriptors for the nonce, change modules that the tests use (``math.isclose``), or return objects that equal
+everything. The same holds for the reference implementation. Read suspicious solutions.
 
 As in the reference implementation, the tests run once, in the namespace of the solution, whose ``__name__`` is not
-``"__main__"``. Unlike there, a solution cannot import installed packages, nor start threads or processes.
+``"__main__"``. Unlike there, a solution can neither import installed packages nor start threads or processes.
 """
 
 import os
@@ -39,7 +39,7 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a program did. ``reason`` is ``passed``, ``failed``, or the limit that it went beyond."""
+    """How a program ended. ``reason`` is ``passed``, ``failed``, or the limit that it exceeded."""
 
     task: str
     passed: bool
@@ -49,23 +49,23 @@ class Outcome:
 
 
 def truncate(completion: str, stop_sequences: Sequence[str] = STOP_SEQUENCES) -> str:
-    """The completion up to the first stop sequence; for a model that goes on after the function's end."""
+    """The completion up to the first stop sequence; models may continue after the end of the function."""
     found = (completion.find(stop) for stop in stop_sequences)
     return completion[: min((place for place in found if place >= 0), default=len(completion))]
 
 
 def humaneval_program(task: str, prompt: str, completion: str, test: str, entry_point: str) -> Program:
-    """Prompt and completion are one module; ``test`` defines ``check``, which is called with the entry point."""
+    """A program of HumanEval: prompt and completion form the module; ``test`` defines ``check(entry_point)``."""
     return Program(task, prompt + completion, f"{test}\ncheck({entry_point})\n")
 
 
 def mbpp_program(task: str, completion: str, test_list: Iterable[str], test_setup: str = "") -> Program:
-    """The completion is the whole module; ``test_setup`` (often imports) and the assertions run after it."""
+    """A program of MBPP: the completion is the module; ``test_setup`` and the assertions run after it."""
     return Program(task, completion, "\n".join([test_setup, *test_list]) + "\n")
 
 
 def run_program(program: Program, *, unsafe: bool = False, limits: sandbox.Limits | None = None) -> Outcome:
-    """Run one program in the sandbox (or, ``unsafe``, in a plain subprocess: no security boundary).
+    """Run one program in the sandbox or, with ``unsafe``, in a plain subprocess without a security boundary.
 
     Raises:
         SandboxError: the sandbox does not work here.
@@ -87,22 +87,22 @@ def score(
     unsafe: bool = False,
     limits: sandbox.Limits | None = None,
 ) -> list[Outcome]:
-    """Run programs, ``workers`` at once (default: one per usable processor); outcomes in the order of ``programs``.
+    """Run programs, ``workers`` at a time (default: one per usable processor); outcomes keep the order of ``programs``.
 
-    More workers than processors make programs time out that would pass alone.
+    With more workers than processors, programs time out that would pass alone.
 
     Raises:
-        SandboxError: the sandbox does not work here; found out before the first program runs.
+        SandboxError: the sandbox does not work here; raised before the first program runs.
     """
     if workers is not None and workers < 1:
-        raise SandboxError(f"found {workers} workers, expected 1 or more; leave it out for one per processor")
+        raise SandboxError(f"found {workers} workers; expected 1 or more; leave it out for one per processor")
     if not unsafe:
         sandbox.check()
     pool = ThreadPoolExecutor(workers or _processors(), thread_name_prefix="sandbox")
     try:
         return list(pool.map(lambda program: run_program(program, unsafe=unsafe, limits=limits), programs))
     finally:
-        pool.shutdown(cancel_futures=True)  # after Ctrl-C only the programs that run are waited for
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, only running programs are awaited
 
 
 def _processors() -> int:
@@ -112,9 +112,9 @@ def _processors() -> int:
 
 
 def estimate_pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Probability that at least one of ``k`` samples passes, unbiased, from ``correct`` of ``samples``.
+    """Unbiased estimate of the probability that at least one of ``k`` samples passes, from ``correct`` of ``samples``.
 
-    1 - C(n-c, k) / C(n, k): Chen et al. 2021, eq. 1; exact in integers, so without their product form.
+    1 - C(n-c, k) / C(n, k): Chen et al. 2021, eq. 1; computed exactly with integers instead of their product form.
 
     Raises:
         ValueError: not 0 <= correct <= samples, or not 1 <= k <= samples.
@@ -126,7 +126,7 @@ def estimate_pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def pass_at_k(outcomes: Iterable[Outcome], k: int = 1) -> float:
-    """Mean over the tasks of the unbiased estimate; outcomes of one task are its samples.
+    """Mean of the unbiased estimate over tasks; the outcomes of a task are its samples.
 
     Raises:
         ValueError: no outcome, or a task with fewer than ``k`` samples.
@@ -135,5 +135,5 @@ def pass_at_k(outcomes: Iterable[Outcome], k: int = 1) -> float:
     for outcome in outcomes:
         passed[outcome.task].append(outcome.passed)
     if not passed:
-        raise ValueError("found no outcome, expected at least one task")
+        raise ValueError("found no outcome; expected at least one task")
     return sum(estimate_pass_at_k(len(flags), sum(flags), k) for flags in passed.values()) / len(passed)

@@ -1,8 +1,8 @@
-"""The command line that contains one Python program with bubblewrap. No torch.
+"""The command line that isolates one Python program with bubblewrap. No torch.
 
-Mounted, read-only: the interpreter, its library folder, the system's library folders; packages in them are covered.
-There is no shell, no home, no device (not even /dev/null), no /etc but the linker's cache, no working directory of
-ours. Only /tmp can be written.
+Mounted read-only: the interpreter, its library folder and the system's library folders, with installed packages hidden.
+There is no shell, no home, no device (not even /dev/null), no /etc except the linker's cache, and no access to our
+working directory. Only /tmp can be written.
 """
 
 import os
@@ -18,13 +18,13 @@ _SYSTEM_LIBRARIES = ("/usr/lib", "/usr/lib32", "/usr/lib64", "/lib", "/lib32", "
 _PACKAGES = ("python*/site-packages", "python*/dist-packages")
 
 # Isolated mode (-I) would ignore the hash seed; its parts do not: no user packages, no site, no script folder on the
-# path. The environment holds nothing besides.
+# path. The environment holds nothing else.
 PYTHON_OPTIONS = ("-s", "-S", "-P", "-B", "-X", "utf8")
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
 
 
 def interpreter() -> str:
-    """The real interpreter, not the link to it in a virtual environment."""
+    """Path of the real interpreter, not of the link to it in a virtual environment."""
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
@@ -32,14 +32,13 @@ def find_bubblewrap() -> str:
     """Path of ``bwrap``.
 
     Raises:
-        SandboxError: absent, or not on Linux.
+        SandboxError: it is not installed, or this is not Linux.
     """
     found = shutil.which("bwrap")
     if found is None or sys.platform != "linux":
         raise SandboxError(
-            f"found no bubblewrap (bwrap) on this {platform.system()} machine, expected it to contain code that a "
-            "model wrote; install the package 'bubblewrap' (Linux), or run the code without a boundary, with "
-            "`unsafe_exec`"
+            f"found no bubblewrap (bwrap) on this {platform.system()} machine, which isolates code that a model wrote; "
+            "install the package 'bubblewrap' (Linux), or run the code without a sandbox with `unsafe_exec`"
         )
     return found
 
@@ -70,7 +69,7 @@ def _mounts() -> Iterator[str]:
 
 
 def command(program: str, *, tmp_bytes: int, program_fd: int, filter_fd: int, status_fd: int) -> list[str]:
-    """``bwrap`` and its options up to ``--``; ``program`` is the path at which the program's text is found inside.
+    """``bwrap`` and its options up to ``--``; ``program`` is the path of the program's text inside the sandbox.
 
     Raises:
         SandboxError: there is no bubblewrap.
@@ -81,8 +80,8 @@ def command(program: str, *, tmp_bytes: int, program_fd: int, filter_fd: int, st
     for name, value in ENVIRONMENT.items():
         options += ["--setenv", name, value]
     options += _mounts()
-    # Started by root, the program is still root to the kernel and owns /proc/sys: /proc is read-only as a mount. It
-    # would own the host's device nodes too (chmod 000 /dev/null), so there are none; Python needs none.
+    # If root starts it, the program is still root for the kernel and owns /proc/sys, so /proc is mounted read-only. It
+    # would also own the host's device nodes (chmod 000 /dev/null), so there are none; Python needs none.
     options += [
         "--proc",
         "/proc",

@@ -1,6 +1,6 @@
-"""The answers of an evaluation that is under way, one line each, so that a killed one goes on where it stopped.
+"""The answers of a running evaluation, one per line, so that a killed evaluation resumes where it stopped.
 
-Each line is JSON that ends with the sha256 of the line before it, taken together with its own text.
+Each line is JSON that ends with the sha256 of the previous line's sha256 and its own text.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
-        """Open or begin the journal in ``folder``; ``header`` is JSON."""
+        """Open or start the journal in ``folder``; ``header`` must be JSON."""
         self.path = folder / JOURNAL_FILE
         self.answers: dict[tuple[str, int], Any] = {}
         self._last = ""  # sha256 of the last line
@@ -49,17 +49,17 @@ class Journal:
             raise ArtifactError(f"cannot write {self.path}: {error.strerror}; choose another `out`") from error
 
     def add(self, task: str, positions: Sequence[int], answers: Sequence[Any]) -> None:
-        """Write the answers of one batch; when this returns they are on the disk."""
+        """Write the answers of one batch; they are on disk when this returns."""
         pairs = list(zip(positions, answers, strict=True))
         self._append([{"task": task, "at": at, "answer": answer} for at, answer in pairs])
         self.answers |= {(task, at): answer for at, answer in pairs}
 
     def remove(self) -> None:
-        """Delete the file: its answers are elsewhere now."""
+        """Delete the file, once its answers are stored elsewhere."""
         self.path.unlink(missing_ok=True)
 
     def _whole_lines(self) -> list[bytes]:
-        """The lines there are; a last one that was cut off while it was written is removed from the file."""
+        """The complete lines; a last line that was cut off during writing is removed from the file."""
         if not self.path.is_file():
             return []
         content = self.path.read_bytes()
@@ -72,13 +72,13 @@ class Journal:
         """What a line holds.
 
         Raises:
-            ArtifactError: it, or one before it, was changed; names it.
+            ArtifactError: this line or an earlier one was changed; names the line.
         """
         parts = _LINE.fullmatch(line)
         if parts is None or parts[2].decode() != self._sha256(parts[1]):
             raise ArtifactError(
-                f"{self.path}:{number}: the line was changed after it was written (its sha256 differs); put the file "
-                "back, or pass `overwrite` to begin anew"
+                f"{self.path}:{number}: the line was changed after it was written (its sha256 differs); restore the "
+                "file, or pass `overwrite` to start from the beginning"
             )
         self._last = parts[2].decode()
         found: dict[str, Any] = json.loads(parts[1] + b"}")
@@ -99,9 +99,9 @@ class Journal:
             os.fsync(handle.fileno())
 
     def _check(self, found: Mapping[str, Any], header: Mapping[str, Any]) -> None:
-        for part in header:  # settings stand first, and explain the others
+        for part in header:  # settings come first and explain the other differences
             if difference := differing(header.get(part, {}), found.get(part, {}), ignored={"adapter"}):
                 raise OtherEvaluationError(
                     f"{self.path.parent} holds another evaluation that was interrupted ({part}: {difference}); "
-                    "repeat its arguments to go on with it, choose another `out` or pass `overwrite`"
+                    "use its arguments to resume it, choose another `out` or pass `overwrite`"
                 )

@@ -1,6 +1,6 @@
-"""First code in a contained process: take on the limits, then become the program.
+"""The first code in a sandboxed process: it sets the limits, then becomes the program.
 
-Passed as text to an interpreter that cannot import this package. Limits are set here and not by the parent because
+Passed as text to an interpreter that cannot import this package. Limits are set here and not by the parent, because
 a hook between fork and exec can deadlock in a parent with threads.
 """
 
@@ -11,15 +11,15 @@ import sys
 
 
 def _set_limits(pairs: list[str]) -> None:
-    """``RLIMIT_NAME=value`` each; the hard limit too, so that it can never be raised again."""
+    """Set limits, each given as ``RLIMIT_NAME=value``; also the hard limits, so that they cannot be raised again."""
     for pair in pairs:
         name, value = pair.split("=")
         kind = getattr(resource, name, None)
         if kind is None or (sys.platform == "darwin" and name == "RLIMIT_AS"):
-            continue  # absent on this system; where a sandbox is possible all exist
+            continue  # absent on this system; systems with a sandbox have all of them
         hard = resource.getrlimit(kind)[1]
         soft = int(value)
-        # one second more before SIGKILL: SIGXCPU tells the parent why the program ended
+        # one more second before SIGKILL, so that SIGXCPU shows the parent why the program ended
         last = soft + 1 if name == "RLIMIT_CPU" else soft
         if hard != resource.RLIM_INFINITY:
             soft, last = min(soft, hard), min(last, hard)
@@ -27,9 +27,9 @@ def _set_limits(pairs: list[str]) -> None:
 
 
 def _is_orphan() -> bool:
-    """Whether nobody reads the output: the parent was killed before bubblewrap had bound this process to its life."""
+    """Whether nobody reads the output: the parent was killed before bubblewrap tied this process to it."""
     output = select.poll()
-    output.register(1, 0)  # errors alone
+    output.register(1, 0)  # errors only
     return bool(output.poll(0))
 
 

@@ -1,6 +1,6 @@
-"""Benchmark data from local files, as the splits and columns that the upstream tasks expect. No torch, no hub.
+"""Benchmark data from local files, in the splits and columns that the upstream tasks expect. No torch, no hub.
 
-Columns keep the names and the order of the hub's data sets, so an item is the same whichever way it came.
+Columns keep the names and order of the hub's data sets, so an item is the same from either source.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,14 +15,14 @@ from aletheia.files import file_sha256
 Doc = dict[str, Any]
 Splits = dict[str, list[Doc]]
 
-# task -> the files it needs below the data folder, by the split of the upstream task
+# task -> its files in the data folder, by the split of the upstream task
 FILES: dict[str, dict[str, str]] = {
     "mmlu": {"test": "mmlu/test.jsonl", "dev": "mmlu/dev.jsonl"},
     "gsm8k": {"test": "gsm8k/test.jsonl", "train": "gsm8k/train.jsonl"},
     "humaneval": {"test": "humaneval/HumanEval.jsonl"},
     "wikitext": {"test": "wikitext2/test_raw.txt"},
 }
-# the upstream task reads columns by name; these are checked, in the order of the hub's data set
+# the columns that are checked, in the order of the hub's data set; upstream tasks read columns by name
 COLUMNS: dict[str, dict[str, type]] = {
     "mmlu": {"question": str, "subject": str, "choices": list, "answer": int},
     "gsm8k": {"question": str, "answer": str},
@@ -31,7 +31,7 @@ COLUMNS: dict[str, dict[str, type]] = {
 
 
 def data_hashes(name: str, folder: Path) -> dict[str, str]:
-    """The sha256 of every file that a task reads, by its path below ``folder``.
+    """The sha256 of every file that a task reads, by its path relative to ``folder``.
 
     Raises:
         DataError: a file is missing.
@@ -43,7 +43,7 @@ def local_splits(name: str, folder: Path) -> Splits:
     """The documents of a task by split.
 
     Raises:
-        DataError: a file is missing or unreadable, or a row lacks a column or has another type in it.
+        DataError: a file is missing or unreadable, or a row lacks a column or has a wrong type in it.
     """
     paths = {split: _existing(folder / file) for split, file in FILES[name].items()}
     if name == "wikitext":
@@ -64,9 +64,9 @@ def by_subject(splits: Splits) -> dict[str, Splits]:
 
 
 def pages(text: str) -> list[str]:
-    """WikiText as documents, the way EleutherAI/wikitext_document_level cuts it: at every line ``= Title =``.
+    """WikiText as documents, cut as in EleutherAI/wikitext_document_level: at every line ``= Title =``.
 
-    Two lines of running text in the test set look like titles; they cut there, too, so it has 62 pages.
+    Two lines of running text in the test set look like titles and count as such, so it has 62 pages.
     """
     found: list[list[str]] = [[]]
     for line in text.split("\n"):
@@ -79,7 +79,7 @@ def pages(text: str) -> list[str]:
 
 def _existing(path: Path) -> Path:
     if not path.is_file():
-        raise DataError(f"{path}: found no such file; put it there, or leave `data_dir` away to take it from the hub")
+        raise DataError(f"{path}: found no such file; put it there, or leave out `data_dir` to use the hub's data")
     return path
 
 
@@ -87,18 +87,18 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text ({type(error).__name__}); fetch it again") from error
+        raise DataError(f"{path}: cannot be read as UTF-8 text ({type(error).__name__}); download it again") from error
 
 
 def _checker(columns: Mapping[str, type]) -> Callable[[Doc, str], Doc]:
     def check(row: Doc, where: str) -> Doc:
         for name, wanted in columns.items():
             if name not in row:
-                raise DataError(f"{where}: found the columns {shown_columns(tuple(row))}; expected {name!r} too")
+                raise DataError(f"{where}: found the columns {shown_columns(tuple(row))}; expected {name!r}, too")
             if type(row[name]) is not wanted:
                 raise DataError(f"{where}: found {kind(row[name])} in {name!r}; expected {kind(wanted())}")
         if "choices" in columns and not _answers(row["choices"], row["answer"]):
-            raise DataError(f"{where}: found no four choices with an answer from 0 to 3; correct or remove the row")
+            raise DataError(f"{where}: expected four choices and an answer from 0 to 3; correct or remove the row")
         return {name: row[name] for name in columns}
 
     return check

@@ -1,4 +1,4 @@
-"""From rows, one per item, to the numbers of a task with their intervals; alone, or paired with another evaluation."""
+"""The measures of a task with intervals, from rows with one item each; alone, or paired with another evaluation."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,9 @@ def _exp(nats: float) -> float:
 
 
 Scale = Literal["nats", "bits", "perplexity"]
-SCALES: dict[Scale, tuple[Callable[[float], float], Callable[[float], float]]] = {  # of nats per unit, and their slopes
+SCALES: dict[
+    Scale, tuple[Callable[[float], float], Callable[[float], float]]
+] = {  # functions of nats per unit, and their slopes
     "nats": (float, lambda nats: 1.0),
     "bits": (lambda nats: nats / math.log(2), lambda nats: 1 / math.log(2)),
     "perplexity": (_exp, _exp),
@@ -30,7 +32,7 @@ SCALES: dict[Scale, tuple[Callable[[float], float], Callable[[float], float]]] =
 
 @dataclass(frozen=True)
 class Measure:
-    """How a number comes from rows: the mean of ``column``, or ``scale`` of its sum over the sum of ``per``."""
+    """A number from rows: the mean of ``column``, or ``scale`` of its sum divided by the sum of ``per``."""
 
     name: str
     column: str
@@ -39,11 +41,11 @@ class Measure:
 
     @property
     def higher_is_better(self) -> bool:
-        """True of shares of right answers, not of losses and perplexities."""
+        """True for shares of right answers, not for losses and perplexities."""
         return self.per is None
 
 
-# the first of a task is its main one; names are upstream's, a filter behind the comma
+# the first measure of a task is its main one; names are upstream's, with a filter after the comma
 MEASURES: dict[str, tuple[Measure, ...]] = {
     "mmlu": (Measure("acc", "acc"),),
     "gsm8k": tuple(Measure(name, name) for name in ("exact_match,strict-match", "exact_match,flexible-extract")),
@@ -67,7 +69,7 @@ def summarise(task: str, rows: Sequence[Row]) -> tuple[Metric, ...]:
 
 
 def differences(task: str, these: Sequence[Row], others: Sequence[Row]) -> tuple[Difference, ...]:
-    """How much worse these rows are than the others, item by item; positive is worse, whichever way a measure runs."""
+    """How much worse these rows are than the others, item by item; positive is worse for every measure."""
     return tuple(_difference(task, measure, these, others) for measure in MEASURES[task])
 
 
@@ -119,13 +121,13 @@ def _difference(task: str, measure: Measure, these: Sequence[Row], others: Seque
 
 
 def _bounds(found: Estimate) -> tuple[tuple[float, float] | None, str]:
-    """The ends of an interval and how it was made; None where there is none."""
+    """The ends and the method of an interval; None without one."""
     interval = found.interval
     return ((interval.low, interval.high), interval.method) if interval else (None, "")
 
 
 def _deviations(measure: Measure, rows: Sequence[Row]) -> np.ndarray:
-    """What each item moves the number by, to first order (the delta method); their mean is 0."""
+    """The first-order effect of each item on the number (delta method); their mean is 0."""
     assert measure.per is not None
     nats = linearised(_column(rows, measure.column), _column(rows, measure.per))
     _, slope = SCALES[measure.scale]
@@ -143,6 +145,6 @@ def _value(task: str, measure: Measure, rows: Sequence[Row]) -> float:
         value = SCALES[measure.scale][0](float(values.sum() / _column(rows, measure.per).sum()))
     if not math.isfinite(value):
         raise EvaluationError(
-            f"{task}: {measure.name} is {value}; expected a finite number, try `dtype` float32 or `attention` sdpa"
+            f"{task}: {measure.name} is {value}; expected a finite number; try `dtype` float32 or `attention` sdpa"
         )
     return value

@@ -21,7 +21,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_mo
 
 
 class Metric(BaseModel):
-    """One number of a task with its 95 % interval; ``interval`` names the method, bounds are None where it has none."""
+    """One number of a task with its 95 % interval; ``interval`` names the method. Without one, bounds are None."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -34,7 +34,7 @@ class Metric(BaseModel):
 
 
 class Difference(BaseModel):
-    """How much worse this evaluation is than another, paired per item, with a 95 % interval."""
+    """How much worse this evaluation is than another, paired by item, with a 95 % interval."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -48,9 +48,9 @@ class Difference(BaseModel):
 
 
 class TaskResult(BaseModel):
-    """One task: upstream's version, how many of its items were taken, a hash of all prompts, and its numbers.
+    """One task: upstream's version, the number of items, a hash of all prompts, and the results.
 
-    ``answers`` counts how often each choice of a multiple-choice task was answered.
+    ``answers`` counts how often the model gave each choice of a multiple-choice task.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,14 +65,14 @@ class TaskResult(BaseModel):
 
 
 def single_answer(answers: Mapping[str, int]) -> str | None:
-    """``A to 198 of 200 items`` where nearly all got one answer, so that accuracy is the share of that; else None."""
+    """``A to 198 of 200 items`` if nearly all items got one answer, so that accuracy is its share; else None."""
     total = sum(answers.values())
     choice, count = max(answers.items(), key=lambda pair: pair[1], default=("", 0))
     return f"{choice} to {count:,} of {total:,} items" if total and count >= NEARLY_ALL * total else None
 
 
 class EvalSettings(BaseModel):
-    """What was asked for: with the model behind the name, it decides every number."""
+    """The settings of an evaluation; together with the model's weights, they determine every number."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     model: str
@@ -94,12 +94,12 @@ class EvalSettings(BaseModel):
     attention: str | None = None
 
     def first_difference(self, other: "EvalSettings") -> str | None:
-        """The first setting that is not the same, with both values, or None. Where an adapter lies does not count."""
+        """The first setting that differs, with both values, or None. The place of an adapter does not count."""
         return differing(self.model_dump(mode="json"), other.model_dump(mode="json"), ignored={"adapter"})
 
 
 class EvalSeconds(BaseModel):
-    """Wall-clock seconds by phase, those of interrupted calls not counted."""
+    """Wall-clock seconds by phase, without those of interrupted calls."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     load: float = 0.0
@@ -107,7 +107,7 @@ class EvalSeconds(BaseModel):
 
 
 class Evaluation(Artifact):
-    """Everything known about one evaluation but its items, of which it has the file's sha256."""
+    """The record of an evaluation, with the sha256 of the file of its items."""
 
     FORMAT: ClassVar[str] = "aletheia-evaluation"
 
@@ -123,7 +123,7 @@ class Evaluation(Artifact):
 
 
 class Comparison(BaseModel):
-    """An evaluation against another: per task, how much worse it is. ``kind`` says what that is called."""
+    """An evaluation against another: how much worse it is, by task. ``kind`` names the difference."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     this: str
@@ -144,13 +144,13 @@ class Evaluated:
         """Read what ``aletheia eval`` wrote.
 
         Raises:
-            ArtifactError: the folder holds no finished evaluation, or a file of it was changed since.
+            ArtifactError: the folder holds no finished evaluation, or a file in it was changed after it was written.
         """
         path = Path(path)
         if (fault := mistaken(path, "the folder of a finished evaluation", "evaluation")) is not None:
             raise ArtifactError(fault)
         if not is_finished(path):
-            raise ArtifactError(f"{path} holds no finished evaluation; give a folder written by 'aletheia eval'")
+            raise ArtifactError(f"{path} holds no finished evaluation; expected a folder written by 'aletheia eval'")
         evaluation, items = Evaluation.read(path / EVAL_FILE), path / ITEMS_FILE
         try:
             found = file_sha256(items)
@@ -159,7 +159,7 @@ class Evaluated:
         if found != evaluation.items_sha256:
             raise ArtifactError(
                 f"{items} was changed after it was written: its sha256 is {found[:DIGITS_SHOWN]}, expected "
-                f"{evaluation.items_sha256[:DIGITS_SHOWN]}; put it back or run the evaluation again"
+                f"{evaluation.items_sha256[:DIGITS_SHOWN]}; restore it or run the evaluation again"
             )
         return cls(path, evaluation)
 
@@ -187,7 +187,7 @@ def is_finished(path: Path) -> bool:
 
 
 def adapter_sha256(folder: Path) -> str:
-    """One hash over an adapter's configuration and weights.
+    """One hash of an adapter's configuration and weights.
 
     Raises:
         ArtifactError: the folder holds no adapter.

@@ -1,4 +1,4 @@
-"""The held-out loss row by row, as a task of an evaluation."""
+"""The held-out loss of each row, as a task of an evaluation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from aletheia.lab.evaluation.work import Row, chosen, cut, sha256_of
 
 @torch.no_grad()
 def row_losses(model: nn.Module, examples: Sequence[Example], pad_token_id: int) -> list[tuple[float, int]]:
-    """Cross-entropy in nats summed over the labelled tokens of each row, and how many those are, for one batch."""
+    """For each row of one batch: cross-entropy in nats, summed over labelled tokens, and their number."""
     batch = on_device_of(model, collate(examples, pad_token_id))
     labels_BT = batch.pop("labels")[:, 1:]
     logits_BTV = model(**batch, use_cache=False).logits[:, :-1]
@@ -27,7 +27,7 @@ def row_losses(model: nn.Module, examples: Sequence[Example], pad_token_id: int)
 
 
 class HeldOut:
-    """Our own task ``heldout``: the loss on the completions of a data file, encoded as for training."""
+    """The task ``heldout``: the loss on the completions of a data file, encoded as for training."""
 
     name = "heldout"
     version = "1"
@@ -47,7 +47,7 @@ class HeldOut:
         return len(self._indices)
 
     def batches(self) -> list[list[int]]:
-        """Rows of like length together, longest first."""
+        """Rows of similar length together, longest first."""
         order = sorted(range(len(self)), key=lambda at: (-len(self._examples[at]), at))
         return cut(order, self._batch_size)
 

@@ -1,16 +1,16 @@
-"""Run one Python program that nobody trusts, and say how it ended. No torch.
+"""Run one untrusted Python program, and return how it ended. No torch.
 
 With bubblewrap: new user, process, network, IPC, host-name and cgroup namespaces; a read-only root that holds Python
-and nothing of ours (:mod:`aletheia.lab.evaluation.jail`); a filter of system calls that leaves one process of one
+and no user files (:mod:`aletheia.lab.evaluation.jail`); a filter of system calls that leaves one process of one
 thread (:mod:`aletheia.lab.evaluation.syscalls`); limits on time, memory, files and output. When the program ends, or
 this process dies, the kernel ends everything in the process namespace.
 
-``unsafe`` runs a plain subprocess under the same limits: **no security boundary**. It reads and writes whatever its
-user may, reaches the network, and a process that starts a session of its own outlives it.
+``unsafe`` runs a plain subprocess under the same limits: **no security boundary**. It can read and write whatever its
+user can, and reach the network. A process that starts a new session outlives it.
 
-What remains possible inside the sandbox: seeing the interpreter's files and paths, the kernel's version, the host's
-load, mounts and processor in /proc; filling up to ``memory_bytes`` plus ``tmp_bytes`` and the inodes of /tmp for the
-time it runs; using a hole in the kernel. Run it as an ordinary user, not as root, where you can.
+A program in the sandbox can still see the interpreter's files and paths, the kernel's version, and the host's load,
+mounts and processor in /proc. It can fill up to ``memory_bytes`` plus ``tmp_bytes`` and the inodes of /tmp while it
+runs, and use a hole in the kernel. If you can, run it as an ordinary user, not as root.
 """
 
 import os
@@ -34,7 +34,7 @@ LimitName = Literal["wall time", "cpu time", "output"]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one program may use. Beyond memory and file size it gets an exception, beyond the others it is killed."""
+    """What one program may use. Above the limits of memory and file size it gets an exception, else it is killed."""
 
     wall_seconds: float = 10.0
     cpu_seconds: int = 10
@@ -51,21 +51,21 @@ class RunResult:
     exit_code: int
     killed_by: LimitName | None
     seconds: float
-    output: bytes  # standard output and error as they came, cut at the limit
+    output: bytes  # standard output and error in order, cut at the limit
 
     @property
     def passed(self) -> bool:
-        """Ended by itself with exit code 0; says nothing about what it did."""
+        """Whether it ended by itself with exit code 0, whatever it did."""
         return self.exit_code == 0 and self.killed_by is None
 
     @property
     def timed_out(self) -> bool:
-        """Killed for its time, by the clock or by the processor's."""
+        """Whether it was killed for its wall-clock time or its processor time."""
         return self.killed_by in ("wall time", "cpu time")
 
     @property
     def text(self) -> str:
-        """The output as text; bytes that are no UTF-8 are replaced."""
+        """The output as text; bytes that are not UTF-8 are replaced."""
         return self.output.decode(errors="replace")
 
 
@@ -75,32 +75,32 @@ def run(
     """Run a program, in the sandbox unless ``unsafe``; ``name`` is the file that its tracebacks show.
 
     Raises:
-        SandboxError: bubblewrap is absent or could not start the program.
+        SandboxError: bubblewrap is not installed or could not start the program.
     """
     limits = limits or Limits()
     file_name = re.sub(r"[^\w.-]", "-", name)[:80] + ".py"
-    text = source.encode("utf-8", "surrogatepass")  # half a surrogate pair is then the program's syntax error
+    text = source.encode("utf-8", "surrogatepass")  # so half a surrogate pair becomes a syntax error of the program
     how = _run_unsafe if unsafe else _run_contained
     code, killed_by, seconds, output = how(text, stdin, limits, file_name)
     code = code if code >= 0 else 128 - code
-    if killed_by is None and code == 128 + 24:  # SIGXCPU on Linux; macOS numbers it so too
+    if killed_by is None and code == 128 + 24:  # SIGXCPU on Linux and macOS
         killed_by = "cpu time"
     return RunResult(code, killed_by, seconds, output)
 
 
 @cache
 def check() -> None:
-    """Prove once per process that the sandbox works on this machine and holds (about 0.05 s).
+    """Check once per process that the sandbox works on this machine and holds (about 0.05 s).
 
     Raises:
-        SandboxError: no bubblewrap, it cannot make namespaces here, or a program could do what it must not.
+        SandboxError: bubblewrap is missing or cannot create namespaces, or a program could do what it must not.
     """
     with tempfile.NamedTemporaryFile(prefix="aletheia-canary-") as canary:
         result = run(_PROBE.format(canary=canary.name), name="self-check")
     if not result.passed or result.output != b"contained\n":
         raise SandboxError(
             f"the sandbox does not hold on this machine: {_last_line(result.text)}; run the evaluation on another "
-            "machine, or without a boundary, with `unsafe_exec`"
+            "machine, or without a sandbox with `unsafe_exec`"
         )
 
 
@@ -137,7 +137,7 @@ def _interpreter_command(path: str, limits: Limits) -> list[str]:
         "NOFILE": 64,
         "MEMLOCK": 0,
         "MSGQUEUE": 0,
-        # 1, not 0: the kernel still starts a core handler of the host at 0, and gives up at 1 (fs/coredump.c)
+        # 1, not 0: at 0 the kernel still starts the host's core handler, at 1 it does not (fs/coredump.c)
         "CORE": 1,
     }
     pairs = [f"RLIMIT_{key}={value}" for key, value in resource_limits.items()]
@@ -177,7 +177,7 @@ def _run_contained(source: bytes, stdin: bytes, limits: Limits, file_name: str) 
             bufsize=0,
             pass_fds=inherited,
             cwd="/",
-            env={},  # the sandbox shows bubblewrap's own environment as /proc/1/environ
+            env={},  # the sandbox would show bubblewrap's environment in /proc/1/environ
         )
         status_end.close()
         first = supervise.Namespace(process, status)
@@ -185,8 +185,8 @@ def _run_contained(source: bytes, stdin: bytes, limits: Limits, file_name: str) 
         if ended.killed_by is None and not first.started_program():
             raise SandboxError(
                 f"bubblewrap could not start a program here ({_last_line(ended.output.decode(errors='replace'))}); "
-                "expected bubblewrap 0.7 or newer and user namespaces that the kernel and a container around this "
-                "process allow; allow them, or run the code without a boundary, with `unsafe_exec`"
+                "expected bubblewrap 0.7 or newer, and a kernel and container that allow user namespaces; allow them, "
+                "or run the code without a sandbox with `unsafe_exec`"
             )
     return ended
 

@@ -1,4 +1,4 @@
-"""Feed a process, read a bounded part of what it writes, and end it with all its kin. No torch."""
+"""Feed a process, read a limited part of its output, and end it with all its children. No torch."""
 
 import contextlib
 import json
@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from typing import BinaryIO, Literal, NamedTuple
 
-_TICK_SECONDS = 0.02  # how late the end of a program that closed its output may be seen
-_DEATH_SECONDS = 5.0  # SIGKILL takes milliseconds; a process stuck in the kernel is not waited for for ever
+_TICK_SECONDS = 0.02  # longest delay until the end of a program with a closed output is seen
+_DEATH_SECONDS = 5.0  # SIGKILL takes milliseconds; a process that is stuck in the kernel is not awaited for ever
 
 
 class Ended(NamedTuple):
@@ -25,16 +25,16 @@ class Ended(NamedTuple):
 
 
 class Namespace:
-    """The process namespace that one bubblewrap made, known by its first process."""
+    """The process namespace of one bubblewrap process, identified by its first process."""
 
     def __init__(self, process: subprocess.Popen[bytes], status: BinaryIO) -> None:
-        """Read the first process's id from bubblewrap's status pipe (written before any code of the program runs)."""
+        """Read the id of the first process from bubblewrap's status pipe, which has it before the program runs."""
         self._process = process
         self._status = status
         self._pidfd = _pidfd_of_child(_number(status.readline(), "child-pid"), process.pid)
 
     def kill(self) -> None:
-        """End every process in the namespace and return when the last is gone; harmless if it is gone already."""
+        """End every process in the namespace and return when the last is gone; does nothing if all are gone."""
         self._process.kill()
         self._process.wait()
         if self._pidfd is None:
@@ -47,20 +47,20 @@ class Namespace:
         self._pidfd = None
 
     def started_program(self) -> bool:
-        """True if bubblewrap got as far as running the program; to be asked after the end."""
+        """Whether bubblewrap started the program; only valid after its end."""
         return any(_number(line, "exit-code") is not None for line in self._status.read().splitlines())
 
 
 def _number(line: bytes, key: str) -> int | None:
     try:
         found = json.loads(line).get(key)
-    except (ValueError, AttributeError):  # bubblewrap died before it could tell
+    except (ValueError, AttributeError):  # bubblewrap died before it wrote that
         return None
     return found if isinstance(found, int) else None
 
 
 def _pidfd_of_child(pid: int | None, parent: int) -> int | None:
-    """A handle on the process, or None if it is gone; checked, as a number may be given to another process."""
+    """A handle on the process, or None if it is gone; its parent is checked, as ids are reused."""
     if pid is None:
         return None
     try:
@@ -79,7 +79,7 @@ def _pidfd_of_child(pid: int | None, parent: int) -> int | None:
 
 
 def kill_session(process: subprocess.Popen[bytes]) -> None:
-    """End a process that leads a group, and the group."""
+    """End a process group and its leader."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (ProcessLookupError, PermissionError):  # macOS reports a group of zombies as the latter
@@ -94,7 +94,7 @@ def until_end(
     output_bytes: int,
     kill: Callable[[], None],
 ) -> Ended:
-    """Watch a process until it ends or goes beyond a limit; ``kill`` is called in either case, and on an exception."""
+    """Watch a process until it ends or exceeds a limit; ``kill`` is called in either case, and on an exception."""
     started = time.monotonic()
     output = bytearray()
     try:
@@ -115,7 +115,7 @@ def until_end(
 def _exchange(
     process: subprocess.Popen[bytes], stdin: bytes, deadline: float, output_bytes: int, output: bytearray
 ) -> Literal["wall time", "output"] | None:
-    """Write and read until the process ended (None) or the limit that it went beyond."""
+    """Write and read until the process ends (None) or exceeds a limit, which is returned."""
     assert process.stdin is not None
     assert process.stdout is not None
     to_send = memoryview(stdin)
@@ -143,7 +143,7 @@ def _exchange(
 
 
 def _write(descriptor: int, content: memoryview) -> int:
-    """Bytes taken; all of them when nobody reads any more."""
+    """Number of bytes written; all of them if nobody reads any more."""
     try:
         return os.write(descriptor, content[: 1 << 16])
     except BlockingIOError:
@@ -153,7 +153,7 @@ def _write(descriptor: int, content: memoryview) -> int:
 
 
 def _read(descriptor: int) -> bytes:
-    """What is there; empty at the end, and where nothing is there yet (asked only when something is, or at the end)."""
+    """Available bytes; empty at the end, or if there are none yet (called when there are some, or at the end)."""
     try:
         return os.read(descriptor, 1 << 16)
     except BlockingIOError:

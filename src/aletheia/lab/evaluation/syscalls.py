@@ -1,9 +1,9 @@
-"""The system calls that a contained program is refused, as a seccomp filter in classic BPF. No torch.
+"""The system calls that a sandboxed program is refused, as a seccomp filter in classic BPF. No torch.
 
-A namespace hides things; it does not count them. Without a way to make a second process or thread, the limits of one
-process are the limits of the whole sandbox: a fork bomb has no first fork, and memory cannot be had a second time in
-a child. This holds for root as well, whom the kernel exempts from RLIMIT_NPROC. The rest of the list is memory that
-no limit of a process counts (System V segments, memfd), sockets, and doors to kernel code that Python never needs.
+A namespace hides resources; it does not limit them. As the program cannot create a second process or thread, the limits
+of one process hold for the whole sandbox: there are no fork bombs, and no child takes memory a second time. This holds
+for root as well, whom the kernel exempts from RLIMIT_NPROC. The rest of the list is memory that no process limit counts
+(System V segments, memfd), sockets, and entries to kernel code that Python never needs.
 """
 
 import errno
@@ -18,14 +18,14 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "fork": (57, None),
     "vfork": (58, None),
     "clone": (56, 220),
-    # memory that no limit of a process counts
+    # memory that no process limit counts
     "shmget": (29, 194),
     "semget": (64, 190),
     "msgget": (68, 186),
     "mq_open": (240, 180),
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
-    # network; the network namespace is empty besides
+    # network; the network namespace is empty as well
     "socket": (41, 198),
     # namespaces, mounts, device nodes
     "unshare": (272, 97),
@@ -93,8 +93,8 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "setdomainname": (171, 162),
     "vhangup": (153, 58),
 }
-_CLONE3 = 435  # its flags lie in memory that a filter cannot read; "unknown" makes the C library use clone
-_LAST_KNOWN = 450  # newer calls, and those of the x32 variant (from 2^30), do not exist here
+_CLONE3 = 435  # a filter cannot read its flags in memory; "unknown" makes the C library use clone
+_LAST_KNOWN = 450  # newer calls, and those of the x32 variant (from 2^30), are unknown in the sandbox
 
 # machine -> (AUDIT_ARCH of linux/audit.h, column above)
 _MACHINES = {"x86_64": (0xC000003E, 0), "aarch64": (0xC00000B7, 1)}
@@ -116,13 +116,13 @@ def filter_bytes(machine: str | None = None) -> bytes:
     (32-bit calls on x86_64) kill the process.
 
     Raises:
-        SandboxError: no numbers are known for this machine.
+        SandboxError: the call numbers of this machine are unknown.
     """
     machine = machine or platform.machine()
     if machine not in _MACHINES:
         raise SandboxError(
-            f"no sandbox for {machine} machines: found no list of its system calls, expected one of "
-            f"{', '.join(_MACHINES)}; use such a machine, or run without a boundary, with `unsafe_exec`"
+            f"there is no sandbox for {machine} machines; expected one of {', '.join(_MACHINES)}; use such a machine, "
+            "or run the code without a sandbox with `unsafe_exec`"
         )
     audit_arch, column = _MACHINES[machine]
     parts = [

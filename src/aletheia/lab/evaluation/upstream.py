@@ -1,6 +1,6 @@
-"""The tasks of the installed lm-eval, on hub data or on local files; prompts, filters and versions stay upstream's.
+"""The tasks of the installed lm-eval, on hub data or local files, with upstream's prompts, filters and versions.
 
-Only task files inside the lm-eval package are read, because their ``!function`` tags run Python.
+Only task files of the lm-eval package are read, because their ``!function`` tags run Python.
 """
 
 import logging
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
 
 INSTALL = "pip install 'aletheia-tune[eval]'"
-FEWSHOT_SEED = 1234  # lm-eval's own default, so that random examples are the ones of a direct run
+FEWSHOT_SEED = 1234  # lm-eval's default, so that random examples are those of a direct run
 _CONFIGS = {
     "mmlu": "mmlu/default/mmlu_*.yaml",
     "gsm8k": "gsm8k/gsm8k.yaml",
@@ -28,10 +28,10 @@ _CONFIGS = {
 
 
 def check_installed() -> None:
-    """Refuse to go on without lm-eval.
+    """Check that lm-eval is installed.
 
     Raises:
-        EvaluationError: it is not installed, or older than what this was written for.
+        EvaluationError: it is missing or too old.
     """
     try:
         from lm_eval.tasks import _yaml_loader  # noqa: F401
@@ -41,7 +41,7 @@ def check_installed() -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without lm-eval's log lines and its bars, which cannot be switched off one by one."""
+    """Silence lm-eval's log lines and progress bars, which cannot be switched off one by one."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
         yield
@@ -50,13 +50,14 @@ def quiet() -> Iterator[None]:
 def load_tasks(
     name: str, data_dir: Path | None, num_fewshot: int | None = None, max_new_tokens: int | None = None
 ) -> "dict[str, ConfigurableTask]":
-    """The upstream tasks of a benchmark, ready to build requests: 57 for MMLU, by subject; else one, under ``""``.
+    """The upstream tasks of a benchmark, ready to build requests: for MMLU 57, by subject; else one, under ``""``.
 
-    ``num_fewshot`` and ``max_new_tokens`` replace upstream's numbers; as in lm-eval, a task that is fixed at zero
-    examples stays so. Subjects without local test rows are left out.
+    ``num_fewshot`` and ``max_new_tokens`` replace upstream's numbers. As in lm-eval, a task that is fixed at zero
+    examples keeps zero. Subjects without local test rows are left out.
 
     Raises:
-        EvaluationError: no lm-eval, the hub cannot be reached, too few examples, or an unknown subject.
+        EvaluationError: lm-eval is missing, the hub cannot be reached, there are too few examples, or a subject is
+            unknown.
         DataError: a local file is missing or has other columns.
     """
     check_installed()
@@ -66,7 +67,7 @@ def load_tasks(
         splits = local_splits(name, data_dir)
         parts = by_subject(splits) if name == "mmlu" else {"": splits}
         if unknown := sorted(parts.keys() - configs.keys()):
-            raise EvaluationError(f"{name} has no subject {unknown[0]!r} upstream; correct {data_dir / name}")
+            raise EvaluationError(f"{name} has no subject {unknown[0]!r} in lm-eval; correct {data_dir / name}")
         configs = {subject: configs[subject] for subject in parts}
     tasks = {}
     for subject, config in configs.items():
@@ -79,7 +80,7 @@ def load_tasks(
 
 
 def task_version(name: str, tasks: "dict[str, ConfigurableTask]") -> str:
-    """Upstream's version; of MMLU that of the group, with the subjects' own behind."""
+    """Upstream's version of a task; for MMLU that of the group, followed by that of the subjects."""
     version = str(next(iter(tasks.values())).VERSION)
     if name != "mmlu":
         return version
@@ -103,7 +104,7 @@ def _configs(name: str) -> dict[str, dict[str, Any]]:
     """Upstream's configuration by subject."""
     configs = {}
     for path in sorted(_folder().glob(_CONFIGS[name])):
-        # the functions of HumanEval fetch code_eval from the hub while they are imported; it is scored elsewhere
+        # the functions of HumanEval load code_eval from the hub on import; it is scored elsewhere
         config = _load(path, functions=name != "humaneval")
         if name == "humaneval":
             config |= {"metric_list": [{"metric": "bypass"}], "filter_list": None}
@@ -139,6 +140,6 @@ def _set_fewshot(name: str, task: "ConfigurableTask", num_fewshot: int | None) -
     examples = len(task.fewshot_docs()) if wanted else 0
     if examples < wanted:
         raise EvaluationError(
-            f"{name} has {examples} examples for its prompts; expected {wanted}, lower `num_fewshot` or add rows"
+            f"{name} has {examples} examples for its prompts; expected {wanted}; lower `num_fewshot` or add rows"
         )
     task.set_fewshot_seed(FEWSHOT_SEED)

@@ -1,7 +1,7 @@
-"""What an evaluation computes: items of a task, answered batch by batch, then turned into rows.
+"""The work of an evaluation: items of a task, answered batch by batch, then converted to rows.
 
-Batches hold the items that a direct lm-eval run would put into one batch (longest first, upstream's order), so answers
-agree to the last digit, and so do those of an evaluation that was interrupted.
+Batches are those of a direct lm-eval run (longest first, upstream's order), so answers agree to the last digit. The
+same holds for an evaluation that was interrupted.
 """
 
 import hashlib
@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from lm_eval.models.huggingface import HFLM
 
 Row = dict[str, Any]
-Score = Callable[[Sequence[Any], Sequence[str]], Sequence[bool]]  # documents and completions to passed or not
+Score = Callable[
+    [Sequence[Any], Sequence[str]], Sequence[bool]
+]  # from documents and completions to whether they passed
 
 
 class Work(Protocol):
-    """One task of an evaluation. A position is an item's place among those that were chosen."""
+    """One task of an evaluation. A position is the place of an item among the chosen ones."""
 
     name: str
     version: str
@@ -33,13 +35,13 @@ class Work(Protocol):
     prompts_sha256: str
 
     def __len__(self) -> int:
-        """How many items were chosen."""
+        """The number of chosen items."""
 
     def batches(self) -> list[list[int]]:
-        """Positions in batches, in the order in which they are computed."""
+        """Positions in batches, in the order of computation."""
 
     def answer(self, positions: Sequence[int]) -> list[Any]:
-        """What the model gives for these items, as JSON values; the expensive part."""
+        """The model's answers to these items, as JSON values; the expensive part."""
 
     def rows(self, answers: Sequence[Any]) -> list[Row]:
         """A row per item from the answers to all items, in order."""
@@ -56,14 +58,14 @@ class Item:
 
 
 def chosen(available: int, limit: int | None) -> list[int]:
-    """Which of ``available`` items are taken: all, or ``limit`` of them evenly spaced, always the same."""
+    """The indices of the items to use: all, or ``limit`` of them, evenly spaced and always the same."""
     if limit is None or limit >= available:
         return list(range(available))
     return [(2 * step + 1) * available // (2 * limit) for step in range(limit)]
 
 
 def cut(order: Sequence[int], batch_size: int) -> list[list[int]]:
-    """An order in batches."""
+    """An order cut into batches."""
     return [list(order[start : start + batch_size]) for start in range(0, len(order), batch_size)]
 
 
@@ -73,10 +75,10 @@ def sha256_of(value: Any) -> str:
 
 
 class Benchmark:
-    """An upstream task, or the 57 of MMLU, on the items that ``limit`` leaves. MMLU's items are counted over subjects.
+    """An upstream task, or the 57 of MMLU, on the items that ``limit`` leaves, counted over all subjects.
 
     Raises:
-        EvaluationError: a chat template is asked for that the tokenizer has not.
+        EvaluationError: ``chat`` is set and the tokenizer has no chat template.
     """
 
     def __init__(
@@ -90,7 +92,7 @@ class Benchmark:
     ) -> None:
         """Build the requests; ``score`` runs HumanEval's programs."""
         if chat and not getattr(lm.tokenizer, "chat_template", None):
-            raise EvaluationError("`chat` needs a chat template, which this tokenizer has not; leave `chat` away")
+            raise EvaluationError("`chat` needs a chat template and this tokenizer has none; leave out `chat`")
         if chat:
             try_template(lm.tokenizer)
         self.name, self.version = name, task_version(name, tasks)
@@ -137,7 +139,7 @@ class Benchmark:
         ]
 
     def batches(self) -> list[list[int]]:
-        """Upstream's order and batches; a text that is scored as a whole fills the context, so it goes alone."""
+        """Upstream's order and batches; a text that is scored as a whole fills the context, so it is alone."""
         if self._kind == "loglikelihood_rolling":
             return cut(range(len(self)), 1)
         keys = [self._order_key(item) for item in self.items]
@@ -154,7 +156,7 @@ class Benchmark:
     def answer(self, positions: Sequence[int]) -> list[Any]:
         """Log likelihoods [[nats, is greedy], ...], a log likelihood in nats, or a text, per item."""
         requests = [request for at in positions for request in self.items[at].requests]
-        # upstream scores windows of a text in batches of its own; one window of full length is enough at a time
+        # upstream scores windows of a text in its own batches; one window of full length at a time is enough
         size, rolling = self._lm.batch_size_per_gpu, self._kind == "loglikelihood_rolling"
         self._lm.batch_size_per_gpu = 1 if rolling else size
         try:
@@ -167,7 +169,7 @@ class Benchmark:
         return [next(found) for _ in positions]
 
     def rows(self, answers: Sequence[Any]) -> list[Row]:
-        """Rows by upstream's own filters and scoring; HumanEval's programs are run by our sandbox."""
+        """Rows with upstream's filters and scoring; HumanEval's programs run in Aletheia's sandbox."""
         rows = [self._common(item, answer) for item, answer in zip(self.items, answers, strict=True)]
         if self.name == "humaneval":
             assert self._score is not None

@@ -22,9 +22,9 @@ from aletheia.reporting.format import human_count, human_seconds
 
 UNITS = {HELD_OUT: "nats per token", "wikitext": "nats per word"}
 NAMES = {HELD_OUT: "Held-out loss"}
-VERDICTS = {"cannot be shown at this size": "too few items"}  # in a column of its own
+VERDICTS = {"cannot be shown at this size": "too few items"}  # short forms for a table column
 INTERVAL = "difference (95 % interval)"
-POINTS = "points"  # of 100, for shares of right answers
+POINTS = "points"  # percentage points, for shares of right answers
 
 
 def behaviour_page(campaign: BehaviourCampaign, records: Sequence[Record]) -> Page:
@@ -46,7 +46,7 @@ def behaviour_page(campaign: BehaviourCampaign, records: Sequence[Record]) -> Pa
 
 
 def _verdict(summary: BehaviourSummary) -> str:
-    """Each arm against the baseline with its margin, then the pairs that were asked about, whatever the answer is."""
+    """Each arm against the baseline with its margin, then the pairs to compare, whatever the result is."""
     on = " on {}" if len(summary.campaign.models) > 1 else ""
     extra = [found for found in summary.extra if found.task == HELD_OUT and found.margin is not None]
     asked = [found for found in summary.asked if found.task == HELD_OUT]
@@ -55,7 +55,7 @@ def _verdict(summary: BehaviourSummary) -> str:
 
 
 def _against_baseline(extra: Sequence[Difference], on: str) -> list[str]:
-    """A question a model, and which arms are how far from the baseline."""
+    """For each model, the question about the margin, and the verdict on each arm."""
     sentences = []
     for model in dict.fromkeys(found.model for found in extra):
         own = [found for found in extra if found.model == model]
@@ -72,20 +72,20 @@ def _against_baseline(extra: Sequence[Difference], on: str) -> list[str]:
 
 def _sentence(found: Difference, on: str) -> str:
     if found.same_layers == found.seeds:
-        same = "chose the same layers in every run, so it is not selection that differs"
+        same = "chose the same layers in every run, so selection explains no difference"
         return f"{found.arm} and {found.other} {same}{on}."
     if found.estimate.interval is None:
         return f"{found.arm} against {found.other}{on} has no interval: {found.estimate.reason}."
     if not found.is_clear:
         sizes = f"{found.estimate.n} rows and {_seeds(found.seeds)}"
-        return f"{sizes} cannot tell {found.arm} from {found.other}{on}."
+        return f"{sizes} show no difference between {found.arm} and {found.other}{on}."
     return f"{found.arm} is {'better' if found.gain > 0 else 'worse'} than {found.other}{on}."
 
 
 def _blocks(summary: BehaviourSummary) -> list[Block]:
     campaign = summary.campaign
-    matched = "as many steps" if campaign.match == "steps" else "as many steps as cost what the baseline's cost"
-    items = "Differences are paired by item; intervals are over items and seeds, with one seed over items alone"
+    matched = "as many steps" if campaign.match == "steps" else "as many steps as the FLOPs of the baseline's run allow"
+    items = "Differences are paired by item. Intervals are over items and seeds, or over items alone with one seed"
     blocks: list[Block] = [
         _curves(summary),
         _against_baseline_by_task(summary.extra, campaign.baseline),
@@ -98,13 +98,15 @@ def _blocks(summary: BehaviourSummary) -> list[Block]:
             summary.forgetting,
             f"Tuned minus base; below zero (above, for losses) is forgetting. {items}, clustered by subject for MMLU.",
         ),
-        _differences("Arms against each other", summary.asked, f"{items}. No correction for asking several."),
+        _differences(
+            "Arms against each other", summary.asked, f"{items}. There is no correction for several comparisons."
+        ),
     ]
     return [*blocks, *layer_blocks(summary.chosen), _training(summary)]
 
 
 def _curves(summary: BehaviourSummary) -> Panels:
-    """A panel per model and arm, the lowest loss at the end first."""
+    """A panel per model and arm, sorted by their last loss, the lowest first."""
     panels = []
     for at, model in enumerate(dict.fromkeys(curve.model for curve in summary.curves)):
         own = [curve for curve in summary.curves if curve.model == model]
@@ -121,19 +123,20 @@ def _curves(summary: BehaviourSummary) -> Panels:
     scores = [score for score in summary.scores if (score.arm, score.task) == (BASE, HELD_OUT)]
     before = ", ".join(f"{score.estimate.value:.3f} ({score.model})" for score in scores)
     note = (
-        "Nats per token by optimizer step, a line per seed; grey are all arms of the model. The axis does not begin at "
-        "zero and leaves out the loss before training" + (f": {before}." if before else ".")
+        "Nats per token by optimizer step, a line per seed. Grey lines show all arms of the model. The axis does not "
+        "start at zero and leaves out the loss before training" + (f": {before}." if before else ".")
     )
     return Panels("Held-out loss while training", panels, note)
 
 
 def _single_answers(summary: BehaviourSummary) -> str:
-    """Which arms' accuracy says little."""
+    """A sentence about arms whose accuracy says little."""
     on = " on {}" if len(summary.campaign.models) > 1 else ""
-    told = [
-        f"{found.arm}{on.format(found.model)} answers {found.told} of {found.task}" for found in summary.single_answers
+    answers = [
+        f"{found.arm}{on.format(found.model)} answers {found.answer} of {found.task}"
+        for found in summary.single_answers
     ]
-    return f" Accuracy says little where nearly all items get one answer: {'; '.join(told)}." if told else ""
+    return f" Accuracy says little if nearly all items get one answer: {'; '.join(answers)}." if answers else ""
 
 
 def _scores(summary: BehaviourSummary, note: str) -> Table:
@@ -179,7 +182,7 @@ def _differences(title: str, differences: Sequence[Difference], note: str) -> Pa
 
 
 def _against_baseline_by_task(differences: Sequence[Difference], baseline: str) -> Panels:
-    """A table per task and model, the best arm first, with the margin that was fixed and the verdict on it."""
+    """A table per task and model, the best arm first, with the margin of the campaign file and the verdict on it."""
     tables = []
     on = _on(differences)
     for found in _by_task(differences):
@@ -197,9 +200,9 @@ def _against_baseline_by_task(differences: Sequence[Difference], baseline: str) 
         within = f"worse by {_size_of(found[0].task, margin.margin)} at most" if margin else "margin"
         tables.append(_forest((INTERVAL, within, "could show"), rows, found, on))
     note = (
-        f"Tuned with the arm minus tuned with {baseline}. The dotted line is the margin that was fixed in the campaign "
-        "file. Each verdict is one-sided at 95 %, not corrected for there being several; 'could show' is the smallest "
-        "margin that the interval allows."
+        f"Tuned with the arm minus tuned with {baseline}. The dotted line is the margin in the campaign file. Each "
+        "verdict is one-sided at 95 %, without correction for several verdicts. 'could show' is the smallest margin "
+        "that the interval allows."
     )
     return Panels(f"Against {baseline}", tables, note)
 
@@ -213,7 +216,7 @@ def _by_task(differences: Sequence[Difference]) -> list[list[Difference]]:
 
 
 def _on(differences: Sequence[Difference]) -> str:
-    """How a title names the model; not at all where there is only one."""
+    """How a title names the model; empty if there is only one."""
     return " on {}" if len({each.model for each in differences}) > 1 else ""
 
 
@@ -240,7 +243,7 @@ def _words(found: Difference) -> str:
 
 
 def _amount(task: str, value: float) -> str:
-    """Signed: nats with four decimals, or points of 100 with one."""
+    """Signed: nats with four decimals, or percentage points with one."""
     return f"{value:+.4f}" if task in LOSSES else f"{100 * value:+.1f}"
 
 
@@ -283,4 +286,4 @@ def _training(summary: BehaviourSummary) -> Table:
         "filling",
         "train",
     )
-    return Table("Training", columns, rows, "A cache that an earlier row has filled costs the next one nothing.")
+    return Table("Training", columns, rows, "A cache that an earlier row filled costs later rows nothing.")

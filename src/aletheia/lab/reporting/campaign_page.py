@@ -23,7 +23,7 @@ HTML, MARKDOWN, CSV = "report.html", "report.md", "report.csv"
 
 
 def write_report(store: Store, folder: Path) -> list[Path]:
-    """Write the three files; their paths.
+    """Write the three files and return their paths.
 
     Raises:
         CampaignError: no row is done.
@@ -31,7 +31,7 @@ def write_report(store: Store, folder: Path) -> list[Path]:
     """
     records = store.records()
     if not any(record.status == "done" for record in records):
-        raise CampaignError("no row of the campaign is done; expected at least one, see 'aletheia campaign status'")
+        raise CampaignError("no row of the campaign is done; expected at least one; see 'aletheia campaign status'")
     page = _page(store, records)
     refuse_foreign(folder / HTML)
     texts = {HTML: to_html(page), MARKDOWN: to_markdown(page), CSV: to_csv(records)}
@@ -47,7 +47,7 @@ def _page(store: Store, records: Sequence[Record]) -> Page:
 
 
 def _about(store: Store, records: Sequence[Record]) -> list[Block]:
-    """Failures, what the results were made with, and how to make them again."""
+    """Failures, what the results were made with, and how to repeat them."""
     failed = [record for record in records if record.status == "failed"]
     rows = [(r.row.model, r.row.arm, str(r.row.seed), r.reason or "") for r in failed]
     done = sum(record.status == "done" for record in records)
@@ -77,7 +77,9 @@ def to_markdown(page: Page) -> str:
     for block in page.blocks:
         lines += ["", f"## {markdown(block.title)}", ""]
         if isinstance(block, Pre):
-            fence = "`" * (3 + max(map(len, re.findall("`+", block.text)), default=0))  # no value can close it
+            fence = "`" * (
+                3 + max(map(len, re.findall("`+", block.text)), default=0)
+            )  # longer than any in the text, so that no value can close it
             lines += [fence, *map(printable, block.text.rstrip().splitlines()), fence]
         elif isinstance(block, Panels):
             lines += [markdown(block.note)]
@@ -101,7 +103,7 @@ def _line(cells: Sequence[str]) -> str:
 
 
 def to_csv(records: Sequence[Record]) -> str:
-    """A line per row: status, reason, and every figure of the result that is a single value or a list of them.
+    """A line per row: status, reason, and every value of the result that is single or a list.
 
     Fractions have six significant digits.
     """
@@ -133,7 +135,7 @@ def _flat(result: Mapping[str, Any], at: str = "") -> dict[str, Any]:
         elif isinstance(value, list):
             found[f"{at}{name}"] = " ".join(map(_brief, value))
         elif isinstance(value, str) and Path(value).is_absolute():
-            found[f"{at}{name}"] = Path(value).name  # where it lay is nobody's business
+            found[f"{at}{name}"] = Path(value).name  # its folder is private
         else:
             found[f"{at}{name}"] = "" if value is None else _brief(value)
     return found

@@ -1,4 +1,4 @@
-"""The rows of a campaign, and what it will take, as tables for a terminal."""
+"""The rows of a campaign, and its forecast, as tables for a terminal."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ SHOWN_FAILURES = 10
 
 
 def status_table(records: Sequence[Record], running: Sequence[Job]) -> list[RenderableType]:
-    """A mark per row, models down and arms across, seeds side by side; then failures with their reasons."""
+    """A table of models by arms with a mark per seed; then failures with their reasons."""
     arms = list(dict.fromkeys(record.row.arm for record in records))
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("")
@@ -49,11 +49,11 @@ def status_table(records: Sequence[Record], running: Sequence[Job]) -> list[Rend
 
 def forecast_table(expected: Forecast) -> list[RenderableType]:
     """What ``--dry-run`` prints."""
-    rough = "from operations and this machine's speed, roughly"
+    rough = "a rough guess from operations and this machine's speed"
     source = "from the rows that are done" if expected.measured else rough
     return [
         Text(f"{expected.rows} rows in {expected.jobs} jobs, {expected.rows_done} rows done"),
         Text(f"about {expected.hours:.1f} hours to go ({source})"),
         Text(f"up to {human_bytes(expected.disk_bytes)} of disk, {human_bytes(expected.free_bytes)} free"),
-        *(Text(f"{name} cannot be read here and is counted in neither") for name in expected.unread),
+        *(Text(f"{name} is not on this machine and is not counted in these numbers") for name in expected.unread),
     ]

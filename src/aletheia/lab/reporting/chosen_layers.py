@@ -1,4 +1,4 @@
-"""Which layers the arms of a campaign chose, and how stable that is."""
+"""Which layers the arms of a campaign chose, and how stable the choice is."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ ENDS = Markup('<span class="ends"><span>embedding</span><span>head</span></span>
 
 
 def layer_blocks(chosen: Sequence[Chosen], more: str = "") -> list[Block]:
-    """A table a model, an arm a row, with a strip of the layers; arms that adapt every layer are left out."""
+    """A table per model, with a row and a strip of layers per arm; arms that adapt every layer are left out."""
     some = [found for found in chosen if len(found.layers[0]) < found.layer_count]
     tables = []
     for model in dict.fromkeys(found.model for found in some):
@@ -30,13 +30,13 @@ def layer_blocks(chosen: Sequence[Chosen], more: str = "") -> list[Block]:
         title = f"{model}, {own[0].layer_count} layers"
         tables.append(Table(title, ("arm", "layers", "stability"), rows, drawn=strips, scale=ENDS))
     note = (
-        "Layers that learn to the end, seed by seed, equal ones once. In the strip, paler cells are those of some "
-        "seeds only. Stability is the mean Jaccard index over pairs of seeds: 1 where all agree."
+        "Layers that learn to the end, by seed; equal choices appear once. In the strip, paler cells are chosen with "
+        "some seeds only. Stability is the mean Jaccard index over pairs of seeds: 1 if all agree."
     )
     return [Panels("Which layers were chosen", tables, f"{note} {more}".strip())]
 
 
 def _shares(chosen: Chosen) -> list[float]:
-    """Layer by layer, the share of runs that adapt it."""
+    """For each layer, the share of runs that adapt it."""
     runs = len(chosen.layers)
     return [sum(layer in layers for layers in chosen.layers) / runs for layer in range(chosen.layer_count)]

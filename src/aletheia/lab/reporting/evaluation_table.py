@@ -11,15 +11,15 @@ PLACES = 4
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:
-    """Every number with its interval; below, upstream's version and examples of each task."""
+    """Every number with its interval; below, upstream's version and the few-shot examples of each task."""
     settings = evaluation.settings
     adapter = f" with {settings.adapter}" if settings.adapter else ""
     upstream = [f"{task.name} {task.version}, {task.num_fewshot}-shot" for task in evaluation.tasks]
     how = f"{evaluation.dtype}, batches of {settings.batch_size}, {human_seconds(evaluation.seconds.eval)}"
     notes = [
-        f"{task.name}: answers {told}, so accuracy is the share of that answer"
+        f"{task.name}: answers {answer}, so accuracy is the share of that answer"
         for task in evaluation.tasks
-        if (told := single_answer(task.answers))
+        if (answer := single_answer(task.answers))
     ]
     caption = "\n".join(["; ".join(upstream), f"95 % intervals; {how}", *notes])
     table = _table(f"{evaluation.model.name}{adapter}", caption)
@@ -35,11 +35,11 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """Per task and measure how much worse this is than the other, paired per item."""
+    """How much worse this evaluation is than the other, by task and measure, paired by item."""
     items = ", ".join(f"{task} {found[0].items:,}" for task, found in comparison.tasks.items())
     table = _table(
         f"{comparison.kind.capitalize()}: {comparison.this} against {comparison.other}",
-        f"positive is worse; 95 % intervals, paired per item ({items})",
+        f"positive is worse; 95 % intervals, paired by item ({items})",
     )
     for name in ("this", "other", "worse by", "interval"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -1,4 +1,4 @@
-"""Figures of a campaign's report: plain data in, SVG out. Numbers stand beside each figure, never in it alone."""
+"""Figures of a campaign's report: plain data in, SVG out. Numbers are next to each figure, never only in it."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,15 +10,15 @@ from aletheia.lab.campaign.behaviour_summary import Curve
 from aletheia.lab.statistics.results import Estimate
 from aletheia.reporting.svg import Axis, Drawing, line_path, panel, short, tick_texts, ticks
 
-PANEL_WIDTH, PANEL_HEIGHT = 172, 128  # two stand side by side on a phone
+PANEL_WIDTH, PANEL_HEIGHT = 172, 128  # two fit side by side on a phone
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The common scale of several intervals, around the value that stands for no difference.
+    """The common scale of several intervals; ``equal`` is the value of no difference.
 
-    ``margin`` is the worst that still counts as no worse, ``unit`` what the numbers of the scale are multiplied by.
-    Pictures on it are in per cent of their width.
+    ``margin`` is the worst value that counts as not worse; ``unit`` multiplies the numbers on the scale. Pictures on it
+    are in per cent of their width.
     """
 
     low: float
@@ -31,7 +31,7 @@ class Scale:
     def around(
         cls, estimates: Iterable[Estimate], equal: float, margin: float | None = None, unit: float = 1.0
     ) -> "Scale":
-        """From the lowest end to the highest, with room at both sides."""
+        """A scale from the lowest end to the highest, with room on both sides."""
         values = [equal, *([] if margin is None else [margin])]
         for found in estimates:
             values += [found.value, *((found.interval.low, found.interval.high) if found.interval else ())]
@@ -42,7 +42,7 @@ class Scale:
     def head(self) -> Markup:
         """Round values along the scale."""
         values = ticks(self.low * self.unit, self.high * self.unit, 3)
-        every = 2 if len(values) > 3 else 1  # more do not fit beside each other
+        every = 2 if len(values) > 3 else 1  # more do not fit next to each other
         texts = "".join(
             f'<text x="{self._at(value / self.unit)}" y="75%">{text}</text>'
             for value, text in list(zip(values, tick_texts(values), strict=True))[(len(values) - 1) % every :: every]
@@ -50,7 +50,7 @@ class Scale:
         return Markup(f'<svg class="bar">{texts}</svg>')
 
     def row(self, found: Estimate, more_is_better: bool) -> Markup:
-        """A point with its interval; coloured where the interval leaves out the value of no difference."""
+        """A point with its interval; coloured if the interval excludes the value of no difference."""
         interval = found.interval
         css = "same"
         if interval and not interval.low <= self.equal <= interval.high:
@@ -72,7 +72,7 @@ class Scale:
 
 
 def layers_row(shares: Sequence[float]) -> Markup:
-    """A strip of the layers from embedding to head: coloured where they are adapted, paler where in some runs only."""
+    """A strip of the layers from embedding to head: coloured if adapted, paler if only in some runs."""
     boxes, start = "", 0
     for share, same in groupby(shares):
         width = len(list(same))
@@ -86,13 +86,13 @@ def layers_row(shares: Sequence[float]) -> Markup:
 
 @dataclass(frozen=True)
 class CurvePanels:
-    """Held-out losses of one model while training, an arm at a time before those of all arms, which are drawn once."""
+    """Held-out losses of one model during training: each panel shows one arm in front of all arms."""
 
     curves: Sequence[Curve]
     identifier: str
 
     def svg(self, arm: str, is_first: bool) -> Markup:
-        """The panel of an arm; the first one on the page carries what the others show, too."""
+        """The panel of an arm; the first one on the page holds the lines of all arms, which the others reuse."""
         trained = [[point for point in curve.points if point[0] > 0] for curve in self.curves]
         losses = [loss for points in trained for _, _, loss in points]
         low, high = min(losses), max(losses)

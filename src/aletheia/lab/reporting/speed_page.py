@@ -11,12 +11,12 @@ from aletheia.lab.statistics.results import Estimate
 from aletheia.reporting.blocks import Block, Card, Page, Panels, Table
 from aletheia.reporting.format import human_count, human_percent, human_ratio, human_seconds
 
-SUBJECT = "depth-aware"  # the arm that the verdict is about, where a campaign has it
+SUBJECT = "depth-aware"  # the arm that the verdict is about, if the campaign has it
 PAPER = "23.1 % of the time saved on average, 15 to 28 %, faster on 14 of 14 models, p < 0.001 (200 steps, 3 seeds)"
 
 
 def speed_page(campaign: SpeedCampaign, records: Sequence[Record]) -> Page:
-    """Verdict, speed tables, a figure of every model, the layers chosen."""
+    """The verdict, speed tables, a table per model, and the chosen layers."""
     summary = summarize_speed(campaign, records)
     arms = [arm.name for arm in campaign.arms if arm.name != campaign.baseline]
     subject = SUBJECT if SUBJECT in arms else (arms[-1] if arms else campaign.baseline)
@@ -66,28 +66,28 @@ def _blocks(summary: SpeedSummary) -> list[Block]:
             summary.step_comparisons,
             f"Geometric mean over models of the step time of {campaign.baseline} divided by the arm's. "
             f"Right of the line is faster. The paper: {PAPER}. "
-            f"Times are of {campaign.rounds} rounds per seed, every arm a step in each, in one process.",
+            f"Times come from {campaign.rounds} rounds per seed in one process; each arm takes one step per round.",
             is_titled=True,
         ),
         _comparisons(
             f"Whole runs, against {campaign.baseline}",
             summary.run_comparisons,
-            f"{campaign.steps} steps over {campaign.rows} rows, put together of the measured steps, probe and gradient "
-            "start where the arm needs them, and the layers below the boundary once per row where it reads a cache.",
+            f"{campaign.steps} steps over {campaign.rows} rows, computed from measured parts: the steps, the probe if "
+            "the arm needs scores and, if it reads a cache, the layers below the boundary once per row.",
             is_titled=True,
         ),
         _models(summary),
     ]
     if summary.asked_steps:
-        note = "No correction for asking several. Where both chose the same layers, only how they are trained differs."
+        note = "No correction for several comparisons. If both chose the same layers, only their training differs."
         blocks.append(_comparisons("Arms against each other: steps", summary.asked_steps, note))
         blocks.append(_comparisons("Arms against each other: whole runs", summary.asked_runs, note))
-    random = "Random weights have no task in them: what is chosen on random models says nothing about real ones."
+    random = "Random weights know no task: the layers chosen in random models say nothing about real ones."
     return [*blocks, *layer_blocks(summary.chosen, random)]
 
 
 def _comparisons(title: str, comparisons: Sequence[Comparison], note: str, is_titled: bool = False) -> Table:
-    """The fastest first. ``is_titled`` if the title says what all are compared with."""
+    """A table of comparisons, the fastest first; ``is_titled`` if the title names the common reference."""
     ordered = sorted(comparisons, key=lambda found: -found.speedup.value)
     corrected = any(found.corrected is not None for found in ordered)
     columns = (
@@ -113,7 +113,7 @@ def _comparisons(title: str, comparisons: Sequence[Comparison], note: str, is_ti
 
 
 def _models(summary: SpeedSummary) -> Panels:
-    """A table a model, the fastest arm first, all on one scale."""
+    """A table per model, the fastest arm first, all on one scale."""
     sizes = {
         record.row.model: record.result["model_parameters"] for record in summary.records if record.result is not None
     }
@@ -137,8 +137,8 @@ def _models(summary: SpeedSummary) -> Panels:
         title = f"{model}, {human_count(sizes[model])} parameters"
         tables.append(Table(title, columns, rows, drawn=drawn, scale=scale.head))
     note = (
-        f"Times as fast as {summary.campaign.baseline} in the same rounds. One figure per seed, Student's t on "
-        f"logarithms over {len(summary.campaign.seeds)} seeds. Predicted is by counted operations, nothing measured."
+        f"Speed relative to {summary.campaign.baseline} in the same rounds. Intervals are Student's t on logarithms of "
+        f"one ratio per seed, over {len(summary.campaign.seeds)} seeds. 'predicted' comes from counted operations."
     )
     return Panels("Model by model", tables, note)
 

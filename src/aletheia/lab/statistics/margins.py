@@ -1,4 +1,4 @@
-"""Non-inferiority: whether an arm is worse than the baseline by less than a margin that was fixed before the run."""
+"""Non-inferiority: whether an arm is worse than the baseline by less than a margin fixed before the run."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class NonInferiority:
 
     ``low`` is the one-sided bound below the mean difference: shown if it lies above minus the margin.
     ``smallest_margin`` is what these data would show if the arms had come out equal; a margin at or below it cannot be
-    shown at this size, short of luck. Both are None if their spread cannot be estimated, and ``reason`` says why.
+    shown at this size, except by luck. Both are None if their spread cannot be estimated; ``reason`` says why.
     """
 
     verdict: Verdict
@@ -41,13 +41,13 @@ def non_inferiority(
 ) -> NonInferiority:
     """Verdict on the mean of paired differences (losses, seeds, models) by a one-sided bound of Student's t.
 
-    For items that are right or wrong take ``non_inferiority_of_items``: where few of them are decided differently the t
-    bound claims too often.
+    For items that are right or wrong, use ``non_inferiority_of_items``: if few of them differ, the t bound claims too
+    often.
 
     Args:
         differences: arm minus baseline, higher is better, one per seed, model or item.
         margin: the loss that would be accepted, above zero, in the same unit.
-        clusters: for each difference the name of the group it belongs to.
+        clusters: for each difference, the name of its group.
         level: of the one-sided bound.
 
     Raises:
@@ -75,9 +75,9 @@ def non_inferiority_of_items(
 ) -> NonInferiority:
     """Verdict on the difference of two accuracies on the same items, as shares (0.01 is one point).
 
-    The bound is Tango's score bound for paired proportions: it takes the spread that the margin itself would imply, so
-    a run in which few items changed, by luck, does not look certain, and none changed is no certainty either. Clusters
-    can only lower it: the lower of this bound and the cluster-robust one counts.
+    The bound is Tango's score bound for paired proportions. It uses the spread that the margin itself would imply, so a
+    run in which few or no items changed, by luck, does not look certain. Clusters can only lower it: the lower of this
+    bound and the cluster-robust one counts.
 
     Args:
         baseline_right: 1 or True where the baseline is right, one per item.
@@ -87,7 +87,7 @@ def non_inferiority_of_items(
         level: of the one-sided bound.
 
     Raises:
-        StatisticsError: no items, unequal numbers of them, a value that is neither 0 nor 1, or a margin not above zero.
+        StatisticsError: no items, unequal numbers of items, a value other than 0 or 1, or a margin not above zero.
     """
     baseline, arm = _right_or_wrong(baseline_right, "baseline"), _right_or_wrong(arm_right, "arm")
     check_paired("baseline items", len(baseline), "arm items", len(arm))
@@ -113,12 +113,12 @@ def non_inferiority_of_items(
 def smallest_margin(n: int, discordance: float, level: float = LEVEL) -> float:
     """The smallest margin, a share, that ``n`` items show if both arms get the same accuracy.
 
-    ``discordance`` is the share of items on which the arms differ. By the score bound, as the verdict: the usual
-    1.645 sqrt(discordance / n) gives 2.9 points for 164 items and 5 %, where the score bound needs 3.3; for thousands
-    of items they agree (1,319 and 10 %: 1.4 points, 14,042 and 5 %: 0.3).
+    ``discordance`` is the share of items on which the arms differ. Like the verdict, it uses the score bound. The usual
+    1.645 sqrt(discordance / n) gives 2.9 points for 164 items and 5 %, and the score bound 3.3. For thousands of items
+    both agree (1,319 and 10 %: 1.4 points; 14,042 and 5 %: 0.3).
 
-    At a true difference of zero a run shows this margin every second time, since it comes out below zero as often; to
-    show it 4 times of 5 takes about 1.5 times the margin.
+    At a true difference of zero, a run shows this margin every second time, because its result is below zero as often.
+    To show it 4 times of 5 takes about 1.5 times the margin.
 
     Raises:
         StatisticsError: no items, or a discordance outside 0 to 1.
@@ -172,7 +172,7 @@ def _right_or_wrong(values: ArrayLike, name: str) -> Floats:
     bad = np.flatnonzero((vector != 0) & (vector != 1))
     if len(bad):
         raise StatisticsError(
-            f"{name}'s items: found {vector[bad[0]]:g} at position {bad[0]}; expected 0 or 1, "
-            "so take non_inferiority for graded scores"
+            f"{name}'s items: found {vector[bad[0]]:g} at position {bad[0]}; expected 0 or 1; "
+            "use non_inferiority for graded scores"
         )
     return vector

@@ -1,4 +1,4 @@
-"""Means with intervals of Student's t: over a few seeds, and of paired differences, clustered or not."""
+"""Means with Student's t intervals: over a few seeds, and of paired differences, clustered or not."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -36,17 +36,17 @@ class StandardError:
 
     @property
     def method(self) -> str:
-        """How an interval from it is called."""
+        """The name of an interval that is made from it."""
         return "Student's t" if self.clusters is None else "Student's t, cluster-robust (CR1)"
 
 
 def standard_error(values: Floats, clusters: Sequence[Hashable] | None = None) -> StandardError | str:
     """The standard error of the mean of ``values``, or in words why there is none.
 
-    With clusters: cluster-robust (Liang and Zeger 1986), times G / (G - 1) for G clusters, which for a mean is all that
-    the correction CR1 consists of (Cameron and Miller 2015, eq. 11 and 12), and G - 1 degrees of freedom. It allows any
-    dependence within a cluster and clusters of any size; with fewer than some 20 clusters, or a few that hold most of
-    the items, its intervals are too short.
+    With clusters it is cluster-robust (Liang and Zeger 1986), with the factor G / (G - 1) for G clusters and G - 1
+    degrees of freedom. For a mean, that factor is the whole correction CR1 (Cameron and Miller 2015, eq. 11 and 12). It
+    allows any dependence within a cluster and clusters of any size. With fewer than about 20 clusters, or a few that
+    hold most of the items, its intervals are too short.
     """
     n = len(values)
     if n < 2:
@@ -69,16 +69,16 @@ def mean(values: ArrayLike, clusters: Sequence[Hashable] | None = None, level: f
 
     Args:
         values: one per seed, or one difference (arm minus baseline) per item.
-        clusters: for each value the name of the group it shares influences with, such as an MMLU subject.
+        clusters: for each value, the name of its group, such as an MMLU subject.
         level: of the two-sided interval.
 
     Raises:
-        StatisticsError: no value, one that is not finite, or not one cluster for each.
+        StatisticsError: no value, a value that is not finite, or not one cluster per value.
     """
     vector = sample(values, "values")
     check_level(level)
     if clusters is not None:
-        cluster_numbers(clusters, len(vector))  # refused before anything else is said
+        cluster_numbers(clusters, len(vector))  # refused before any other reason is given
     value = float(vector.mean())
     error = standard_error(vector, clusters)
     if isinstance(error, str):
@@ -90,8 +90,8 @@ def mean(values: ArrayLike, clusters: Sequence[Hashable] | None = None, level: f
 def linearised(sums: ArrayLike, weights: ArrayLike) -> Floats:
     """Numbers, one per item, whose mean is ``sum(sums) / sum(weights)`` and whose spread is that of the ratio.
 
-    An item counts by what it deviates from the ratio, not by its length (Cochran 1977, Sampling Techniques, ch. 6):
-    :func:`mean` of these is the ratio with its interval, and what is added to them or subtracted is paired by item.
+    An item counts by its deviation from the ratio, not by its length (Cochran 1977, Sampling Techniques, ch. 6).
+    :func:`mean` of these numbers is the ratio with its interval, and their differences are paired by item.
 
     Raises:
         StatisticsError: no items, unequal numbers, a number that is not finite, or a weight that is not above zero.
@@ -122,17 +122,18 @@ def crossed_mean(
 ) -> Estimate:
     """Mean of values with a row per seed and a column per item, both of which are samples.
 
-    What all items of one seed share (a lucky run) and what all seeds of one item share (a hard question) vary on their
-    own. The variance is that over items, of values averaged over seeds, plus that over seeds, of values averaged over
-    items: a little too large, as what is left counts twice (Owen 2007, Annals of Applied Statistics 1:386-411). Degrees
-    of freedom after Satterthwaite 1946. With one seed the interval is that of this run, and says so.
+    Effects that all items of a seed share (a lucky run) and effects that all seeds of an item share (a hard question)
+    vary independently. The variance is the sum of two: over items, of values averaged over seeds, and over seeds, of
+    values averaged over items. It is a little too large, as the residual counts twice (Owen 2007, Annals of Applied
+    Statistics 1:386-411). Degrees of freedom follow Satterthwaite 1946. With one seed, the interval is that of this
+    run, and ``reason`` says so.
 
     Raises:
         StatisticsError: no seed, unequal numbers of items, or as :func:`mean`.
     """
     rows = [sample(row, "values of a seed") for row in values]
     if not rows:
-        raise StatisticsError("found no seed; expected at least one, so leave out what has not run")
+        raise StatisticsError("found no seed; expected at least one; leave out what has not run")
     for row in rows[1:]:
         check_paired("items of one seed", len(rows[0]), "of another", len(row))
     by_item = np.mean(rows, axis=0)

@@ -1,4 +1,4 @@
-"""Tests of paired differences, and Holm's correction for having made several."""
+"""Tests of paired differences, and Holm's correction for several tests."""
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ NUMBERS_AT_ONCE = 2_000_000  # memory of a batch of resamples
 
 @dataclass(frozen=True)
 class PairedTest:
-    """A p-value of paired differences; ``exact`` if it holds for any number of them, else by resamples or a limit."""
+    """A p-value of paired differences; ``exact`` if it holds for any number of them, else from resamples or a limit."""
 
     p_value: float
     n: int
@@ -33,14 +33,15 @@ class PairedTest:
 def sign_flip_test(differences: ArrayLike, alternative: Alternative = "two-sided", seed: int = 0) -> PairedTest:
     """Permutation test of paired differences (Fisher 1935, sec. 21): how many flips of signs give as large a mean.
 
-    Every flip is as likely if the differences are symmetric about zero. Up to 20 differences all 2^n flips are counted;
-    above, 10,000 of them drawn by ``seed``, the observed one counted in so that p is never 0 and the test never too
-    eager (Phipson and Smyth 2010). The smallest p of n differences is 2^(1-n) two-sided: 5 or fewer cannot give 0.05.
+    All flips are equally likely if the differences are symmetric about zero. Up to 20 differences, all 2^n flips are
+    counted. Above, 10,000 are drawn with ``seed``; the observed one counts as well, so that p is never 0 and the test
+    never too liberal (Phipson and Smyth 2010). The smallest two-sided p of n differences is 2^(1-n), so 5 or fewer
+    cannot give 0.05.
 
     Args:
         differences: arm minus baseline, one per model, seed or item.
         alternative: ``greater`` asks whether the mean is above zero, ``less`` below.
-        seed: of the flips drawn above 20 differences.
+        seed: of the flips that are drawn for more than 20 differences.
 
     Raises:
         StatisticsError: no difference, one that is not finite, or an unknown alternative.
@@ -56,8 +57,8 @@ def sign_flip_test(differences: ArrayLike, alternative: Alternative = "two-sided
 def wilcoxon_test(differences: ArrayLike, alternative: Alternative = "two-sided") -> PairedTest:
     """Wilcoxon signed-rank test; differences of zero are dropped, as Wilcoxon 1945 does.
 
-    Exact up to 20 differences, ties included (a sign-flip test of signed ranks), and up to 50 without ties; the normal
-    limit above. If no difference is left p is 1.
+    Exact up to 20 differences, ties included (a sign-flip test of signed ranks), and up to 50 without ties; above, the
+    normal limit. If no difference is left, p is 1.
 
     Raises:
         StatisticsError: no difference, one that is not finite, or an unknown alternative.
@@ -82,14 +83,14 @@ def wilcoxon_test(differences: ArrayLike, alternative: Alternative = "two-sided"
 def holm(p_values: Mapping[Arm, float]) -> dict[Arm, float]:
     """Holm's step-down correction (Holm 1979): p-values that keep the risk of any false claim among all arms.
 
-    The order of the arms is kept. Every arm that was tested belongs in, those that lost included.
+    The order of the arms is kept. Include every arm that was tested, also those that lost.
 
     Raises:
         StatisticsError: a p-value outside 0 to 1.
     """
     for arm, p_value in p_values.items():
         if not 0 <= p_value <= 1:
-            raise StatisticsError(f"{arm}: found a p-value of {p_value}; expected 0 to 1, so leave out untested arms")
+            raise StatisticsError(f"{arm}: found a p-value of {p_value}; expected 0 to 1; leave out untested arms")
     adjusted: dict[Arm, float] = {}
     largest = 0.0
     for place, arm in enumerate(sorted(p_values, key=lambda arm: p_values[arm])):
@@ -99,14 +100,14 @@ def holm(p_values: Mapping[Arm, float]) -> dict[Arm, float]:
 
 
 def _oriented(differences: Floats, alternative: Alternative) -> Floats:
-    """Differences whose large sums speak for the alternative."""
+    """Differences with the sign for which large sums support the alternative."""
     if alternative not in ("two-sided", "greater", "less"):
         raise StatisticsError(f"alternative is {alternative!r}; expected 'two-sided', 'greater' or 'less'")
     return -differences if alternative == "less" else differences
 
 
 def _as_large(sums: Floats, differences: Floats, two_sided: bool) -> int:
-    """How many sums reach the observed one; sums that are equal on paper count whatever their rounding."""
+    """How many sums reach the observed one; sums that differ only by rounding count as equal."""
     observed = float(differences.sum())
     rounding = 1e-12 * float(np.abs(differences).sum())
     if two_sided:

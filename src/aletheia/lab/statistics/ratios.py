@@ -1,10 +1,10 @@
 """Ratios of times with bootstrap intervals: of two arms over paired rounds, and their mean over models or seeds.
 
-The intervals are bias-corrected and accelerated (BCa, Efron 1987) with expanded levels. Plain BCa covers the truth in
-86 to 90 of 100 cases at 8 to 12 rounds where it claims 95: it takes normal quantiles, and a resample spreads less than
-the sample by sqrt((n - 1) / n). The expansion replaces the normal quantile z by sqrt(n / (n - 1)) t, as Hesterberg
-2015 (The American Statistician 69:371-386, the expanded percentile interval) does for percentiles. The measured
-coverage is in ``docs/results/statistics/README.md``.
+The intervals are bias-corrected and accelerated (BCa, Efron 1987) with expanded levels. At 8 to 12 rounds, plain BCa
+intervals of 95 % cover the truth in 86 to 90 of 100 cases. They use normal quantiles, and a resample spreads less than
+the sample by sqrt((n - 1) / n). The expansion replaces the normal quantile z by sqrt(n / (n - 1)) t, as Hesterberg 2015
+(The American Statistician 69:371-386) does for percentile intervals. The measured coverage is in
+``docs/results/statistics/README.md``.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from aletheia.lab.statistics.results import (
 )
 
 RESAMPLES = 10_000
-FEWEST = 8  # the smallest size whose coverage holds for every noise tried; with 6 rounds it is 92 %
+FEWEST = 8  # the smallest size with sufficient coverage for all tested noise; with 6 rounds it is 92 %
 NUMBERS_AT_ONCE = 2_000_000  # memory of a batch of resamples
 
 
@@ -37,8 +37,8 @@ def ratio_of_times(
     """How many times faster than the baseline an arm is: the ratio of summed times over paired rounds.
 
     Rounds are resampled as pairs, so noise common to both arms (a large batch, a busy machine) cancels. The ratio of
-    sums weights rounds by their length; where few long rounds carry most of it there are fewer degrees of freedom than
-    rounds, (sum w^2)^2 / sum w^4 - 1 after Satterthwaite 1946.
+    sums weights rounds by their length. If few long rounds dominate, there are fewer degrees of freedom than rounds:
+    (sum w^2)^2 / sum w^4 - 1, after Satterthwaite 1946.
 
     Args:
         baseline_seconds: a time per round.
@@ -47,7 +47,7 @@ def ratio_of_times(
         seed: of the resamples; the same seed gives the same interval.
 
     Raises:
-        StatisticsError: no rounds, unequal numbers of them, or a time that is not above zero.
+        StatisticsError: no rounds, unequal numbers of rounds, or a time that is not above zero.
     """
     baseline, arm = positive(baseline_seconds, "baseline's times"), positive(arm_seconds, "arm's times")
     check_paired("baseline times", len(baseline), "arm times", len(arm))
@@ -65,8 +65,8 @@ def ratio_of_times(
 def geometric_mean(ratios: ArrayLike, level: float = LEVEL, seed: int = 0) -> Estimate:
     """Geometric mean of independent ratios, with a BCa interval.
 
-    Ratios of several seeds on one model are not independent of each other: take their geometric mean first and hand
-    over one ratio per model. For fewer than 8 ratios see ``geometric_mean_of_few``.
+    Ratios of several seeds on one model are not independent: take their geometric mean first and give one ratio per
+    model. For fewer than 8 ratios, see ``geometric_mean_of_few``.
 
     Raises:
         StatisticsError: no ratio, or one that is not above zero.
@@ -90,8 +90,8 @@ def _estimate(
 ) -> Estimate:
     """``value`` with its BCa interval; the ``data`` are centred, so that their ``log_statistic`` is 0.
 
-    ``effective`` observations give the degrees of freedom. They are not let below 4: the quantile of 8 values then lies
-    at 3.4 standard errors, where the resamples end.
+    The degrees of freedom come from ``effective`` observations, at least 4: there, the quantile for 8 values is at 3.4
+    standard errors, where the resamples end.
     """
     n = len(data[0])
     if n < FEWEST:
@@ -106,7 +106,7 @@ def _estimate(
     def rounded(*resampled: Floats, axis: int = -1) -> Floats:
         return np.round(log_statistic(*resampled, axis=axis), 12)  # BCa counts ties with the estimate, which is 0
 
-    # scipy's BCa turns its level into a normal quantile: this level gives ours
+    # scipy's BCa converts its level to a normal quantile; this level gives ours
     result = bootstrap(
         data,
         rounded,

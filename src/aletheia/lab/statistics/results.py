@@ -1,4 +1,4 @@
-"""What every estimate returns, and the checks of what it is given."""
+"""The result of every estimate, and checks of its inputs."""
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -24,9 +24,9 @@ class Interval:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, its interval and the number of observations behind it.
+    """A number, its interval and the number of observations.
 
-    Without an interval, ``reason`` says why none can be known; an interval of no width is never made up.
+    Without an interval, ``reason`` says why there is none; an interval without width is never returned.
     """
 
     value: float
@@ -39,20 +39,20 @@ def sample(values: ArrayLike, name: str) -> Floats:
     """``values`` as a vector of finite floats.
 
     Raises:
-        StatisticsError: empty, not a vector of numbers, or with a NaN or an infinity.
+        StatisticsError: ``values`` is empty, not a vector of numbers, or contains NaN or infinity.
     """
     try:
         vector = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise StatisticsError(f"{name}: found something that is no number; expected numbers only ({error})") from error
+        raise StatisticsError(f"{name}: found a value that is not a number; expected numbers only ({error})") from error
     if vector.ndim != 1:
         raise StatisticsError(f"{name}: found {vector.ndim} dimensions; expected a plain list of numbers")
     if not len(vector):
-        raise StatisticsError(f"{name}: found no value; expected at least one, so leave out what has not run")
+        raise StatisticsError(f"{name}: found no value; expected at least one; leave out what has not run")
     bad = np.flatnonzero(~np.isfinite(vector))
     if len(bad):
         raise StatisticsError(
-            f"{name}: found {vector[bad[0]]} at position {bad[0]}; expected finite numbers, so count failed runs apart"
+            f"{name}: found {vector[bad[0]]} at position {bad[0]}; expected finite numbers; leave out failed runs"
         )
     return vector
 
@@ -67,26 +67,26 @@ def positive(values: ArrayLike, name: str) -> Floats:
     bad = np.flatnonzero(vector <= 0)
     if len(bad):
         raise StatisticsError(
-            f"{name}: found {vector[bad[0]]:g} at position {bad[0]}; expected more than 0, so measure it again"
+            f"{name}: found {vector[bad[0]]:g} at position {bad[0]}; expected more than 0; measure it again"
         )
     return vector
 
 
 def check_paired(name: str, n: int, other_name: str, other: int) -> None:
-    """Both sides of a pairing have as many values.
+    """Check that both sides of a pairing have equally many values.
 
     Raises:
-        StatisticsError: they have not.
+        StatisticsError: they do not.
     """
     if n != other:
-        raise StatisticsError(f"found {n} {name} and {other} {other_name}; expected one for one, so pair them first")
+        raise StatisticsError(f"found {n} {name} and {other} {other_name}; expected equally many; pair them first")
 
 
 def check_level(level: float) -> None:
-    """A confidence level is a share, not per cent.
+    """Check that a confidence level is a share, not per cent.
 
     Raises:
-        StatisticsError: outside (0, 1).
+        StatisticsError: ``level`` is not between 0 and 1.
     """
     if not 0 < level < 1:
         raise StatisticsError(f"level is {level:g}; expected a share between 0 and 1, such as 0.95")
@@ -96,7 +96,7 @@ def cluster_numbers(clusters: Sequence[Hashable], n: int) -> NDArray[np.int64]:
     """The names of clusters as numbers from 0, in order of first appearance.
 
     Raises:
-        StatisticsError: not one name for each of the ``n`` values.
+        StatisticsError: there is not one name for each of the ``n`` values.
     """
     check_paired("values", n, "clusters", len(clusters))
     numbers: dict[Hashable, int] = {}
