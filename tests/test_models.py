@@ -49,10 +49,10 @@ REFUSED = {
     "whisper": ({"vocab_size": 259, "d_model": 32}, "encoder-decoder model (whisper)"),
     "bert": ({**SIZES}, "is an encoder (bert)"),
     "roberta": ({**SIZES}, "is an encoder (roberta)"),
-    "modernbert": ({**SIZES, "global_attn_every_n_layers": 2}, "(modernbert) is no causal"),
-    "vit": ({**TOWER}, "(vit) is no causal"),
-    "clip": ({}, "(clip) is no causal"),
-    "wav2vec2": ({}, "(wav2vec2) is no causal"),
+    "modernbert": ({**SIZES, "global_attn_every_n_layers": 2}, "(modernbert) is not a causal"),
+    "vit": ({**TOWER}, "(vit) is not a causal"),
+    "clip": ({}, "(clip) is not a causal"),
+    "wav2vec2": ({}, "(wav2vec2) is not a causal"),
     "gemma3_text": ({**SIZES, "use_bidirectional_attention": True}, "bidirectional attention"),
     "diffusion_gemma": ({}, "is a diffusion model (diffusion_gemma)"),
 }
@@ -164,7 +164,7 @@ def test_another_kind_of_model_is_refused_from_its_config(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("family", "told"), [("paligemma", "see those after them"), ("mllama", "layers that read the image alone")]
+    ("family", "told"), [("paligemma", "see later tokens"), ("mllama", "layers that read only the image")]
 )
 def test_a_wrapper_that_cannot_work_is_refused_by_name(family, told, tmp_path, run, data_file):
     config_of(family).save_pretrained(tmp_path / "m")
@@ -290,7 +290,7 @@ def test_plain_weights_under_a_config_of_packed_ones_are_refused(settings, read,
     config = json.loads((tmp_path / "m" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", **settings}
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"quantization_config of .* tells of packed weights, .*q_proj is not"):
+    with pytest.raises(ModelError, match=r"quantization_config of .* says packed weights, but .*q_proj is not"):
         read(str(tmp_path / "m"))
 
 
@@ -315,7 +315,7 @@ def test_a_model_named_in_other_bytes_is_one_line(run, data_file, tmp_path):
     for command in (("inspect",), ("probe", "--data", data_file, "--out", "s.json", "--stream")):
         code, _, err = run(command[0], "m\udcff", *command[1:])
         assert code == 2
-        assert "is no name in UTF-8; give the folder another name" in err
+        assert "is not UTF-8; rename the folder" in err
         assert err.count("\n") == 1
 
 

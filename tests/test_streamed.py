@@ -331,7 +331,7 @@ def test_what_cannot_be_streamed_is_refused(saved, tmp_path):
     shutil.move(tmp_path / "config.json", folder)
     for path in folder.glob("*.safetensors*"):
         path.unlink()
-    with pytest.raises(ModelError, match="holds neither"):
+    with pytest.raises(ModelError, match="has neither"):
         Checkpoint(str(folder))
 
 
