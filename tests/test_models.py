@@ -153,26 +153,26 @@ def test_the_language_model_of_a_wrapper_is_adapted_and_the_adapter_fits_the_who
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_another_kind_of_model_is_refused_from_its_config(kind, tmp_path):
-    settings, told = REFUSED[kind]
+    settings, words = REFUSED[kind]
     AutoConfig.for_model(kind, **settings).save_pretrained(tmp_path)
     for look in (inspect, load):
         with pytest.raises(ModelError) as caught:
             look(str(tmp_path))
-        assert told in str(caught.value)
+        assert words in str(caught.value)
         assert "expected a decoder" in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("family", "told"), [("paligemma", "see later tokens"), ("mllama", "layers that read only the image")]
+    ("family", "words"), [("paligemma", "see later tokens"), ("mllama", "layers that read only the image")]
 )
-def test_a_wrapper_that_cannot_work_is_refused_by_name(family, told, tmp_path, run, data_file):
+def test_a_wrapper_that_cannot_work_is_refused_by_name(family, words, tmp_path, run, data_file):
     config_of(family).save_pretrained(tmp_path / "m")
     for command in (("inspect",), ("probe", "--data", data_file, "--out", "s.json")):
         code, _, err = run(command[0], tmp_path / "m", *command[1:])
         assert code == 2
         assert f"is a vision-language model ({family})" in err
-        assert told in err
+        assert words in err
         assert "Traceback" not in err
 
 
@@ -182,7 +182,7 @@ def test_an_unusual_config_is_read_or_refused_in_one_line(kind, tmp_path):
     if kind == "gemma4_text":  # heads of two sizes
         assert inspect_config(config, tmp_path).attention_width > 0
     else:
-        with pytest.raises(ModelError, match=r"several language models|encoder-decoder|without a language model"):
+        with pytest.raises(ModelError, match=r"several language models|encoder-decoder|without a separate"):
             inspect_config(config, tmp_path)
 
 
@@ -272,7 +272,7 @@ def test_a_model_that_fails_on_text_alone_is_one_line(examples):
         check_passes(with_norm(make_model("llama"), Failing()), examples)
 
 
-def test_a_check_that_gives_no_reason_is_told_as_such(examples):
+def test_a_check_that_gives_no_reason_is_reported_as_such(examples):
     class Checked(nn.Module):
         def forward(self, hidden_BTD):
             raise AssertionError
@@ -295,16 +295,16 @@ def test_plain_weights_under_a_config_of_packed_ones_are_refused(settings, read,
 
 
 @pytest.mark.parametrize(
-    ("told", "shown"),
+    ("words", "shown"),
     [
         ("One thing. Another thing.", "its config or weights do not fit together: One thing (ValueError)"),
         ("word " * 100, "word word ... (ValueError)"),
         ("", "no reason given (ValueError)"),
     ],
 )
-def test_a_library_gives_the_reason_and_we_say_what_is_wrong(told, shown):
+def test_a_library_gives_the_reason_and_we_say_what_is_wrong(words, shown):
     with pytest.raises(ModelError) as caught, explained("m"):
-        raise ValueError(told)
+        raise ValueError(words)
     assert shown in str(caught.value)
     assert len(str(caught.value)) < 350
 
