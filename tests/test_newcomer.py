@@ -206,9 +206,7 @@ def test_12_rows_that_teach_nothing(refuse, tmp_path):
     (tmp_path / "long.jsonl").write_text(rows(*[("what " * 100, "yes")] * 9))
     (tmp_path / "silent.jsonl").write_text(rows(*[("what", "")] * 9))
     line = refuse("train model --data long.jsonl --out run --max-length 64")
-    assert line.startswith(
-        "long.jsonl:1: found the first of 9 row(s), of 9, without a token to learn at --max-length 64"
-    )
+    assert line.startswith("long.jsonl:1: found the first of 9 rows, of 9, without a token to learn at --max-length 64")
     assert "raise --max-length" in line
     line = refuse("train model --data silent.jsonl --out run")
     assert line.startswith("silent.jsonl:1: found empty text in 'answer', expected text; fill in or remove the row")
