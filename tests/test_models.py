@@ -259,7 +259,7 @@ def test_positions_that_see_ahead_are_refused(examples):
 def test_weights_that_change_while_the_model_runs_are_refused(examples):
     config = config_of("rwkv")
     config.rescale_every = 2
-    with pytest.raises(ModelError, match=r"writes into rwkv\.blocks\.0\.attention\.output\.weight.*rescale_every 0"):
+    with pytest.raises(ModelError, match=r"writes into rwkv\.blocks\.0\.attention\.output\.weight.*rescale_every to 0"):
         check_passes(AutoModelForCausalLM.from_config(config), examples)
 
 
