@@ -158,9 +158,9 @@ def test_the_reference_has_every_public_name():
     assert sorted(shown) == sorted(set(aletheia.__all__) - {"__version__"})
 
 
-def test_the_readme_names_the_steps_of_the_job_and_two_targets_of_make():
+def test_the_readme_names_the_two_entrances_of_python_and_two_targets_of_make():
     readme = (ROOT / "README.md").read_text()
-    assert {"load", "probe", "plan", "adapt", "train"} <= set(re.findall(r"aletheia\.(\w+)\(", readme))
+    assert {"fine_tune", "attach"} <= set(re.findall(r"aletheia\.(\w+)\(", readme))
     assert {"demo", "test"} <= set(re.findall(r"\bmake ([a-z-]+)", readme))
 
 

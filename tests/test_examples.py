@@ -13,6 +13,7 @@ from conftest import count_rows
 
 import aletheia
 from aletheia.job.settings import JobSettings
+from aletheia.planning.targets import DEFAULT_TARGET
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = ("trl_sft.py", "trainer.py")
@@ -71,6 +72,11 @@ def test_two_processes_train_on_this_machine(place):
 def test_the_settings_of_an_example_are_accepted(name, place):
     sections = yaml.safe_load((EXAMPLES / name).read_text())
     JobSettings.of("model", sections["data"], sections.get("plan"), sections["training"])
+
+
+def test_what_an_example_calls_the_default_is_one():
+    line = next(line for line in (EXAMPLES / "run.yaml").read_text().splitlines() if "# the default" in line)
+    assert yaml.safe_load(line) == {"target": DEFAULT_TARGET}
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.iterdir()), ids=lambda path: path.name)

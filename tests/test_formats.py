@@ -15,10 +15,15 @@ from aletheia.adapters import correction
 from aletheia.adapters.adapt import adapted_modules
 from aletheia.adapters.correction import Correction
 from aletheia.anatomy.checkpoint import Checkpoint
+from aletheia.anatomy.settings import LoadSettings
 from aletheia.data.batches import collate
+from aletheia.data.rows import load_rows
+from aletheia.data.settings import DataSettings
 from aletheia.errors import ModelError
 from aletheia.execution.lean import adapters_in_bfloat16, bfloat16_autocast, lean_adapters, lean_loss
+from aletheia.job.source import load_for
 from aletheia.prefix.fill_streamed import fill_streamed, streamed_cache
+from aletheia.probing.passes import check_passes
 from aletheia.probing.preflight import preflight
 from aletheia.probing.streamed import probe_streamed
 from aletheia.reporting.comparison import repeat_command
@@ -234,6 +239,42 @@ def test_quantization_that_cannot_be_had_is_refused(folder):
         aletheia.load(folder(make_model()), quantize="int3")
     with pytest.raises(ModelError, match="GGUF"):
         aletheia.load("model.gguf", quantize="nf4")
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_model_of_whose_layers_nothing_is_quantized_is_refused(kind, folder):
+    with pytest.raises(ModelError, match=f"`quantize` {kind} quantizes no layer of .*: .* FalconLinear; leave"):
+        aletheia.load(folder(make_model("falcon")), quantize=kind)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_weights_that_a_layer_reads_itself_are_not_quantized(kind, folder):
+    model = aletheia.load(folder(make_model("mamba")), "float32", quantize=kind).model
+    mixer = model.backbone.layers[3].mixer
+    assert not mixer.in_proj.weight.is_floating_point()
+    assert all(module.weight.dtype == torch.float32 for module in (mixer.x_proj, mixer.dt_proj, model.lm_head))
+
+
+@pytest.mark.parametrize(("family", "left"), [("mixtral", "mlp.experts.gate_up_proj"), ("llama", None)])
+def test_what_is_not_quantized_is_noted_once(family, left, folder, data_file):
+    model, said = make_model(family), []
+    how = LoadSettings(model=folder(model), dtype="float32", quantize="nf4")
+    load_for(how, load_rows([str(data_file)]), DataSettings(data=[str(data_file)]), said.append)
+    notes = [line for line in said if "not quantized" in line]
+    assert len(notes) == (left is not None)
+    if left:
+        matrices = {name: value.numel() for name, value in model.model.layers.named_parameters() if value.dim() > 1}
+        share = sum(size for name, size in matrices.items() if "self_attn" not in name) / sum(matrices.values())
+        assert f"{share:.0%} of the layers' weights" in notes[0]
+        assert left in notes[0]
+        assert "q_proj" not in notes[0]
+
+
+def test_a_model_that_fails_once_it_is_quantized_is_refused(folder, examples):
+    """Its layer gets four dimensions, for which bitsandbytes has no product on a CPU."""
+    base = aletheia.load(folder(make_model("deepseek_v3")), "float32", quantize="int8")
+    with pytest.raises(ModelError, match=r"does not run in int8: .* choose another `quantize`, or leave it out"):
+        check_passes(base.model, examples)
 
 
 def overflowing():

@@ -80,7 +80,7 @@ def test_each_way_by_itself_is_plain_peft(way, dtype, device):
 
 
 @in_each_dtype
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3", "gpt_neox", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "gpt_neox", "qwen3_moe"])
 def test_fast_steps_are_plain_peft(family, dtype, device):
     model = wide(dtype, device, family)
     expected, limit = standard(model, PADDED)
@@ -92,9 +92,9 @@ def test_fast_steps_are_plain_peft(family, dtype, device):
 
 
 @in_each_dtype
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen2"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2"])
 def test_packed_rows_are_padded_ones(family, dtype, device, monkeypatch):
-    """Heads share keys in all; layers of gemma3 see 16 tokens, and a row has 70."""
+    """Heads share keys in all; layers of gemma3_text see 16 tokens, and a row has 70."""
     model, calls, kernel = wide(dtype, device, family), [], packed._in_one_kernel
     monkeypatch.setattr(packed, "_in_one_kernel", lambda *given, **named: calls.append(1) or kernel(*given, **named))
     expected, limit = standard(model, PADDED)

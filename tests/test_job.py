@@ -139,12 +139,15 @@ def test_settings_that_contradict_each_other_are_refused_before_anything_is_read
         ({"training": {"adam_beta3": 1}}, "unknown setting `adam_beta3`"),
         ({"training": {"use_cache": True}}, "`use_cache` is given; expected it to be left out"),
         ({"plan": {"file": "plan.json", "rank": 4}}, "`plan` and `rank` are both given"),
+        ({"training": {"free_prefix": True}, "plan": {"target": "speed"}}, "`target` is speed; expected none with"),
+        ({"training": {"free_prefix": True}, "plan": {"freeze_after": 0.5}}, "`freeze_after` is 0.5; expected 0 with"),
     ):
         with pytest.raises(SettingsError, match=told):
             job(**more)
     streamed = {"model": "nowhere", "stream": True}
     for more, told in (
         ({"plan": {"freeze_after": 0.5}}, "`freeze_after` is 0.5; expected 0 where the model is streamed"),
+        ({"plan": {"target": "quality"}}, "`target` is quality; expected none where the model is streamed"),
         ({"training": {"cache": "memory"}}, "`cache` is memory; expected auto or disk where the model is streamed"),
     ):
         with pytest.raises(SettingsError, match=told):

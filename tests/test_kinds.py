@@ -51,6 +51,7 @@ def test_a_folder_is_known_by_what_it_holds(tmp_path):
         ("evaluation", {"eval.json": "{}"}, "evaluation"),
         ("campaign", {"campaign.db": ""}, "campaign"),
         ("rows", {"train.jsonl": "{}", "config.json": "{}"}, "rows"),
+        ("no config", {"tokenizer.json": "{}", "model.safetensors": ""}, None),
         ("empty", {}, None),
     ):
         (tmp_path / folder).mkdir()

@@ -153,7 +153,8 @@ EXPECTED = {  # of two layers: norms, gates, modeling files with rotary position
     "qwen2": (5, 2, 1),
     "qwen3": (9, 2, 1),  # norms of queries and keys, too
     "gemma2": (9, 0, 1),  # 1 + w; gelu
-    "gemma3": (26, 0, 0),  # the same, and angles for each type of layer
+    "gemma3": (26, 0, 0),
+    "gemma3_text": (13, 0, 0),  # the same, and angles for each type of layer
     "phi3": (5, 2, 1),  # gate and up in one projection
     "mixtral": (5, 0, 1),  # fused experts
     "olmo2": (9, 2, 0),  # in bfloat16 rounded after w, with float32 angles
@@ -174,7 +175,7 @@ def test_it_covers_what_returns_the_same(family, kernels):
 
 @interpreted
 @pytest.mark.parametrize("recompute", ["off", "selective", "full"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "phi3", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3", "gemma3_text", "phi3", "mixtral"])
 def test_steps_learn_the_same(family, recompute, kernels, examples):
     if recompute != "off" and family not in ("llama", "phi3"):
         pytest.skip("recomputation is tried with both kinds of MLP")

@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, Phi3Config, Qwen2Config, Qwen3Config, Qwen3MoeConfig
+from transformers import (
+    FalconH1Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    Mamba2Config,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+)
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -21,6 +32,12 @@ SIZES |= {"num_attention_heads": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_t
 SHARED = {"num_key_value_heads": 2}  # keys and values
 LLAMA = LlamaConfig(**SIZES, **SHARED)
 EXPERTS = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 384, "head_dim": 64}
+MAMBA = {"mamba_n_heads": 16, "mamba_d_head": 64, "mamba_d_ssm": 1024, "mamba_d_state": 64, "mamba_n_groups": 1}
+BESIDE = FalconH1Config(**SIZES, **SHARED, **MAMBA, head_dim=64, mamba_chunk_size=256)
+ALONE = {"num_heads": 16, "head_dim": 64, "state_size": 64, "n_groups": 1, "chunk_size": 256}
+ALONE = Mamba2Config(vocab_size=8192, hidden_size=512, num_hidden_layers=6, **ALONE)
+DELTA = {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
+DELTA = Qwen3NextConfig(**SIZES, **SHARED, **EXPERTS, **DELTA, shared_expert_intermediate_size=384)
 BF16, FP32 = torch.bfloat16, torch.float32
 KINDS = {
     "every layer": Kind(LLAMA, BF16, 0, 4, 512),
@@ -39,6 +56,10 @@ KINDS = {
     "Conv1D": Kind(GPT2Config(vocab_size=8192, n_embd=512, n_layer=6, n_head=8, attn_pdrop=0.0), BF16, 0, 4, 512),
     "experts": Kind(Qwen3MoeConfig(**SIZES, **SHARED, **EXPERTS), BF16, 3, 4, 512),
     "experts, full": Kind(Qwen3MoeConfig(**SIZES, **SHARED, **EXPERTS), BF16, 3, 4, 512, recompute="full"),
+    "state space": Kind(ALONE, BF16, 0, 2, 256),
+    "state space, full": Kind(ALONE, BF16, 0, 2, 256, recompute="full"),
+    "state space beside attention": Kind(BESIDE, BF16, 3, 2, 512),
+    "delta rule": Kind(DELTA, BF16, 0, 2, 256),
 }
 
 

@@ -22,7 +22,7 @@ from aletheia.reporting.comparison import repeat_command
 from aletheia.training.settings import TrainSettings
 
 PACKED = ("llama", "qwen2", "qwen3_moe", "gpt2", "gpt_neox", "phi3", "olmo2", "deepseek_v3", "granite")
-WINDOWED = ("gemma3", "olmo3", "cohere2")  # layers that see a part of a row, shorter than ROWS[2]
+WINDOWED = ("gemma3", "gemma3_text", "olmo3", "cohere2")  # layers that see a part of a row, shorter than ROWS[2]
 REFUSED = {
     "stablelm": "see each other",  # does not hand on where rows begin
     "falcon": "see each other",

@@ -57,7 +57,7 @@ def by_hand(plan, examples, tmp_path_factory):
     return weights(model)
 
 
-@pytest.mark.parametrize("settings", [{"cache": "memory"}, {"cache": "disk"}, {"cache": "off"}, {"free_prefix": True}])
+@pytest.mark.parametrize("settings", [{"cache": "memory"}, {"cache": "disk"}, {"cache": "off"}])
 def test_it_is_what_freezing_by_hand_gives(settings, plan, examples, by_hand, tmp_path):
     model, run = trained(plan, examples, tmp_path / "run", cache_dir=tmp_path / "cache", **settings)
     found = weights(model)
@@ -158,6 +158,8 @@ def test_a_speedup_counts_the_early_steps(scores):
 def test_what_cannot_be_is_refused(plan, examples, tmp_path):
     with pytest.raises(TrainingError, match="layers 0-1 at first, which are not in memory"):
         trained(plan, examples, tmp_path / "run", Prepared(prefix=object()))
+    with pytest.raises(TrainingError, match="layers 0-1 at first, which are not in memory"):
+        trained(plan, examples, tmp_path / "run", free_prefix=True)
     text = plan.to_json().replace('"early_layers": [\n  0,\n  1\n ]', '"early_layers": [0]')
     text = "".join(line for line in text.splitlines(keepends=True) if '"sha256"' not in line)  # as edited by hand
     (tmp_path / "plan.json").write_text(text)

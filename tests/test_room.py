@@ -8,6 +8,7 @@ from aletheia.anatomy import device_memory
 from aletheia.data.order import training_batches
 from aletheia.job import fine_tune as fine_tune_module
 from aletheia.job import room as room_module
+from aletheia.job import source as source_module
 from aletheia.job.room import Room, largest_step, room_for
 from aletheia.job.settings import JobSettings
 from aletheia.training.settings import TrainSettings
@@ -68,17 +69,43 @@ def test_the_same_command_decides_the_same_whatever_else_runs(monkeypatch, data_
     assert [len(lines) for lines in told] == [0, 1]
 
 
-def test_layers_that_do_not_fit_do_not_learn_and_the_figures_are_told(monkeypatch, data_file, model_folder, tmp_path):
+@pytest.mark.parametrize(("plan", "unlike"), [({}, ""), ({"target": "quality"}, ", unlike `target` quality says")])
+def test_layers_that_do_not_fit_do_not_learn_and_the_figures_are_told(
+    plan, unlike, monkeypatch, data_file, model_folder, tmp_path
+):
     monkeypatch.setattr(room_module, "usable_memory_bytes", lambda device: 10**6)
     lines: list[str] = []
     training = {"epochs": 3, "batch_size": 4, "cache": "off", "steps": None}
-    plan = {"target": None}
     run = aletheia.fine_tune(
         str(model_folder), str(data_file), tmp_path / "run", plan=plan, training=training, say=lines.append
     )
     assert not run.plan.early_layers
     told = next(line for line in lines if "do not learn" in line)
-    assert "every layer is predicted to take 1.2 GB to train, more than 0.0 GB" in told
+    assert f"do not learn{unlike}: every layer is predicted to take 1.2 GB to train, more than 0.0 GB" in told
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_memory": "8GB"}])
+def test_a_prefix_that_is_to_leave_memory_does_not_learn_first(limit, data_file, model_folder, tmp_path):
+    lines: list[str] = []
+    training = {"epochs": 3, "batch_size": 4, "free_prefix": True}
+    model = {"model": str(model_folder), **limit}
+    run = aletheia.fine_tune(model, str(data_file), tmp_path / "run", training=training, say=lines.append)
+    assert not run.plan.early_layers
+    assert f"note: layers below {run.plan.boundary} do not learn: `free_prefix` drops them from memory" in lines
+    assert run.metrics.cache_reason == "filled before the first step"
+
+
+def test_a_model_that_turns_out_too_large_is_streamed_whatever_the_target(
+    monkeypatch, data_file, model_folder, tmp_path
+):
+    monkeypatch.setattr(source_module, "RESIDENT_SHARE", 0.0)
+    lines: list[str] = []
+    training = {"steps": 2, "batch_size": 2, "evaluations": 1}
+    run = aletheia.fine_tune(
+        str(model_folder), str(data_file), tmp_path / "run", {"target": "balanced"}, training, say=lines.append
+    )
+    assert not run.plan.early_layers
+    assert any("do not learn, unlike `target` balanced says" in line for line in lines)
 
 
 TAKES = {"off": 9 * 10**9, "selective": 8 * 10**9, "full": 10**9}

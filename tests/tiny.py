@@ -77,7 +77,7 @@ def make_config(family: str, layers: int = 4):
         case "gemma2":  # soft-capped logits, scaled embedding, every second layer sees a window
             soft_capping = {"final_logit_softcapping": 1.5, "attn_logit_softcapping": 5.0, "sliding_window": 16}
             return Gemma2Config(**COMMON, **soft_capping, num_hidden_layers=layers, num_key_value_heads=2, head_dim=8)
-        case "gemma3":
+        case "gemma3_text":
             window = {"sliding_window": 16, "sliding_window_pattern": 2}
             return Gemma3TextConfig(**COMMON, **window, num_hidden_layers=layers, num_key_value_heads=2, head_dim=8)
         case "granite":  # scales logits, attention, residuals and embedding
@@ -133,7 +133,7 @@ def without(name: str):
 
 FAMILIES = ("llama", "qwen2", "phi3", "gpt_neox", "gpt2")
 MORE_FAMILIES = (
-    *("qwen3", "mistral", "gemma2", "gemma3", "granite", "cohere", "olmo2", "olmo3", "stablelm", "falcon"),
+    *("qwen3", "mistral", "gemma2", "gemma3_text", "granite", "cohere", "olmo2", "olmo3", "stablelm", "falcon"),
     *("bloom", "gptj", "qwen3_moe"),
     *("mixtral", "qwen2_moe", "olmoe", "phimoe", "gpt_oss", "deepseek_v3"),
 )

@@ -135,7 +135,10 @@ def _of_folder(folder: Path) -> Kind | None:
         return "model"
     if (folder / ".lock").is_file() and (folder / "checkpoints").is_dir():
         return "stopped run"
-    return "rows" if any(_is_rows(entry) for entry in _first(folder.iterdir(), 1000)) else None
+    entries = list(_first(folder.iterdir(), 1000))
+    if any(entry.suffix in WEIGHTS for entry in entries):
+        return None  # a model that lacks a file, which its reader names
+    return "rows" if any(map(_is_rows, entries)) else None
 
 
 def _of_file(path: Path) -> Kind | None:

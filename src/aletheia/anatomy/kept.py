@@ -1,4 +1,4 @@
-"""What backward keeps of a layer besides inputs and outputs of matrices, measured on its norms and activations.
+"""What backward keeps of a layer besides inputs and outputs of matrices: by norms, activations and state spaces.
 
 Each kind of module runs once, on a few bfloat16 tokens on the meta device, and what autograd saves is counted. Nothing
 is computed, and the model does not change.
@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from aletheia.anatomy.schema import Kept
 
 NORM = re.compile(r"norm|^ln_", re.IGNORECASE)
 ACTIVATION = re.compile(r"act", re.IGNORECASE)
 TOKENS, WIDTH = 7, 16  # of a trial; activations take any width
+SCANNED_TOKENS = 64  # of a trial of a state space without a chunk size
 LIKE_LLAMA = (0.0, 1.0)  # elements in the model's dtype and in float32 that an RMSNorm in plain operations keeps
 DROPPED = 1.5  # elements per element of the residual stream that dropout keeps: result and a byte mask
 SOFT_CAPPED, SCALED = 3, 2  # copies of the logits where the model changes them after its head
@@ -33,10 +35,14 @@ def read_kept(text: Any, layers: nn.ModuleList, hidden_size: int, attention_widt
         is_plain: whether PEFT computes the adapters of some matrices by its own code.
     """
     known: dict[tuple[type, int], tuple[float, float]] = {}
-    own, wide = [], []
+    scanned: dict[type, tuple[float, float, float]] = {}
+    own, wide, largest = [], [], 0.0
     for layer in layers:
         found = [_norm(parent, name, norm, known, hidden_size, attention_width) for parent, name, norm in _norms(layer)]
         dropouts = sum(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
+        scans = [_scan(mixer, scanned, hidden_size) for mixer in _mixers(layer)]
+        found += [(in_half, in_float32) for in_half, in_float32, _ in scans]
+        largest = max((largest, *(most for _, _, most in scans)))
         own.append(sum(elements for elements, _ in found) + DROPPED * dropouts * hidden_size)
         wide.append(sum(elements for _, elements in found))
     activation = max((_saved(module, WIDTH) or (1.0, 0.0) for module in _activations(layers)), default=(1.0, 0.0))
@@ -45,6 +51,7 @@ def read_kept(text: Any, layers: nn.ModuleList, hidden_size: int, attention_widt
         wide_norms=tuple(wide),
         activation=max(0.0, activation[0] - 1),  # the input is the output of a matrix
         wide_activation=activation[1],
+        largest_state=largest,
         heads=_heads(text),
         square_copies=_square_copies(text),
         window=_positive(getattr(text, "sliding_window", None)),
@@ -95,24 +102,68 @@ def _activations(layers: nn.ModuleList) -> Iterator[nn.Module]:
 
 def _saved(module: nn.Module, width: int) -> tuple[float, float] | None:
     """Elements saved per input element: in bfloat16 and in float32; None if the module needs other arguments."""
-    kept: dict[int, torch.Tensor] = {}  # keeps them alive, so that no address is reused
+    saved = _trial(module, torch.empty(TOKENS, width, device="meta", dtype=torch.bfloat16))
+    if saved is None:
+        return None
+    kept = _by_storage(tensor for tensor in saved if tensor.ndim and tensor.shape[0] == TOKENS)
+    return _elements(kept, torch.bfloat16), _elements(kept, torch.float32)
+
+
+def _mixers(layer: nn.Module) -> Iterator[nn.Module]:
+    """The state-space modules of a layer: those with a convolution over the tokens."""
+    for module in layer.modules():
+        if any(isinstance(child, _ConvNd) for child in module.children()):
+            yield module
+
+
+def _scan(
+    mixer: nn.Module, known: dict[type, tuple[float, float, float]], hidden_size: int
+) -> tuple[float, float, float]:
+    """Elements that a state space keeps for a token in the model's dtype and in float32; and of its largest tensor."""
+    if type(mixer) not in known:
+        known[type(mixer)] = _scanned(mixer, hidden_size)
+    return known[type(mixer)]
+
+
+def _scanned(mixer: nn.Module, width: int) -> tuple[float, float, float]:
+    """As :func:`_scan`, by a trial; zeros if the module needs more than hidden states."""
+    tokens = getattr(mixer, "chunk_size", SCANNED_TOKENS)
+    saved = _trial(mixer, torch.empty(1, tokens, width, device="meta", dtype=torch.bfloat16))
+    kept = [] if saved is None else _by_storage(saved)
+    own, wide = (
+        [tensor.untyped_storage().nbytes() / dtype.itemsize / tokens for tensor in kept if tensor.dtype == dtype]
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    return sum(own), sum(wide), max(wide, default=0.0)
+
+
+def _trial(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor] | None:
+    """The tensors that autograd saves in a forward pass on the meta device, without weights; None if it fails."""
+    saved: list[torch.Tensor] = []  # keeps them alive, so that no address is reused
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.ndim and tensor.shape[0] == TOKENS:
-            kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        saved.append(tensor)
         return tensor
 
     tensors = {
         name: value.detach().to("meta", torch.bfloat16)
         for name, value in (*module.named_parameters(), *module.named_buffers())
     }
-    x = torch.empty(TOKENS, width, device="meta", dtype=torch.bfloat16, requires_grad=True)
     try:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            torch.func.functional_call(module, tensors, (x,))
+            torch.func.functional_call(module, tensors, (x.requires_grad_(True),))
     except Exception:  # it needs more arguments, or another shape
         return None
-    return _elements(kept.values(), torch.bfloat16), _elements(kept.values(), torch.float32)
+    weights = {value.untyped_storage()._cdata for value in tensors.values()}
+    return [tensor for tensor in saved if tensor.untyped_storage()._cdata not in weights]
+
+
+def _by_storage(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """The first tensor of each storage."""
+    found: dict[int, torch.Tensor] = {}
+    for tensor in tensors:
+        found.setdefault(tensor.untyped_storage()._cdata, tensor)
+    return list(found.values())
 
 
 def _elements(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> float:

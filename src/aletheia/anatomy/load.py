@@ -24,6 +24,7 @@ from aletheia.anatomy import foreign
 from aletheia.anatomy.families import EXPECTED, model_class
 from aletheia.anatomy.faults import NEEDS_CODE, explained, first_sentence
 from aletheia.anatomy.foreign_tokenizer import check_tokenizer
+from aletheia.anatomy.quantized import check_quantized, names_to_skip
 from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import Anatomy
 from aletheia.anatomy.settings import Attention
@@ -203,14 +204,15 @@ def load(
         dtype: ``auto`` (see :func:`pick_dtype`), ``bfloat16``, ``float16`` or ``float32``.
         device: a torch device; by default the best available one.
         quantize: quantize the matrices of the layers with bitsandbytes: ``nf4``, double quantization included
-            [QLoRA, arXiv:2305.14314], or ``int8``; products are computed in ``dtype``.
+            [QLoRA, arXiv:2305.14314], or ``int8``; products are computed in ``dtype``. Experts, and weights that a
+            layer may read itself, stay in ``dtype``.
         attention: how attention is computed; by default transformers' choice.
         trust_remote_code: run code that comes with the model, without asking.
         allow_pickle: read weights from ``.bin`` and other pickles, with torch's ``weights_only``.
 
     Raises:
-        ModelError: MODEL cannot be found or read, is an adapter, needs what is not allowed, or a setting is unknown or
-            cannot be had.
+        ModelError: MODEL cannot be found or read, is an adapter, or needs what is not allowed; or a setting is unknown
+            or cannot be met, such as ``quantize`` for a model none of whose layers bitsandbytes can quantize.
     """
     target = torch.device(device) if device else pick_device()
     chosen = pick(dtype, target)
@@ -220,6 +222,9 @@ def load(
     config = load_config(name, trust_remote_code)
     family = model_class(name, config)
     _check_weights(name, config, trust_remote_code, allow_pickle)
+    if quantize is not None:
+        apart = names_to_skip(_on_meta(name, copy.deepcopy(config), trust_remote_code))
+        settings["quantization_config"].llm_int8_skip_modules = apart
     if quantize is not None or hasattr(config, "quantization_config"):
         settings["device_map"] = {"": target}  # quantized weights cannot be moved
     place = _place(name)
@@ -231,6 +236,8 @@ def load(
             model = model.to(target)
     _check_complete(name, loading)
     check_packed(name, model)
+    if quantize is not None:
+        check_quantized(name, model, quantize)
     keep_gradients(model)
     if "gguf_file" in place:
         _forget_gguf(model)

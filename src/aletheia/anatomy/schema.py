@@ -95,10 +95,11 @@ class Kept(BaseModel):
     """What backward keeps besides the inputs and outputs of matrices, to predict the memory of training.
 
     Attributes:
-        norms: per layer, elements that its norms keep for a token, in the model's dtype.
+        norms: per layer, elements that its norms and state spaces keep for a token, in the model's dtype.
         wide_norms: the same in float32.
         activation: elements that an MLP's activation keeps besides its input, per element of its output.
         wide_activation: the same in float32.
+        largest_state: elements for a token of the largest float32 tensor that a state space keeps.
         heads: number of attention heads.
         square_copies: how many scores attention keeps per pair of tokens and head; 0 except for ``eager``.
         window: tokens that some layers see, if not all; 0 without a window.
@@ -111,6 +112,7 @@ class Kept(BaseModel):
     wide_norms: tuple[float, ...]
     activation: float = 0.0
     wide_activation: float = 0.0
+    largest_state: float = 0.0
     heads: int = 0
     square_copies: int = 0
     window: int = 0

@@ -41,7 +41,7 @@ def refused(
         kinds.setdefault((INDEX.sub("*", name), type(module)), []).append(name)
     for name, (owner, _) in stacks.items():
         kinds.setdefault((INDEX.sub("*", name), type(owner)), []).append(name)
-    found = dict.fromkeys(_read_past(model, matrices), PAST)
+    found = dict.fromkeys(read_past(model, matrices), PAST)
     tried = [names[0] for names in kinds.values()]
     if _reason(model, tried, matrices, stacks) is None:
         return found
@@ -51,8 +51,8 @@ def refused(
     return found
 
 
-def _read_past(model: nn.Module, matrices: Mapping[str, nn.Module]) -> list[str]:
-    """The matrices whose weight the module that holds them reads itself."""
+def read_past(model: nn.Module, matrices: Mapping[str, nn.Module]) -> list[str]:
+    """The matrices whose weight is read by the module that holds them."""
     found = []
     for name in matrices:
         path, _, own_name = name.rpartition(".")

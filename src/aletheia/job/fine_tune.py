@@ -297,6 +297,7 @@ class Job:
     def _make_plan(self, scores: Scores, base: Source, data: Examples) -> Plan:
         """What fits in memory, with lower layers that learn at first where those do, too."""
         settings, is_streamed = self.settings, isinstance(base, Checkpoint)
+        upper_alone = is_streamed or settings.training.free_prefix
         asked: dict[str, Any] = {"epochs": self._passes(data), "seed": settings.training.seed}
         asked |= {name: getattr(settings.plan, name) for name in settings.plan.model_fields_set if name != "file"}
         choice = PlanSettings(**asked)
@@ -304,11 +305,14 @@ class Job:
         bounded = is_streamed or room.max_memory is not None
         step = room.fitting(step, partial(every_layer_bytes, scores, choice))
         obstacle = room.why_no_early_layers(every_layer_bytes(scores, choice, step), is_streamed)
-        if obstacle and choice.freeze_after is None and (is_streamed or not bounded):
+        if upper_alone and not is_streamed:
+            obstacle = "`free_prefix` drops them from memory"
+        if obstacle and choice.freeze_after is None and (upper_alone or not bounded):
             choice = choice.model_copy(update={"freeze_after": 0.0, "target": None})
         made = make_plan(scores, choice, max_memory=room.usable_bytes if bounded else None, step=step)
         if obstacle and settings.plan.freeze_after is None and made.settings.policy == "depth-aware":
-            self.say(f"note: layers below {made.boundary} do not learn: {obstacle}")
+            unlike = f", unlike `target` {settings.plan.target} says" if settings.plan.target else ""
+            self.say(f"note: layers below {made.boundary} do not learn{unlike}: {obstacle}")
         return made
 
     def recompute(self, ready: Ready) -> Recompute:

@@ -70,22 +70,38 @@ class JobSettings(Settings):
                 f"{self.model.quantize}, expected nf4"
             )
         if self.model.stream:
+            self._check_no_target("where the model is streamed")
             self.check_streamed()
+        elif self.training.free_prefix:
+            self._check_no_target("with `free_prefix`")
+            self._check_upper_layers_alone("with `free_prefix`")
 
     def check_streamed(self) -> None:
         """Refuse what a streamed model cannot do, before anything is read.
+
+        A target is not refused here: where the model turns out to be too large, a note says what is not done.
 
         Raises:
             SettingsError: the setting that cannot be.
         """
         streamed = "where the model is streamed"
-        if self.plan.freeze_after:
-            raise SettingsError(
-                f"`freeze_after` is {self.plan.freeze_after:g}; expected 0 {streamed}: lower layers are not in memory"
-            )
+        self._check_upper_layers_alone(streamed)
         if self.training.cache not in ("auto", "disk"):
             raise SettingsError(
                 f"`cache` is {self.training.cache}; expected auto or disk {streamed}: its prefix is computed once"
+            )
+
+    def _check_upper_layers_alone(self, where: str) -> None:
+        if self.plan.freeze_after:
+            raise SettingsError(
+                f"`freeze_after` is {self.plan.freeze_after:g}; expected 0 {where}: lower layers are not in memory"
+            )
+
+    def _check_no_target(self, where: str) -> None:
+        if self.plan.target is not None:
+            raise SettingsError(
+                f"`target` is {self.plan.target}; expected none {where}: in every target the lower layers learn, too, "
+                "and they are not in memory; `policy` and `percent` choose upper layers"
             )
 
     def sections(self) -> dict[str, dict[str, Any]]:

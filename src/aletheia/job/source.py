@@ -8,6 +8,7 @@ from aletheia.anatomy.access import stop_ids_of, text_config
 from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.anatomy.device_memory import usable_memory_bytes
 from aletheia.anatomy.load import Loaded, load, pick, pick_device
+from aletheia.anatomy.quantized import unquantized_note
 from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import Anatomy
 from aletheia.anatomy.settings import LoadSettings
@@ -182,6 +183,8 @@ def load_for(how: LoadSettings, rows: Rows, data: DataSettings, say: Say = to_st
         say(NOTE + changed)
     check_passes(base.model, examples)
     note_unusual(read_anatomy(base.model), say)
+    if base.quantize is not None and (unquantized := unquantized_note(base.model)):
+        say(NOTE + unquantized)
     if folder is not None:
         base = replace(base, model=merge_adapter(base.model, folder, how.allow_pickle))
         into = base_settings(how, folder).model

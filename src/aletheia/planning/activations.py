@@ -23,6 +23,7 @@ MOST_SCORES_KEPT = 2**16  # of a head, by attention on a processor: aletheia.exe
 LOSS_ROWS = {True: 4096, False: 32}  # of logits in float32 at once, on a GPU or not: aletheia.execution.lean
 HALF_LOSS_BYTES = 12  # of a float16 logit: it, its logarithm and its gradient in float32
 SCANNED = 2  # inputs and outputs of a layer without attention: states along the tokens, not counted one by one
+STATE_GRADIENTS = 3  # of the largest tensor of a state space, at once in backward
 SLACK = 1.05  # small tensors that are not counted, and what an allocator rounds up
 
 
@@ -140,6 +141,7 @@ class LayerWork:
             gradients *= PLAIN_HALF
         if self.kept.square_copies and self.has_attention:
             gradients += SQUARE_WORK_BYTES * self.kept.heads * self.step.row_tokens
+        gradients += STATE_GRADIENTS * FLOAT32_BYTES * self.kept.largest_state
         again = {"off": 0.0, "selective": self.everything_bytes - self.products_bytes, "full": self.everything_bytes}
         return self.step.tokens * gradients + max(0.0, again[self.step.recompute])
 

@@ -5,6 +5,7 @@ A step must depend only on its rows, a position only on the tokens up to it, and
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import get_args
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from aletheia.anatomy.layerwise import (
     hidden_states,
     with_hidden_states,
 )
-from aletheia.anatomy.load import quantization_of
+from aletheia.anatomy.load import Quantize, quantization_of
 from aletheia.anatomy.modes import in_mode
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import on_device_of
@@ -38,9 +39,9 @@ def check_passes(model: nn.Module, data: Examples) -> None:
     """Refuse a model that cannot be trained as it is, by five short passes over the start of a row.
 
     Raises:
-        ModelError: it does not run on text alone, runs its layers more than once or in another order, keeps state from
-            one pass to the next, changes its weights while it runs, or lets positions see the tokens after them; the
-            message says which and names the place.
+        ModelError: the model fails on text alone, or because it is quantized; or it runs its layers more than once or
+            in another order, keeps state from one pass to the next, changes its weights, or lets positions see later
+            tokens. The message says which, and names the place.
     """
     name = str(getattr(model.config, "_name_or_path", "")) or type(model).__name__
     row = max((example.input_ids for example in data.examples), key=len)[:TOKENS]
@@ -126,6 +127,9 @@ def _differ(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
 
 
 def _explained(name: str, model: nn.Module) -> AbstractContextManager[None]:
+    if (quantized := quantization_of(model)) in get_args(Quantize):
+        remedy = "expected layers that compute with such weights; choose another `quantize`, or leave it out"
+        return explained_pass(f"{name} does not run in {quantized}", remedy)
     kind = f"a vision-language model ({model.config.model_type}), " if is_wrapper(base_of(model).config) else ""
     remedy = "expected a decoder that takes input_ids, attention_mask and labels"
     return explained_pass(f"{name} is {kind}not to be trained on text alone", remedy)

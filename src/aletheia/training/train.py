@@ -269,7 +269,7 @@ class Job:
     def _trainer(self) -> tuple[RowTrainer, Attachment]:
         settings, model, plan = self.settings, self.model, self.plan
         steps = self.steps
-        if plan.early_steps(steps) and self.prepared.prefix is not None:
+        if plan.early_steps(steps) and (self.prepared.prefix is not None or settings.free_prefix):
             raise TrainingError(
                 f"the plan adapts layers {layer_ranges(plan.early_layers)} at first, which are not in memory; "
                 "expected a plan made with `freeze_after` 0"
@@ -300,7 +300,7 @@ class Job:
         )
         prefix, free = self.prepared.prefix, self.prepared.prefix is not None
         decision = None
-        if prefix is None and settings.free_prefix and not plan.early_steps(steps):
+        if prefix is None and settings.free_prefix:
             prefix, decision = self._filled(steps, trainer, attached)
             free = prefix is not None
         attachment = Attachment(trainer, plan, attached, self.say, settings.recompute, prefix, free, decision)
