@@ -80,7 +80,7 @@ def probe_streamed(
     if (least := peak_bytes(checkpoint, used, ahead=False)) > free:
         raise ProbeError(
             f"the streamed probe needs {least / 1e9:.1f} GB for one layer and its activations, but may use only "
-            f"{free / 1e9:.1f} GB; take fewer or shorter rows per batch, or `dtype` bfloat16"
+            f"{max(free, 0) / 1e9:.1f} GB; take fewer or shorter rows per batch, or `dtype` bfloat16"
         )
     if adds_router_loss(checkpoint.model):
         raise ProbeError(
