@@ -119,7 +119,7 @@ def test_a_child_that_dies_or_is_not_waited_for_leaves_nothing():
         yield 1
 
     before = children()
-    with pytest.raises(DataError, match="work ended the process"):
+    with pytest.raises(DataError, match="work ended its process"):
         list(contained(dies, "work"))
     results = contained(lambda pulse: iter(int, 1), "work")
     next(results)
@@ -153,7 +153,7 @@ def test_a_template_is_read_from_each_kind_of_file(tmp_path):
     ("name", "content", "said"),
     [
         ("a.jinja", b" \n", "no chat template in it"),
-        ("a.jinja", b"\xff", "no UTF-8"),
+        ("a.jinja", b"\xff", "not UTF-8"),
         ("a.jinja", b"x" * 1_000_001, "1.0 million characters"),
         ("a.json", b"{", "invalid JSON"),
         ("a.json", b"[]", "no chat template in it"),

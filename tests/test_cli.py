@@ -49,7 +49,7 @@ def test_weights_too_large_are_streamed(run, model_folder, data_file, monkeypatc
     code, _, err = run("probe", model_folder, "--data", data_file, "--out", "s.json", "--max-memory", "10kB")
     assert code != 0
     assert "layer by layer" in err
-    assert "for one layer and its work" in err
+    assert "for one layer and its activations" in err
 
 
 def test_a_plan_has_to_fit_in_memory(run, model_folder, data_file, scores_file):
@@ -278,7 +278,7 @@ BAD = {
     ),
     "streamed and quantized": (
         ("train", "{model}", "--data", "{data}", "--out", "r", "--stream", "--quantize", "nf4"),
-        "expected a checkpoint that is quantized",
+        "give a model that is stored quantized",
     ),
     "streamed without a cache": (
         ("train", "{model}", "--data", "{data}", "--out", "r", "--stream", "--cache", "off"),

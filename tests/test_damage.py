@@ -323,7 +323,7 @@ def test_a_plan_edited_by_hand_is_taken_once_its_seal_is_out(run, copy, model_fo
     place = copy / "plan.json"
     text = place.read_text().replace('"rslora": false', '"rslora": true')
     place.write_text(text)
-    with pytest.raises(ArtifactError, match="to keep what you edited by hand, take out the line of its sha256"):
+    with pytest.raises(ArtifactError, match="to keep your edits, delete its sha256 line"):
         Plan.read(place)
     place.write_text("".join(line for line in text.splitlines(keepends=True) if not line.startswith(' "sha256"')))
     assert Plan.read(place).settings.rslora

@@ -239,7 +239,7 @@ def test_paths_that_are_no_file(tmp_path, monkeypatch):
     refused(tmp_path / "absent.jsonl", "absent.jsonl: found no such file", "check the path")
     refused(tmp_path, f"{tmp_path}: found nothing to read, expected data files (.jsonl", "check the folder")
     os.mkfifo(tmp_path / "pipe.jsonl")
-    refused(tmp_path / "pipe.jsonl", "found no regular file", "on disk")
+    refused(tmp_path / "pipe.jsonl", "found a device or a pipe", "on disk")
     source = write_jsonl(tmp_path, {"text": "a"})
 
     def denied(path):
@@ -388,7 +388,7 @@ def test_any_failure_of_the_hub_is_one_line(monkeypatch):
         raise ValueError("Config name is missing.\nPlease pick one among:\n" + "x" * 5000)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    refused("gsm8k", "no file gsm8k and no data set of that name could be loaded: Config name is missing.", "give a")
+    refused("gsm8k", "no file gsm8k, and no data set of that name could be loaded: Config name is missing.", "give a")
 
 
 def test_offline_is_answered_at_once(monkeypatch):
@@ -396,8 +396,8 @@ def test_offline_is_answered_at_once(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr("aletheia.data.hub.getproxies", dict)
     started = time.monotonic()
-    refused("owner/absent", "no file owner/absent and no data set of that name could be loaded", "give a .jsonl")
-    refused("some/where/rows", "no name of a hub data set")
+    refused("owner/absent", "no file owner/absent, and no data set of that name could be loaded", "give a .jsonl")
+    refused("some/where/rows", "not the name of a hub data set")
     with pytest.raises(DataError, match="no file xxx"):
         load_rows("x" * 300)  # too long for a file name
     assert time.monotonic() - started < 5
@@ -479,7 +479,7 @@ def test_a_template_without_a_recognisable_completion_is_refused(tmp_path):
     source = write_jsonl(tmp_path, {"question": "q", "answer": "a"})
     with pytest.raises(DataError) as caught:
         load_data(source, make_tokenizer(template))
-    one_clear_line(caught, "rows.jsonl:1: found a chat template that rewrites", "use another with `chat_template`")
+    one_clear_line(caught, "rows.jsonl:1: found a chat template that rewrites", "give another as `chat_template`")
 
 
 @pytest.mark.parametrize(
@@ -577,7 +577,7 @@ def test_emptied_rows_are_an_error_that_says_how_many_tokens_are_needed(plain_ro
     with pytest.raises(DataError) as caught:
         encode(plain_rows, tokenizer, max_length=8)
     one_clear_line(
-        caught, "rows.jsonl:2: ", "the first of 2 row(s), of 3,", "`max_length=8`; expected at least 9 for it",
+        caught, "rows.jsonl:2: ", "the first of 2 rows, of 3,", "`max_length=8`; expected at least 9 for it",
         "raise `max_length` or give `skip_unusable=True`",
     )  # fmt: skip
     assert len(encode(plain_rows, tokenizer, max_length=9, skip_unusable=True)) == 2  # 9 are enough for row 2
@@ -589,7 +589,7 @@ def test_emptied_rows_are_dropped_and_counted_on_request(plain_rows):
     assert (len(examples), examples.skipped, examples.truncated) == (1, 2, 0)
     with pytest.raises(DataError) as caught:
         encode(plain_rows, tokenizer, max_length=3, skip_unusable=True)
-    message = one_clear_line(caught, "the first of 3 row(s), of 3,", "at least 5", "raise `max_length`")
+    message = one_clear_line(caught, "the first of 3 rows, of 3,", "at least 5", "raise `max_length`")
     assert "skip_unusable" not in message
 
 
@@ -621,7 +621,7 @@ def test_a_row_with_nothing_to_predict_at_any_length(tmp_path):
     rows = load_rows(write_jsonl(tmp_path, {"text": "ab"}, {"text": "a"}))
     with pytest.raises(DataError) as caught:
         encode(rows, make_tokenizer(None, eos=False))
-    one_clear_line(caught, "rows.jsonl:2: ", "1 row(s), of 2", "none at any length; remove such rows or give")
+    one_clear_line(caught, "rows.jsonl:2: ", "1 row, of 2", "none at any length; remove such rows or give")
 
 
 @pytest.mark.parametrize("max_length", [1, 0, -5])
@@ -687,7 +687,7 @@ def test_the_split_is_disjoint_seeded_and_in_order(fraction, max_rows, held):
         (9, 1.0, 5, "fraction 1.0"),
         (9, float("nan"), 5, "fraction nan"),
         (9, 0.5, 0, "limit of 0 held-out rows"),
-        (1, 0.5, 5, "found 1 usable row(s), expected at least 2"),
+        (1, 0.5, 5, "found 1 usable row, expected at least 2"),
     ],
 )
 def test_impossible_splits(rows, fraction, max_rows, part):

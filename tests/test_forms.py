@@ -56,7 +56,7 @@ def test_pairs_of_columns_are_a_question_and_its_answer(tmp_path, names):
 def test_the_context_of_a_question_is_used_and_said(tmp_path):
     rows = loaded(tmp_path, {"question": "q", "answer": "a", "context": "Once."})
     assert rows.rows[0].messages[0]["content"] == "Once.\n\nq"
-    assert "the column 'context' stands in front of the question (1 row" in rows.notes[0]
+    assert "the column 'context' is put before the question (1 row" in rows.notes[0]
     assert first(tmp_path, {"instruction": "q", "response": "a", "context": "c"}).messages[0]["content"] == "q\n\nc"
 
 
@@ -149,7 +149,7 @@ MEDIA = [
 
 @pytest.mark.parametrize("row", MEDIA)
 def test_an_image_a_sound_or_a_video_beside_the_text_is_refused_by_name(tmp_path, row):
-    with pytest.raises(DataError, match=r"rows.jsonl:1: found '\w+' in .*, expected text alone"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: found '\w+' in .*, expected only text"):
         loaded(tmp_path, row)
     empty = {"prompt": "p", "completion": "c", "image": None, "images": []}
     assert "not used" in loaded(tmp_path, empty).notes[0]
@@ -158,11 +158,11 @@ def test_an_image_a_sound_or_a_video_beside_the_text_is_refused_by_name(tmp_path
 @pytest.mark.parametrize("name", ["label", "kto_tag"])
 def test_answers_that_are_rated_as_bad_are_not_learned(tmp_path, name):
     good, bad = ({"messages": list(PAIR), name: value} for value in (True, False))
-    with pytest.raises(DataError, match=rf"rows.jsonl:2: found '{name}' false, an answer of a preference data set"):
+    with pytest.raises(DataError, match=rf"rows.jsonl:2: found '{name}' false, an answer rated as bad"):
         loaded(tmp_path, good, bad)
     rows = loaded(tmp_path, good, bad, {"messages": []}, skip_unusable=True)
     assert rows.left_out.pop("no messages") == 1
-    assert rows.left_out == {"an answer that is rated as a bad one": 1}
+    assert rows.left_out == {"an answer rated as bad": 1}
     assert len(rows.rows) == 1
     assert rows.notes == ()
     assert len(loaded(tmp_path, {"messages": list(PAIR), name: 0}).rows) == 1  # a class, not a rating

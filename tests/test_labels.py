@@ -105,7 +105,7 @@ TEMPLATES: dict[str, tuple[str | None, str, str | None, bool]] = {
         each("{{ '<|' + m.role + '|>' + m.content + '<|end|>' }}", "<|assistant|>"), "<|endoftext|>", None, False,
     ),
     "none": (None, "</s>", "<s>", True),
-    "system of its own": (
+    "own system turn": (
         "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\nYou are helpful.<|im_end|>\n' }}{% endif %}"
         + CHATML,
         "<|im_end|>", None, False,
@@ -304,7 +304,7 @@ def test_an_end_or_begin_token_that_the_text_holds_already_stands_once(tmp_path)
     tokenizer = made_tokenizer(CHATML, "<|im_end|>")
     examples = encoded(tmp_path, tokenizer, {"question": "q", "answer": "a<|im_end|>"})
     assert learned(examples[0], tokenizer) == "a<|im_end|>"
-    assert any("special tokens stand in the text, such as '<|im_end|>'" in note for note in examples.notes)
+    assert any("the text contains special tokens, such as '<|im_end|>'" in note for note in examples.notes)
     tokenizer = made_tokenizer(None, "</s>", "<s>", adds_bos=True)
     for text in ("<s>a</s>", "a", "<s>a", "a</s>\n"):
         example = encoded(tmp_path, tokenizer, {"text": text})[0]
@@ -337,14 +337,14 @@ def test_a_thought_that_the_template_adds_is_named(tmp_path):
     tokenizer = made_tokenizer(TEMPLATES["empty thought"][0], "<|im_end|>")
     examples = encoded(tmp_path, tokenizer, FORMS["messages"][0])
     assert learned(examples[0], tokenizer) == "Ann did.<|im_end|><think>\n\n</think>\n\nAt noon.<|im_end|>"
-    assert any("puts '<think>\\n\\n</think>' in front of answers" in note for note in examples.notes)
+    assert any("puts '<think>\\n\\n</think>' before answers" in note for note in examples.notes)
 
 
 def test_a_system_turn_of_the_template_is_named_where_the_row_has_none(tmp_path):
-    tokenizer = made_tokenizer(TEMPLATES["system of its own"][0], "<|im_end|>")
+    tokenizer = made_tokenizer(TEMPLATES["own system turn"][0], "<|im_end|>")
     examples = encoded(tmp_path, tokenizer, FORMS["pair"][0], FORMS["pair"][0])
     (note,) = examples.notes
-    assert "adds a system turn of its own where there is none: 'You are helpful.' (2 rows, " in note
+    assert "adds its own system turn where there is none: 'You are helpful.' (2 rows, " in note
     assert encoded(tmp_path, tokenizer, FORMS["messages"][0]).notes == ()
 
 
@@ -359,7 +359,7 @@ def test_a_system_turn_that_the_template_refuses_or_drops_goes_in_front_of_the_f
     examples = encoded(tmp_path, tokenizer, FORMS["messages"][0])
     assert tokenizer.decode(examples[0].input_ids).startswith("<|user|>Be kind.\n\nWho?</s><|assistant|>Ann did.</s>")
     assert learned(examples[0], tokenizer) == "Ann did.</s>At noon.</s>"
-    assert ["system turns are put in front" in note for note in examples.notes] == [True]
+    assert ["system turns are put before" in note for note in examples.notes] == [True]
 
 
 def test_roles_that_follow_each_other_and_are_refused_are_named(tmp_path):
@@ -494,7 +494,7 @@ def test_thoughts_are_not_doubled(tmp_path, opening):
     text = tokenizer.decode(examples[0].input_ids)
     assert text.rstrip().endswith("assistant\n<think>\nsunny\n</think>\n\nyes<|im_end|>")
     assert learned(examples[0], tokenizer).endswith("sunny\n</think>\n\nyes<|im_end|>")
-    assert not any("in front of answers" in note for note in examples.notes)
+    assert not any("before answers" in note for note in examples.notes)
 
 
 def test_an_empty_thought_that_is_opened_in_another_way_is_named_as_learned(tmp_path):
@@ -503,7 +503,7 @@ def test_an_empty_thought_that_is_opened_in_another_way_is_named_as_learned(tmp_
     examples = encoded(tmp_path, tokenizer, {"prompt": "q", "completion": "yes"})
     assert learned(examples[0], tokenizer) == "</think>yes<|im_end|>"
     (note,) = examples.notes
-    assert "puts '</think>' in front of answers, which is learned" in note
+    assert "puts '</think>' before answers, which is learned" in note
 
 
 def test_an_earlier_answer_without_its_thoughts_carries_no_loss_however_they_are_given(tmp_path):
@@ -545,7 +545,7 @@ def test_a_date_that_the_template_writes_is_that_of_the_settings_and_said(tmp_pa
     tokenizer = made_tokenizer(before + CHATML, "<|im_end|>")
     examples = encoded(tmp_path, tokenizer, FORMS["pair"][0], template_date=date(2024, 2, 29))
     assert tokenizer.decode(examples[0].input_ids).startswith("Today is 29 Feb 2024<|end|>")
-    assert any("writes the date, '2024-02-29': `template_date` gives another" in note for note in examples.notes)
+    assert any("writes the date, '2024-02-29'; give another as `template_date`" in note for note in examples.notes)
     if_bare = "{% if messages[0].role != 'system' %}" + before + "{% endif %}"
     examples = encoded(tmp_path, made_tokenizer(if_bare + CHATML, "<|im_end|>"), FORMS["messages"][0])
     assert not any("writes the date" in note for note in examples.notes)
@@ -565,12 +565,12 @@ PREAMBLE = (
 def test_text_of_the_template_in_front_of_the_first_turn_is_named_with_and_without_a_system_turn(tmp_path):
     tokenizer = made_tokenizer(PREAMBLE, "<|end|>", "<s>", adds_bos=True)
     (note,) = encoded(tmp_path, tokenizer, FORMS["pair"][0]).notes
-    assert "adds a system turn of its own where there is none: 'You know much until 2023.'" in note
+    assert "adds its own system turn where there is none: 'You know much until 2023.'" in note
     (note,) = encoded(tmp_path, tokenizer, FORMS["messages"][0]).notes
-    assert "adds text of its own to system turns: 'You know much until 2023.'" in note
+    assert "adds its own text to system turns: 'You know much until 2023.'" in note
     empty = "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\n<|im_end|>\n' }}{% endif %}" + CHATML
     (note,) = encoded(tmp_path, made_tokenizer(empty, "<|im_end|>"), FORMS["pair"][0]).notes
-    assert "of its own where there is none: '<|im_start|>system" in note
+    assert "its own system turn where there is none: '<|im_start|>system" in note
 
 
 @pytest.mark.parametrize("question", ["<|im_start|>user\nhi<|im_end|>\n", "<|im_start|>user\nhi<|im_end|>"])
@@ -596,8 +596,8 @@ def test_a_template_of_another_model_is_known_by_tokens_that_are_none_and_by_a_b
     template = CHATML.replace("<|im_start|>", "<|header|>")
     tokenizer = made_tokenizer(template, "<|im_end|>", "<s>", adds_bos=True)
     notes = "\n".join(encoded(tmp_path, tokenizer, FORMS["pair"][0]).notes)
-    assert "writes '<|header|>', which is no token of the tokenizer" in notes
-    assert "rows lack '<s>', which the tokenizer puts in front of text" in notes
+    assert "writes '<|header|>', which is not a token of the tokenizer" in notes
+    assert "rows lack '<s>', which the tokenizer puts before text" in notes
     own = encoded(tmp_path, made_tokenizer(CHATML, "<|im_end|>"), {"prompt": "<|x|>", "completion": "a"})
     assert own.notes == ()
 

@@ -72,29 +72,29 @@ def test_3_and_4_a_file_of_another_kind(refuse):
     for command, line in {
         "plan train.jsonl --out p.json": "train.jsonl holds rows of data; expected a scores file; to make them: "
         "aletheia probe MODEL --data train.jsonl --out scores.json",
-        "plan plan.json --out p.json": "plan.json is a plan; expected a scores file; to follow it: aletheia train "
+        "plan plan.json --out p.json": "plan.json is a plan; expected a scores file; to train by it: aletheia train "
         "MODEL --data ROWS --plan plan.json --out RUN",
-        "plan done --out p.json": "done is a run folder; expected a scores file; those of the run are done/scores.json",
+        "plan done --out p.json": "done is a run folder; expected a scores file; the run's scores are done/scores.json",
         "plan model --out p.json": "model holds a model; expected a scores file; to make them: aletheia probe model "
         "--data ROWS --out scores.json",
         "train model --data train.jsonl --out run --plan scores.json": "scores.json holds scores; expected a plan "
         "file; to make one from these: aletheia plan scores.json --out plan.json",
         "train model --data train.jsonl --out run --plan train.jsonl": "train.jsonl holds rows of data; expected a "
         "plan file; give rows as --data",
-        "train model --data train.jsonl --out run --plan done": "done is a run folder; expected a plan file; that of "
-        "the run is done/plan.json",
-        "train model --data plan.json --out run": "plan.json is a plan; expected rows of data; to follow it: aletheia "
-        "train MODEL --data ROWS --plan plan.json --out RUN",
+        "train model --data train.jsonl --out run --plan done": "done is a run folder; expected a plan file; the "
+        "run's plan is done/plan.json",
+        "train model --data plan.json --out run": "plan.json is a plan; expected rows of data; to train by it: "
+        "aletheia train MODEL --data ROWS --plan plan.json --out RUN",
         "train model --data done --out run": "done is a run folder; expected rows of data; to see it: aletheia show "
         "done",
         "train model --data model --out run": "model holds a model; expected rows of data; to fine-tune it: aletheia "
         "train model --data ROWS --out RUN",
-        "train --config plan.json --out run": "plan.json is a plan; expected a YAML file of settings; to follow "
-        "it: aletheia train MODEL --data ROWS --plan plan.json --out RUN",
+        "train --config plan.json --out run": "plan.json is a plan; expected a YAML file of settings; to train "
+        "by it: aletheia train MODEL --data ROWS --plan plan.json --out RUN",
         "campaign run train.jsonl --out c": "train.jsonl holds rows of data; expected a YAML file that describes a "
-        "campaign; to learn from them: aletheia train MODEL --data train.jsonl --out RUN",
-        "train --config done --out run": "done is a run folder; expected a YAML file of settings; those of the run "
-        "are done/config.yaml",
+        "campaign; to train on them: aletheia train MODEL --data train.jsonl --out RUN",
+        "train --config done --out run": "done is a run folder; expected a YAML file of settings; the run's "
+        "settings are done/config.yaml",
     }.items():
         assert refuse(command) == line
 
@@ -123,7 +123,7 @@ def test_6_a_file_of_the_model_instead_of_its_folder(refuse):
             "folder, model"
         )
     line = refuse("train train.jsonl --data train.jsonl --out run")
-    assert line.endswith("to learn from them: aletheia train MODEL --data train.jsonl --out RUN")
+    assert line.endswith("to train on them: aletheia train MODEL --data train.jsonl --out RUN")
 
 
 def test_7_rows_in_a_form_that_is_not_read(refuse, tmp_path):
@@ -172,19 +172,19 @@ def test_9_the_run_folder_is_taken(refuse, run, tmp_path, model_folder):
 
 def test_10_a_path_of_another_kind_for_what_shows_and_measures(refuse, model_folder):
     for command, line in {
-        "report plan.json --out r.html": "plan.json is a plan; expected the folder of a finished run; to follow it: "
+        "report plan.json --out r.html": "plan.json is a plan; expected the folder of a finished run; to train by it: "
         "aletheia train MODEL --data ROWS --plan plan.json --out RUN",
         "report done/metrics.json --out r.html": "done/metrics.json holds the metrics of a run; expected the folder of "
         "a finished run; give its folder, done",
         "show train.jsonl": "train.jsonl holds rows of data; expected a scores file, a plan file, "
         "a run folder or an adapter folder; to "
-        "learn from them: aletheia train MODEL --data train.jsonl --out RUN",
+        "train on them: aletheia train MODEL --data train.jsonl --out RUN",
         "show nothing-there": "there is no nothing-there; expected a scores file, a plan file, a run folder "
         "or an adapter folder",
         "eval --out done": "done is a run folder; expected the folder of a finished evaluation; to see it: aletheia "
         "show done",
         "eval model --adapter plan.json --tasks mmlu --out X": "plan.json is a plan; expected a run folder or another "
-        "adapter folder; to follow it: aletheia train MODEL --data ROWS --plan plan.json --out RUN",
+        "adapter folder; to train by it: aletheia train MODEL --data ROWS --plan plan.json --out RUN",
         "eval done --out X": f"done is an adapter of the base model {model_folder}; expected the base as MODEL and the "
         f"adapter as an option: aletheia eval {model_folder} --adapter done ...",
     }.items():
@@ -206,9 +206,7 @@ def test_12_rows_that_teach_nothing(refuse, tmp_path):
     (tmp_path / "long.jsonl").write_text(rows(*[("what " * 100, "yes")] * 9))
     (tmp_path / "silent.jsonl").write_text(rows(*[("what", "")] * 9))
     line = refuse("train model --data long.jsonl --out run --max-length 64")
-    assert line.startswith(
-        "long.jsonl:1: found the first of 9 row(s), of 9, without a token to learn at --max-length 64"
-    )
+    assert line.startswith("long.jsonl:1: found the first of 9 rows, of 9, without a token to learn at --max-length 64")
     assert "raise --max-length" in line
     line = refuse("train model --data silent.jsonl --out run")
     assert line.startswith("silent.jsonl:1: found empty text in 'answer', expected text; fill in or remove the row")

@@ -525,7 +525,7 @@ def test_writing_replaces_a_plan_but_nothing_else(tmp_path):
     made = plan(make_scores([1.0]))
     made.write(made.write(tmp_path / "plan.json"))
     (tmp_path / "notes.json").write_text('{"mine": 1}')
-    with pytest.raises(ArtifactError, match="is no aletheia-plan file"):
+    with pytest.raises(ArtifactError, match="is not an aletheia-plan file"):
         made.write(tmp_path / "notes.json")
     assert (tmp_path / "notes.json").read_text() == '{"mine": 1}'
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

@@ -35,8 +35,8 @@ def test_overlap_counts_whole_rows_and_prompts_apart():
     found = overlap(train, held_out)
     assert found == Overlap(5, same=1, same_prompt=2)
     assert found.notes() == [
-        "1 of the 5 held-out rows also stands in the rows to learn from",
-        "2 more of the 5 held-out rows have the prompt of a row to learn from, with another answer",
+        "1 of the 5 held-out rows is also among the training rows",
+        "2 more of the 5 held-out rows have the prompt of a training row, with another answer",
     ]
     assert overlap(train, made(([6], [6]))).notes() == []
 
@@ -97,8 +97,8 @@ def test_a_run_says_what_is_duplicated_and_shared_once(model_folder, data_file, 
     notes = [line for line in said if "duplicates" in line or "held-out rows" in line]
     assert notes == [
         f"note: 3 of 15 rows are duplicates of an earlier one ({train})",
-        "note: 2 of the 3 held-out rows also stand in the rows to learn from",
-        "note: 1 more of the 3 held-out rows has the prompt of a row to learn from, with another answer",
+        "note: 2 of the 3 held-out rows are also among the training rows",
+        "note: 1 more of the 3 held-out rows has the prompt of a training row, with another answer",
     ]
 
 

@@ -95,7 +95,10 @@ def test_a_single_row_is_a_row_even_with_lists_in_it(tmp_path):
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        ('{"train": [{"text": "a"}], "test": [{"text": "b"}]}', ["lists of rows under 'train', 'test'", "of its own"]),
+        (
+            '{"train": [{"text": "a"}], "test": [{"text": "b"}]}',
+            ["lists of rows under 'train', 'test'", "a separate file"],
+        ),
         ('{"data": []}', ["rows.json:1: found no rows under 'data'"]),
         ('{\n"data": [{"text": "a"}, 3]}', ["rows.json row 2: found a number (3), expected an object"]),
         ('{\n"text": "a"\n}\n{\n"text": \n', ["rows.json:6: found invalid JSON", "correct the file at that line"]),
@@ -176,7 +179,7 @@ def test_a_folder_is_its_data_files_in_order(tmp_path):
     assert [row.messages[0]["content"] for row in rows.rows] == ["a.parquet", "b.jsonl", "c.json"]
     assert rows.identity.name == str(tmp_path)
     assert rows.notes == (
-        f"{tmp_path}: 3 files read (a.parquet, b.jsonl, c.json); of no format that is read: notes.txt",
+        f"{tmp_path}: 3 files read (a.parquet, b.jsonl, c.json); skipped (unknown format): notes.txt",
     )
 
 
@@ -205,10 +208,10 @@ def test_of_a_folder_of_splits_only_the_train_split_is_learned_from(tmp_path, la
     found = [row.messages[0]["content"].split()[0] for row in rows.rows]
     assert found == ["train"] * sum("train" in name or "mine" in name for name in LAYOUTS[layout])
     [note] = rows.notes
-    assert "; not part of it: " in note
+    assert "; left out: " in note
     assert f"({tmp_path}:test)" in note
     [of_test] = load_rows(f"{tmp_path}:test").notes
-    assert "not part of it" not in of_test
+    assert "left out" not in of_test
     assert {row.split()[0] for row in questions(f"{tmp_path}:test")} == {"held"}
     assert questions(f"{tmp_path}::test") == questions(f"{tmp_path}:test")
 
@@ -282,7 +285,7 @@ def test_patterns_are_expanded_in_order(tmp_path):
     assert questions(tmp_path / "train-[2-9].jsonl") == ["train-2"]
     assert questions(tmp_path / "**" / "train-?.jsonl") == ["train-4", "train-3", "train-1", "train-2"]
     [note] = load_rows(str(tmp_path / "train-*")).notes
-    assert note.endswith("2 files read (train-1.jsonl, train-2.jsonl); of no format that is read: train-0.txt")
+    assert note.endswith("2 files read (train-1.jsonl, train-2.jsonl); skipped (unknown format): train-0.txt")
 
 
 def test_a_pattern_reads_held_out_rows_only_where_it_names_them(tmp_path):
@@ -293,7 +296,7 @@ def test_a_pattern_reads_held_out_rows_only_where_it_names_them(tmp_path):
     assert questions(tmp_path / "*.jsonl") == ["0.jsonl", "my_train.jsonl"]
     [note] = load_rows(str(tmp_path / "*.jsonl")).notes
     assert note.endswith(
-        "2 files read (0.jsonl, my_train.jsonl); not part of it: dev-1.jsonl (validation), "
+        "2 files read (0.jsonl, my_train.jsonl); left out: dev-1.jsonl (validation), "
         "my_test.jsonl, test_sft-00000-of-00001.jsonl (test)"
     )
     assert questions(tmp_path / "in" / "**" / "*.jsonl") == ["in/train/0.jsonl"]
@@ -318,7 +321,7 @@ def test_patterns_follow_no_loops_and_find_no_hidden_names(tmp_path):
     assert questions(tmp_path / "**" / "*.jsonl") == ["q0?", "q1?", "q2?", "other?"]
     assert questions(tmp_path / ".*.jsonl") == ["other?"]
     for pattern in ("**a/*.jsonl", "***/x", "[/*\0"):
-        refused(tmp_path / pattern, "found no")
+        refused(tmp_path / pattern, "found ", "pattern")
 
 
 def test_a_pattern_without_a_match_names_what_is_near(tmp_path, monkeypatch):
@@ -337,7 +340,7 @@ def test_a_file_that_is_named_twice_is_read_once(tmp_path):
     for sources in ([one, tmp_path / "*.jsonl"], [tmp_path, one], [tmp_path / "link.jsonl", one, two, two]):
         rows = load_rows([str(source) for source in sources])
         assert len(rows.rows) == 4
-        assert any("named before and read once" in note for note in rows.notes)
+        assert any("named more than once, and read once" in note for note in rows.notes)
     assert load_rows([str(one), str(two)]).notes == ()
 
 
@@ -382,7 +385,7 @@ def test_a_saved_dict_has_splits(tmp_path):
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "dict")
     rows = load_rows(f"{tmp_path}/dict")
     assert len(rows.rows) == 3
-    assert rows.notes[0].endswith(f"1 file read (train); not part of it: test ({tmp_path}/dict:test)")
+    assert rows.notes[0].endswith(f"1 file read (train); left out: test ({tmp_path}/dict:test)")
     assert questions(f"{tmp_path}/dict:test") == ["other?"]
     refused(f"{tmp_path}/dict:dev", "found no split or folder of that name; expected one of test, train")
     assert find(f"{tmp_path}/dict/test").paths == (tmp_path / "dict" / "test",)

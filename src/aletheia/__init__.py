@@ -1,6 +1,6 @@
 """Fine-tune only the layers of a language model that the task needs.
 
-The job in five steps, objects passed along::
+A whole run, step by step::
 
     import aletheia
 
@@ -12,7 +12,7 @@ The job in five steps, objects passed along::
     run = aletheia.train(model, data, plan, out="run", held_out=held_out)
     aletheia.report([run], "report.html")
 
-Importing the package loads no torch; a name is imported when it is first used.
+Importing the package does not load torch; each name is imported on first use.
 """
 
 from importlib import import_module

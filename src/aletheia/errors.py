@@ -7,17 +7,17 @@
     ├── ProbeError      a probe that gave no usable scores (a non-finite gradient, no batch)
     ├── PlanError       a plan that cannot be made, or that belongs to another model
     ├── AdapterError    the adapted modules differ from the plan
-    ├── TrainingError   a run that cannot go on (a non-finite loss)
+    ├── TrainingError   a run that cannot continue (a non-finite loss)
     ├── EvaluationError an evaluation that cannot be run, resumed or compared
     ├── CacheError      a prefix cache that cannot be built, held or read
-    ├── StatisticsError values that no figure can be made from (none, a NaN, unequal numbers of them)
+    ├── StatisticsError values that allow no estimate or test (none, a NaN, unequal counts)
     ├── SandboxError    model-written programs that cannot be contained on this machine
-    ├── CampaignError   a campaign file that cannot be read, or a campaign that cannot go on
-    ├── ArtifactError   a file of ours that cannot be read, or an output that would overwrite something
-    └── Interrupted     a signal ended the run; has the exit code
+    ├── CampaignError   a campaign file that cannot be read, or a campaign that cannot continue
+    ├── ArtifactError   an Aletheia file that cannot be read, or an output that would overwrite something
+    └── Interrupted     a signal ended the run; carries the exit code
 
 Each message says what was found, what was expected and the remedy, in one line. The command line prints it
-after ``error:`` and exits with 2, after an interruption with its own code.
+after ``error:`` and exits with 2, or with the code of the signal after an interruption.
 """
 
 
@@ -26,7 +26,7 @@ class AletheiaError(Exception):
 
 
 class SettingsError(AletheiaError):
-    """A setting is out of range, unknown, or contradicts another; its names stand in backticks."""
+    """A setting is out of range, unknown, or contradicts another; the message puts the names in backticks."""
 
 
 class ModelError(AletheiaError):
@@ -50,7 +50,7 @@ class AdapterError(AletheiaError):
 
 
 class TrainingError(AletheiaError):
-    """The run cannot go on."""
+    """The run cannot continue."""
 
 
 class EvaluationError(AletheiaError):
@@ -70,17 +70,17 @@ class SandboxError(AletheiaError):
 
 
 class CampaignError(AletheiaError):
-    """The campaign file is not as expected, or the campaign cannot go on."""
+    """The campaign file is not as expected, or the campaign cannot continue."""
 
 
 class ArtifactError(AletheiaError):
-    """One of our files cannot be read, or an output would overwrite something."""
+    """An Aletheia file cannot be read, or an output would overwrite something."""
 
 
 class Interrupted(AletheiaError):  # noqa: N818 - nothing went wrong
-    """SIGTERM or Ctrl-C ended the run before it was done; ``exit_code`` is 128 and the signal's number."""
+    """SIGTERM or Ctrl-C ended the run before it was done; ``exit_code`` is 128 plus the signal's number."""
 
     def __init__(self, message: str, signum: int) -> None:
-        """``signum`` is the number of the signal that came."""
+        """``signum`` is the number of the signal received."""
         super().__init__(message)
         self.exit_code = 128 + signum

@@ -1,7 +1,7 @@
 """Versioned JSON artefacts (scores, plan, metrics): sealed, validated, and written atomically. Torch-free.
 
-A seal is the sha256 of all bytes of the file but its own 64 digits. It stands at the top level under the key
-``sha256``, before the content, so that a person can take out its line and the rest stays JSON.
+A seal is the sha256 of all bytes of the file except its own 64 digits. It is the top-level key ``sha256``, before the
+content, so a person can delete its line and the rest stays valid JSON.
 """
 
 import errno
@@ -24,18 +24,18 @@ from aletheia.errors import ArtifactError, SettingsError
 from aletheia.kinds import OF_FORMAT, mistaken, near
 
 SEAL = "sha256"
-_SEAL_LINE = re.compile(rb'^ "sha256": "([0-9a-f]{64})",?$', re.MULTILINE)  # nested keys stand further in
-DIGITS_SHOWN = 12  # of a hash, to people
+_SEAL_LINE = re.compile(rb'^ "sha256": "([0-9a-f]{64})",?$', re.MULTILINE)  # nested keys are indented further
+DIGITS_SHOWN = 12  # digits of a hash that people see
 TRACKED_PACKAGES = ("aletheia-tune", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-FULL_WORDS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")  # of libraries
+FULL_WORDS = (os.strerror(errno.ENOSPC), os.strerror(errno.EDQUOT), "database or disk is full")  # as libraries word it
 LONGEST_NAME_BYTES = 255
-LARGEST_BYTES = 250_000_000  # of a file of ours; scores of 50,000 modules are below 50 MB
+LARGEST_BYTES = 250_000_000  # of one artefact; scores of 50,000 modules are below 50 MB
 
 
 def package_versions(names: Iterable[str] = TRACKED_PACKAGES) -> dict[str, str]:
-    """Versions of packages, by default of those that can change a result; absent ones are left out."""
+    """Versions of packages, by default those that can change a result; missing ones are left out."""
     versions = {}
     for name in names:
         try:
@@ -52,12 +52,12 @@ def file_sha256(path: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing: a temporary file beside it, then an atomic rename.
+    """Write the whole file or nothing: a temporary file in the same folder, then an atomic rename.
 
     Raises:
-        ArtifactError: the folder cannot be written; on a full disk, with the bytes needed and free.
+        ArtifactError: the folder cannot be written; on a full disk the message names the bytes needed and free.
     """
-    write_bytes(path, text.encode("utf-8", "surrogateescape"))  # a file name of any bytes may stand in it
+    write_bytes(path, text.encode("utf-8", "surrogateescape"))  # it may contain a file name of arbitrary bytes
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -73,7 +73,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             with os.fdopen(descriptor, "wb") as handle:
                 handle.write(data)
                 handle.flush()
-                os.fsync(handle.fileno())  # or a power cut after the rename leaves an empty file
+                os.fsync(handle.fileno())  # else a power cut after the rename could leave an empty file
             follow_umask(Path(temporary))
             os.replace(temporary, path)
         except BaseException:
@@ -84,10 +84,10 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def not_written(path: Path, error: Exception, needed_bytes: int | None = None) -> ArtifactError:
-    """The error to raise where ``path`` could not be written; on a full disk it names the bytes needed and free."""
+    """The error for a ``path`` that could not be written; on a full disk it names the bytes needed and free."""
     if not is_full_disk(error):
-        told = getattr(error, "strerror", None) or " ".join(str(error).split())
-        return ArtifactError(f"cannot write {path}: {told}; choose another `out`")
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        return ArtifactError(f"cannot write {path}: {reason}; choose another `out`")
     try:
         free = f"{free_bytes(path.parent):,} bytes are free"
     except OSError:
@@ -99,7 +99,7 @@ def not_written(path: Path, error: Exception, needed_bytes: int | None = None) -
 
 
 def is_full_disk(error: BaseException | None) -> bool:
-    """Whether an error, or one that it came from, says that a disk or a quota is full."""
+    """Whether an error, or one of its causes, says that a disk or a quota is full."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
             return True
@@ -110,12 +110,12 @@ def is_full_disk(error: BaseException | None) -> bool:
 
 
 def whole_path(name: str) -> str:
-    """The absolute path of what lies on this machine; other names, such as hub ids, as they are."""
+    """The absolute path of a name that exists on this machine; other names, such as hub ids, unchanged."""
     return os.path.abspath(name) if os.path.exists(name) else name
 
 
-def beside(path: Path, ending: str) -> Path:
-    """A name beside ``path`` for what belongs to it: its own and ``ending``, shortened where that is too long."""
+def sibling(path: Path, ending: str) -> Path:
+    """A path in the folder of ``path``: its name plus ``ending``, or a hash plus ``ending`` where that is too long."""
     name = os.fsencode(path.name)
     if len(name) + len(os.fsencode(ending)) <= LONGEST_NAME_BYTES:
         return path.with_name(path.name + ending)
@@ -123,10 +123,10 @@ def beside(path: Path, ending: str) -> Path:
 
 
 def follow_umask(file: Path) -> None:
-    """Give a file the rights that a new one has: some libraries write files for their owner alone.
+    """Give a file the permissions of a new one: some libraries make files readable by their owner only.
 
     Raises:
-        OSError: it is not there, or another user's.
+        OSError: the file is missing, or belongs to another user.
     """
     current = os.umask(0)
     os.umask(current)
@@ -134,13 +134,13 @@ def follow_umask(file: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's bytes, or a folder's list of names, are on the disk.
+    """Wait until a file's bytes, or a folder's entries, are on disk.
 
     Raises:
         OSError: they cannot be written.
     """
     if path.is_dir() and os.name != "posix":
-        return  # folders cannot be opened there
+        return  # elsewhere folders cannot be opened
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -149,7 +149,7 @@ def sync(path: Path) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Write to ``folder`` once and leave no trace, so that hours of work are not lost for want of a place.
+    """Write to ``folder`` once and leave no trace, so that no work is lost because its result cannot be saved.
 
     Raises:
         ArtifactError: the folder cannot be created or written.
@@ -161,18 +161,18 @@ def check_writable(folder: Path) -> None:
             try:
                 with tempfile.TemporaryFile(dir=folder):
                     break
-            except FileNotFoundError:  # another command that begins here has just left no trace
+            except FileNotFoundError:  # another command that just checked this folder removed it again
                 if not again:
                     raise
         if is_new:
-            with suppress(OSError):  # another command writes to it by now
+            with suppress(OSError):  # another command already writes to it
                 folder.rmdir()
     except OSError as error:
         raise ArtifactError(f"cannot write to {folder}: {error.strerror}; choose another `out`") from error
 
 
 def free_bytes(folder: Path) -> int:
-    """Free space where ``folder`` is, or would be made."""
+    """Free bytes on the disk where ``folder`` is, or would be created."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -180,7 +180,11 @@ def free_bytes(folder: Path) -> int:
 
 
 def sealed_json(content: Mapping[str, Any], head: Mapping[str, Any] | None = None) -> str:
-    """Indented JSON text of ``head``, a seal over all of it, and ``content``; non-finite numbers are refused."""
+    """Indented JSON of ``head``, a seal over everything, and ``content``.
+
+    Raises:
+        ValueError: a number is not finite.
+    """
     text = json.dumps({**(head or {}), SEAL: "", **content}, indent=1, allow_nan=False) + "\n"
     line = f' "{SEAL}": "'
     return text.replace(line, line + hashlib.sha256(text.encode()).hexdigest(), 1)
@@ -190,30 +194,30 @@ def check_seal(path: Path, content: bytes, remedy: str) -> None:
     """Compare a sealed file's bytes with its seal.
 
     Raises:
-        ArtifactError: they differ, or the seal is not as it was written.
+        ArtifactError: they differ, or the line of the seal was edited.
     """
     line = _SEAL_LINE.search(content)
     if line is None:
-        raise ArtifactError(f"{path} was changed after it was written: its line of sha256 is not as it was; {remedy}")
+        raise ArtifactError(f"{path} was changed after it was written: its sha256 line was edited; {remedy}")
     found = hashlib.sha256(content[: line.start(1)] + content[line.end(1) :]).hexdigest()
     expected = line[1].decode()
     if found != expected:
         raise ArtifactError(
-            f"{path} was changed after it was written: the sha256 of what it holds is {found[:DIGITS_SHOWN]}, "
+            f"{path} was changed after it was written: the sha256 of its content is {found[:DIGITS_SHOWN]}, "
             f"expected {expected[:DIGITS_SHOWN]}; {remedy}"
         )
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What a file written with :func:`sealed_json` holds, without its seal.
+    """The content of a file written with :func:`sealed_json`, without its seal.
 
     Raises:
-        ArtifactError: missing, no JSON, not sealed, or changed since it was written.
+        ArtifactError: missing, not JSON, not sealed, or changed since it was written.
     """
     content = _bytes_of(path)
     found = _parsed(path, content)
     if not isinstance(found, dict) or SEAL not in found:
-        raise ArtifactError(f"{path} has no sha256; expected it as it was written, write the file again")
+        raise ArtifactError(f"{path} has no sha256; expected it as it was written; write the file again")
     check_seal(path, content, "write the file again")
     return {key: value for key, value in found.items() if key != SEAL}
 
@@ -221,8 +225,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
 class Artifact(BaseModel):
     """Base of the files we write: JSON with a ``format`` name, an integer ``version`` and a seal.
 
-    Unknown keys are refused, so that a typo in a hand-edited plan cannot pass unnoticed. A format that people edit is
-    ``EDITABLE``: a file of it that has no seal is read, too; see :func:`is_sealed`.
+    Unknown keys are refused, so that a typo in a hand-edited plan cannot pass unnoticed. A format that people may edit
+    is ``EDITABLE``: its files are read without a seal, too; see :func:`is_sealed`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -231,7 +235,11 @@ class Artifact(BaseModel):
     EDITABLE: ClassVar[bool] = False
 
     def to_json(self) -> str:
-        """The file's text: indented JSON, keys in the order of the schema, non-finite numbers refused."""
+        """The file's text: indented JSON, keys in the order of the schema.
+
+        Raises:
+            ValueError: a number is not finite.
+        """
         return sealed_json(self.model_dump(mode="json"), {"format": self.FORMAT, "version": self.VERSION})
 
     def write(self, path: str | Path) -> Path:
@@ -247,7 +255,7 @@ class Artifact(BaseModel):
 
     @classmethod
     def check_out(cls, path: str | Path) -> None:
-        """Whether :meth:`write` may write there; ask before the work that is to be written.
+        """Check that :meth:`write` may write there; call it before hours of work.
 
         Raises:
             ArtifactError: the path holds something else, or its folder cannot be written.
@@ -255,10 +263,12 @@ class Artifact(BaseModel):
         path = Path(path)
         try:
             is_there = path.exists()
-        except OSError as error:  # a name that is too long
+        except OSError as error:  # the name is too long
             raise not_written(path, error) from error
         if is_there and artifact_format(path) != cls.FORMAT:
-            raise ArtifactError(f"{path} exists and is no {cls.FORMAT} file; choose another `out` or remove it first")
+            raise ArtifactError(
+                f"{path} exists and is not an {cls.FORMAT} file; choose another `out` or remove it first"
+            )
         check_writable(path.parent)
 
     @classmethod
@@ -279,7 +289,7 @@ class Artifact(BaseModel):
         found = _parsed(path, content)
         if not isinstance(found, dict) or found.get("format") != cls.FORMAT:
             named = found.get("format") if isinstance(found, dict) else None
-            raise ArtifactError(f"{path} is no {cls.FORMAT} file (format: {named!r})")
+            raise ArtifactError(f"{path} is not an {cls.FORMAT} file (format: {named!r})")
         if found.get("version") != cls.VERSION:
             raise ArtifactError(
                 f"{path} has {cls.FORMAT} version {found.get('version')!r}; this release reads "
@@ -290,37 +300,37 @@ class Artifact(BaseModel):
         try:
             return cls.model_validate(body)
         except SettingsError as error:
-            raise ArtifactError(f"{path} is no valid {cls.FORMAT} file: {error}") from error
+            raise ArtifactError(f"{path} is not a valid {cls.FORMAT} file: {error}") from error
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "the file"
             raise ArtifactError(
-                f"{path} is no valid {cls.FORMAT} file: {where}: {first['msg']} "
-                f"({error.error_count()} problem(s) in all)"
+                f"{path} is not a valid {cls.FORMAT} file: {where}: {first['msg']} "
+                f"({error.error_count()} problem{'s' * (error.error_count() > 1)} in all)"
             ) from error
 
     @classmethod
     def _check_seal(cls, path: Path, content: bytes, found: Mapping[str, Any]) -> None:
         if SEAL in found:
             remedy = "write the file again"
-            edited = "to keep what you edited by hand, take out the line of its sha256; else "
+            edited = "to keep your edits, delete its sha256 line; else "
             check_seal(path, content, edited + remedy if cls.EDITABLE else remedy)
         elif not cls.EDITABLE:
-            raise ArtifactError(f"{path} has no sha256; expected it as it was written, write the file again")
+            raise ArtifactError(f"{path} has no sha256; expected it as it was written; write the file again")
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether one of our files has a seal; a plan that was edited by hand has none.
+    """Whether an Aletheia file has a seal; a plan that was edited by hand has none.
 
     Raises:
-        ArtifactError: it is not JSON, or cannot be read.
+        ArtifactError: the file is not JSON, or cannot be read.
     """
     found = read_json(path)
     return isinstance(found, dict) and SEAL in found
 
 
 def read_json(path: Path) -> object:
-    """Parse a JSON file of ours; its seal is not looked at.
+    """Parse an Aletheia JSON file without checking its seal.
 
     Raises:
         ArtifactError: missing, a folder, unreadable, or not JSON (with the line).
@@ -331,12 +341,14 @@ def read_json(path: Path) -> object:
 def _bytes_of(path: Path) -> bytes:
     try:
         mode = path.stat().st_mode
-        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe is waited for, a device has no end
-            raise ArtifactError(f"{path} is no regular file; expected JSON")
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # reading a pipe may block, a device may never end
+            raise ArtifactError(f"{path} is not a regular file; expected JSON")
         with path.open("rb") as file:
             content = file.read(LARGEST_BYTES + 1)
         if len(content) > LARGEST_BYTES:
-            raise ArtifactError(f"{path} is larger than {LARGEST_BYTES / 1e6:.0f} MB; expected JSON of ours")
+            raise ArtifactError(
+                f"{path} is larger than {LARGEST_BYTES / 1e6:.0f} MB; expected a file that Aletheia wrote"
+            )
         return content
     except OSError as error:
         raise ArtifactError(f"cannot read {path}: {error.strerror}") from error
@@ -351,12 +363,14 @@ def _parsed(path: Path, content: bytes) -> object:
         raise ArtifactError(f"{path}:{error.lineno}: not JSON ({error.msg}); write the file again") from error
     except UnicodeDecodeError as error:
         raise ArtifactError(f"{path}: not a text file; expected JSON") from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or endless nesting
-        raise ArtifactError(f"{path}: not JSON of ours ({type(error).__name__}); write the file again") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or deep nesting
+        raise ArtifactError(
+            f"{path}: not JSON that Aletheia wrote ({type(error).__name__}); write the file again"
+        ) from error
 
 
 def artifact_format(path: Path) -> str | None:
-    """The ``format`` a file declares, or None if it is not one of our files."""
+    """The ``format`` that a file declares, or None if Aletheia did not write it."""
     try:
         found = read_json(path)
     except ArtifactError:

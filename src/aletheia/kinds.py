@@ -1,6 +1,6 @@
-"""What a path holds, seen from names and first bytes, and what it is good for: for messages over a wrong file.
+"""What a path holds, judged by names and first bytes, and what to do with it: for messages about a wrong file.
 
-Nothing is parsed and nothing raised: what cannot be seen is not known.
+Nothing is parsed and nothing is raised: what names and first bytes do not show counts as unknown.
 """
 
 import re
@@ -21,23 +21,23 @@ WHAT: dict[Kind, str] = {
     "plan": "is a plan",
     "metrics": "holds the metrics of a run",
     "run": "is a run folder",
-    "stopped run": "is the folder of a run that is not finished",
+    "stopped run": "is the folder of an unfinished run",
     "adapter": "is an adapter folder",
     "model": "holds a model",
     "model file": "is one file of a model",
-    "settings": "is a file of settings",
-    "evaluation": "is the folder of an evaluation",
+    "settings": "is a settings file",
+    "evaluation": "is an evaluation folder",
     "campaign": "holds a campaign",
     "page": "is a web page",
 }
-# what to do with it, whatever was expected; {path} and {folder} stand ready for a shell
+# what to do with it, whatever was expected; {path} and {folder} are quoted for a shell
 USE: dict[Kind, str] = {
-    "rows": "to learn from them: aletheia train MODEL --data {path} --out RUN",
+    "rows": "to train on them: aletheia train MODEL --data {path} --out RUN",
     "scores": "to make a plan from them: aletheia plan {path} --out plan.json",
-    "plan": "to follow it: aletheia train MODEL --data ROWS --plan {path} --out RUN",
+    "plan": "to train by it: aletheia train MODEL --data ROWS --plan {path} --out RUN",
     "metrics": "to see them: aletheia show {path}",
     "run": "to see it: aletheia show {path}",
-    "stopped run": "to finish it, give the command that began it once more",
+    "stopped run": "to finish it, repeat the command that started it",
     "adapter": "to train it further: aletheia train {path} --data ROWS --out RUN",
     "model": "to fine-tune it: aletheia train {path} --data ROWS --out RUN",
     "model file": "give the model's folder, {folder}",
@@ -46,22 +46,22 @@ USE: dict[Kind, str] = {
     "campaign": "to see it: aletheia campaign status {path}",
     "page": "open it in a browser",
 }
-# by what was expected and what was found, where there is a nearer way
+# by what was expected and what was found, where there is a better remedy
 INSTEAD: dict[tuple[Kind, Kind], str] = {
     ("scores", "rows"): "to make them: aletheia probe MODEL --data {path} --out scores.json",
     ("scores", "model"): "to make them: aletheia probe {path} --data ROWS --out scores.json",
-    ("scores", "run"): "those of the run are {path}/scores.json",
-    ("scores", "metrics"): "those of the run are {folder}/scores.json",
+    ("scores", "run"): "the run's scores are {path}/scores.json",
+    ("scores", "metrics"): "the run's scores are {folder}/scores.json",
     ("plan", "scores"): "to make one from these: aletheia plan {path} --out plan.json",
     ("plan", "rows"): "give rows as `data`",
-    ("plan", "run"): "that of the run is {path}/plan.json",
-    ("plan", "metrics"): "that of the run is {folder}/plan.json",
+    ("plan", "run"): "the run's plan is {path}/plan.json",
+    ("plan", "metrics"): "the run's plan is {folder}/plan.json",
     ("plan", "settings"): "give settings as `config`",
     ("run", "metrics"): "give its folder, {folder}",
     ("adapter", "metrics"): "give the folder, {folder}",
     ("adapter", "model file"): "give the folder, {folder}",
     ("rows", "settings"): "give settings as `config`",
-    ("settings", "run"): "those of the run are {path}/config.yaml",
+    ("settings", "run"): "the run's settings are {path}/config.yaml",
 }
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 PACKED = (".gz", ".zst")
@@ -76,23 +76,23 @@ OF_FORMAT: dict[str, Kind] = {
     "aletheia-scores": "scores",
     "aletheia-plan": "plan",
     "aletheia-metrics": "metrics",
-}  # by what our files declare
+}  # by the format that a file declares
 
 
 def kind_of(path: Path) -> Kind | None:
-    """What lies at ``path``; None where nothing does, or nothing that is known here."""
+    """The kind of file or folder at ``path``; None where there is nothing, or nothing known."""
     try:
         if path.is_dir():
             return _of_folder(path)
         return _of_file(path) if path.is_file() else None
-    except (OSError, ValueError):  # no rights, or no name that a system takes
+    except (OSError, ValueError):  # no permission, or not a valid file name
         return None
 
 
 def mistaken(path: str | Path, expected: str, *kinds: Kind) -> str | None:
-    """The message over a path that is something else than one of ``kinds``; None where it may be one.
+    """The message about a path that is not one of ``kinds``; None where it may be one.
 
-    What it is, what was ``expected`` (in words), and what to do, mostly as a command: the first of ``kinds`` decides.
+    It says what the path is, what was ``expected`` (in words), and a remedy, chosen by the first of ``kinds``.
     """
     path = Path(path)
     found = kind_of(path)
@@ -100,14 +100,14 @@ def mistaken(path: str | Path, expected: str, *kinds: Kind) -> str | None:
         return None
     remedy = INSTEAD.get((kinds[0], found), USE[found])
     parent = str(path.parent) if path.is_file() else str(path)
-    told = remedy.format(path=shlex.quote(str(path)), folder=shlex.quote(parent))
-    return f"{path} {WHAT[found]}; expected {expected}; {told}"
+    action = remedy.format(path=shlex.quote(str(path)), folder=shlex.quote(parent))
+    return f"{path} {WHAT[found]}; expected {expected}; {action}"
 
 
 def near(path: str | Path, *kinds: Kind) -> str:
-    """``; did you mean ...?`` for the end of a message over a path that is not there; empty where nothing is alike.
+    """``; did you mean ...?`` for the end of a message about a missing path; empty where no name is similar.
 
-    Of several names those that hold one of ``kinds`` go first.
+    With ``kinds`` only names that hold one of them are suggested.
     """
     path = Path(path)
     try:
@@ -156,7 +156,7 @@ def _of_file(path: Path) -> Kind | None:
 
 
 def _declared(path: Path) -> str | None:
-    """The format that one of our files declares."""
+    """The format that a file declares, if Aletheia wrote it."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
@@ -169,7 +169,7 @@ def _holds_model(folder: Path) -> bool:
 
 
 def _is_config(path: Path) -> bool:
-    """Whether it is the config of a transformers model."""
+    """Whether the file is the config of a transformers model."""
     if not path.is_file():
         return False
     with path.open("rb") as file:

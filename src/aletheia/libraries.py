@@ -1,4 +1,4 @@
-"""What the libraries beneath say by themselves, kept off the terminal. Imports none of them."""
+"""Keep messages of other libraries off the terminal. Imports none of them."""
 
 import contextlib
 import logging
@@ -7,13 +7,13 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-# read when a library is imported, and inherited by processes that are started
+# read when a library is imported, and inherited by child processes
 QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DATASETS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-    "TQDM_DISABLE": "1",  # bars that are drawn past the settings of their library
+    "TQDM_DISABLE": "1",  # bars that ignore the settings of their library
     "TOKENIZERS_PARALLELISM": "true",  # unset, each fork prints a paragraph
     "TORCH_CPP_LOG_LEVEL": "ERROR",
 }
@@ -33,14 +33,14 @@ NOISY = (
 def quiet_libraries() -> None:
     """Keep the bars, log lines and warnings of libraries off the terminal; their errors still raise.
 
-    Call it before they are imported: some speak while they are. What the environment says already stays.
+    Call it before importing them: some write during the import. Variables that are already set stay as they are.
     """
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
-    if "transformers" in sys.modules:  # imported before, it has read its environment
+    if "transformers" in sys.modules:  # already imported, so it has read its environment
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.set_verbosity_error()
@@ -49,10 +49,10 @@ def quiet_libraries() -> None:
 
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Keep what is written to the standard error stream off the terminal: libraries in Rust write past Python."""
+    """Discard what is written to stderr, also past Python, as libraries in Rust do."""
     try:
         kept = os.dup(2)
-    except OSError:  # it is closed
+    except OSError:  # stderr is closed
         yield
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -1,7 +1,7 @@
-"""The one place that reads YAML: plain values alone, in bounded time. Loads no torch.
+"""The only place that reads YAML: plain values only, in bounded time. Loads no torch.
 
-Numbers, true, false and null are read as in YAML 1.2 and JSON, so that ``off`` is a text and 010 is ten. Aliases,
-anchors, merge keys, tags and double keys are refused: they are how a small file becomes a large one, or another.
+Numbers, true, false and null are read as in YAML 1.2 and JSON, so ``off`` is text and 010 is ten. Aliases, anchors,
+merge keys, tags and duplicate keys are refused: they let a small file grow huge, or mean something else than it shows.
 """
 
 import re
@@ -16,14 +16,14 @@ LARGEST_BYTES = 100_000  # the parser takes seconds for more
 
 
 def read_yaml(path: Path) -> Any:
-    """What a file holds, see :func:`parse_yaml`.
+    """The content of a file; see :func:`parse_yaml`.
 
     Raises:
-        SettingsError: it cannot be read, is too large or no UTF-8, or is no plain YAML.
+        SettingsError: the file cannot be read, is too large, or is not UTF-8 or not plain YAML.
     """
     try:
         if path.exists() and not path.is_file():
-            raise SettingsError(f"cannot read {path} (no regular file); expected a YAML file")
+            raise SettingsError(f"cannot read {path} (not a regular file); expected a YAML file")
         with path.open("rb") as file:
             content = file.read(LARGEST_BYTES + 1)
         text = content.decode("utf-8-sig")
@@ -32,15 +32,15 @@ def read_yaml(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path} is not UTF-8; expected a YAML file") from error
     if len(content) > LARGEST_BYTES:
-        raise SettingsError(f"{path} is larger than {LARGEST_BYTES / 1000:.0f} kB; expected a file of settings")
+        raise SettingsError(f"{path} is larger than {LARGEST_BYTES / 1000:.0f} kB; expected a settings file")
     return parse_yaml(text, str(path))
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Mappings, lists, texts, numbers, true, false and null of one document.
+    """Mappings, lists, text, numbers, true, false and null of one document.
 
     Raises:
-        SettingsError: it is something else; names the line.
+        SettingsError: the document holds anything else; the message names the line.
     """
     try:
         return yaml.load(text, _Loader)
@@ -54,7 +54,7 @@ def parse_yaml(text: str, name: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = {}  # noqa: RUF012  # of PyYAML's making
+    yaml_implicit_resolvers = {}  # noqa: RUF012  # PyYAML's own attribute
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
@@ -72,7 +72,7 @@ class _Loader(yaml.SafeLoader):
         keys: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                _refuse("found a key that is no name", key)
+                _refuse("found a key that is not a name", key)
             if key.value in keys:
                 _refuse(f"found {key.value[:60]} twice", key)
             keys.add(key.value)

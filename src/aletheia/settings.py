@@ -1,7 +1,7 @@
 """Settings that check themselves: one object is read from YAML, filled from flags, and recorded. No torch.
 
-A fault is one line in the names of Python, each in backticks: ```steps` is 0; expected at least 1``. The command line
-puts its flags in their place.
+An error is one line with the Python names in backticks: ```steps` is 0; expected at least 1``. The command line
+replaces the names by its flags.
 """
 
 from difflib import get_close_matches
@@ -12,19 +12,19 @@ from pydantic_core import ErrorDetails
 
 from aletheia.errors import SettingsError
 
-# What nobody has and nobody can compute: whatever says more, a flag, a plan or somebody's file, is refused at once.
+# Sizes that no machine computes: a flag, a plan or a file that exceeds one is refused at once.
 MOST_LAYERS = 1_000  # the deepest models have 126
 WIDEST = 2**20  # hidden size, heads, experts, LoRA ranks; the widest have 53,248
 MOST_TOKENS = 2**27  # vocabulary, positions of a model
 MOST_PARAMETERS = 10**14
 LARGEST_RANK = 2**16
-MOST_ROWS = 2**20  # of a batch
+MOST_ROWS = 2**20  # in a batch
 LONGEST_ROW = 2**24  # tokens
 MOST_STEPS = 10**7
 MOST_EPOCHS = 10**4
-MOST_WORKERS = 256  # processes of a loader, or jobs
+MOST_WORKERS = 256  # loader processes, or jobs
 
-# Titles under which a command's help lists the settings, in this order.
+# Titles of the groups in a command's help, in this order.
 GIVEN, DATA, LOADING, PLAN = "What you give", "Data", "Model loading", "Plan"
 LENGTH, RATE, SPEED = "Training length and batches", "Learning rate and optimizer", "Memory and speed"
 SAVING, OUTPUT = "Saving and stopping", "Output"
@@ -41,7 +41,7 @@ KINDS = {
     "float": "a number",
     "finite": "a finite number",
     "bool": "true or false",
-    "string": "a text",
+    "string": "text",
     "tuple": "a list",
     "path": "a path",
     "byte": "an amount such as 6GB or 500MiB",
@@ -49,7 +49,7 @@ KINDS = {
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, no unknown names, faults told in one line.
+    """Base of all settings: frozen, no unknown names, every error one line.
 
     Raises:
         SettingsError: a value is of the wrong kind or out of range, names contradict each other, or one is unknown.
@@ -58,31 +58,31 @@ class Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def __init__(self, **given: Any) -> None:
-        """Check what is given; the rest has its default."""
+        """Check the given values; the others take their defaults."""
         try:
             super().__init__(**given)
         except ValidationError as error:
-            raise SettingsError(_told(error.errors(), tuple(type(self).model_fields))) from None
+            raise SettingsError(_in_words(error.errors(), tuple(type(self).model_fields))) from None
 
     def given(self) -> dict[str, Any]:
-        """The settings that were given rather than left at their defaults, as YAML and JSON have them."""
+        """The settings that were given rather than left at their defaults, as plain YAML and JSON values."""
         return self.model_dump(mode="json", exclude_unset=True)
 
 
 def option(default: Any, help: str, group: str = "", flag: str = "", also: str = "", **limits: Any) -> Any:
-    """A field that the command line offers, too: its help, the group it stands in, and its flag if not the name.
+    """A field that is also a command-line option: its help, its group, and its flag if that is not its name.
 
-    ``also`` is a second flag for the same.
+    ``also`` is a second flag for the same setting.
     """
     extra: dict[str, Any] = {"group": group, "flag": flag, "also": also}
     return Field(default=default, description=help, json_schema_extra=extra, **limits)
 
 
-def _told(faults: list[ErrorDetails], known: tuple[str, ...]) -> str:
-    """The first of pydantic's faults in our words, with the words that its field takes as well."""
+def _in_words(faults: list[ErrorDetails], known: tuple[str, ...]) -> str:
+    """The first of pydantic's errors in one line, with the literal values that the field accepts as well."""
     fault = faults[0]
     kind, found, context = fault["type"], fault["input"], fault.get("ctx", {})
-    name = str(fault["loc"][0]) if fault["loc"] else ""  # what follows is which of its types it was tried as
+    name = str(fault["loc"][0]) if fault["loc"] else ""  # the rest says which of its types was tried
     if kind == "value_error":
         return str(context["error"])
     if kind == "extra_forbidden":
@@ -91,7 +91,7 @@ def _told(faults: list[ErrorDetails], known: tuple[str, ...]) -> str:
             f"perhaps `{near[0]}`" if near else f"one of {', '.join(known)}"
         )
     if kind == "missing":
-        return f"`{name}` is missing; expected it to be given"
+        return f"`{name}` is missing; give it"
     same = [other for other in faults[1:] if other["loc"][:1] == fault["loc"][:1]]
     others = "".join(f" or {_choices(other)}" for other in same if other["type"] == "literal_error")
     shown = f"{found:g}" if isinstance(found, float) else _shortened(found)
@@ -111,7 +111,7 @@ def _choices(fault: ErrorDetails) -> str:
 
 
 def _shortened(found: Any) -> str:
-    """At most a line's part of what was given; a number of thousands of digits cannot even be written."""
+    """The given value, cut to part of a line; Python cannot even print a number of thousands of digits."""
     if isinstance(found, int) and abs(found) >= 10**30:
         return f"a number of over {found.bit_length() * 3 // 10} digits"
     shown = repr(found) if isinstance(found, str) else str(found)

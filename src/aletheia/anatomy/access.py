@@ -1,4 +1,4 @@
-"""Typed access to what transformers puts on a model: to torch's types any attribute of a module may be a tensor."""
+"""Typed access to attributes of transformers models, which torch's types declare as possible tensors."""
 
 from typing import Any, cast
 
@@ -8,26 +8,26 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
-    """The model of transformers inside an adapted one, or the model itself."""
+    """The transformers model inside an adapted one, or the model itself."""
     held = cast(Any, model)
     base: PreTrainedModel = held.get_base_model() if hasattr(model, "get_base_model") else held
     return base
 
 
 def text_config(model: nn.Module) -> PretrainedConfig:
-    """The configuration of the language model, where it is one part of several, too."""
+    """The config of the language model, also where that is one part of several."""
     config: PretrainedConfig = cast(Any, model.config).get_text_config()
     return config
 
 
 def input_weight(model: nn.Module) -> torch.Tensor:
-    """The weight [V, D] of the input embedding, adapted models included."""
+    """The weight [V, D] of the input embedding, of adapted models too."""
     weight: torch.Tensor = cast(Any, model).get_input_embeddings().weight
     return weight
 
 
 def stop_ids_of(model: nn.Module) -> tuple[int, ...]:
-    """Tokens at which generation stops by the settings of a model, adapted models included."""
+    """Ids of the tokens at which generation stops by the settings of a model, of adapted models too."""
     base = base_of(model)
     found: dict[int, None] = {}
     for settings in (getattr(base, "generation_config", None), text_config(base)):

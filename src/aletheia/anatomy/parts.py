@@ -1,4 +1,4 @@
-"""Which tensors of which files make up each part of a checkpoint: its layers, embedding, head, and what lies around."""
+"""Which tensors of which files make up each part of a checkpoint: layers, embedding, head, and the rest."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ Part = int | Literal["embedding", "head", "around"]
 class Stored:
     """One tensor of a checkpoint: its file, its key there, and its bytes there and in memory once loaded.
 
-    ``dtype`` is that of the weight it becomes; None if it is more than cast on the way.
+    ``dtype`` is that of the loaded weight; None if loading does more than cast it.
     """
 
     path: str
@@ -32,7 +32,7 @@ class Stored:
 
 
 def names_of_parts(model: PreTrainedModel, layer_path: str, layer_count: int) -> dict[Part, set[str]]:
-    """The state-dict keys of each part; those of tied weights count once, under the name that is stored."""
+    """The state-dict keys of each part; a tied weight counts once, under its stored name."""
     owners: dict[Part, nn.Module | None] = {
         "embedding": model.get_input_embeddings(),
         "head": model.get_output_embeddings(),
@@ -56,14 +56,14 @@ def names_of_parts(model: PreTrainedModel, layer_path: str, layer_count: int) ->
 def stored_parts(
     model: PreTrainedModel, name: str, dtype: torch.dtype, quantizer: Any, names: dict[Part, set[str]]
 ) -> dict[Part, list[Stored]]:
-    """Which tensors of which files make up each part; complete and of the right shape, or refused.
+    """The stored tensors of each part, checked to be complete and of the right shapes.
 
     Args:
         model: the whole model, without its weights.
         name: hub id or local folder of the checkpoint.
-        dtype: of the weights in memory, where they are only cast.
-        quantizer: of transformers, for a quantized checkpoint.
-        names: what belongs to each part, see :func:`names_of_parts`.
+        dtype: of the weights in memory, where loading only casts them.
+        quantizer: the transformers quantizer of a quantized checkpoint, else None.
+        names: the keys of each part; see :func:`names_of_parts`.
 
     Raises:
         ModelError: the checkpoint is damaged or incomplete, or contradicts its config.
@@ -107,19 +107,19 @@ def stored_parts(
 
 
 def _check_tied(model: PreTrainedModel, name: str, found: dict[str, list[Stored]]) -> None:
-    """transformers does not tie weights that a checkpoint holds twice with different values."""
+    """Refuse tied weights with different stored values, which transformers does not tie."""
     for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if target in found and source in found:
             with opened(found[target][0].path) as one, opened(found[source][0].path) as other:
                 if not torch.equal(one.get_tensor(found[target][0].key), other.get_tensor(found[source][0].key)):
                     raise ModelError(
-                        f"{name} says that {target} is {source}, and holds other values for it; expected "
-                        "tie_word_embeddings to be false in its config"
+                        f"{name} ties {target} to {source}, but stores different values for them; set "
+                        "tie_word_embeddings to false in its config.json"
                     )
 
 
 def _may_be_absent(model: PreTrainedModel) -> set[str]:
-    """Buffers that an older checkpoint may lack: they were computed."""
+    """Buffers that a checkpoint may lack, since the model computes them."""
     return {name for name, _ in model.named_buffers()}
 
 

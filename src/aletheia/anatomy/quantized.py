@@ -1,7 +1,7 @@
-"""What bitsandbytes quantizes of a model's layers: linear layers alone, by their class.
+"""What bitsandbytes quantizes of a model's layers: only linear layers, by their class.
 
-It passes over subclasses of torch's Linear and over experts, which are one 3-D weight, without a word. And it quantizes
-weights that a layer hands to a kernel of its own, past the module that could unpack them: these are kept out.
+It silently skips subclasses of torch's Linear, and experts, which are one 3-D weight. But it would quantize weights
+that a layer passes straight to a kernel, past the module that could unpack them; these are excluded here.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ NOTED = 0.01  # share of the layers' weights
 
 
 def names_to_skip(model: nn.Module) -> list[str] | None:
-    """For ``llm_int8_skip_modules``: the ends of the names of modules that cannot be quantized; None if all can.
+    """For ``llm_int8_skip_modules``: the name endings of modules that cannot be quantized; None if all can.
 
     Args:
         model: on the meta device, before anything is quantized.
@@ -25,18 +25,18 @@ def names_to_skip(model: nn.Module) -> list[str] | None:
     names = read_past(model, matrices_of(layers, path))
     if not names:
         return None
-    head = getattr(model, "get_output_embeddings", lambda: None)()  # left by default, which a list takes the place of
+    head = getattr(model, "get_output_embeddings", lambda: None)()  # skipped by default; a list replaces the default
     heads = [name for name, module in model.named_modules() if module is head]
     return [*dict.fromkeys(_inside(name.removeprefix(f"{path}.")) for name in names), *heads]
 
 
 def check_quantized(name: str, model: nn.Module, kind: str) -> None:
-    """Refuse a model of whose layers nothing was quantized.
+    """Refuse a model none of whose layers was quantized.
 
     Args:
         name: MODEL, for the error.
-        model: as it was loaded.
-        kind: what was asked for, ``nf4`` or ``int8``.
+        model: the loaded model.
+        kind: the requested quantization, ``nf4`` or ``int8``.
 
     Raises:
         ModelError: names the classes of its matrices.
@@ -45,13 +45,13 @@ def check_quantized(name: str, model: nn.Module, kind: str) -> None:
     if not any(_is_quantized(weight) for weight in layers.parameters()):
         classes = sorted({type(module).__name__ for module in matrices_of(layers).values()})
         raise ModelError(
-            f"`quantize` {kind} leaves every layer of {name} as it is: bitsandbytes takes Linear and Conv1D alone, and "
-            f"found {', '.join(classes) or 'neither'}; leave `quantize` out"
+            f"`quantize` {kind} quantizes no layer of {name}: bitsandbytes takes only Linear and Conv1D, and the "
+            f"layers hold {', '.join(classes) or 'neither'}; leave `quantize` out"
         )
 
 
 def unquantized_note(model: nn.Module) -> str | None:
-    """A line on the weights of the layers that are not quantized, where they are a share worth knowing of."""
+    """A note on weights of the layers that are not quantized; None if they are below 1 % each."""
     _, layers = find_layers(model)
     total, left = 0, Counter[str]()
     for name, weight in layers.named_parameters():
@@ -66,7 +66,7 @@ def unquantized_note(model: nn.Module) -> str | None:
         return None
     return (
         f"{left.total() / total:.0%} of the layers' weights are not quantized: {', '.join(named)}; `quantize` takes "
-        "linear layers alone, and none whose weight the layer may read itself"
+        "only linear layers, and none whose weight its layer may read itself"
     )
 
 
@@ -75,5 +75,5 @@ def _is_quantized(weight: nn.Parameter) -> bool:
 
 
 def _inside(name: str) -> str:
-    """A name within the list of layers, without the layer's index, and any other index as a star."""
+    """A name inside the layers without the layer's index, with a star for any other index."""
     return INDEX.sub("*", name.partition(".")[2])

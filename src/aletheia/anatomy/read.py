@@ -1,8 +1,8 @@
-"""Read a model's anatomy by its structure alone; works on the meta device, weights are never touched.
+"""Read a model's anatomy from its structure alone; works on the meta device and reads no weight values.
 
-The decoder layers are the ``ModuleList`` that holds the most parameters, inside the language model where that is one
-part of several; modules are every Linear and Conv1D inside it and every stack of experts, a 3-D parameter; roles come
-from names. What LoRA cannot adapt is marked by a trial, see :mod:`aletheia.anatomy.trial`.
+The decoder layers are the ``ModuleList`` with the most parameters, within the language model where that is one part of
+several. Its modules are every Linear and Conv1D, and every stack of experts, a 3-D parameter. Roles come from names.
+A trial marks what LoRA cannot adapt; see :mod:`aletheia.anatomy.trial`.
 """
 
 import re
@@ -25,7 +25,7 @@ EXPERT_NAMES = re.compile(r"expert|moe", re.IGNORECASE)
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Path and list of the decoder layers, index 0 next to the embedding.
+    """Path and list of the decoder layers; index 0 is next to the embedding.
 
     Raises:
         ModelError: no list of layers was found.
@@ -33,19 +33,18 @@ def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     best: tuple[str, nn.ModuleList] | None = None
     most = 0
     place, inside = _language_model(model)
-    for name, module in inside.named_modules(prefix=place):  # outer lists come first and hold what inner ones hold
+    for name, module in inside.named_modules(prefix=place):  # outer lists come first and count inner ones
         if isinstance(module, nn.ModuleList) and (size := _parameters(module)) > most:
             best, most = (name, module), size
     if best is None:
         raise ModelError(
-            f"no list of decoder layers was found in {type(model).__name__}; "
-            "expected a torch ModuleList with parameters"
+            f"found no list of decoder layers in {type(model).__name__}; expected a torch ModuleList with parameters"
         )
     return best
 
 
 def _language_model(model: nn.Module) -> tuple[str, nn.Module]:
-    """Path and module of the language model where it is one part of several, such as beside a vision tower."""
+    """Path and module of the language model, also where it is one part of several, as with a vision tower."""
     base = base_of(model)
     config = getattr(base, "config", None)
     if config is None or config.get_text_config() is config:
@@ -62,20 +61,20 @@ def adaptable_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def fused_parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Every stack of experts in the decoder layers: by full name, its owner and its own name."""
+    """Every stack of experts in the decoder layers: full name -> its module and its name there."""
     path, layers = find_layers(model)
     return stacks_of(layers, path)
 
 
 def matrices_of(module: nn.Module, path: str = "") -> dict[str, nn.Module]:
-    """Every Linear and Conv1D inside ``module``, which lies at ``path``, by full name."""
+    """Every Linear and Conv1D inside ``module``, whose path is ``path``, by full name."""
     return {name: inner for name, inner in module.named_modules(prefix=path) if is_matrix(inner)}
 
 
 def stacks_of(module: nn.Module, path: str = "") -> dict[str, tuple[nn.Module, str]]:
-    """Every stack of experts inside ``module``, which lies at ``path``: by full name, its owner and its own name.
+    """Every stack of experts inside ``module``, whose path is ``path``: full name -> its module and its name there.
 
-    A stack is a 3-D parameter whose name, or whose owner's name or class, speaks of experts.
+    A stack is a 3-D parameter with "expert" or "moe" in its full name, or "Expert" in the class of its module.
     """
     return {
         name: (owner, own_name)
@@ -85,7 +84,7 @@ def stacks_of(module: nn.Module, path: str = "") -> dict[str, tuple[nn.Module, s
 
 
 def _three_dimensional(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module, str]]:
-    """Full name, owner and own name of every 3-D parameter inside ``module`` but those of convolutions."""
+    """Full name, owner and own name of every 3-D parameter inside ``module``, convolutions excepted."""
     for prefix, owner in module.named_modules(prefix=path):
         for own_name, parameter in owner.named_parameters(recurse=False):
             if parameter.dim() == 3 and not isinstance(owner, _ConvNd):
@@ -95,8 +94,8 @@ def _three_dimensional(module: nn.Module, path: str) -> Iterator[tuple[str, nn.M
 def is_matrix(module: nn.Module) -> bool:
     """Whether LoRA can adapt this module: Linear or GPT-2's Conv1D.
 
-    Subclasses of Linear count (quantized ones, Falcon's) unless they return something else than the product, as a
-    router may.
+    Subclasses of Linear count (quantized ones, Falcon's) unless they return something other than the product, as some
+    routers do.
     """
     if isinstance(module, nn.Linear):
         if type(module) not in _RETURNS_PRODUCT:
@@ -109,20 +108,20 @@ _RETURNS_PRODUCT: dict[type[nn.Linear], bool] = {nn.Linear: True}
 
 
 def _returns_product(linear: nn.Linear) -> bool:
-    """Tried on the meta device where the weights are ordinary ones."""
+    """Whether a subclass of Linear returns its product: a trial on the meta device if its weights are plain."""
     if type(linear).forward is nn.Linear.forward or not linear.weight.is_floating_point():
         return True
     meta = {name: parameter.to("meta") for name, parameter in linear.named_parameters()}
     row = torch.empty(1, linear.in_features, device="meta", dtype=linear.weight.dtype)
     try:
         output = torch.func.functional_call(linear, meta, (row,))
-    except Exception:  # it wants other arguments
+    except Exception:  # it needs other arguments
         return False
     return isinstance(output, torch.Tensor)
 
 
 def adds_router_loss(model: nn.Module) -> bool:
-    """Whether the loss of a mixture counts how its routers choose, in layers below any boundary, too."""
+    """Whether the loss includes a router loss of a mixture of experts, which frozen layers contribute to as well."""
     return bool(getattr(text_config(model), "output_router_logits", False))
 
 
@@ -130,7 +129,7 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     """Take a causal language model apart; it may be on the meta device.
 
     Raises:
-        ModelError: the layers, the embedding or the modules were not found; the message says which.
+        ModelError: the layers, the config, the embedding or the modules were not found; the message says which.
     """
     path, layers = find_layers(model)
     config = getattr(model, "config", None)
@@ -142,7 +141,9 @@ def read_anatomy(model: nn.Module) -> Anatomy:
     text = config.get_text_config()
     modules, left_out = _modules(model, path, text)
     if not any(not module.refused for module in modules):
-        raise ModelError(f"{path} of {type(model).__name__} holds no Linear or Conv1D module that LoRA can adapt")
+        raise ModelError(
+            f"{path} of {type(model).__name__} has no module that LoRA can adapt; expected Linear or Conv1D modules"
+        )
     hidden_size = _largest(text, "hidden_size")
     if not hidden_size:
         raise ModelError(f"the config of {type(model).__name__} has no hidden_size; expected a plain decoder")
@@ -167,7 +168,7 @@ def read_anatomy(model: nn.Module) -> Anatomy:
 
 
 def _largest(config: Any, name: str) -> int:
-    """A size in a config, of the layer where it is largest if they differ; 0 where there is none."""
+    """A size from a config, the largest if layers differ; 0 where there is none."""
     try:
         return int(getattr(config, name, None) or 0)
     except Exception:  # transformers raises where layers differ
@@ -175,12 +176,12 @@ def _largest(config: Any, name: str) -> int:
 
 
 def layer_index(name: str, layer_path: str) -> int:
-    """Decoder layer that the full name ``name`` belongs to."""
+    """Index of the decoder layer that the full name ``name`` belongs to."""
     return int(name.removeprefix(f"{layer_path}.").split(".", 1)[0])
 
 
 def _modules(model: nn.Module, path: str, text: Any) -> tuple[tuple[Module, ...], tuple[LeftOut, ...]]:
-    """Matrices and stacks, layer by layer, and what of the layers LoRA leaves as it is."""
+    """Matrices and stacks, layer by layer, and the weights that LoRA leaves as they are."""
     matrices, stacks = adaptable_modules(model), fused_parameters(model)
     reasons = refused(model, matrices, stacks) | _in_several_layers(model, path)
     found = [_describe(name, module, path, name in reasons) for name, module in matrices.items()]
@@ -188,7 +189,7 @@ def _modules(model: nn.Module, path: str, text: Any) -> tuple[tuple[Module, ...]
     active = next((count for count in named if isinstance(count, int) and count > 0), None)
     for name, (owner, own_name) in stacks.items():
         experts, *sizes = getattr(owner, own_name).shape
-        # stored as out x in, unless the owner says otherwise: the same mark that PEFT reads
+        # stored as out x in unless the owner says otherwise; PEFT reads the same mark
         out_features, in_features = sizes[::-1] if getattr(owner, "is_transposed", False) else sizes
         role = role_of(name.removeprefix(f"{path}."))
         found.append(
@@ -204,19 +205,19 @@ def _modules(model: nn.Module, path: str, text: Any) -> tuple[tuple[Module, ...]
                 refused=name in reasons,
             )
         )
-    modules = tuple(sorted(found, key=lambda module: module.layer))  # stable: the model's order within a layer
+    modules = tuple(sorted(found, key=lambda module: module.layer))  # stable: keeps the model's order within a layer
     return modules, _left_out(model, path, reasons)
 
 
 def _left_out(model: nn.Module, path: str, reasons: Mapping[str, str]) -> tuple[LeftOut, ...]:
-    """What LoRA leaves as it is, like weights of several layers taken together."""
+    """Weights that LoRA leaves as they are, those of like name together."""
     why = dict(reasons)
     _, layers = find_layers(model)
     stacks = stacks_of(layers, path)
     for name, owner, own_name in _three_dimensional(layers, path):
         sizes = getattr(owner, own_name).shape
-        if name not in stacks and sum(size > 1 for size in sizes) > 1:  # others are vectors, as norms are
-            why[name] = "a 3-D parameter, and not one of experts"
+        if name not in stacks and sum(size > 1 for size in sizes) > 1:  # else it is a vector, like a norm
+            why[name] = "a 3-D parameter that is not a stack of experts"
     kinds: dict[tuple[str, str], list[int]] = {}
     for name, reason in why.items():
         index = layer_index(name, path)
@@ -227,7 +228,7 @@ def _left_out(model: nn.Module, path: str, reasons: Mapping[str, str]) -> tuple[
 
 
 def _in_several_layers(model: nn.Module, path: str) -> dict[str, str]:
-    """Matrices of modules that are part of several layers: an adapter there would lie below any boundary, too."""
+    """Modules that several layers share: an adapter there would also change frozen layers."""
     places: dict[nn.Module, list[str]] = {}
     for name, module in find_layers(model)[1].named_modules(prefix=path, remove_duplicate=False):
         if is_matrix(module):
@@ -240,7 +241,7 @@ def _in_several_layers(model: nn.Module, path: str) -> dict[str, str]:
 
 
 def _shared(model: nn.Module, path: str) -> tuple[SharedWeight, ...]:
-    """Matrices of several layers that are one weight."""
+    """Matrices of several layers that share one weight."""
     places: dict[int, list[str]] = {}
     for name, module in adaptable_modules(model).items():
         places.setdefault(id(module.weight), []).append(name)
@@ -268,7 +269,7 @@ def _describe(name: str, module: nn.Module, layer_path: str, is_refused: bool) -
 
 
 def _parameters(module: nn.Module) -> int:
-    """Parameters of a module, tied ones counted once; 4-bit weights count what they stand for."""
+    """Number of parameters of a module; tied ones count once, packed 4-bit weights by their unpacked size."""
     total = 0
     for parameter in module.parameters():
         quantized = getattr(parameter, "quant_state", None)

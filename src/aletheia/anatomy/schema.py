@@ -6,14 +6,14 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-BETWEEN_SOURCES = " + "  # in the name of a data set of several files
-FEW = 4  # names in a line about like weights
+BETWEEN_SOURCES = " + "  # separates the files in the name of a data set
+FEW = 4  # names shown in one note
 Role = Literal["attention", "mlp", "expert", "shared_expert", "router"]
 ATTENTION_NAMES = re.compile(r"attn|attention|query|[qkvo]_proj|qkv|wqkv", re.IGNORECASE)
 
 
 def role_of(inside: str) -> Role:
-    """Role from the path inside the layer list, e.g. ``3.self_attn.q_proj``."""
+    """Role of a weight, from its path inside the layer list, e.g. ``3.self_attn.q_proj``."""
     leaf = inside.rsplit(".", 1)[-1]
     if "router" in inside or leaf in ("gate", "shared_expert_gate"):
         return "router"
@@ -27,11 +27,11 @@ def role_of(inside: str) -> Role:
 class Module(BaseModel):
     """One weight inside a decoder layer that LoRA can adapt: a matrix, or a stack of like matrices, one per expert.
 
-    ``name`` is the full path in the model, e.g. ``model.layers.3.self_attn.q_proj``; of a stack, that of the parameter,
-    e.g. ``model.layers.3.mlp.experts.down_proj``, and ``fused`` is set. Sizes are logical and those of one matrix:
+    ``name`` is the full path in the model, e.g. ``model.layers.3.self_attn.q_proj``. For a stack it is the path of the
+    parameter, e.g. ``model.layers.3.mlp.experts.down_proj``, and ``fused`` is set. Sizes are those of one matrix:
     ``y = x W`` maps ``in_features`` to ``out_features``, however the weight is stored or quantized. A token passes
-    through ``active_experts`` of the ``experts``. ``refused`` is set where LoRA cannot adapt it after all: it counts in
-    the costs of its layer alone.
+    through ``active_experts`` of the ``experts``. ``refused`` is set where LoRA cannot adapt the weight: then it counts
+    only in the costs of its layer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,22 +47,22 @@ class Module(BaseModel):
 
     @property
     def is_target(self) -> bool:
-        """Whether uniform LoRA adapts it: LoRA can, and it is no router."""
+        """Whether uniform LoRA adapts it: LoRA can, and it is not a router."""
         return not self.refused and self.role != "router"
 
     @property
     def parameters(self) -> int:
-        """Elements of the weight."""
+        """Number of elements of the weight."""
         return self.in_features * self.out_features * self.experts
 
     @property
     def flops_per_token(self) -> int:
-        """Floating-point operations of the forward matrix products for one token, 2 per multiply-add."""
+        """FLOPs of the forward matrix products for one token, 2 per multiply-add."""
         return 2 * self.in_features * self.out_features * self.active_experts
 
     @property
     def features_per_token(self) -> int:
-        """Inputs and outputs of the matrix for one token: what its activations take."""
+        """Elements of the matrix's inputs and outputs for one token: the size of its activations."""
         return (self.in_features + self.out_features) * self.active_experts
 
     def lora_parameters(self, rank: int) -> int:
@@ -70,12 +70,12 @@ class Module(BaseModel):
         return rank * (self.in_features + self.out_features) * self.experts
 
     def lora_flops_per_token(self, rank: int) -> int:
-        """Operations of the two low-rank products for one token, forward."""
+        """FLOPs of the two low-rank products for one token, forward."""
         return 2 * rank * self.features_per_token
 
 
 class LeftOut(BaseModel):
-    """Weights of like name that LoRA leaves as they are: the name inside a layer, the layers, and why."""
+    """Weights of the same name that LoRA leaves as they are: name inside the layer, layers, and reason."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -84,7 +84,7 @@ class LeftOut(BaseModel):
 
 
 class SharedWeight(BaseModel):
-    """Matrices of like name in several layers that are one weight, such as those of Zamba's shared blocks."""
+    """Matrices of the same name in several layers that share one weight, as in Zamba's shared blocks."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -92,19 +92,19 @@ class SharedWeight(BaseModel):
 
 
 class Kept(BaseModel):
-    """What backward keeps beside the inputs and outputs of matrices: for the memory of training.
+    """What backward keeps besides the inputs and outputs of matrices, to predict the memory of training.
 
     Attributes:
-        norms: per layer, elements for a token that its norms and state spaces keep in the dtype of the model.
+        norms: per layer, elements that its norms and state spaces keep for a token, in the model's dtype.
         wide_norms: the same in float32.
-        activation: elements that an MLP's activation keeps beside its input, for each element of its result.
+        activation: elements that an MLP's activation keeps besides its input, per element of its output.
         wide_activation: the same in float32.
         largest_state: elements for a token of the largest float32 tensor that a state space keeps.
-        heads: of attention.
-        square_copies: how often attention keeps a score for each two tokens of a row and head; 0 but for ``eager``.
-        window: tokens that some layers see, where they do not see all.
-        plain_products: whether PEFT itself computes some adapters: those of quantized weights and of Conv1D.
-        logit_copies: logits that are there at once, since the model caps or scales them.
+        heads: number of attention heads.
+        square_copies: how many scores attention keeps per pair of tokens and head; 0 except for ``eager``.
+        window: tokens that some layers see, if not all; 0 without a window.
+        plain_products: whether PEFT's own code computes some adapters: those of quantized weights and Conv1D.
+        logit_copies: copies of the logits in memory at once; more than 1 where the model caps or scales them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -123,9 +123,9 @@ class Kept(BaseModel):
 class Anatomy(BaseModel):
     """Decoder layers and their modules, plus the sizes around them.
 
-    ``attention_width`` is heads x head size, the width of the two attention products. ``left_out`` names what of the
-    layers LoRA cannot adapt, matrices among the ``modules`` included. Of ``shared`` weights each layer's module has an
-    adapter of its own. ``kept`` is None in files of an earlier release.
+    ``attention_width`` is heads x head size, the width of the two attention products. ``left_out`` names the weights
+    that LoRA cannot adapt, matrices among the ``modules`` included. For ``shared`` weights each layer's module has its
+    own adapter. ``kept`` is None in files of an earlier release.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -148,23 +148,23 @@ class Anatomy(BaseModel):
         return tuple(module for module in self.modules if module.layer == index)
 
     def adaptable(self, routers: bool = False) -> tuple[Module, ...]:
-        """The weights that a plan may adapt: all that LoRA can, routers only if asked for."""
+        """The weights that a plan may adapt: all that LoRA can adapt, routers only with ``routers``."""
         return tuple(module for module in self.modules if module.is_target or (routers and not module.refused))
 
     @property
     def notes(self) -> list[str]:
-        """What is unusual about the layers, a line each: what LoRA leaves as it is, and what layers share."""
+        """One line for each unusual thing: weights that LoRA leaves as they are, and weights that layers share."""
         by_reason: dict[str, list[str]] = {}
         for weights in self.left_out:
             by_reason.setdefault(weights.reason, []).append(weights.name)
-        told = "; ".join(f"{_few(names)} ({reason})" for reason, names in by_reason.items())
-        lines = [f"not adapted: {told}"] if told else []
+        reasons = "; ".join(f"{_few(names)} ({reason})" for reason, names in by_reason.items())
+        lines = [f"not adapted: {reasons}"] if reasons else []
         by_layers: dict[tuple[int, ...], list[str]] = {}
         for weight in self.shared:
             by_layers.setdefault(weight.layers, []).append(weight.name)
         for layers, names in by_layers.items():
             where = ", ".join(map(str, layers))
-            lines.append(f"layers {where} share the weights of {_few(names)}; each has adapters of its own")
+            lines.append(f"layers {where} share the weights of {_few(names)}; each has its own adapters")
         return lines
 
     @property
@@ -174,14 +174,14 @@ class Anatomy(BaseModel):
 
 
 def _few(names: Sequence[str]) -> str:
-    """The first names of many."""
+    """The first names, and how many more there are."""
     return ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
 
 
 class ModelIdentity(BaseModel):
-    """Which model an artefact belongs to: its name for people, its fingerprints for the check.
+    """Which model an artefact belongs to: the name is for people, the fingerprints decide.
 
-    ``weights`` samples the matrices; None where they are quantized, since that changes them.
+    ``weights`` samples the matrices; it is None where they are quantized, since that changes them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -190,12 +190,12 @@ class ModelIdentity(BaseModel):
     weights: str | None = None
 
     def is_same_model(self, other: "ModelIdentity") -> bool:
-        """Whether both fingerprints agree; the one of the matrices counts only where both sides have it."""
+        """Whether both fingerprints agree; that of the matrices counts only where both sides have it."""
         known = self.weights is not None and other.weights is not None
         return self.fingerprint == other.fingerprint and (not known or self.weights == other.weights)
 
     def difference(self, other: "ModelIdentity") -> str:
-        """What of the matrices differs where the fingerprints do not; empty where they do."""
+        """For the end of a message: the digests of the matrices, where only these differ; else empty."""
         if self.fingerprint != other.fingerprint or not self.weights or not other.weights:
             return ""
         return f", with other weights ({self.weights[:12]}, {other.weights[:12]})"
@@ -206,7 +206,7 @@ class ModelIdentity(BaseModel):
 
 
 class TokenizerIdentity(BaseModel):
-    """Which tokenizer an artefact belongs to: its name for people, two sha256 for the check.
+    """Which tokenizer an artefact belongs to: the name is for people, two sha256 decide.
 
     ``chat_template`` is None where none is used.
     """
@@ -217,7 +217,7 @@ class TokenizerIdentity(BaseModel):
     chat_template: str | None
 
     def difference(self, other: "TokenizerIdentity | None") -> str | None:
-        """What makes tokens differ, ``vocabularies`` or ``chat templates``; None if nothing does, or is not known.
+        """What makes tokens differ, ``vocabularies`` or ``chat templates``; None if nothing does, or if unknown.
 
         A chat template counts only where both use one.
         """
@@ -229,7 +229,7 @@ class TokenizerIdentity(BaseModel):
         return "chat templates" if both and self.chat_template != other.chat_template else None
 
     def without_template(self) -> "TokenizerIdentity":
-        """The same where no chat template is used."""
+        """The same identity without its chat template."""
         return self.model_copy(update={"chat_template": None})
 
     def __str__(self) -> str:
@@ -241,7 +241,7 @@ class TokenizerIdentity(BaseModel):
 class DataIdentity(BaseModel):
     """Which data set an artefact was made from. ``form`` is the row form, such as ``question, answer``.
 
-    Of several files read as one data set, ``name`` holds all, see :attr:`sources`.
+    For several files read as one data set ``name`` holds them all; see :attr:`sources`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -252,5 +252,5 @@ class DataIdentity(BaseModel):
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The files or hub data sets that were read one after the other."""
+        """The files or hub data sets that were read one after another."""
         return tuple(self.name.split(BETWEEN_SOURCES))

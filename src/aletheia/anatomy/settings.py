@@ -21,7 +21,7 @@ class LoadSettings(Settings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
         "auto",
         "Number format of the weights. auto: bfloat16 where the hardware computes in it, else float16 on a GPU and "
-        "float32 on a processor.",
+        "float32 on a CPU.",
         LOADING,
     )
     quantize: Literal["nf4", "int8"] | None = option(
@@ -35,8 +35,8 @@ class LoadSettings(Settings):
     )
     stream: bool | None = option(
         None,
-        "Read the weights layer by layer, for a model that does not fit in memory; only the upper layers learn then. "
-        "(default: where the weights take over half of the memory)",
+        "Read the weights layer by layer, for a model that does not fit in memory; then only the upper layers are "
+        "trained. (default: where the weights take over half of the memory)",
         LOADING,
     )
     trust_remote_code: bool = option(
@@ -44,24 +44,24 @@ class LoadSettings(Settings):
     )
     allow_pickle: bool = option(
         False,
-        "Read weights from pickle files (.bin, .pt), too. A pickle can carry harmful code; .safetensors cannot.",
+        "Also read weights from pickle files (.bin, .pt). A pickle can carry harmful code; .safetensors cannot.",
         LOADING,
     )
     fresh: bool = option(
         False,
-        "Where MODEL is an adapter folder: merge that adapter into its base and train a new one, instead of training "
+        "If MODEL is an adapter folder: merge that adapter into its base and train a new one, instead of training "
         "it further.",
         LOADING,
     )
     max_memory: ByteSize | None = option(
         None,
-        "Most memory to use, such as 6GB or 500MiB; fewer layers learn where it is short. (default: 90 % of a GPU's "
-        "memory, 80 % of the machine's)",
+        "Most memory to use, such as 6GB or 500MiB; with less memory fewer layers are trained. (default: 90 % of a "
+        "GPU's memory, 80 % of the machine's)",
         LOADING,
     )
     base: str | None = option(
         None,
-        "Where MODEL is an adapter folder: where its base model lies now. (default: where the adapter says)",
+        "If MODEL is an adapter folder: its base model, a folder or hub id. (default: the one that the adapter names)",
         LOADING,
     )
 
@@ -69,6 +69,7 @@ class LoadSettings(Settings):
     def _consistent(self) -> "LoadSettings":
         if self.stream and self.quantize:
             raise ValueError(
-                "`stream` and `quantize` are both given; expected a checkpoint that is quantized to stream from"
+                "`stream` and `quantize` are both given; expected one of them; to stream 4-bit weights, give a model "
+                "that is stored quantized"
             )
         return self

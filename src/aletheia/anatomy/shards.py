@@ -1,4 +1,4 @@
-"""The safetensors files of a checkpoint, and memory for the weights read from them."""
+"""The safetensors files of a checkpoint, and reusable memory for weights read from them."""
 
 import hashlib
 import os
@@ -23,24 +23,24 @@ from aletheia.errors import ModelError
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 PAGE = 4096  # bytes
-STREAMED_QUANTIZERS = ("bitsandbytes",)  # whose layers can be loaded one by one
+STREAMED_QUANTIZERS = ("bitsandbytes",)  # their layers can be loaded one by one
 
 
 class Buffers:
-    """Memory lent to layers and taken back: getting it from the system anew takes longer than filling it."""
+    """Memory lent to layers and taken back: allocating it again takes longer than filling it."""
 
     def __init__(self) -> None:
-        """Empty."""
+        """Start without any memory."""
         self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
         self._lent: dict[int, torch.Tensor] = {}
         self._lock = Lock()  # transformers reads several tensors at a time
 
     def keep(self, shapes: set[tuple[torch.Size, torch.dtype]]) -> None:
-        """Let go what a layer of these weights does not need."""
+        """Free the buffers of other shapes than ``shapes``."""
         self._free = {key: free for key, free in self._free.items() if key in shapes}
 
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-        """A tensor on the CPU that nobody else has; its values are whatever was left there."""
+        """A CPU tensor that nobody else uses; its values are arbitrary."""
         with self._lock:
             free = self._free.get((torch.Size(shape), dtype))
             buffer = free.pop() if free else torch.empty(*shape, dtype=dtype)
@@ -48,7 +48,7 @@ class Buffers:
         return buffer
 
     def give_back(self, layer: nn.Module) -> None:
-        """Take the weights of a layer that nobody uses any more."""
+        """Take back the memory of a layer that is no longer in use."""
         for value in (*layer.parameters(), *layer.buffers()):
             buffer = self._lent.pop(value.data_ptr(), None)
             if buffer is not None:
@@ -57,7 +57,7 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Cast:
-    """A tensor in a shard which, when it is read, is cast into a buffer."""
+    """A tensor in a shard that is cast into a buffer when it is read."""
 
     view: Any
     dtype: torch.dtype
@@ -81,16 +81,16 @@ def sampled_sha256(path: str, blocks: int = 256) -> str:
 
 
 def shard_state(path: str) -> tuple[str, int, int, str]:
-    """What a shard is known by: name, size in bytes, time of change in ns, and a sample of its bytes.
+    """What identifies a shard: name, size in bytes, time of change in ns, and a sample of its bytes.
 
-    The sample, since archives and images give all files one time.
+    The sample is needed because archives and images give all files the same time.
     """
     found = os.stat(path)
     return Path(path).name, found.st_size, found.st_mtime_ns, sampled_sha256(path)
 
 
 def checksum(tensors: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> str:
-    """CRC-32 of tensors on the CPU and what a file says of them, for files that a killed job goes on from."""
+    """CRC-32 of CPU tensors and their metadata, for files from which a killed job resumes."""
     value = zlib.crc32(repr(sorted(about.items())).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -100,9 +100,9 @@ def checksum(tensors: Mapping[str, torch.Tensor], about: Mapping[str, str]) -> s
 
 
 def weights_bytes(name: str, dtype: torch.dtype, trust_remote_code: bool = False) -> int | None:
-    """Memory that the weights of MODEL would take in ``dtype``, from the size of its shards.
+    """Bytes that the weights of MODEL would take in ``dtype``, from the size of its shards.
 
-    None where it has none or is quantized in a way that cannot be streamed.
+    None where it has no shards, or is quantized in a way that cannot be streamed.
 
     Raises:
         ModelError: MODEL cannot be found or its config cannot be read.
@@ -112,7 +112,7 @@ def weights_bytes(name: str, dtype: torch.dtype, trust_remote_code: bool = False
     config = load_config(name, trust_remote_code)
     try:
         stored = sum(os.stat(path).st_size for path in shard_files(name))
-    except ModelError:  # another format, which is loaded as a whole
+    except ModelError:  # another format, which cannot be streamed
         return None
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
@@ -122,7 +122,7 @@ def weights_bytes(name: str, dtype: torch.dtype, trust_remote_code: bool = False
 
 
 def shard_files(name: str) -> list[str]:
-    """The safetensors files of a folder or hub id, all there.
+    """The safetensors files of a folder or hub id, all of them present.
 
     Raises:
         ModelError: there are none, or some are missing.
@@ -134,7 +134,7 @@ def shard_files(name: str) -> list[str]:
             check_index(Path(index), allow_pickle=False)
         files = get_checkpoint_shard_files(name, index)[0] if index else [cached_file(name, SINGLE, **quiet)]
     if files == [None]:
-        raise ModelError(f"{name} holds neither {SINGLE} nor {INDEX}; expected safetensors to stream from")
+        raise ModelError(f"{name} has neither {SINGLE} nor {INDEX}; expected safetensors to stream from")
     for path in files:
         if not Path(path).is_file():
             raise ModelError(f"{name} lacks the shard {Path(path).name} that its index names; fetch it again")
@@ -143,9 +143,13 @@ def shard_files(name: str) -> list[str]:
 
 @contextmanager
 def opened(path: str) -> Iterator[Any]:
-    """A shard whose tensors are read when asked for."""
+    """An open shard; each tensor is read on demand.
+
+    Raises:
+        ModelError: the file cannot be read, or is damaged.
+    """
     try:
-        # Windows commits memory for the whole of a file that is mapped
+        # Windows reserves memory for the whole of a mapped file
         with safe_open(path, framework="pt", backend="pread" if sys.platform == "win32" else "mmap") as shard:
             yield shard
     except (SafetensorError, OSError) as error:

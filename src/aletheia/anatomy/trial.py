@@ -1,9 +1,9 @@
-"""Which weights LoRA can adapt: asked of PEFT, which refuses some by family, and of the code that uses them.
+"""Which weights LoRA can adapt, by a trial with PEFT, which refuses some by family, and by the code that uses them.
 
-The trial is made on stand-ins of the modules that share their weights, one of each kind, and its adapters stay on the
-meta device: nothing is computed, and the model is left as it is. An adapter lies around its module: where a layer hands
-``self.out_proj.weight`` to a kernel of its own instead of calling ``self.out_proj``, as Mamba's do, it would count
-nowhere, or on one device and not on another.
+The trial runs on copies of the modules that share their weights, one of each kind, with adapters on the meta device:
+nothing is computed, and the model does not change. An adapter wraps its module. Some layers, such as Mamba's, pass
+``self.out_proj.weight`` to a kernel instead of calling ``self.out_proj``. There an adapter would have no effect, or an
+effect on one device only.
 """
 
 import ast
@@ -20,9 +20,9 @@ from torch import nn
 
 from aletheia.anatomy.access import base_of
 
-QUANTIZED = ("is_loaded_in_8bit", "is_loaded_in_4bit")  # by these marks PEFT chooses its layers
+QUANTIZED = ("is_loaded_in_8bit", "is_loaded_in_4bit")  # PEFT chooses its layer classes by these marks
 PAST = "its layer may read the weight itself, past an adapter"
-SETTING_UP = re.compile(r"_*(init|reset)")  # methods that fill weights
+SETTING_UP = re.compile(r"_*(init|reset)")  # methods that initialize weights
 INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -52,7 +52,7 @@ def refused(
 
 
 def read_past(model: nn.Module, matrices: Mapping[str, nn.Module]) -> list[str]:
-    """The matrices whose weight the module that holds them reads itself."""
+    """The matrices whose weight is read by the module that holds them."""
     found = []
     for name in matrices:
         path, _, own_name = name.rpartition(".")
@@ -64,7 +64,7 @@ def read_past(model: nn.Module, matrices: Mapping[str, nn.Module]) -> list[str]:
 
 @functools.cache
 def _weights_read(owner: type) -> frozenset[str]:
-    """Names N for which a class says ``self.N.weight`` and means the tensor, not an attribute or a slice of it."""
+    """Names N for which a class uses ``self.N.weight`` as a whole, not an attribute or a slice of it."""
     found = set()
     for kind in owner.__mro__:
         if kind.__module__.partition(".")[0] in ("torch", "builtins"):
@@ -85,7 +85,7 @@ def _weights_read(owner: type) -> frozenset[str]:
 
 
 def _methods(kind: type) -> list[ast.FunctionDef]:
-    """The methods of a class as they are written, but those that set it up; none where there is no source."""
+    """The methods in the source of a class, except those that set it up; empty without a source."""
     try:
         source = inspect.getsource(sys.modules[kind.__module__])
     except (OSError, TypeError, KeyError):
@@ -114,7 +114,7 @@ def _reason(
     matrices: Mapping[str, nn.Module],
     stacks: Mapping[str, tuple[nn.Module, str]],
 ) -> str | None:
-    """Why PEFT does not adapt all of these at once, None if it does."""
+    """Why PEFT cannot adapt all of these at once; None if it can."""
     stand_in, kept = _stand_in(model, names, matrices, stacks)
     config = LoraConfig(
         r=1,
@@ -124,10 +124,11 @@ def _reason(
     before = [(parameter, parameter.requires_grad) for module in kept for parameter in module.parameters()]
     try:
         inject_adapter_in_model(config, stand_in, low_cpu_mem_usage=True)
-    except Exception as error:  # it refuses by ValueError, and fails as it may on kinds of modules that it knows not
-        told = str(error)
+    except Exception as error:  # a ValueError is a refusal; unknown kinds of modules raise anything
         family = getattr(getattr(base_of(model), "config", None), "model_type", "this family")
-        return f"PEFT refuses it in {family}" if "incompatible" in told else f"PEFT cannot adapt a {_kind(kept[0])}"
+        return (
+            f"PEFT refuses it in {family}" if "incompatible" in str(error) else f"PEFT cannot adapt a {_kind(kept[0])}"
+        )
     finally:
         for parameter, flag in before:
             parameter.requires_grad_(flag)
@@ -144,7 +145,7 @@ def _stand_in(
     matrices: Mapping[str, nn.Module],
     stacks: Mapping[str, tuple[nn.Module, str]],
 ) -> tuple[nn.Module, list[nn.Module]]:
-    """A model that holds copies of these modules alone, weights shared, at the same paths; and those copies."""
+    """A model of only these modules, copied with shared weights at the same paths; and the copies."""
     base = base_of(model)
     root = cast(Any, nn.Module())
     root.config = base.config
@@ -154,7 +155,7 @@ def _stand_in(
     owners = {name.rpartition(".")[0]: stacks[name][0] for name in names if name in stacks}
     leaves = owners | {name: matrices[name] for name in names if name in matrices}
     copies = {}
-    for path in sorted(leaves, key=lambda path: path.count(".")):  # an owner before what lies in it
+    for path in sorted(leaves, key=lambda path: path.count(".")):  # an owner before its children
         *above, own_name = path.split(".")
         held: nn.Module = root
         for part in above:
@@ -167,7 +168,7 @@ def _stand_in(
 
 
 def _without_inner(module: nn.Module) -> nn.Module:
-    """A shallow copy that shares the parameters and holds no other module."""
+    """A shallow copy that shares the parameters and has no child modules."""
     copied = copy.copy(module)
     copied._parameters = dict(module._parameters)
     copied._modules = {}

@@ -67,7 +67,7 @@ def probe(
     """Score each layer by the norm of its gradients on a few batches of the task. Trains nothing."""
     from aletheia.data.rows import load_rows
     from aletheia.errors import ProbeError
-    from aletheia.files import beside
+    from aletheia.files import sibling
     from aletheia.job.source import is_streamed, load_for, stream_for
     from aletheia.probing.resident import probe as run_probe
     from aletheia.probing.scores import Scores
@@ -86,7 +86,7 @@ def probe(
         checkpoint, examples = stream_for(loading, rows, data, say)
         say(f"probe  scores the layers by their gradients on {batches * batch_size} rows, layer by layer")
         say("note: step times of a streamed model are not measured; plans count operations instead")
-        work = beside(out, ".partial")
+        work = sibling(out, ".partial")
         scores = probe_streamed(checkpoint, examples, batches, batch_size, seed, work, loading.max_memory, say)
     else:
         say(f"load   {model}")

@@ -1,1 +1,1 @@
-"""Rows of every accepted form, chat templates, tokens, labels and padded batches."""
+"""Rows of every accepted form, chat templates, tokens, labels and batches."""

@@ -1,4 +1,4 @@
-"""Batches of examples, padded or packed. Shapes: B rows of the batch, T tokens of its longest row, N of all rows."""
+"""Batches of examples, padded or packed. Shapes: B rows of the batch, T tokens of its longest row, N tokens of all."""
 
 import itertools
 import random
@@ -12,7 +12,7 @@ from aletheia.data.examples import NO_LOSS, Example, Examples
 from aletheia.errors import DataError
 
 Collator = Callable[[Sequence[Example]], dict[str, Any]]
-LABELLED = "labelled_tokens"  # key of how many a batch has, for those who must not look at the labels' device
+LABELLED = "labelled_tokens"  # key for their number, for code that must not wait for the labels' device
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -35,10 +35,10 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.T
 def collate_packed(examples: Sequence[Example]) -> dict[str, Any]:
     """One row after another in one sequence, without padding: ``input_ids``, ``position_ids`` and ``labels`` [1, N].
 
-    ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (int32 [S + 1]) say where the S rows begin, ``max_length_q`` and
-    ``max_length_k`` how many tokens the longest may have, up to the next power of two: few values, so that compiled
-    code is used again. What attention needs to know is in these, so the ``attention_mask`` is a mere sign [1, 1, 1, 1]
-    that no other is to be made. A row's first token is predicted by nothing and has no label.
+    ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (int32 [S + 1]) give the starts of the S rows. ``max_length_q`` and
+    ``max_length_k`` are the longest length, rounded up to a power of two: few values, so compiled code is reused.
+    Attention needs only these; the ``attention_mask`` [1, 1, 1, 1] merely keeps models from making another one. The
+    first token of a row has no label, because nothing predicts it.
     """
     lengths = [len(example) for example in examples]
     input_ids_1N = torch.tensor([[token for example in examples for token in example.input_ids]])
@@ -58,7 +58,7 @@ def collate_packed(examples: Sequence[Example]) -> dict[str, Any]:
 
 
 def on_device_of(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch where the model's parameters are."""
+    """The batch with its tensors on the device of the model's parameters."""
     device = next(model.parameters()).device
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
@@ -67,21 +67,21 @@ def on_device_of(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Any
 
 
 def labelled_tokens(labels_BT: torch.Tensor) -> torch.Tensor:
-    """How many tokens carry a loss, a 0-d tensor; position 0 is never predicted and never counts."""
+    """How many tokens carry a loss, as a 0-d tensor; position 0 is never predicted and never counts."""
     return (labels_BT[:, 1:] != NO_LOSS).sum()
 
 
 def sample_batches(examples: Examples, batches: int, batch_size: int, seed: int) -> list[dict[str, torch.Tensor]]:
     """Draw ``batches`` batches of distinct rows, the same for a seed under every torch version.
 
-    With fewer rows than asked for there are fewer batches, the last one possibly smaller, but at least one.
+    If there are too few rows, there are fewer batches, at least one, and the last may be smaller.
 
     Raises:
         DataError: no examples, or batches or batch_size below 1.
     """
     _check(examples, batch_size)
     if batches < 1:
-        raise DataError(f"found {batches} batches asked for, expected at least 1; raise `batches`")
+        raise DataError(f"found {batches} as the number of batches, expected at least 1; raise `batches`")
     count = min(len(examples), batches * batch_size)
     drawn = random.Random(seed).sample(range(len(examples)), count)
     return [_batch(examples, drawn[start : start + batch_size]) for start in range(0, count, batch_size)]
@@ -90,7 +90,7 @@ def sample_batches(examples: Examples, batches: int, batch_size: int, seed: int)
 def length_sorted_batches(
     examples: Examples, batch_size: int, collator: Collator | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Every row once, longest first: little padding, and a lack of memory shows at once.
+    """Every row once, longest first: little padding, and too little memory shows at once.
 
     ``collator`` makes a batch of rows, by default :func:`collate`.
 

@@ -1,8 +1,8 @@
-"""Work on foreign programs, such as chat templates, in a process of its own with limits of time and memory.
+"""Run foreign programs, such as chat templates, in a child process with limits on time and memory.
 
 A Jinja template may loop, double a text or divide numbers of a million digits, and a call in C cannot be interrupted
-from within. So the work is done in a forked child that has to give a sign of life every few seconds and may take only
-so much memory more than its parent. Nothing is imported and nothing is sent to the child, so a fork takes milliseconds.
+from within. So the work runs in a forked child. The child must report every few seconds, and may take only a limited
+amount of memory beyond its parent's. It imports and receives nothing, so the fork takes milliseconds.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from typing import Any, TypeVar
 from aletheia.errors import DataError
 
 T = TypeVar("T")
-SECONDS = 3.0  # without a sign of life
-MEMORY_BYTES = 1_000_000_000  # beyond what the process has already
+SECONDS = 3.0  # without a report
+MEMORY_BYTES = 1_000_000_000  # beyond what the process already uses
 _BEAT_EVERY = 0.5  # seconds
 _BLOCK = 200  # results sent at once
 
 
 class Pulse:
-    """The child's signs of life; call it after each step that ought to be short."""
+    """The child's reports that it still works; call it after each step."""
 
     def __init__(self, send: Callable[[Any], None]) -> None:
         """``send`` writes to the parent."""
@@ -34,7 +34,7 @@ class Pulse:
         self._last = time.monotonic()
 
     def __call__(self) -> None:
-        """Say that work goes on, at most twice a second."""
+        """Report that the work continues, at most twice a second."""
         now = time.monotonic()
         if now - self._last > _BEAT_EVERY:
             self._last = now
@@ -46,23 +46,23 @@ def contained(
 ) -> Iterator[T]:
     """What ``work`` yields, computed in a child process.
 
-    Where processes cannot be forked (Windows, macOS) the work is done here, without limits.
+    Outside Linux the work runs in this process, without limits.
 
     Args:
         work: gets a function to call between steps; its results must be picklable.
-        what: names the program in the message.
+        what: name of the program, for the error.
         seconds: how long a step may take.
-        memory: bytes that all steps may take together.
+        memory: bytes that all steps together may take.
 
     Raises:
-        DataError: a limit is passed, or the child ends by itself. Errors of ``work`` are raised as they are.
+        DataError: a limit is exceeded, or the child dies. Errors of ``work`` are raised unchanged.
     """
     if sys.platform != "linux":
         yield from work(lambda: None)
         return
     reading, writing = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of other threads: the child waits for none of them
+        warnings.simplefilter("ignore", DeprecationWarning)  # about other threads: the child waits for none of them
         child = os.fork()
     if child == 0:
         os.close(reading)
@@ -79,14 +79,14 @@ def contained(
 
 def _received(reading: int, what: str, seconds: float, memory: int) -> Iterator[Any]:
     """Results as they come; the child's last message is an error or the end."""
-    advice = "expected a chat template that writes messages and ends; use another with `chat_template`"
+    advice = "expected a chat template that renders messages and ends; give another as `chat_template`"
     stream = bytearray()
     while True:
         if not select.select([reading], [], [], seconds)[0]:
-            raise DataError(f"{what} does not end: nothing came of it for {seconds:g} s; {advice}")
+            raise DataError(f"{what} does not end: no output for {seconds:g} s; {advice}")
         block = os.read(reading, 1 << 20)
         if not block:
-            raise DataError(f"{what} ended the process that it ran in; {advice}")
+            raise DataError(f"{what} ended its process; {advice}")
         stream += block
         while len(stream) >= 8 and len(stream) >= 8 + (size := int.from_bytes(stream[:8], "little")):
             message = pickle.loads(bytes(stream[8 : 8 + size]))  # from our own child: the results of ``work``
@@ -102,7 +102,7 @@ def _received(reading: int, what: str, seconds: float, memory: int) -> Iterator[
 
 
 def _child(work: Callable[[Callable[[], None]], Iterable[Any]], writing: int, memory: int) -> None:
-    """Run the work and leave without a trace: no exit handlers, no buffers of the parent flushed."""
+    """Run the work and exit at once: no exit handlers run, no buffers of the parent are flushed."""
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)

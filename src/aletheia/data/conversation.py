@@ -1,6 +1,6 @@
-"""One conversation under a chat template: where its answers stand, and what the template does to them.
+"""One conversation under a chat template: where its answers are, and what the template does to them.
 
-What a chat template drops, doubles or adds is mended where that can be done exactly, and remarked on in any case.
+What a chat template drops, doubles or adds is repaired where that can be done exactly, and always noted.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from aletheia.data.remarks import (
     PROMPT_REWRITTEN,
     REASONING_LOST,
     SYSTEM_ADDED,
-    SYSTEM_BESIDE,
+    SYSTEM_EXTENDED,
     SYSTEM_MERGED,
     THOUGHTS_ADDED,
     TOOLS_LOST,
@@ -32,7 +32,7 @@ from aletheia.data.templates import ChatTemplate
 
 Piece = tuple[str, bool]  # a text, and whether it carries a loss
 
-_STAND_IN = "here stands what the assistant says"
+_STAND_IN = "here is what the assistant says"
 _THINK, _THOUGHT = "<think>", "</think>"
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
@@ -58,13 +58,13 @@ class Conversation:
         return self._template.render(messages, generation, self._where, self._tools)
 
     def _until(self, at: int, generation: bool = False) -> str:
-        """The first ``at`` messages as text, with the opening of an answer behind them if ``generation``."""
+        """The first ``at`` messages as text, followed by the opening of an answer if ``generation``."""
         if (at, generation) not in self._rendered:
             self._rendered[at, generation] = self._render(self.messages[:at], generation)
         return self._rendered[at, generation]
 
     def _before(self, at: int) -> str:
-        """The text in front of the answer at ``at`` without its opening, and without the end that some put there."""
+        """The text before the answer at ``at``, without its opening and without an end token that some add."""
         bare, opened = self._until(at), self._until(at, True)
         ends = [found.span() for found in self._marks.finditer(bare)] if self._marks else []
         if not opened.startswith(bare) and ends and ends[-1][1] == len(bare) and opened.startswith(bare[: ends[-1][0]]):
@@ -72,9 +72,9 @@ class Conversation:
         return bare
 
     def as_rendered(self, has_marks: bool) -> tuple[str, str, str] | None:
-        """What shows that a prompt was rendered already, then that prompt with its opening, and the answer; else None.
+        """If the prompt is already rendered: the mark that shows it, prompt with opening, and answer; else None.
 
-        ``has_marks`` says that special tokens stand in the texts.
+        ``has_marks`` says whether the texts contain special tokens.
         """
         messages = self.messages
         if [message["role"] for message in messages] != ["user", "assistant"]:
@@ -94,7 +94,7 @@ class Conversation:
         return tail, question + opening, answer[start:].removeprefix(space) if start else answer
 
     def pieces(self, turns: list[int]) -> list[Piece]:
-        """Prompt and answer of each of ``turns``; all that the template rewrites later are left without a loss."""
+        """The pieces of the conversation: answers in ``turns`` carry a loss unless the template rewrites them later."""
         self._settle_calls(turns[-1])
         turns = self._settle_system(turns)
         prompt, answer = self._answer(turns[-1])
@@ -115,7 +115,7 @@ class Conversation:
     # --- the prompt
 
     def _settle_calls(self, last: int) -> None:
-        """Write the arguments of tool calls as JSON text where the template does not take objects."""
+        """Write the arguments of tool calls as JSON text if the template does not take objects."""
         if not any(message.get("tool_calls") for message in self.messages[: last + 1]):
             return
         try:
@@ -127,16 +127,16 @@ class Conversation:
                 self.messages, self._rendered = as_text, {}
 
     def _settle_system(self, turns: list[int]) -> list[int]:
-        """Put the system turn into the first user turn where the template does not take it."""
+        """Put the system turn into the first user turn if the template does not take it."""
         first = self.messages[0]
         if first["role"] not in ("system", "developer"):
-            if self._template.system_of_its_own:
-                self._remark(SYSTEM_ADDED, self._template.system_of_its_own)
+            if self._template.default_system:
+                self._remark(SYSTEM_ADDED, self._template.default_system)
             return turns
         try:
             if self._writes_system(turns[0]):
-                if self._template.system_beside:
-                    self._remark(SYSTEM_BESIDE, self._template.system_beside)
+                if self._template.system_addition:
+                    self._remark(SYSTEM_EXTENDED, self._template.system_addition)
                 return turns
             refusal = None
         except UnusableRowError as error:
@@ -159,7 +159,7 @@ class Conversation:
         return turns
 
     def _writes_system(self, until: int) -> bool:
-        """Whether the system turn at the beginning is written, be it that another turn says the same."""
+        """Whether the template writes the first system turn, even if another turn has the same text."""
         first, *others = self.messages[:until]
         written = _holds(self._until(until, True), first["content"])
         if not written or not any(_holds(message["content"], first["content"]) for message in others):
@@ -167,7 +167,7 @@ class Conversation:
         return _STAND_IN in self._render([first | {"content": _STAND_IN}, *others], True)
 
     def _check_prompt(self, prompt: str, last: int) -> None:
-        """Remark on what the template leaves out of the prompt."""
+        """Note what the template leaves out of the prompt."""
         for message in self.messages[:last]:
             if message["role"] != "assistant" and not _holds(prompt, message["content"]):
                 self._remark(PROMPT_LOST, message["role"])
@@ -177,7 +177,7 @@ class Conversation:
     # --- the answer
 
     def _answer(self, at: int) -> tuple[str, str]:
-        """The prompt of the answer at ``at`` as generation has it, and the answer with its end of turn."""
+        """The prompt of the answer at ``at`` as in generation, and the answer with its end of turn."""
         message = self.messages[at]
         content = message["content"]
         prompt, answered = self._until(at, True), self._until(at + 1)
@@ -197,7 +197,7 @@ class Conversation:
         start = min(start, len(head)) if head and not appends else start
         written = body[start:].removesuffix(tail)
         if twice or not _holds(written, content.lstrip().removeprefix(_THINK) if opened else content):
-            # What is written as it stands in the data would lack the tool calls.
+            # the plain text of the data would lack the tool calls
             mended = None if message.get("tool_calls") else self._mended(prompt, bare, content, frame)
             if mended:
                 if twice and _holds(written, content):
@@ -221,9 +221,9 @@ class Conversation:
         return bare + body[:start], body[start:]
 
     def _behind_another_prompt(self, prompt: str, answered: str, at: int) -> tuple[str, str]:
-        """The answer of a template that writes the prompt in another way once it is answered.
+        """The answer of a template that changes the prompt once it is answered.
 
-        It stands behind the last thing that both renderings say in the same way, with its opening.
+        The answer follows the last text, opening included, that both renderings have in common.
         """
         content, asked = self.messages[at]["content"], self.messages[at - 1]["content"].strip()
         begin = prompt.rfind(asked)
@@ -235,14 +235,14 @@ class Conversation:
         return prompt, answer
 
     def _doubles_thoughts(self, message: Message, answered: str) -> bool:
-        """Whether the template puts thoughts of its own in front of those that the answer begins with."""
+        """Whether the template adds thoughts before those that the answer begins with."""
         content: str = message["content"].lstrip()
         if not content.startswith(_THINK) or _has_reasoning(message):
             return False
         return answered.count(_THINK) > content.count(_THINK)
 
     def _frame(self, at: int) -> tuple[str, str] | None:
-        """What the template puts in front of the answer at ``at`` and behind it, found with a text of another kind."""
+        """What the template puts before and after the answer at ``at``, found with a placeholder text."""
         bare = self._before(at)
         other = self._render([*self.messages[:at], {"role": "assistant", "content": _STAND_IN}], False)
         if not other.startswith(bare) or other.count(_STAND_IN, len(bare)) != 1:
@@ -251,7 +251,7 @@ class Conversation:
         return head, tail
 
     def _ignores_calls(self, at: int) -> bool:
-        """Whether an answer is rendered in the same way without its tool calls."""
+        """Whether an answer is rendered the same without its tool calls."""
         message = {name: value for name, value in self.messages[at].items() if name != "tool_calls"}
         try:
             return self._render([*self.messages[:at], message], False) == self._until(at + 1)
@@ -259,7 +259,7 @@ class Conversation:
             return False
 
     def _check_fields(self, at: int, answered: str) -> None:
-        """Remark on tool calls and reasoning that the template leaves out."""
+        """Note tool calls and reasoning that the template leaves out."""
         message = self.messages[at]
         calls = message.get("tool_calls") or ()
         ignored = bool(calls) and self._ignores_calls(at)
@@ -269,15 +269,15 @@ class Conversation:
                 if not message["content"].strip():
                     raise UnusableRowError(
                         "tool calls that the chat template does not write",
-                        f"{self._where}: found an answer of tool calls alone, which the chat template does not write; "
-                        "use another with `chat_template`",
+                        f"{self._where}: found an answer of only tool calls, which the chat template does not write; "
+                        "give another as `chat_template`",
                     )
         for name in _REASONING:
             if message.get(name) and not _holds(answered, message[name]):
                 self._remark(REASONING_LOST, name)
 
     def _mended(self, prompt: str, bare: str, content: str, frame: tuple[str, str]) -> tuple[str, str] | None:
-        """The answer as it was written, between the opening and the end that the template gives another text."""
+        """The answer as the data have it, between the opening and the end that the template gives a placeholder."""
         head, tail = frame
         if not head and not tail:
             return None
@@ -295,20 +295,22 @@ class Conversation:
         return bare + header, content + tail
 
     def _earlier(self, prompt: str, at: int) -> tuple[int, int] | None:
-        """Where an earlier answer stands in the prompt of the last one, whole and with its end of turn; or None."""
+        """Start and end of an earlier answer with its end of turn in the last one's prompt; None if not found."""
         content = self.messages[at]["content"]
         opened, answered = self._until(at, True), self._until(at + 1)
         if prompt.startswith(answered) and answered.startswith(opened) and _holds(answered[len(opened) :], content):
             return len(opened), len(answered)
         bare, start = self._before(at), len(opened)
         head, tail = self._frame(at) or ("", "")
-        if prompt.startswith(answered) and answered.startswith(bare):  # without all that the generation prompt opens
+        if prompt.startswith(answered) and answered.startswith(
+            bare
+        ):  # without the full opening of the generation prompt
             body = answered[len(bare) :]
             begin = _common(opened.removeprefix(bare), body)
             begin = min(begin, len(head)) if head else begin
             if _holds(body[begin:], content):
                 return len(bare) + begin, len(answered)
-        if prompt.startswith(opened):  # the answer is written with less around it, or with another end
+        if prompt.startswith(opened):  # written with less around it, or another end
             lead = (bare + head).removeprefix(opened) if (bare + head).startswith(opened) else ""
             written = answered.removeprefix(opened).removeprefix(lead)
             for found in (written, written[: self._end_of(written, content)], f"{lead}{content}" if content else ""):
@@ -322,7 +324,7 @@ class Conversation:
         return None
 
     def _is_whole(self, at: int, written: str) -> bool:
-        """Whether an earlier answer is written as it would be if it were the last; remarks on text that never is."""
+        """Whether an earlier answer is written as if it were the last; notes text that is never written."""
         message, alone = self.messages[at], self._until(at + 1)
         thoughts = [str(message.get(name) or "") for name in _REASONING]
         if any(_holds(alone, thought) and not _holds(written, thought) for thought in thoughts):
@@ -334,15 +336,15 @@ class Conversation:
         return True
 
     def _end_of(self, written: str, content: str) -> int:
-        """Where the first special token behind an answer ends, or 0."""
+        """Where the first special token after an answer ends, or 0."""
         found = self._marks.search(written, len(content)) if self._marks and written.startswith(content) else None
         return found.end() if found else 0
 
     def _rewritten(self) -> UnusableRowError:
         return UnusableRowError(
-            "an answer that cannot be told from its prompt",
-            f"{self._where}: found a chat template that rewrites the prompt once it is answered, so its completion "
-            "cannot be told apart; expected one that appends; use another with `chat_template`, or the text form",
+            "an answer that cannot be separated from its prompt",
+            f"{self._where}: found a chat template that rewrites the prompt once it is answered, so the answer "
+            "cannot be separated; expected one that appends; give another as `chat_template`, or use the text form",
         )
 
 
@@ -357,7 +359,7 @@ def _with_text_arguments(message: Message) -> Message:
 
 
 def _holds(text: str, part: str) -> bool:
-    """Whether a text holds another, white space aside."""
+    """Whether a text contains another, ignoring white space."""
     return part in text or "".join(part.split()) in "".join(text.split())
 
 
@@ -370,7 +372,7 @@ def _opened_twice(prompt: str, content: str) -> bool:
 
 
 def _common(one: str, other: str) -> int:
-    """How many characters two texts have in common at their beginning."""
+    """The length of the common beginning of two texts."""
     length = 0
     for a, b in zip(one, other, strict=False):
         if a != b:

@@ -1,8 +1,8 @@
-"""Rows to tokens and labels: the loss falls on answers and on their end token only, on every token for plain text.
+"""From rows to tokens and labels: answers and their end token carry a loss; in plain text every token does.
 
 A row becomes pieces of text, each with or without a loss (:mod:`aletheia.data.scripts`). Pieces are tokenised one by
-one and concatenated, so an answer begins at a token boundary: this is what the model sees when it generates. Tokenizers
-that put a space in front of every text (SentencePiece's dummy prefix) do so for the first piece alone.
+one and concatenated, so an answer begins at a token boundary, as in generation. Tokenizers that put a space before
+every text (SentencePiece's dummy prefix) do so for the first piece only.
 """
 
 import re
@@ -27,13 +27,13 @@ from aletheia.errors import DataError
 
 __all__ = ["NO_LOSS", "Example", "Examples", "encode", "load_data", "split_held_out"]
 
-_ANCHOR = "\n"  # a text that tokenizers with a dummy prefix keep apart from what follows
-_ROWS_AT_ONCE = 1000  # rows per call of the tokenizer: enough for its threads, little memory
+_ANCHOR = "\n"  # tokenizers with a dummy prefix do not merge it with the text after it
+_ROWS_AT_ONCE = 1000  # rows per tokenizer call: enough for its threads, little memory
 _CUT_OFF = "no token to learn within `max_length`"
 
 STOP_ADDED = "the chat template ends answers with {}, where generation does not stop; {} is added and learned"
 OTHER_STOP = "answers end with {}, where the model's settings stop; the tokenizer's own end token, {}, is not learned"
-NO_BEGIN = "rows lack {}, which the tokenizer puts in front of text: the chat template does not write it"
+NO_BEGIN = "rows lack {}, which the tokenizer puts before text: the chat template does not write it"
 EARLIER_OPEN = "earlier answers end with no token at which generation stops; only the last answer teaches to stop"
 NO_STOP = "the model does not learn to stop: the tokenizer has no end token inside the model's embedding"
 
@@ -48,10 +48,10 @@ def load_data(
     train_on: TrainOn = "all",
     template_date: date | None = None,
 ) -> Examples:
-    """Read files or hub data sets and tokenise them: ``load_rows``, then ``encode``.
+    """Read files or hub data sets with :func:`load_rows`, and tokenise them with :func:`encode`.
 
     Raises:
-        DataError: as these two.
+        DataError: as both of these.
     """
     rows = load_rows(data, skip_unusable)
     return encode(rows, tokenizer, max_length, skip_unusable, vocab_size, stops, train_on, template_date)
@@ -70,20 +70,19 @@ def encode(
     """Tokenise rows, label them and cut them on the right to ``max_length`` tokens.
 
     Args:
-        rows: what is learned from.
-        tokenizer: of transformers, with the chat template that conversations are written with.
-        max_length: tokens of the longest row.
-        skip_unusable: leave out, and count by reason, rows that cannot be learned from, instead of stopping at the
-            first: those that the chat template refuses, and those without a label beyond position 0, which is never
-            predicted.
-        vocab_size: tokens that the model has an embedding for; others are refused, and none is added.
-        stops: ids at which generation stops beside the tokenizer's end token and those in the model's folder.
-        train_on: ``all`` answers of a conversation carry a loss, or the ``last`` alone.
-        template_date: the date that a chat template writes, where it writes one; by default that of today.
+        rows: the rows to learn from.
+        tokenizer: a transformers tokenizer, with the chat template for conversations.
+        max_length: most tokens of a row.
+        skip_unusable: leave out unusable rows and count them by reason, instead of stopping at the first. These are
+            rows that the chat template refuses, and rows without a label after position 0, which is never predicted.
+        vocab_size: number of tokens that the model has an embedding for; rows with other ids are refused.
+        stops: more ids at which generation stops, next to the tokenizer's end token and those in the model's folder.
+        train_on: ``all``: every answer of a conversation carries a loss; ``last``: only the last one.
+        template_date: the date for a chat template that writes one; by default today.
 
     Raises:
-        DataError: max_length below 2, an unusable row, no row left, a token id beyond ``vocab_size``, or a chat
-            template that does not end.
+        DataError: max_length is below 2, a row is unusable, no row is left, a token id is not below ``vocab_size``,
+            or a chat template does not end.
     """
     if max_length < 2:
         raise DataError(f"found a maximum length of {max_length}, expected at least 2; raise `max_length`")
@@ -118,7 +117,7 @@ def _usable(
     notes: Notes,
     left_out: dict[str, int],
 ) -> tuple[list[Row], list[Script]]:
-    """The rows that have a script, and their scripts; fills ``notes``, and ``left_out`` with the other rows."""
+    """The rows that have a script, and their scripts; adds to ``notes``, and counts the others in ``left_out``."""
     usable: list[Row] = []
     scripts: list[Script] = []
     first: UnusableRowError | None = None
@@ -141,7 +140,7 @@ def _usable(
 def _scripts(
     rows: Rows, tokenizer: Any, train_on: str, template_date: date | None
 ) -> Iterator[Script | UnusableRowError]:
-    """The script of each row, or why there is none; a chat template runs in a process of its own."""
+    """The script of each row, or why it has none; a chat template runs in a child process."""
     marks = _marks(tokenizer)
     template = getattr(tokenizer, "chat_template", None)
     name = template_name(tokenizer)
@@ -161,12 +160,12 @@ def _scripts(
 
 
 def _added(tokenizer: Any) -> dict[int, Any]:
-    """The tokens that were added to the vocabulary, by id; not every tokenizer tells."""
+    """The tokens that were added to the vocabulary, by id; empty for tokenizers that do not list them."""
     return getattr(tokenizer, "added_tokens_decoder", None) or {}
 
 
 def _marks(tokenizer: Any) -> re.Pattern[str] | None:
-    """Finds the tokenizer's special tokens in a text."""
+    """A pattern that finds the tokenizer's special tokens; None if it has none."""
     special = {str(token.content) for token in _added(tokenizer).values() if token.special}
     special |= {token for token in tokenizer.all_special_tokens if token.strip()}
     return (
@@ -184,7 +183,8 @@ def _check_ids(example: Example, vocab_size: int | None) -> None:
 
 def _emptied(emptied: list[tuple[str, int | None]], rows: int, max_length: int, skip_unusable: bool) -> DataError:
     where, needed = emptied[0]
-    found = f"the first of {len(emptied)} row(s), of {rows}, without a token to learn at `max_length={max_length}`"
+    count = f"{len(emptied)} row{'s' * (len(emptied) > 1)}"
+    found = f"the first of {count}, of {rows}, without a token to learn at `max_length={max_length}`"
     if needed is None:
         expected, remedy = "it has none at any length", "remove such rows"
     else:
@@ -196,7 +196,7 @@ def _emptied(emptied: list[tuple[str, int | None]], rows: int, max_length: int, 
 
 @dataclass
 class _Closing:
-    """Sees to it that an answer ends with a token at which generation stops, and that nothing behind it is learned."""
+    """Ends each answer with a token at which generation stops, and keeps everything after it unlearned."""
 
     tokenizer: Any
     stops: tuple[int, ...]
@@ -212,9 +212,9 @@ class _Closing:
         self.special = {*self.tokenizer.all_special_ids, *self.stops, *(at for at in added if added[at].special)}
 
     def learned(self, ids: list[int]) -> int:
-        """How many ids of an answer are learned: white space behind a special token that ends it is not.
+        """How many ids of an answer are learned: white space after a final special token is not.
 
-        A special token that stands there twice is taken out once.
+        A final special token that appears twice is removed once.
         """
         last = self._last(ids)
         if last < 0 or ids[last] not in self.special:
@@ -226,7 +226,7 @@ class _Closing:
         return last + 1
 
     def check(self, input_ids: list[int], labels: list[int], row: Row, plain: bool) -> None:
-        """Note a begin token that is missing, and earlier answers that do not end where generation does."""
+        """Note a missing begin token, and earlier answers that end where generation does not stop."""
         if self.begin is not None and not plain and self.begin not in input_ids[:2]:
             self.notes.add(NO_BEGIN, row.where, self.begin_text)
         ends = [label for label, behind in pairwise(labels) if label != NO_LOSS and behind == NO_LOSS]
@@ -234,7 +234,7 @@ class _Closing:
             self.notes.add(EARLIER_OPEN, row.where)
 
     def close(self, input_ids: list[int], labels: list[int], row: Row, plain: bool) -> None:
-        """Put the end token behind the last answer, where it ends with no token at which generation stops."""
+        """Append the end token to the last answer, unless it ends with a token at which generation stops."""
         last = self._last(input_ids)
         ends = input_ids[last] if last >= 0 else -1
         own = self.tokenizer.eos_token_id
@@ -254,7 +254,7 @@ class _Closing:
             self.notes.add(STOP_ADDED.format(shown, self._name(self.stops[0])), row.where)
 
     def _last(self, ids: Sequence[int]) -> int:
-        """Where the last id that is no white space stands, or -1."""
+        """Index of the last id that is not white space, or -1."""
         return next((at for at in range(len(ids) - 1, -1, -1) if not self._is_blank(ids[at])), -1)
 
     def _is_blank(self, token: int) -> bool:
@@ -285,13 +285,13 @@ def _tokens(
 def _ids(texts: list[str], tokenizer: Any, special: bool) -> Iterator[list[int]]:
     if not texts:
         return iter(())
-    # verbose: no warning about texts above the model's maximum, they are cut later
+    # verbose=False: no warning about long texts, which are cut later
     encoded = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)
     return iter(encoded["input_ids"])
 
 
 def _later_ids(texts: list[str], tokenizer: Any) -> Iterator[list[int]]:
-    """Ids of texts that stand behind others, without what the tokenizer puts in front of a text on its own."""
+    """Ids of texts that follow others, without what the tokenizer puts before a separate text."""
     (anchor, alone, behind) = _ids([_ANCHOR, "a", f"{_ANCHOR}a"], tokenizer, special=False)
     if [*anchor, *alone] == behind:
         yield from _ids(texts, tokenizer, special=False)
@@ -310,9 +310,9 @@ def _joined(
         ids = list(next(later if at else opening))
         if script.plain and at == 0:
             while len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:
-                del ids[0]  # the text begins with it already
+                del ids[0]  # the text already begins with it
             if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
-                ids.pop()  # a tokenizer that closes every text itself: it comes once, behind the last piece
+                ids.pop()  # some tokenizers end every text; it belongs after the last piece only
         learned = closing.learned(ids) if labelled else 0
         input_ids += ids
         labels += ids[:learned] + [NO_LOSS] * (len(ids) - learned)

@@ -35,11 +35,11 @@ class Example:
         return len(self.input_ids)
 
     def digest(self) -> bytes:
-        """128 bits that two rows share if they have the same tokens and labels."""
+        """A 128-bit digest, equal for rows with the same tokens and labels."""
         return _digest(self.input_ids, self.labels)
 
     def prompt_digest(self) -> bytes | None:
-        """128 bits of all tokens before the last stretch of labels; None where nothing stands before it."""
+        """A 128-bit digest of all tokens before the last stretch of labels; None if there are none."""
         end = len(self.labels)
         while end and self.labels[end - 1] == NO_LOSS:
             end -= 1
@@ -49,7 +49,7 @@ class Example:
 
     @property
     def labelled_tokens(self) -> int:
-        """Tokens that carry a loss; position 0 never does."""
+        """Number of tokens that carry a loss; position 0 never does."""
         return sum(label != NO_LOSS for label in self.labels[1:])
 
 
@@ -57,9 +57,9 @@ class Example:
 class Examples:
     """A tokenised data set, usable as the ``train_dataset`` of a transformers Trainer.
 
-    ``skipped`` counts the rows that are not here, ``left_out`` counts them by reason, ``truncated`` the kept rows that
-    lost tokens; ``notes`` say what a person should know of the rows, one line each. All of these, and ``identity``,
-    describe the whole data set, also in a subset of it. ``tokenizer`` made the tokens; None where that is not known.
+    ``skipped`` counts the rows left out, ``left_out`` counts them by reason, and ``truncated`` counts the kept rows
+    that lost tokens. ``notes`` are lines about the rows that a person should know. All of these, and ``identity``,
+    describe the whole data set, also in a subset of it. ``tokenizer`` identifies the tokenizer; None if unknown.
     """
 
     identity: DataIdentity
@@ -77,11 +77,15 @@ class Examples:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> Example:
-        """The example at ``index``; IndexError beyond the end."""
+        """The example at ``index``.
+
+        Raises:
+            IndexError: ``index`` is beyond the end.
+        """
         return self.examples[index]
 
     def digest(self) -> str:
-        """A hash of the tokens and labels of all examples in order."""
+        """A sha256 of the tokens and labels of all examples, in order."""
         return hashlib.sha256(b"".join(example.digest() for example in self.examples)).hexdigest()
 
     def subset(self, indices: Iterable[int]) -> "Examples":
@@ -90,12 +94,12 @@ class Examples:
 
     @property
     def tokens(self) -> int:
-        """Tokens in all examples, padding not counted."""
+        """Number of tokens in all examples, without padding."""
         return sum(len(example) for example in self.examples)
 
     @property
     def labelled_tokens(self) -> int:
-        """Tokens that carry a loss, in all examples."""
+        """Number of tokens that carry a loss, in all examples."""
         return sum(example.labelled_tokens for example in self.examples)
 
 
@@ -104,21 +108,21 @@ def split_held_out(
 ) -> tuple[Examples, Examples]:
     """Split at random into (train, held out): disjoint, both in the order of the rows, the same for a seed.
 
-    ``fraction`` of the rows are held out, at least 1, at most ``max_rows``, and never all. Rows that are the same token
-    by token stay on one side, unless all are the same; if each drawn one has more copies than may be held out, the one
-    with the fewest is held out with all of them.
+    ``fraction`` of the rows are held out, at least 1, at most ``max_rows``, and never all. Identical rows stay on one
+    side, unless all rows are identical. If every drawn row has more copies than may be held out, the one with the
+    fewest copies is held out with all of them.
 
     Raises:
-        DataError: fraction outside (0, 1), max_rows below 1, or fewer than two rows.
+        DataError: fraction is outside (0, 1), max_rows is below 1, or there are fewer than two rows.
     """
     if not 0 < fraction < 1:
         raise DataError(f"found the held-out fraction {fraction}, expected a number between 0 and 1; for example 0.05")
     if max_rows < 1:
-        raise DataError(f"found a limit of {max_rows} held-out rows, expected at least 1; raise it")
+        raise DataError(f"found a limit of {max_rows} held-out rows, expected at least 1; raise `max_rows`")
     if len(examples) < 2:
         raise DataError(
-            f"{examples.identity.name}: found {len(examples)} usable row(s), expected at least 2 to hold one "
-            "out; add rows or give a separate evaluation file"
+            f"{examples.identity.name}: found {len(examples)} usable row{'s' * (len(examples) != 1)}, expected at "
+            "least 2 to hold one out; add rows, or give held-out rows as `eval_data`"
         )
     copies: dict[bytes, list[int]] = {}
     for index, example in enumerate(examples.examples):

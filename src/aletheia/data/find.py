@@ -1,4 +1,4 @@
-"""Which files a source names: one file, a pattern, or a folder with its splits. Nothing is read but names."""
+"""Which files a source names: one file, a pattern, or a folder with its splits. Only names are read."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,12 +13,12 @@ from aletheia.errors import DataError
 from aletheia.kinds import mistaken, near
 
 TRAIN = "train"
-# words in the names of files and folders -> the split they mean
+# words in names of files and folders -> the split they mean
 SPLITS = dict.fromkeys(("train", "training"), TRAIN)
 SPLITS |= dict.fromkeys(("validation", "valid", "val", "dev"), "validation")
 SPLITS |= dict.fromkeys(("test", "testing", "eval", "evaluation", "heldout"), "test")
 HELD_OUT = ("test", "validation")
-_SHARD = re.compile(r"(?P<split>.+)-\d+-of-\d+$")  # as the hub names the files of a split
+_SHARD = re.compile(r"(?P<split>.+)-\d+-of-\d+$")  # how the hub names the files of a split
 _DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _PAPERS = ("readme", "license", "licence", "citation", "changelog")
 _NAMES_SHOWN = 5
@@ -26,7 +26,7 @@ _NAMES_SHOWN = 5
 
 @dataclass(frozen=True)
 class Found:
-    """What one source names: data files, and folders that ``save_to_disk`` wrote, in the order to read them."""
+    """The files of one source, in reading order: data files, and folders that ``save_to_disk`` wrote."""
 
     paths: tuple[Path, ...]
     notes: tuple[str, ...] = ()
@@ -35,11 +35,11 @@ class Found:
 def find(source: str) -> Found | None:
     """The files of a path, a pattern (``train-*.jsonl``, ``**``), or a folder as ``FOLDER[:config][:split]``.
 
-    Of a folder with splits the one named ``train`` is taken, of a pattern all but held-out rows that it does not name.
-    None where ``source`` can only be a hub data set.
+    A folder with splits gives its ``train`` split. A pattern gives all files but held-out ones that it does not name.
+    None if ``source`` can only be a hub data set.
 
     Raises:
-        DataError: nothing is there, or a folder holds no data, several sets of data, or only held-out rows.
+        DataError: nothing is there, or a folder holds no data, several data sets, or only held-out rows.
     """
     path = Path(source)
     if _exists(path):
@@ -60,13 +60,13 @@ def find(source: str) -> Found | None:
 
 
 def name_parts(source: str) -> tuple[str, str, str]:
-    """``name[:config[:split]]`` as its three parts, empty where left out."""
+    """The three parts of ``name[:config[:split]]``; empty where left out."""
     name, config, split = [*source.split(":", 2), "", ""][:3]
     return name, config, split
 
 
 def whole_source(source: str) -> str:
-    """The same source from any working folder: paths and patterns on this machine by their absolute path."""
+    """The source with local paths and patterns made absolute, so that it is valid in any working folder."""
     name, *rest = source.split(":", 1)
     if _exists(Path(source)):
         return str(Path(source).resolve())
@@ -78,7 +78,7 @@ def whole_source(source: str) -> str:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # a name too long for the file system, or with a NUL
+    except (OSError, ValueError):  # too long for the file system, or with a NUL
         return False
 
 
@@ -119,27 +119,27 @@ def _matching(source: str) -> Found:
 
 
 def _parts_of(source: str) -> tuple[Path, Path]:
-    """The folder that a pattern begins with, and the rest of it."""
+    """The fixed folder at the start of a pattern, and the rest."""
     parts = Path(source).parts
     start = next(at for at, part in enumerate(parts) if _is_pattern(part))
     return Path(*parts[:start]), Path(*parts[start:])
 
 
 def _held_out_split(path: Path) -> str:
-    """The split of held-out rows that a file or a folder above it is named after, if it is one."""
+    """The held-out split that the name of a file or of a folder above it means; else empty."""
     above = (SPLITS.get(part.lower(), "") for part in reversed(path.parent.parts))
     named = next((split for split in (_meaning(_split_of(path)), *above) if split), "")
     return named if named in HELD_OUT else ""
 
 
 def _matches(source: str) -> list[Path]:
-    """What matches a pattern, sorted; ``**`` follows no links, and hidden names match only patterns that begin so."""
+    """The sorted matches of a pattern; ``**`` follows no links, and hidden names match only dotted patterns."""
     folder, pattern = _parts_of(source)
     try:
         found = sorted(folder.glob(str(pattern)))
     except (OSError, ValueError, NotImplementedError) as error:
         raise DataError(
-            f"{source}: found no valid pattern ({one_line(error)}); expected one such as *.jsonl"
+            f"{source}: found an invalid pattern ({one_line(error)}); expected one such as *.jsonl"
         ) from error
     if any(part.startswith(".") for part in pattern.parts):
         return found
@@ -147,7 +147,7 @@ def _matches(source: str) -> list[Path]:
 
 
 def _near(path: Path) -> str:
-    """Names like that of ``path`` where it would be, for the end of a message."""
+    """Names similar to ``path`` in its folder, for the end of a message."""
     try:
         names = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
     except OSError:
@@ -163,7 +163,7 @@ def _in_folder(folder: Path, config: str = "", split: str = "") -> Found:
     try:
         if is_saved(folder):
             if config or split:
-                raise DataError(f"{folder}: found one saved data set without splits; expected no more than its name")
+                raise DataError(f"{folder}: found one saved data set without splits; expected only its name")
             return Found((folder,))
         splits, inner, passed = _contents(folder)
     except OSError as error:
@@ -179,7 +179,7 @@ def _in_folder(folder: Path, config: str = "", split: str = "") -> Found:
             return _in_folder(folder / inner[0], "", split)
         if inner:
             raise DataError(
-                f"{folder}: found no data files but the folders {_names(inner)}; expected one to be named, "
+                f"{folder}: found no data files but the folders {_names(inner)}; name one of them, "
                 f"as {folder}:{inner[0]}"
             )
         holds = f"only {_names(passed)}" if passed else "nothing to read"
@@ -203,14 +203,14 @@ def _in_folder(folder: Path, config: str = "", split: str = "") -> Found:
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether ``save_to_disk`` of one data set wrote the folder."""
+    """Whether ``save_to_disk`` wrote one data set into the folder."""
     return all((folder / name).is_file() for name in ("state.json", "dataset_info.json"))
 
 
 def _contents(folder: Path) -> tuple[dict[str, list[Path]], list[str], list[str]]:
-    """The splits of a folder with their files in order, its folders that are none of them, and other files by name.
+    """The splits of a folder with their files in order, its folders that are not splits, and the names of other files.
 
-    Files named after no split are of the split ``train``, unless others are named so: then of the split ``""``.
+    Files whose name means no split belong to ``train``, or to the split ``""`` if other files are named ``train``.
     """
     splits: dict[str, list[Path]] = {}
     inner: list[str] = []
@@ -227,7 +227,7 @@ def _contents(folder: Path) -> tuple[dict[str, list[Path]], list[str], list[str]
         elif not entry.name.startswith("checkpoint") and _holds_data(entry):
             inner.append(entry.name)
     by_name = [path for path in splits.get(TRAIN, ()) if _begins_as_train(path)]
-    if "" in splits and not by_name:  # 'gsm8k_train.jsonl' beside 'mine.jsonl': nobody set splits apart
+    if "" in splits and not by_name:  # 'gsm8k_train.jsonl' next to 'mine.jsonl' are not splits
         splits[TRAIN] = sorted([*splits.pop(""), *splits.get(TRAIN, ())])
     return splits, inner, passed
 
@@ -245,7 +245,7 @@ def _is_data(path: Path) -> bool:
 def _holds_data(folder: Path) -> bool:
     try:
         return any(_is_data(one) for one in _visible(folder))
-    except OSError:  # not ours to read
+    except OSError:  # no permission
         return False
 
 
@@ -269,7 +269,7 @@ def _stem(path: Path) -> str:
 
 
 def _split_of(path: Path) -> str:
-    """The split that a file's name says, by its first or last word; empty if it says none."""
+    """The split that a file name means, by its first or last word; empty if none."""
     stem = _stem(path)
     if shard := _SHARD.match(stem):
         return SPLITS.get(shard["split"].lower(), shard["split"])
@@ -277,7 +277,7 @@ def _split_of(path: Path) -> str:
 
 
 def _meaning(name: str) -> str:
-    """The split that a name means, by its first or last word: ``train_sft`` is a ``train``; empty if none."""
+    """The split that a name means, by its first or last word: ``train_sft`` means ``train``; empty if none."""
     words = _words(name)
     return next((SPLITS[word] for word in (*words[:1], *words[-1:]) if word in SPLITS), "")
 
@@ -292,7 +292,7 @@ def _begins_as_train(path: Path) -> bool:
 
 
 def _split_named(split: str, splits: Mapping[str, object]) -> str:
-    """The split that is asked for, by its own name or another word for it."""
+    """The key of a requested split, by its name or a synonym."""
     return split if split in splits else SPLITS.get(split.lower(), split)
 
 
@@ -318,8 +318,8 @@ def _no_such(folder: Path, asked: str, splits: Mapping[str, object], inner: Sequ
 def _note(source: str, read: Sequence[Path], left: Sequence[str], passed: Sequence[str]) -> str:
     files = "1 file" if len(read) == 1 else f"{len(read)} files"
     text = f"{source}: {files} read ({_names(path.name for path in read)})"
-    text += f"; not part of it: {', '.join(left)}" if left else ""
-    return text + (f"; of no format that is read: {_names(passed)}" if passed else "")
+    text += f"; left out: {', '.join(left)}" if left else ""
+    return text + (f"; skipped (unknown format): {_names(passed)}" if passed else "")
 
 
 def _names(names: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Records of one local file: its bytes unpacked, checked and parsed."""
+"""Read the records of one local file: unpack, check and parse its bytes."""
 
 import csv
 import hashlib
@@ -14,14 +14,14 @@ from aletheia.errors import DataError
 
 
 def read_table(path: Path) -> Table:
-    """Read a ``.jsonl``, ``.json``, ``.csv`` or ``.parquet`` file that exists, packed as ``.gz`` or ``.zst`` or not.
+    """Read a ``.jsonl``, ``.ndjson``, ``.json``, ``.csv`` or ``.parquet`` file, also packed as ``.gz`` or ``.zst``.
 
-    Which kind of JSON it holds, and whether it is packed, is seen from the content. The fingerprint is the sha256 of
-    the unpacked content.
+    The content decides which kind of JSON it is, and whether it is packed. The fingerprint is the sha256 of the
+    unpacked content.
 
     Raises:
-        DataError: no regular file, unreadable, another suffix, empty, damaged or too large when unpacked, not UTF-8,
-            not parsable, or without rows.
+        DataError: the file is not regular, unreadable, of another suffix, empty, damaged, too large when unpacked, not
+            UTF-8, not parsable, or without rows.
     """
     reader = READERS.get(format_of(path))
     if reader is None:
@@ -30,7 +30,7 @@ def read_table(path: Path) -> Table:
             f"{' or '.join(PACKED)}; convert the file or rename it"
         )
     if not path.is_file():
-        raise DataError(f"{path}: found no regular file (a device or a pipe); expected a data file on disk")
+        raise DataError(f"{path}: found a device or a pipe; expected a regular file on disk")
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -107,7 +107,7 @@ SUFFIXES = ", ".join(READERS)
 
 
 def format_of(path: Path) -> str:
-    """The suffix that says the format of a file: ``.jsonl`` of ``rows.jsonl`` and ``rows.jsonl.gz``."""
+    """The suffix that names the format of a file: ``.jsonl`` of ``rows.jsonl`` and ``rows.jsonl.gz``; empty if none."""
     suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
     if suffixes and suffixes[-1] in PACKED:
         suffixes.pop()

@@ -1,7 +1,7 @@
 """From the columns of a record to a row: messages, or plain text. No torch.
 
-The columns of the first record decide the form, the first that fits in the order of ``FORMS``; every later record must
-have it too. Columns that change what a row means are used, and all others are named once.
+The columns of the first record decide the form: the first of ``FORMS`` that fits. Every later record must have it too.
+Columns that change the meaning of a row are used; all others are named in one note.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from aletheia.data.notes import Notes
 from aletheia.data.sources import Table, shown_columns
 from aletheia.errors import DataError
 
-# Name of the form -> the columns it needs.
+# name of the form -> the columns it needs
 FORMS: dict[str, tuple[str, ...]] = {
     "messages": ("messages",),
     "conversations": ("conversations",),
@@ -39,25 +39,25 @@ FORMS: dict[str, tuple[str, ...]] = {
     "input, output": ("input", "output"),
     "text": ("text",),
 }
-_BESIDE = {"instruction": ("input", "context"), "question": ("context",)}  # what belongs to a question, if it is there
+_EXTRA = {"instruction": ("input", "context"), "question": ("context",)}  # optional columns that belong to a question
 _SYSTEM, _TOOLS = ("system", "system_prompt"), ("tools", "functions")
-_RATED = ("label", "kto_tag")  # whether an answer is a good one, as true or false
+_RATED = ("label", "kto_tag")  # whether an answer is good: true or false
 _ACCEPTED = (
     "messages | conversations | prompt, completion | prompt, response | question, answer | question, response | "
     "instruction, (optional) input, output | query, response | input, output | text"
 )
 COLUMNS = frozenset(
     {*_SYSTEM, *_TOOLS, *_RATED, "history", "weight", "input", "context"}.union(*FORMS.values())
-)  # all that a row may be made of
+)  # all columns that a row may use
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """One training row: either ``messages`` or ``text``.
 
-    ``where`` is its place in the source, 1-based: ``file.jsonl:17`` or ``file.json row 17``. Messages before
-    ``loss_from`` never carry a loss: they are the prompt of a prompt-completion row. Nor do those in ``no_loss``, by
-    what the row itself says. ``tools`` are those that the conversation may call.
+    ``where`` is its place in the source, counted from 1: ``file.jsonl:17`` or ``file.json row 17``. Messages before
+    ``loss_from`` never carry a loss: they are the prompt of a prompt-completion row. Nor do messages in ``no_loss``,
+    which the row itself excludes. ``tools`` are those that the conversation may call.
     """
 
     messages: tuple[Message, ...] | None
@@ -70,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Interpreted:
-    """The rows of a table, those left out by reason, and what a person should know of both."""
+    """The rows of a table, the count of those left out by reason, and notes for people."""
 
     form: str
     rows: tuple[Row, ...]
@@ -79,10 +79,10 @@ class Interpreted:
 
 
 def interpret(table: Table, skip_unusable: bool = False) -> Interpreted:
-    """The rows of a table. Unusable ones are an error, or left out and counted with ``skip_unusable``.
+    """The rows of a table. An unusable row is an error; with ``skip_unusable`` it is left out and counted.
 
     Raises:
-        DataError: the columns fit no form, or a row is unusable, or all are.
+        DataError: the columns fit no form, a row is unusable, or with ``skip_unusable`` all are.
     """
     form = _form_of(table)
     notes, rows = Notes(), []
@@ -114,8 +114,8 @@ def _form_of(table: Table) -> str:
     where = table.records[0][0]
     if {"chosen", "rejected"} <= found:
         raise DataError(
-            f"{where}: found a preference data set (columns 'chosen' and 'rejected'), expected one answer a row: "
-            "training is on answers, not on preferences; rename 'chosen' to 'completion', or to 'messages' where it "
+            f"{where}: found a preference data set (columns 'chosen' and 'rejected'), expected one answer per row: "
+            "Aletheia trains on answers, not on preferences; rename 'chosen' to 'completion', or to 'messages' if it "
             "holds the whole conversation"
         )
     raise DataError(
@@ -125,11 +125,11 @@ def _form_of(table: Table) -> str:
 
 
 def _used(form: str) -> set[str]:
-    """The columns that rows of a form are made of where they are there."""
+    """The columns that a form uses, the optional ones included."""
     needed = FORMS[form]
     if form == "text":
         return {"text", "weight"}
-    return {*needed, *_BESIDE.get(needed[0], ()), *_SYSTEM, *_TOOLS, "history", "weight"}
+    return {*needed, *_EXTRA.get(needed[0], ()), *_SYSTEM, *_TOOLS, "history", "weight"}
 
 
 def _name_unused(table: Table, form: str, notes: Notes) -> None:
@@ -184,14 +184,16 @@ def _row_weight(record: dict[str, Any], where: str, notes: Notes) -> None:
     if not isinstance(share, int | float) or share == 1:
         return
     if share == 0:
-        raise UnusableRowError("weight 0", f"{where}: found the weight 0, so there is nothing to learn; remove the row")
+        raise UnusableRowError(
+            "weight 0", f"{where}: found the weight 0, so nothing is learned from it; remove the row"
+        )
     notes.add(
         "the column 'weight' counts as 1: weights other than 0 and 1 are not supported, such as {}", where, f"{share}"
     )
 
 
 def _rating(value: object) -> bool | None:
-    """Whether an answer is a good one; None for a value that does not say so."""
+    """Whether an answer is good; None for a value that is neither true nor false."""
     return {"true": True, "false": False}.get(str(value).strip().lower())
 
 
@@ -199,30 +201,30 @@ def _check_rating(record: dict[str, Any], where: str) -> None:
     for name in _RATED:
         if _rating(record.get(name)) is False:
             raise UnusableRowError(
-                "an answer that is rated as a bad one",
-                f"{where}: found {name!r} false, an answer of a preference data set to be avoided, expected answers to "
-                "learn: training is on answers, not on preferences; remove such rows",
+                "an answer rated as bad",
+                f"{where}: found {name!r} false, an answer rated as bad, expected answers to learn: "
+                "Aletheia trains on answers, not on preferences; remove such rows",
             )
 
 
 def _prompt(record: dict[str, Any], name: str, where: str, notes: Notes) -> tuple[Message, ...]:
-    """The question, with what stands beside it in columns of their own."""
+    """The question, with the text of the optional columns that belong to it."""
     value = record[name]
     if isinstance(value, list):
         return message_list(value, name, where, notes)
     question = _said(value, name, where, notes)
-    for other in _BESIDE.get(name, ()):
+    for other in _EXTRA.get(name, ()):
         extra = record.get(other)
         if extra is None or not (text := text_of(extra, other, where, may_be_empty=True)).strip():
             continue
         if name == "question":
-            notes.add("the column 'context' stands in front of the question", where)
+            notes.add("the column 'context' is put before the question", where)
         question = f"{text}\n\n{question}" if name == "question" else f"{question}\n\n{text}"
     return ({"role": "user", "content": question},)
 
 
 def _turns(value: object, name: str, role: str, where: str, notes: Notes) -> tuple[Message, ...]:
-    """Plain text, or a list of messages (TRL's conversational form)."""
+    """The messages of a column of plain text, or of a list of messages (TRL's conversational form)."""
     if isinstance(value, list):
         return message_list(value, name, where, notes)
     return ({"role": role, "content": _said(value, name, where, notes)},)
@@ -236,7 +238,7 @@ def _said(value: object, name: str, where: str, notes: Notes) -> str:
 
 
 def _before(record: dict[str, Any], messages: tuple[Message, ...], where: str, notes: Notes) -> tuple[Message, ...]:
-    """The system turn and the earlier turns that columns of their own hold."""
+    """The system turn and the earlier turns from separate columns."""
     before: list[Message] = []
     for name in _SYSTEM:
         value = record.get(name)
@@ -263,7 +265,7 @@ def _history(history: object, where: str, notes: Notes) -> list[Message]:
     for at, pair in enumerate(history):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise UnusableRowError(
-                "a history that is no list of pairs",
+                "a history that is not a list of pairs",
                 f"{where}: found no pair in history[{at}], expected [question, answer]; correct the row",
             )
         for role, value in zip(("user", "assistant"), pair, strict=True):
@@ -272,7 +274,7 @@ def _history(history: object, where: str, notes: Notes) -> list[Message]:
 
 
 def _no_loss(messages: tuple[Message, ...], where: str, notes: Notes) -> frozenset[int]:
-    """Messages that carry no loss because the row says so."""
+    """Indices of messages that carry no loss because the row says so."""
     without = set()
     for at, message in enumerate(messages):
         share = loss_share(message)

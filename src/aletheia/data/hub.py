@@ -1,6 +1,6 @@
-"""Records of data sets of the ``datasets`` library, from the hub or from disk; the only place that calls it.
+"""Read data sets with the ``datasets`` library, from the hub or from disk; the only place that calls it.
 
-No code of a data set is ever run: ``datasets`` runs none, and reads Arrow files without unpickling.
+Code of a data set is never run: ``datasets`` runs none, and reads Arrow files without unpickling.
 """
 
 import hashlib
@@ -23,16 +23,16 @@ _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # "name" or "owner/name"
 
 
 def read_hub(source: str, columns: set[str]) -> Table:
-    """Read ``name[:config[:split]]`` (split: train); of the columns only those in ``columns``, if it has any.
+    """Read ``name[:config[:split]]`` (split: train), only the columns in ``columns`` if it has any of them.
 
-    Without a connection the data sets in the local cache are still found, and others refused at once.
+    Without a connection, data sets in the local cache are still found; others are refused at once.
 
     Raises:
         DataError: no such data set, config or split, no connection, or no rows.
     """
     name, config, split = name_parts(source)
     if not _HUB_NAME.fullmatch(name):
-        raise _not_found(source, "that is no name of a hub data set")
+        raise _not_found(source, "that is not the name of a hub data set")
     import datasets
 
     try:
@@ -47,7 +47,7 @@ def read_hub(source: str, columns: set[str]) -> Table:
 
 
 def read_saved(folder: Path, columns: set[str]) -> Table:
-    """Read a data set that ``save_to_disk`` wrote; of the columns only those in ``columns``, if it has any.
+    """Read a data set that ``save_to_disk`` wrote, only the columns in ``columns`` if it has any of them.
 
     Raises:
         DataError: the folder is incomplete or damaged, or holds no rows.
@@ -78,14 +78,14 @@ def _records(source: str, dataset: Any, columns: set[str]) -> Records:
 def _not_found(source: str, reason: str) -> DataError:
     hint = near(source, "rows")
     return DataError(
-        f"no file {source} and no data set of that name could be loaded: {reason}{hint}; give a .jsonl, .json, .csv or "
-        ".parquet file, a folder of them, a pattern such as data/*.jsonl, or a hub data set as name[:config[:split]]"
+        f"no file {source}, and no data set of that name could be loaded: {reason}{hint}; give a .jsonl, .json, .csv "
+        "or .parquet file, a folder of them, a pattern such as data/*.jsonl, or a hub data set as name[:config[:split]]"
     )
 
 
 @contextmanager
 def _quick_when_offline(datasets: Any) -> Iterator[None]:
-    """Without a connection ``datasets`` tries for 24 s; its offline mode finds the cache at once."""
+    """Use the offline mode of ``datasets`` if there is no connection: else it retries for 24 s."""
     before = datasets.config.HF_HUB_OFFLINE
     datasets.config.HF_HUB_OFFLINE = before or not _reachable(datasets.config.HF_ENDPOINT)
     try:
@@ -95,7 +95,7 @@ def _quick_when_offline(datasets: Any) -> Iterator[None]:
 
 
 def _reachable(endpoint: str) -> bool:
-    """Whether a connection to the hub opens within 3 s; assumed behind a proxy, where it cannot be tried."""
+    """Whether a connection to the hub opens within 3 s; assumed to if there is a proxy."""
     if getproxies():
         return True
     address = urlsplit(endpoint)

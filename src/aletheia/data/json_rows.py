@@ -1,4 +1,4 @@
-"""Records of JSON text, its kind decided by the content: an object a line, an array, or objects over several lines."""
+"""Records of JSON text; the content decides its kind: an object per line, an array, or objects over several lines."""
 
 import json
 import re
@@ -11,19 +11,27 @@ from aletheia.data.sources import Records, Table, decode, kind, shown, shown_col
 from aletheia.errors import DataError
 
 _OF_A_ROW = {"prompt", "completion", "question", "answer", "instruction", "output", "text", "messages", "conversations"}
-WRAPPERS = ("data", "rows", "examples", "instances", "items", "records", "train")  # keys of a file's list of rows
+WRAPPERS = (
+    "data",
+    "rows",
+    "examples",
+    "instances",
+    "items",
+    "records",
+    "train",
+)  # keys that may hold a file's list of rows
 _SPACE = re.compile(r"[ \t\r\n]*")
-_OPEN_LINE = re.compile(r"[\[{,]\s*$")  # a line that a value does not end on
+_OPEN_LINE = re.compile(r"[\[{,]\s*$")  # a line on which a value cannot end
 
 
 def read_json_rows(path: Path, content: bytes) -> Table:
     """The rows of a JSON or JSON Lines file, whatever its suffix.
 
     Raises:
-        DataError: no UTF-8, no JSON, or values that are no rows; names the line or the row.
+        DataError: the file is not UTF-8 or not JSON, or a value is not a row; names the line or the row.
     """
     text = decode(path, content)
-    start = _SPACE.match(text).end()  # type: ignore[union-attr]  # it matches everywhere
+    start = _SPACE.match(text).end()  # type: ignore[union-attr]  # it always matches
     line, _, rest = text[start:].partition("\n")
     problem = _parse(line)[2]
     if line.startswith("[") and (problem or not rest.strip()):
@@ -39,9 +47,9 @@ def _parse(text: str) -> tuple[Any, int, str]:
 
 
 def _tried(parse: Callable[[], Any], begin: int) -> tuple[Any, int, str]:
-    """The value, or the line (1-based) and the reason why there is none; the reason is empty on success.
+    """(value, line, reason): on failure the line, counted from 1, and the reason; on success the reason is empty.
 
-    ``begin`` is the line to name where the parser names none.
+    ``begin`` is the line to name if the parser names none.
     """
     try:
         return parse(), 0, ""
@@ -55,7 +63,7 @@ def _tried(parse: Callable[[], Any], begin: int) -> tuple[Any, int, str]:
 
 def _from_lines(path: Path, text: str) -> Records:
     records: Records = []
-    # Only "\n" ends a line: U+2028 and its like may stand inside a JSON string, so splitlines() would be wrong.
+    # only "\n" ends a line: a JSON string may contain U+2028 and the like, so splitlines() would be wrong
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -93,7 +101,7 @@ def _numbered(path: Path, rows: list[Any]) -> Records:
 
 
 def _from_objects(path: Path, text: str, at: int) -> Records:
-    """Objects written over several lines, one after the other; the first begins at the character ``at``."""
+    """Objects over several lines, one after another; the first begins at character ``at``."""
     records: Records = []
     decoder = json.JSONDecoder()
     line = text.count("\n", 0, at) + 1
@@ -108,14 +116,14 @@ def _from_objects(path: Path, text: str, at: int) -> Records:
         if not isinstance(record, dict):
             raise DataError(f"{path}:{line}: found {kind(record)}, expected a JSON object; correct or remove it")
         records.append((f"{path}:{line}", record))
-        end = _SPACE.match(text, end).end()  # type: ignore[union-attr]  # it matches everywhere
+        end = _SPACE.match(text, end).end()  # type: ignore[union-attr]  # it always matches
         line += text.count("\n", at, end)
         at = end
     return records
 
 
 def _unwrapped(path: Path, records: Records) -> Records:
-    """The rows inside a file's one object such as ``{"data": [...]}``; other records as they are."""
+    """The rows inside the single object of a file such as ``{"data": [...]}``; other records unchanged."""
     if len(records) != 1:
         return records
     [(where, record)] = records
@@ -127,7 +135,7 @@ def _unwrapped(path: Path, records: Records) -> Records:
     if len(filled) > 1:
         raise DataError(
             f"{where}: found lists of rows under {shown_columns(tuple(filled))}, expected one; "
-            "write each into a file of its own"
+            "write each into a separate file"
         )
     if not filled:
         raise DataError(f"{where}: found no rows under {shown(wrapping[0])}, expected at least one; check the file")

@@ -1,7 +1,7 @@
-"""A conversation as people store it, brought to one form: messages with role and content. No torch.
+"""Bring conversations as people store them to one form: messages with role and content. No torch.
 
-Roles and keys of ShareGPT (``from``, ``value``, human, gpt), content as a list of text parts, and tool calls whose
-arguments are JSON text become what chat templates expect.
+ShareGPT roles and keys (``from``, ``value``, human, gpt), content as a list of text parts, and tool calls with JSON
+text as arguments become what chat templates expect.
 """
 
 import json
@@ -33,37 +33,37 @@ _ROLE_OF = {
     "function_call": "assistant",
     "tool_call": "assistant",
 }
-_CALLS = ("function_call", "tool_call")  # roles whose text is a call, or a list of them
+_CALLS = ("function_call", "tool_call")  # roles whose text is one call or a list of calls
 _ROLE_KEYS, _TEXT_KEYS = ("role", "from"), ("content", "value")
-_LOSS_KEYS = ("weight", "train", "loss")  # how data sets say whether an answer is learned
+_LOSS_KEYS = ("weight", "train", "loss")  # keys that say whether an answer is learned
 _TRUTH = {"true": True, "false": False}  # as a .csv writes them
-_MOST_NAMED = 12  # keys of one message
+_MOST_NAMED = 12  # keys named per message
 MEDIA = ("image", "images", "image_url", "audio", "audios", "input_audio", "video", "videos")
 
 
 class UnusableRowError(DataError):
-    """A row that cannot be learned from; ``reason`` is what rows left out are counted by."""
+    """A row that cannot be learned from; left-out rows are counted by ``reason``."""
 
     def __init__(self, reason: str, message: str) -> None:
-        """``message`` is the one line for the user, ``reason`` a few words."""
+        """``message`` is one line for the user, ``reason`` a few words."""
         super().__init__(message)
         self.reason = reason
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Both parts survive pickling."""
+        """Pickle both parts."""
         return UnusableRowError, (self.reason, str(self))
 
 
 def text_of(value: object, name: str, where: str, may_be_empty: bool = False) -> str:
-    """Text, or a number, true or false written as text.
+    """The text of a value; numbers, true and false are written as text.
 
     Raises:
-        UnusableRowError: null, another kind of value, white space alone, or half of a surrogate pair.
+        UnusableRowError: the value is null, another kind, only white space, or contains half of a surrogate pair.
     """
     if isinstance(value, bool | int) or (isinstance(value, float) and value == value):
         return json.dumps(value)
     if not isinstance(value, str):
-        reason = "no text" if value is None or isinstance(value, float) else "a value that is no text"
+        reason = "no text" if value is None or isinstance(value, float) else "a value that is not text"
         raise UnusableRowError(
             reason, f"{where}: found {kind(value)} in {name!r}, expected text; correct or remove the row"
         )
@@ -74,7 +74,7 @@ def text_of(value: object, name: str, where: str, may_be_empty: bool = False) ->
         )
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # a lone "\ud800" passes json.loads, but no tokenizer
+    except UnicodeEncodeError as error:  # json.loads accepts a lone "\ud800", tokenizers do not
         raise UnusableRowError(
             "half of a surrogate pair",
             f"{where}: found half of a surrogate pair in {name!r} (character {error.start + 1}), "
@@ -84,7 +84,7 @@ def text_of(value: object, name: str, where: str, may_be_empty: bool = False) ->
 
 
 def from_json(value: object) -> object:
-    """What JSON text holds; other values and other text as they are."""
+    """The value of JSON text; other values and other text unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -94,7 +94,7 @@ def from_json(value: object) -> object:
 
 
 def check_text_alone(held: Mapping[str, Any], place: str, where: str) -> None:
-    """Refuse what has an image, a sound or a video beside its text.
+    """Refuse a row or message that holds an image, a sound or a video.
 
     Raises:
         UnusableRowError: names the column or key.
@@ -102,21 +102,21 @@ def check_text_alone(held: Mapping[str, Any], place: str, where: str) -> None:
     for name in MEDIA:
         if held.get(name) not in (None, "", [], {}):
             raise UnusableRowError(
-                f"{name!r} beside the text",
-                f"{where}: found {name!r} in {place}, expected text alone; training is on text: remove the row",
+                f"{name!r} next to the text",
+                f"{where}: found {name!r} in {place}, expected only text; Aletheia trains on text; remove the row",
             )
 
 
 def message_list(value: object, name: str, where: str, notes: Notes) -> tuple[Message, ...]:
-    """The messages of a column, a list or JSON text of one; keys of theirs that are not used are noted.
+    """The messages of a column that holds a list, or JSON text of one; unused keys are noted.
 
     Raises:
-        UnusableRowError: no list, an empty one, or a message that is none.
+        UnusableRowError: the value is not a list, is empty, or holds something that is not a message.
     """
     held = from_json(value)
     value = held if isinstance(held, list) else value
     if not isinstance(value, list):
-        reason = "no messages" if value is None else "a value that is no list of messages"
+        reason = "no messages" if value is None else "a value that is not a list of messages"
         raise UnusableRowError(
             reason,
             f"{where}: found {kind(value)} in {name!r}, expected a list of messages with role and content; "
@@ -130,16 +130,16 @@ def message_list(value: object, name: str, where: str, notes: Notes) -> tuple[Me
         raise UnusableRowError(
             "a list of texts",
             f"{where}: found a list of texts in {name!r}, expected text, or a list of messages with role and content; "
-            "write one question and one answer a row",
+            "write one question and one answer per row",
         )
     return tuple(_message(item, f"{name}[{index}]", where, notes) for index, item in enumerate(value))
 
 
 def tool_list(value: object, name: str, where: str) -> tuple[dict[str, Any], ...]:
-    """Tools as chat templates take them: a list of objects, or JSON text of one; null and empty text are no tools.
+    """Tools as chat templates take them, from a list of objects or JSON text; null and empty text mean no tools.
 
     Raises:
-        UnusableRowError: anything else.
+        UnusableRowError: the value is anything else.
     """
     value = from_json(_plain(value))
     if value is None or value == "" or value == []:
@@ -147,17 +147,17 @@ def tool_list(value: object, name: str, where: str) -> tuple[dict[str, Any], ...
     tools = [_object(tool) for tool in (value if isinstance(value, list) else [value])]
     if not all(tools):
         raise UnusableRowError(
-            "tools that are no objects",
+            "tools that are not objects",
             f"{where}: found {kind(value)} in {name!r}, expected a list of tools, each an object; correct the row",
         )
     return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in tools)
 
 
 def checked(messages: Sequence[Message], where: str, loss_from: int = 0) -> None:
-    """Whether there is an answer to learn, and none follows another.
+    """Check that there is an answer to learn, and that no answer directly follows another.
 
     Raises:
-        UnusableRowError: what is wrong.
+        UnusableRowError: one of these is not so.
     """
     roles = [message["role"] for message in messages]
     for index, (role, following) in enumerate(pairwise(roles), start=2):
@@ -176,7 +176,7 @@ def checked(messages: Sequence[Message], where: str, loss_from: int = 0) -> None
 
 
 def loss_share(message: Message) -> float:
-    """How much of the loss of a message counts, as the data says: 1 where it says nothing."""
+    """The weight of a message's loss by its own keys; 1 without them."""
     for key in _LOSS_KEYS:
         value = from_json(message.get(key))
         value = _TRUTH.get(value.strip().lower(), value) if isinstance(value, str) else value
@@ -188,7 +188,7 @@ def loss_share(message: Message) -> float:
 def _message(item: object, name: str, where: str, notes: Notes) -> Message:
     if not isinstance(item, dict):
         raise UnusableRowError(
-            "a message that is no object",
+            "a message that is not an object",
             f"{where}: found {kind(item)} in {name}, expected an object with role and content; correct the row",
         )
     role_key = next((key for key in _ROLE_KEYS if item.get(key) is not None), "")
@@ -217,7 +217,7 @@ def _message(item: object, name: str, where: str, notes: Notes) -> Message:
         calls = _tool_calls(content, name, where)
         content = None if calls else content
     text = _content(content, role, f"{name}.{text_key or 'content'}", where, may_be_empty=bool(calls))
-    # Other fields, such as a tool's name or a reasoning_content, are for the chat template to use or to ignore.
+    # the chat template may use other fields, such as a tool's name or reasoning_content
     own = (role_key, text_key, "role", "content", "tool_calls", "function_call")
     others = {key: value for key, value in item.items() if key not in own}
     left = {key: value for key, value in others.items() if _is_kept(key, value)}
@@ -236,13 +236,13 @@ def _content(value: object, role: str, name: str, where: str, may_be_empty: bool
         return ""
     if isinstance(value, list):
         value = "".join(_part(part, f"{name}[{at}]", where) for at, part in enumerate(value))
-    elif isinstance(value, dict) and role == "tool":  # the result of a tool as an object
+    elif isinstance(value, dict) and role == "tool":  # a tool's result as an object
         value = json.dumps(_plain(value), ensure_ascii=False)
     return text_of(value, name, where, may_be_empty or role not in ("user", "assistant"))
 
 
 def _part(part: object, name: str, where: str) -> str:
-    """The text of a part of a message; other parts are refused by their name."""
+    """The text of a part of a message; parts of other types are refused by name."""
     if isinstance(part, str):
         return part
     if isinstance(part, dict) and (part.get("type") in ("text", None)) and isinstance(part.get("text"), str):
@@ -256,7 +256,7 @@ def _part(part: object, name: str, where: str) -> str:
 
 
 def _tool_calls(value: object, name: str, where: str) -> list[dict[str, Any]]:
-    """Tool calls as templates expect them: each with a function that has a name and an object of arguments."""
+    """Tool calls as templates expect them: each has a function with a name and an object of arguments."""
     value = from_json(_plain(value))
     if value is None or value == [] or value == "":
         return []
@@ -277,7 +277,7 @@ def _tool_calls(value: object, name: str, where: str) -> list[dict[str, Any]]:
 
 
 def _function_call(value: object) -> list[dict[str, Any]]:
-    """The call of OpenAI's older form, one a message."""
+    """The call of OpenAI's older form, one per message."""
     value = from_json(_plain(value))
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return []
@@ -285,13 +285,13 @@ def _function_call(value: object) -> list[dict[str, Any]]:
 
 
 def _object(value: object) -> dict[str, Any]:
-    """An object, or JSON text of one; anything else is an empty one."""
+    """An object, also from JSON text; anything else gives an empty one."""
     held = from_json(value)
     return held if isinstance(held, dict) else {}
 
 
 def _plain(value: Any) -> Any:
-    """Without the nulls that columnar files put where a key is absent in a row; a null written as text is meant."""
+    """The value without nulls, which columnar files put where a row lacks a key; "null" as text stays."""
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items() if one is not None}
     return [_plain(one) for one in value] if isinstance(value, list) else value

@@ -1,19 +1,19 @@
-"""The order of training: which rows make which batch, for a whole run, from the seed alone. No torch."""
+"""The order of training: the rows of each batch of a whole run, from the seed alone. No torch."""
 
 import random
 from collections.abc import Sequence
 
-POOL_BATCHES = 20  # batches cut from one sorted pool: enough to save most padding, few enough to stay mixed
+POOL_BATCHES = 20  # batches per sorted pool: enough to save most padding, few enough to stay mixed
 
 
 def epoch_order(
     lengths: Sequence[int], batch_size: int, seed: int, epoch: int, group_by_length: bool = True
 ) -> list[int]:
-    """Row indices of one epoch, to be cut into batches: every row once, the batch that is not full last.
+    """Row indices of one epoch, to be cut into batches: every row once, the rows of an incomplete batch last.
 
-    With ``group_by_length`` the shuffled rows are cut into pools of 20 batches, each pool is sorted by length and cut
-    into batches, and the batches are shuffled: rows of a batch are of like length, batches of one length are spread
-    over the epoch.
+    With ``group_by_length`` the shuffled rows are cut into pools of 20 batches. Each pool is sorted by length and cut
+    into batches, and all batches are shuffled. So rows of a batch have similar lengths, and batches of one length are
+    spread over the epoch.
     """
     draw = random.Random(f"{seed}/{epoch}")
     rows = list(range(len(lengths)))
@@ -30,7 +30,7 @@ def epoch_order(
 def training_batches(
     lengths: Sequence[int], batch_size: int, steps: int, seed: int, group_by_length: bool = True
 ) -> list[list[int]]:
-    """Row indices of each of ``steps`` batches; every epoch holds every row once, its last batch may be smaller."""
+    """Row indices of each of ``steps`` batches; each epoch has every row once, and its last batch may be smaller."""
     batches: list[list[int]] = []
     epoch = 0
     while len(batches) < steps:

@@ -1,4 +1,4 @@
-"""Rows as the model will see them, and the counts of a data set, as plain data. No torch."""
+"""Rows as the model sees them, and the counts of a data set, as plain data. No torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +12,9 @@ from aletheia.data.repeats import Overlap, duplicates
 
 @dataclass(frozen=True)
 class Piece:
-    """Neighbouring tokens of one kind as text: ``labelled`` ones carry a loss, a ``special`` one stands alone.
+    """Adjacent tokens of one kind as text: ``labelled`` ones carry a loss, a ``special`` token has its own piece.
 
-    ``left_out`` marks a remark of ours in place of text that was cut out.
+    ``left_out`` marks a remark in place of text that was cut out.
     """
 
     text: str
@@ -25,9 +25,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class ShownRow:
-    """One row as the model will see it. ``number`` counts the rows of the data set from 1, as they were read.
+    """One row as the model sees it. ``number`` counts the rows of the data set from 1, in reading order.
 
-    ``is_longest_allowed``: it has as many tokens as a row may have, so that some may be cut off.
+    ``is_longest_allowed``: it has the most tokens that a row may have, so some may be cut off.
     """
 
     number: int
@@ -38,9 +38,9 @@ class ShownRow:
     is_longest_allowed: bool = False
 
     def shortened(self, characters: int, most: int) -> "ShownRow":
-        """The same row with about ``characters`` of each piece and ``most`` pieces, the middle cut out."""
+        """The row with the middle cut out: about ``characters`` of each piece, and about ``most`` pieces."""
         pieces = [part for piece in self.pieces for part in _shortened(piece, characters)]
-        # a remark instead of a few words helps nobody, here and in _shortened
+        # cutting only a few words would not help, here and in _shortened
         if len(pieces) > most * 4 // 3:
             head, tail = most - most // 2, most // 2
             between = Piece(f"[... {len(pieces) - most} pieces ...]", labelled=False, left_out=True)
@@ -50,10 +50,9 @@ class ShownRow:
 
 @dataclass(frozen=True)
 class Preview:
-    """What a run would learn from: some rows as the model will see them, the counts of all, and notes on them.
+    """What a run would learn from: some rows as the model sees them, counts of all rows, and notes.
 
-    ``left_out`` counts rows by the reason why they are not learned from; ``held_out`` tells of the held-out rows, None
-    where there are none.
+    ``left_out`` counts the unusable rows by reason. ``held_out`` describes the held-out rows; None if there are none.
     """
 
     name: str
@@ -79,7 +78,7 @@ class Preview:
         held_out: Overlap | None = None,
         notes: Sequence[str] = (),
     ) -> "Preview":
-        """The counts of ``examples`` beside the rows to show."""
+        """The preview of ``examples``, with the rows to show."""
         lengths = [len(example) for example in examples.examples]
         return cls(
             name=examples.identity.name,
@@ -100,7 +99,7 @@ class Preview:
 
 
 def shown_row(example: Example, number: int, tokenizer: Any, max_length: int) -> ShownRow:
-    """A tokenised row in pieces of text."""
+    """A tokenised row as pieces of text; ``number`` is its place in the data set, from 1."""
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     kinds = [
         (position > 0 and label != NO_LOSS, position if token in special else -1)  # position 0 is never predicted
@@ -112,8 +111,8 @@ def shown_row(example: Example, number: int, tokenizer: Any, max_length: int) ->
         start, end = end, end + len(list(run))
         after = _decoded(example.input_ids[:end], tokenizer)
         if end < len(example):
-            after = after.rstrip("\N{REPLACEMENT CHARACTER}")  # the first bytes of a character go to those after them
-        grew = after.startswith(before)  # what a token looks like depends on those before it
+            after = after.rstrip("\N{REPLACEMENT CHARACTER}")  # incomplete characters go to the next piece
+        grew = after.startswith(before)  # the text of a token depends on those before it
         text = after[len(before) :] if grew else _decoded(example.input_ids[start:end], tokenizer)
         pieces.append(Piece(text, labelled, alone >= 0))
         before = after

@@ -1,4 +1,4 @@
-"""Rows that stand in a data set more than once, or among held-out rows too, as the model will see them. No torch."""
+"""Rows that are in a data set more than once, or also among the held-out rows, compared as tokens. No torch."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,9 @@ from aletheia.data.examples import Examples
 
 @dataclass(frozen=True)
 class Overlap:
-    """Of ``rows`` held-out rows, how many stand among the rows to learn from, and how many more share a prompt there.
+    """How many of the ``rows`` held-out rows are also training rows, and how many more share a prompt with one.
 
-    ``same`` rows have the same tokens and labels as a row to learn from; ``same_prompt`` rows have its prompt and
-    another answer.
+    ``same`` rows have the tokens and labels of a training row; ``same_prompt`` rows have its prompt and another answer.
     """
 
     rows: int
@@ -18,28 +17,28 @@ class Overlap:
     same_prompt: int
 
     def notes(self) -> list[str]:
-        """What a person should know, one line each."""
+        """Notes for people, one line each."""
         notes = []
         if self.same:
-            stand = "stands" if self.same == 1 else "stand"
-            notes.append(f"{self.same} of the {self.rows} held-out rows also {stand} in the rows to learn from")
+            are = "is" if self.same == 1 else "are"
+            notes.append(f"{self.same} of the {self.rows} held-out rows {are} also among the training rows")
         if self.same_prompt:
             more = " more" if self.same else ""
             have = "has" if self.same_prompt == 1 else "have"
             notes.append(
-                f"{self.same_prompt}{more} of the {self.rows} held-out rows {have} the prompt of a row to learn from, "
+                f"{self.same_prompt}{more} of the {self.rows} held-out rows {have} the prompt of a training row, "
                 "with another answer"
             )
         return notes
 
 
 def duplicates(examples: Examples) -> int:
-    """How many rows have the tokens and labels of an earlier one."""
+    """How many rows have the tokens and labels of an earlier row."""
     return len(examples) - len({example.digest() for example in examples.examples})
 
 
 def overlap(train: Examples, held_out: Examples) -> Overlap:
-    """How much of the held-out rows the rows to learn from give away."""
+    """How much the training rows reveal about the held-out rows."""
     learned = {example.digest() for example in train.examples}
     prompts = {example.prompt_digest() for example in train.examples} - {None}
     same = [example.digest() in learned for example in held_out.examples]

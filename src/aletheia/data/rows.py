@@ -1,6 +1,6 @@
 """Rows of every accepted form, as messages or plain text. No torch.
 
-Where the rows are is decided in :mod:`aletheia.data.find`, what their columns mean in :mod:`aletheia.data.forms`.
+:mod:`aletheia.data.find` decides where the rows are, :mod:`aletheia.data.forms` what their columns mean.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ __all__ = ["Row", "Rows", "load_rows"]
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows of a data set and what it is known by.
+    """All rows of a data set, and its identity.
 
-    ``left_out`` counts rows that are not here, by reason; ``notes`` say what a person should know, one line each.
+    ``left_out`` counts the unusable rows by reason; ``notes`` are lines that a person should know.
     """
 
     identity: DataIdentity
@@ -34,13 +34,13 @@ class Rows:
 
 
 def load_rows(data: str | Sequence[str], skip_unusable: bool = False) -> Rows:
-    """Read files, folders, patterns, and hub sets ``name[:config[:split]]``, see :func:`aletheia.data.find.find`.
+    """Read files, folders, patterns, and hub data sets ``name[:config[:split]]``; see :func:`aletheia.data.find.find`.
 
-    Several are read one after the other as one data set; each file may have a form of its own, and is read once. Rows
-    that cannot be learned from are an error, or left out and counted by reason with ``skip_unusable``.
+    Several sources are read one after another as one data set. Each file may have a different form, and is read once.
+    A row that cannot be learned from is an error; with ``skip_unusable`` it is left out and counted by reason.
 
     Raises:
-        DataError: no source is given, one cannot be read, its columns fit no form, or a row is unusable; names the row.
+        DataError: there is no source, one cannot be read, its columns fit no form, or a row is unusable; names the row.
     """
     read: set[str] = set()
     parts = [_load_source(source, read, skip_unusable) for source in ([data] if isinstance(data, str) else data)]
@@ -50,7 +50,7 @@ def load_rows(data: str | Sequence[str], skip_unusable: bool = False) -> Rows:
 
 
 def _joined(name: str, parts: Sequence[Rows]) -> Rows:
-    """Several as one: rows and forms in order, a fingerprint of all fingerprints."""
+    """Several parts as one: rows and forms in order, and a fingerprint of all fingerprints."""
     notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
     left_out = add_up([part.left_out for part in parts])
     parts = [part for part in parts if part.rows]
@@ -64,7 +64,7 @@ def _joined(name: str, parts: Sequence[Rows]) -> Rows:
 
 
 def _load_source(source: str, read: set[str], skip_unusable: bool) -> Rows:
-    """The rows of one source, without the files that are in ``read`` already; they are added to it."""
+    """The rows of one source without the files in ``read``; adds its files to ``read``."""
     found = find(source)
     named = [source] if found is None else [str(path.resolve()) for path in found.paths]
     new = [name for name in dict.fromkeys(named) if name not in read]
@@ -78,7 +78,7 @@ def _load_source(source: str, read: set[str], skip_unusable: bool) -> Rows:
     notes = () if found is None else found.notes
     if again := len(named) - len(new):
         some = "" if len(named) == 1 else f"{again} of {len(named)} files are "
-        notes += (f"{source}: {some}named before and read once",)
+        notes += (f"{source}: {some}named more than once, and read once",)
     return replace(joined, notes=(*notes, *joined.notes))
 
 

@@ -1,7 +1,7 @@
 """From a row to pieces of text, each with or without a loss, so that every answer is learned as it was written.
 
-What a chat template drops, doubles or adds is mended where that can be done exactly, and remarked on in any case. No
-torch, no tokenising.
+What a chat template drops, doubles or adds is repaired where that can be done exactly, and always noted. No torch, no
+tokenising.
 """
 
 import re
@@ -29,7 +29,7 @@ Remark = tuple[str, str]  # a sentence for Notes, and its example
 class Script:
     """A row as pieces.
 
-    ``plain`` rows get the tokenizer's special tokens in front, where they are absent. ``remarks`` are for the notes.
+    ``plain`` rows get the tokenizer's special tokens before them if they lack them. ``remarks`` become notes.
     """
 
     pieces: tuple[Piece, ...]
@@ -39,7 +39,7 @@ class Script:
 
 @dataclass
 class Scripts:
-    """Makes scripts of rows. ``marks`` finds special tokens in a text; without a template rows are joined plainly."""
+    """Turns rows into scripts. ``marks`` finds special tokens; without a template turns are joined by blank lines."""
 
     template: ChatTemplate | None
     marks: re.Pattern[str] | None
@@ -50,7 +50,7 @@ class Scripts:
         """The pieces of a row.
 
         Raises:
-            UnusableRowError: the chat template refuses it, or there is no telling the answer from the prompt.
+            UnusableRowError: the chat template refuses the row, or its answer cannot be separated from its prompt.
         """
         self._remarks = []
         pieces, plain = self._pieces(row)
@@ -65,7 +65,7 @@ class Scripts:
                 self._remark(WHOLE_TEXT, mark)
             return [(row.text, True)], True
         assert row.messages is not None
-        # A leading assistant turn answers nothing: it is context.
+        # a leading assistant turn answers nothing, so it is context
         first = max(row.loss_from, 1)
         turns = [at for at in range(first, len(row.messages)) if row.messages[at]["role"] == "assistant"]
         turns = [at for at in (turns[-1:] if self.train_on == "last" else turns) if at not in row.no_loss]
@@ -91,7 +91,7 @@ class Scripts:
         return pieces, False
 
     def _check_tokens(self, row: Row, text: str) -> None:
-        """Remark on what looks like a special token of the chat template and is none of the tokenizer's."""
+        """Note a special token of the chat template that the tokenizer does not have."""
         assert self.template is not None
         assert row.messages is not None
         for token in dict.fromkeys(_TOKEN.findall(text)):
@@ -109,7 +109,7 @@ class Scripts:
         if any(message.get("tool_calls") for message in row.messages[: last + 1]):
             raise UnusableRowError(
                 "tool calls without a chat template",
-                f"{row.where}: found tool calls and no chat template to write them with; give one as `chat_template`",
+                f"{row.where}: found tool calls, but no chat template to write them; give one as `chat_template`",
             )
         self._remark(NO_TEMPLATE)
         if len(turns) > 1:

@@ -18,8 +18,8 @@ class DataSettings(Settings):
     data: tuple[str, ...] = option(
         ...,
         "Rows to learn from: a .jsonl, .json, .csv or .parquet file, a folder of them, a pattern in quotes such as "
-        "'data/*.jsonl', or a data set of the hub. A part of a folder or data set is name:config:split. Repeat the "
-        "option for more.",
+        "'data/*.jsonl', or a hub data set. To choose a part of a folder or data set, write name:config:split. Repeat "
+        "the option to add more.",
         GIVEN,
         min_length=1,
     )
@@ -28,14 +28,12 @@ class DataSettings(Settings):
     )
     skip_unusable: bool = option(
         False,
-        "Leave out rows that nothing can be learned from, and count them: no answer, or one that lies beyond "
-        "`max_length`. Without this, the first such row ends the command.",
+        "Leave out and count rows without anything to learn: no answer, or one that begins after `max_length`. "
+        "Without this option, the first such row ends the command.",
         DATA,
         also="--skip-emptied",
     )
-    train_on: TrainOn = option(
-        "all", "Which answers of a conversation are learned: all of them, or the last one only.", DATA
-    )
+    train_on: TrainOn = option("all", "Which answers of a conversation are learned: all, or only the last.", DATA)
     chat_template: Path | None = option(
         None,
         "File with a chat template: .jinja, tokenizer_config.json or chat_template.json. (default: the model's own)",
@@ -48,12 +46,16 @@ class DataSettings(Settings):
     )
     eval_data: tuple[str, ...] = option(
         (),
-        "Held-out rows, which are never learned from, to measure the loss on; in any form that `data` takes. (default: "
-        "a share of `data`)",
+        "Held-out rows to measure the loss on, never trained on; in any form that `data` takes. (default: a share of "
+        "`data`)",
         DATA,
     )
     eval_fraction: float | None = option(
-        None, "Share of `data` to hold out, above 0 and below 1, without `eval_data`. (default: 0.05)", DATA, gt=0, lt=1
+        None,
+        "Share of `data` to hold out if there is no `eval_data`, above 0 and below 1. (default: 0.05)",
+        DATA,
+        gt=0,
+        lt=1,
     )
     eval_rows: int = option(
         96, "Most held-out rows to use; a small number keeps evaluations short.", DATA, ge=1, le=MOST_ROWS

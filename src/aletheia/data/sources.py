@@ -1,4 +1,4 @@
-"""Records of any source, each with the place a person can look up, and the words of messages about them."""
+"""Records of any source, each with its place for people, and helpers for messages about them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from aletheia.errors import DataError
 
-Records = list[tuple[str, dict[str, Any]]]  # each with the place where it stands
+Records = list[tuple[str, dict[str, Any]]]  # (place, record)
 _SHOWN_COLUMNS = 12
 
 
@@ -14,8 +14,8 @@ _SHOWN_COLUMNS = 12
 class Table:
     """Parsed records, not yet interpreted.
 
-    ``columns`` are those of the first record; ``records`` pairs each record with where it stands, such as
-    ``file.jsonl:17``. ``fingerprint`` depends on the content alone.
+    ``columns`` are those of the first record; ``records`` pairs each record with its place, such as ``file.jsonl:17``.
+    ``fingerprint`` depends only on the content.
     """
 
     columns: tuple[str, ...]
@@ -29,7 +29,7 @@ class Table:
 
 
 def shown(value: object) -> str:
-    """A value from the data for an error message: one line, at most about 40 characters."""
+    """A value from the data for an error message, on one line of at most 40 characters."""
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
 
@@ -42,7 +42,7 @@ def shown_columns(columns: tuple[str, ...]) -> str:
 
 
 def kind(value: object) -> str:
-    """What a JSON value is, in the words of an error message."""
+    """The kind of a JSON value, in words for an error message."""
     names: dict[type, str] = {str: "text", int: "a number", float: "a number", bool: "true or false"}
     names |= {list: "a list", dict: "an object", type(None): "null", bytes: "bytes"}
     name = names.get(type(value), type(value).__name__)
@@ -50,7 +50,7 @@ def kind(value: object) -> str:
 
 
 def one_line(error: BaseException, limit: int = 200) -> str:
-    """The text of a foreign error on one line, cut to ``limit`` characters; its type if it has no text."""
+    """The message of a library's error on one line, cut to ``limit`` characters; its type if it is empty."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
@@ -59,7 +59,7 @@ def decode(path: Path, content: bytes) -> str:
     """UTF-8 text without its byte-order mark.
 
     Raises:
-        DataError: UTF-16, a NUL byte, or another byte that is no UTF-8; names the line.
+        DataError: the content is UTF-16, or has a NUL or another byte that is not UTF-8; names the line.
     """
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{path}:1: found UTF-16, expected UTF-8; save the file as UTF-8 (iconv -f UTF-16)")

@@ -1,4 +1,4 @@
-"""A real task every machine can make: write the summary line of a Python function.
+"""A real task that any machine can create: write the summary line of a Python function.
 
 Rows come from the standard library's own source: a function without its docstring is the prompt, the first line of
 the docstring is the completion. Training and held-out functions come from different modules.
@@ -24,7 +24,7 @@ def write_stdlib_task(folder: Path, train_rows: int, held_out_rows: int, seed: i
     """Write ``train.jsonl`` and ``held_out.jsonl`` (prompt, completion, module) and return their paths.
 
     Raises:
-        DataError: the standard library's source is not there or gives too few functions.
+        DataError: the standard library's source is missing or has too few functions.
     """
     modules = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     random.Random(seed).shuffle(modules)
@@ -36,7 +36,10 @@ def write_stdlib_task(folder: Path, train_rows: int, held_out_rows: int, seed: i
     ):
         rows = [row for module in some for row in summary_rows(module)]
         if len(rows) < wanted:
-            raise DataError(f"the standard library's source gave {len(rows)} functions for {name}; expected {wanted}")
+            raise DataError(
+                f"the standard library's source has {len(rows)} functions for {name}; expected {wanted}; "
+                "ask for fewer rows"
+            )
         random.Random(seed).shuffle(rows)
         path = folder / name
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows[:wanted]))
@@ -45,7 +48,7 @@ def write_stdlib_task(folder: Path, train_rows: int, held_out_rows: int, seed: i
 
 
 def summary_rows(module: Path) -> Iterator[dict[str, str]]:
-    """The functions of one source file that have a docstring and a fitting length, as rows."""
+    """The functions of one source file with a docstring and a suitable length, as rows."""
     try:
         tree = ast.parse(module.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError, OSError):

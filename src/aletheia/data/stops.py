@@ -1,4 +1,4 @@
-"""Token ids with a meaning of their own: where generation stops, and what fills a batch. No torch."""
+"""Special token ids: where generation stops, and what pads a batch. No torch."""
 
 import copy
 import json
@@ -10,24 +10,24 @@ _FILES = ("generation_config.json", "config.json")
 
 
 def stop_ids(tokenizer: Any, more: Collection[int] = (), vocab_size: int | None = None) -> tuple[int, ...]:
-    """Tokens at which generation stops, the tokenizer's own end token first where it has one.
+    """Ids of the tokens at which generation stops, the tokenizer's own end token first if it has one.
 
-    The others are ``more`` and what the model's settings beside the tokenizer say. All lie inside the embedding, where
-    ``vocab_size`` gives its size.
+    The others are ``more``, and those in the model's settings in the tokenizer's folder. With ``vocab_size``, ids
+    outside the embedding are dropped.
     """
     own = tokenizer.eos_token_id
-    found = dict.fromkeys([*([] if own is None else [own]), *more, *_beside(str(tokenizer.name_or_path or ""))])
+    found = dict.fromkeys([*([] if own is None else [own]), *more, *_configured(str(tokenizer.name_or_path or ""))])
     return tuple(one for one in found if vocab_size is None or one < vocab_size)
 
 
 def pad_id(tokenizer: Any, vocab_size: int | None = None) -> int:
-    """A token for the end of short rows. Padding is masked, so any id inside the embedding would do."""
+    """The id that pads short rows. Padding is masked, so any id inside the embedding would do."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(one for one in known if one is not None and (vocab_size is None or one < vocab_size))
 
 
 def with_valid_pad(tokenizer: Any, vocab_size: int) -> Any:
-    """The tokenizer, or a copy that pads with a token inside the embedding where its own lies beyond."""
+    """The tokenizer, or a copy with another padding token if its own is outside the embedding."""
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id < vocab_size:
         return tokenizer
     other = copy.deepcopy(tokenizer)
@@ -36,13 +36,13 @@ def with_valid_pad(tokenizer: Any, vocab_size: int) -> Any:
 
 
 def as_ids(value: object) -> tuple[int, ...]:
-    """Ids of a setting that holds one, several or none."""
+    """The ids in a setting that holds one, several or none."""
     values = value if isinstance(value, list | tuple) else [value]
     return tuple(one for one in values if isinstance(one, int) and not isinstance(one, bool) and one >= 0)
 
 
-def _beside(name: str) -> tuple[int, ...]:
-    """End tokens in the model's settings, in the folder or the local cache that the tokenizer came from."""
+def _configured(name: str) -> tuple[int, ...]:
+    """End tokens in the model's settings, from the tokenizer's folder or its place in the local cache."""
     found: list[int] = []
     for file in _FILES:
         path = _local(name, file)
@@ -50,7 +50,7 @@ def _beside(name: str) -> tuple[int, ...]:
             continue
         try:
             held = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError):  # whoever loads the model says so
+        except (OSError, ValueError, RecursionError):  # loading the model reports it
             continue
         if isinstance(held, dict):
             text = held.get("text_config")
@@ -69,6 +69,6 @@ def _local(name: str, file: str) -> Path | None:
 
     try:
         cached = try_to_load_from_cache(name, file)
-    except ValueError:  # no name of a hub model
+    except ValueError:  # not the name of a hub model
         return None
     return Path(cached) if isinstance(cached, str) else None

@@ -1,4 +1,4 @@
-"""Chat templates: read from a file, and run on messages. A template is a program of its model's author."""
+"""Chat templates: read from a file, and run on messages. A template is a program by the model's author."""
 
 import json
 import re
@@ -20,7 +20,7 @@ _MARK = re.compile(r"<[^<>\n]{1,60}>|\[/?[A-Za-z_]+\]")  # what looks like a spe
 _WHOLE = re.compile(rf"{_MARK.pattern}|.", re.DOTALL)
 _ROLE = re.compile(r"(?im)^\s*(system|developer|user|human|assistant)\b:?")
 _WORD = re.compile(r"[^\W\d_]{2,}")
-_ADDED, _GROWTH = 50_000, 10  # characters that a template may add to a row, and how often it may repeat one
+_ADDED, _GROWTH = 50_000, 10  # characters that a template may add to a row, and factor by which it may lengthen one
 
 
 def read_template(path: str | Path) -> str:
@@ -36,11 +36,11 @@ def read_template(path: str | Path) -> str:
             raise DataError(f"{path}: found no such file for `chat_template`; {expected}")
         if file.stat().st_size > 50 * LARGEST:
             raise DataError(f"{path}: found {file.stat().st_size / 1e6:.0f} MB; {expected}")
-        text = file.read_bytes().decode("utf-8-sig")  # with the line ends that it has
+        text = file.read_bytes().decode("utf-8-sig")  # keeps the line ends
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: found bytes that are no UTF-8; {expected}") from error
+        raise DataError(f"{path}: found bytes that are not UTF-8; {expected}") from error
     if file.suffix == ".json":
         text = _from_json(text, path, expected)
     if not text.strip():
@@ -63,14 +63,14 @@ def _from_json(text: str, path: str | Path, expected: str) -> str:
 
 
 def use_template(tokenizer: Any, template: str) -> None:
-    """Make ``template`` the chat template of a tokenizer; one that has it as the default of several keeps them all."""
+    """Make ``template`` the chat template of a tokenizer; if it already is the default of several, they all stay."""
     own = getattr(tokenizer, "chat_template", None)
     if template != (own.get("default") if isinstance(own, dict) else own):
         tokenizer.chat_template = template
 
 
 def check_size(template: object, name: str) -> None:
-    """Refuse a template that is too long to be one.
+    """Refuse a template that is too long.
 
     Raises:
         DataError: it has more than ``LARGEST`` characters.
@@ -80,7 +80,7 @@ def check_size(template: object, name: str) -> None:
     if size > LARGEST:
         raise DataError(
             f"{name}: found a template of {size / 1e6:.1f} million characters, expected at most "
-            f"{LARGEST / 1e6:g} million; use another with `chat_template`"
+            f"{LARGEST / 1e6:g} million; give another as `chat_template`"
         )
 
 
@@ -90,7 +90,7 @@ class ChatTemplate:
     def __init__(
         self, tokenizer: Any, pulse: Callable[[], None] = lambda: None, template_date: date | None = None
     ) -> None:
-        """``pulse`` is called after each rendering; ``template_date`` is what the template takes for today."""
+        """``pulse`` is called after each rendering; ``template_date`` replaces today's date in the template."""
         self._tokenizer = tokenizer
         self._pulse = pulse
         self.date = (template_date or date.today()) if writes_date(tokenizer) else None
@@ -98,10 +98,10 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Message], generation: bool, where: str, tools: Sequence[dict[str, Any]] = ()
     ) -> str:
-        """The text of messages, with the opening of an answer behind it if ``generation``; "" for no messages.
+        """The text of messages, followed by the opening of an answer if ``generation``; "" for no messages.
 
         Raises:
-            UnusableRowError: the template refuses the messages.
+            UnusableRowError: the template refuses the messages, or makes far too long a text of them.
         """
         if not messages:
             return ""
@@ -114,9 +114,9 @@ class ChatTemplate:
         self._pulse()
         if len(text) > _ADDED and len(text) > _ADDED + _GROWTH * len(repr((messages, tools))):
             raise UnusableRowError(
-                "messages that the chat template blows up",
+                "messages that the chat template makes far too long",
                 f"{where}: found a chat template that makes {len(text) / 1e6:.1f} million characters of this row, "
-                "expected a text of about its length; use another with `chat_template`",
+                "expected a text of similar length; give another as `chat_template`",
             )
         return text
 
@@ -136,7 +136,7 @@ class ChatTemplate:
         return text
 
     def writes_date_in(self, text: str) -> bool:
-        """Whether the date stands in a text as the template writes it."""
+        """Whether a text contains the date as the template writes it."""
         if (today := self.date) is None:
             return False
         formats = {one or other for one, other in _DATE.findall(str(self._tokenizer.chat_template))}
@@ -152,7 +152,7 @@ class ChatTemplate:
 
     @cached_property
     def _wants_parts(self) -> bool:
-        """Whether the template takes content as a list of parts alone, as those of vision models do."""
+        """Whether the template takes content only as a list of parts, as those of vision models do."""
         question = [{"role": "user", "content": "what the user says"}]
         for as_parts in (False, True):
             try:
@@ -160,13 +160,13 @@ class ChatTemplate:
                     return as_parts
             except MemoryError:
                 raise
-            except Exception:  # the rows will tell
+            except Exception:  # rendering the rows reports it
                 continue
         return False
 
     @cached_property
     def user_frame(self) -> tuple[str, str]:
-        """What stands in front of the text of a user turn and behind it, whatever the template begins with."""
+        """What the template puts before and after the text of a user turn, except at the beginning."""
         first, answer, second = "what the user says", "what is answered", "what the user asks then"
         turns = [("user", first), ("assistant", answer), ("user", second)]
         messages = [{"role": role, "content": content} for role, content in turns]
@@ -195,33 +195,33 @@ class ChatTemplate:
         return "" if system or not _WORD.search(bare) else before.removeprefix(self._tokenizer.bos_token or "")
 
     @cached_property
-    def system_of_its_own(self) -> str:
-        """What the template says in a system turn where the data have none; empty if it says nothing."""
+    def default_system(self) -> str:
+        """The system text that the template writes if the data have none; empty if it writes none."""
         return self._own_system("")
 
     @cached_property
-    def system_beside(self) -> str:
+    def system_addition(self) -> str:
         """What the template adds to a system turn of the data; empty if it adds nothing."""
         return self._own_system("what the system turn says")
 
 
 def _same_end(one: str, other: str, begin: bool = False) -> str:
-    """What two texts end with, or begin with; what looks like a special token counts as a whole."""
+    """The common end of two texts, or their common beginning; what looks like a special token counts as a whole."""
     sides = [_WHOLE.findall(text)[:: 1 if begin else -1] for text in (one, other)]
     same = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))]
     return "".join(same if begin else reversed(same))
 
 
 def writes_date(tokenizer: Any) -> bool:
-    """Whether the chat template of a tokenizer writes the date of the day."""
+    """Whether the chat template of a tokenizer writes today's date."""
     return _DATE.search(str(getattr(tokenizer, "chat_template", None) or "")) is not None
 
 
 def try_template(tokenizer: Any) -> None:
-    """Run a tokenizer's chat template once in a process of its own, on a question.
+    """Run a tokenizer's chat template once on a question, in a child process.
 
     Raises:
-        DataError: it refuses the question, is too long, does not end, or takes too much memory.
+        DataError: the template refuses the question, is too long, does not end, or takes too much memory.
     """
     name = template_name(tokenizer)
     check_size(tokenizer.chat_template, name)
@@ -230,7 +230,7 @@ def try_template(tokenizer: Any) -> None:
 
 
 def template_name(tokenizer: Any) -> str:
-    """What a message calls the chat template of a tokenizer."""
+    """The name of a tokenizer's chat template in messages."""
     place = str(getattr(tokenizer, "name_or_path", ""))
     return f"the chat template of {place}" if place else "the chat template"
 
@@ -242,5 +242,5 @@ def _refused(messages: Sequence[Message], error: Exception, where: str) -> Unusa
     return UnusableRowError(
         "messages that the chat template refuses",
         f"{where}: found messages the chat template refuses ({one_line(error)}), expected roles it knows "
-        f"(here: {', '.join(roles)}); {remedy} or use another with `chat_template`",
+        f"(here: {', '.join(roles)}); {remedy}, or give another as `chat_template`",
     )

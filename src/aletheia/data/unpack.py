@@ -1,4 +1,4 @@
-"""Bytes that gzip or Zstandard packed, unpacked up to a limit."""
+"""Unpack gzip and Zstandard data, up to a limit."""
 
 import gzip
 import io
@@ -11,22 +11,22 @@ from aletheia.errors import DataError
 
 PACKED = (".gz", ".zst")
 GZIP, ZSTANDARD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-ALWAYS_BYTES = 256 * 10**6  # unpacked, whatever the packed size
+ALWAYS_BYTES = 256 * 10**6  # allowed unpacked, whatever the packed size
 LARGEST_BYTES = 10**9
-LARGEST_RATIO = 30  # rows of text pack 3 to 10 times
+LARGEST_RATIO = 30  # rows of text pack by a factor of 3 to 10
 _PIECE_BYTES = 1 << 20
 
 
 class _Stream(Protocol):
     def read(self, size: int, /) -> bytes:
-        """At most ``size`` bytes, none at the end."""
+        """Read at most ``size`` bytes; empty at the end."""
 
 
 def unpacked(path: Path, content: bytes) -> bytes:
-    """The content itself, or what it unpacks to if it begins as gzip or Zstandard does, whatever its name.
+    """The content, unpacked if it begins like gzip or Zstandard, whatever the file name.
 
     Raises:
-        DataError: it is damaged, or larger than 256 MB and 30 times its packed size, or than 1 GB.
+        DataError: it is damaged, larger than both 256 MB and 30 times its packed size, or larger than 1 GB.
     """
     if content.startswith(GZIP):
         stream: _Stream = gzip.GzipFile(fileobj=io.BytesIO(content))

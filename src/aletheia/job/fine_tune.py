@@ -20,7 +20,7 @@ from aletheia.data.rows import Rows, load_rows
 from aletheia.data.settings import DataSettings
 from aletheia.data.templates import writes_date
 from aletheia.errors import TrainingError
-from aletheia.files import beside, is_sealed, write_text
+from aletheia.files import is_sealed, sibling, write_text
 from aletheia.job.adapter import Start
 from aletheia.job.finish import complete, push
 from aletheia.job.ready import Ready
@@ -292,7 +292,7 @@ class Job:
         seed = self.settings.training.seed
         self.say("probe  scores the layers by their gradients on 5 rows")
         if isinstance(base, Checkpoint):
-            work = self.work or beside(self.folder.path, ".partial")
+            work = self.work or sibling(self.folder.path, ".partial")
             cap = self.settings.model.max_memory
             return by_layer.probe_streamed(base, data, seed=seed, work=work, max_memory=cap, show_progress=self.say)
         return resident.probe(base.model, data, seed=seed, show_progress=self.say)

@@ -1,1 +1,1 @@
-"""Scores: which layers the task pulls on, from a few forward and backward passes."""
+"""Scores: how strongly the task's gradient acts on each layer, from a few forward and backward passes."""

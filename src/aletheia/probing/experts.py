@@ -1,4 +1,4 @@
-"""Gradient norms of fused experts, one stack at a time: the gradient is looked at and let go during backward.
+"""Gradient norms of fused experts, one stack at a time: backward measures each gradient and frees it.
 
 Shapes: E experts, N tokens, K experts per token.
 """
@@ -13,7 +13,7 @@ from aletheia.probing.ghost import at_least_float32
 
 
 class _Look(torch.autograd.Function):
-    """A frozen weight as it is; in backward its gradient is shown to ``look`` and goes no further."""
+    """Pass a frozen weight through; backward shows its gradient to ``look`` and stops there."""
 
     @staticmethod
     def forward(
@@ -29,15 +29,15 @@ class _Look(torch.autograd.Function):
 
 
 class ExpertRecorder:
-    """Hooks on the owners of 3-D parameters: per stack, the gradient norm of each expert and the tokens it got.
+    """Hooks on the owners of 3-D parameters: per stack, the gradient norm and the token count of each expert.
 
-    How the owner computes does not matter (expert by expert, grouped, batched): for the time of its forward, the
-    parameter is shadowed by an attribute of the same name through which the gradient passes. ``anchor`` must be among
-    the inputs of ``torch.autograd.grad``, or autograd would not go there.
+    It does not matter how the owner computes (expert by expert, grouped, batched): during its forward pass an
+    attribute of the same name shadows the parameter, and the gradient passes through it. ``anchor`` must be among the
+    inputs of ``torch.autograd.grad``, else autograd does not reach the stacks.
     """
 
     def __init__(self, parameters: Mapping[str, tuple[nn.Module, str]]) -> None:
-        """Prepare for ``parameters``: full name to owner and own name."""
+        """Prepare for ``parameters``: full name -> owner and name there."""
         self.anchor = torch.zeros((), requires_grad=True)
         self.mask_N: torch.Tensor | None = None  # 1 for tokens that are not padding
         self._parameters = dict(parameters)
@@ -61,7 +61,7 @@ class ExpertRecorder:
             handle.remove()
 
     def pop(self) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
-        """Norms [E] and tokens [E] (None if the routing was not seen) by parameter since the last call."""
+        """By parameter, the norms [E] and tokens [E] (None if the routing was not seen) since the last call."""
         found = {name: (norms, self._tokens.get(name)) for name, norms in self._norms.items()}
         self._norms, self._tokens = {}, {}
         return found
@@ -97,7 +97,7 @@ class ExpertRecorder:
 
 
 def _routing(given: list[Any], experts: int, mask_N: torch.Tensor | None) -> torch.Tensor | None:
-    """Tokens [E] per expert, read off the indices [N, K] among the arguments of the owner; padding is left out."""
+    """Tokens per expert [E] without padding, from the indices [N, K] among the owner's arguments; else None."""
     for value in given:
         if isinstance(value, torch.Tensor) and value.dtype in (torch.int64, torch.int32) and value.dim() >= 2:
             index_NK = value.flatten(0, -2)

@@ -1,6 +1,6 @@
-"""Ghost gradient norms: the norm of a weight gradient without the weight gradient.
+"""Ghost gradient norms: the norm of a weight gradient without computing that gradient.
 
-Dimensions: N tokens of the batch (B x T), I input features, O output features.
+Shapes: N tokens of the batch (B x T), I input features, O output features.
 """
 
 from collections import defaultdict
@@ -11,13 +11,13 @@ from torch import nn
 
 from aletheia.errors import ProbeError
 
-CANCELLATION = 1e-4  # below this share of ||X||^2 ||dY||^2, float32 rounding of the Gram form may exceed 1e-3
+CANCELLATION = 1e-4  # below this share of ||X||^2 ||dY||^2 the Gram form's float32 rounding may exceed 1e-3
 
 
 class LayerInput:
     """One activation that feeds one or several modules (query, key and value share theirs).
 
-    Its Gram matrix is computed once, and only if a module asks for it.
+    Its Gram matrix is computed at most once, when a module first needs it.
     """
 
     def __init__(self, activation: torch.Tensor) -> None:
@@ -35,18 +35,18 @@ class LayerInput:
         """
         if self.source._version != self._version:
             raise ProbeError(
-                f"the input of {name} was modified in place after it was used; the probe needs it as it was, "
+                f"the input of {name} was modified in place after use; the probe needs the original; "
                 "load the model with another attention or kernel implementation"
             )
 
     @property
     def has_gram(self) -> bool:
-        """Whether the Gram matrix is already there."""
+        """Whether the Gram matrix is already computed."""
         return self._gram_NN is not None
 
     @property
     def gram_NN(self) -> torch.Tensor:  # noqa: N802
-        """``X Xt`` in at least float32."""
+        """``X Xt`` [N, N] in at least float32."""
         if self._gram_NN is None:
             input_NI = at_least_float32(self.input_NI)
             self._gram_NN = input_NI @ input_NI.T
@@ -54,11 +54,11 @@ class LayerInput:
 
 
 def ghost_norm(layer_input: LayerInput, grad_out: torch.Tensor) -> torch.Tensor:
-    """Frobenius norm of ``dYt X``, the gradient of a weight matrix, as a 0-d tensor.
+    """Frobenius norm of ``dYt X`` [O, I], the gradient of a weight matrix, as a 0-d tensor.
 
-    ``||dYt X||_F^2 = sum((X Xt) * (dY dYt))`` [Goodfellow 2015; Li et al. 2022, sec. 4]. That form costs
-    ``N^2 (I + O)`` multiply-adds, the plain one ``N I O``; the cheaper is taken, unless cancellation between tokens
-    would cost it digits. Both are exact up to rounding.
+    ``||dYt X||_F^2 = sum((X Xt) * (dY dYt))`` [Goodfellow 2015; Li et al. 2022, sec. 4]. The Gram form on the right
+    costs ``N^2 (I + O)`` multiply-adds, the plain form on the left ``N I O``. The cheaper one is used, or the plain
+    one where cancellation between tokens would lose digits. Both are exact up to rounding.
     """
     grad_NO = at_least_float32(grad_out.detach().flatten(0, -2))
     tokens, out_features = grad_NO.shape
@@ -68,8 +68,8 @@ def ghost_norm(layer_input: LayerInput, grad_out: torch.Tensor) -> torch.Tensor:
         grad_gram_NN = grad_NO @ grad_NO.T
         summed = torch.float32 if grad_NO.device.type == "mps" else torch.float64  # MPS has no float64
         squared = (layer_input.gram_NN * grad_gram_NN).sum(dtype=summed)
-        # tokens whose gradients cancel leave a small difference of large terms, too small a share of
-        # ||X||_F^2 ||dY||_F^2 (the traces) for the digits of float32
+        # gradients of tokens that cancel leave a small difference of large terms; as a share of
+        # ||X||_F^2 ||dY||_F^2 (the traces) it may be too small for float32
         if squared >= CANCELLATION * layer_input.gram_NN.trace() * grad_gram_NN.trace():
             return squared.sqrt().to(grad_NO.dtype)
     norm: torch.Tensor = torch.linalg.matrix_norm(grad_NO.T @ at_least_float32(layer_input.input_NI))
@@ -79,7 +79,7 @@ def ghost_norm(layer_input: LayerInput, grad_out: torch.Tensor) -> torch.Tensor:
 class GhostRecorder:
     """Hooks on modules that turn one forward and backward pass into one gradient norm per module.
 
-    Use as a context manager; after the backward pass ``pop()`` returns the norms and makes room for the next.
+    A context manager; after each backward pass ``pop()`` returns the norms and starts over.
     """
 
     def __init__(self, modules: dict[str, nn.Module]) -> None:
@@ -102,7 +102,7 @@ class GhostRecorder:
         self.pop()
 
     def pop(self) -> dict[str, torch.Tensor]:
-        """Norms by module since the last call; a module used twice in one pass counts the sum of its norms."""
+        """Norms by module since the last call; for a module used several times, the sum of its norms."""
         norms = {name: torch.stack(values).sum() for name, values in self._norms.items()}
         self._norms.clear()
         self._last_input = None
@@ -126,5 +126,5 @@ class GhostRecorder:
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
-    """Half-precision tensors in float32, others as they are."""
+    """The tensor, converted to float32 if it is half precision."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor

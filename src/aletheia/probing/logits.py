@@ -1,4 +1,4 @@
-"""Logits only where a label is: the LM head sees the labelled positions and nothing else.
+"""Logits only where there is a label: the LM head sees only the labelled positions.
 
 Shapes: B rows, T tokens, D model width, N labelled positions of the batch.
 """
@@ -21,13 +21,13 @@ from aletheia.errors import TrainingError
 def labelled_logits(model: nn.Module) -> Iterator[None]:
     """Make ``model(..., labels=...)`` compute logits at labelled positions only; the loss stays the same.
 
-    The hidden states [B, T, D] before the head are gathered into one row [1, N + 1, D], and the labels move with
-    them, so the model's own head, soft-capping, scaling and loss do the rest. The last position is a copy without a
-    label, because causal losses shift labels by one. ``logits`` of the output are [1, N + 1, V]. Calls without labels
-    are left alone. A batch may bring the number of its labelled tokens as ``labelled_tokens``.
+    The hidden states [B, T, D] before the head are gathered into one row [1, N + 1, D], and the labels with them. The
+    model's own head, soft-capping, scaling and loss do the rest. The last position is a copy without a label, because
+    causal losses shift labels by one. ``logits`` of the output are [1, N + 1, V]. Calls without labels do not change. A
+    batch may hold the number of its labelled tokens as ``labelled_tokens``.
 
     Raises:
-        TrainingError: the model has no head module, or calls it with another shape.
+        TrainingError: the model has no head module, or calls it with another number of dimensions than 3.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -38,7 +38,9 @@ def labelled_logits(model: nn.Module) -> Iterator[None]:
         if not pending:
             return None
         if args[0].dim() != 3:
-            raise TrainingError(f"{type(model).__name__} calls its head with {args[0].dim()} dimensions; expected 3")
+            raise TrainingError(
+                f"{type(model).__name__} calls its head with a {args[0].dim()}-d tensor; expected [B, T, D]"
+            )
         return (_gathered(args[0], pending.pop()), *args[1:])
 
     with _labels_moved(model, pending, lambda kwargs, keep_N: True):
@@ -51,11 +53,11 @@ def labelled_logits(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def labelled_states(model: nn.Module) -> Iterator[None]:
-    """Hand on hidden states of labelled positions only where ``model(..., fused_lm_head=True, labels=...)`` is called.
+    """Return hidden states of labelled positions only from ``model(..., fused_lm_head=True, labels=...)``.
 
-    So calls TRL's SFTTrainer, whose head off the GPU scores every position and masks what has no label afterwards. Here
-    it gets one row [1, N + 1, D] and the labels that go with it; the sums it takes over positions stay the same. Other
-    calls are left alone.
+    TRL's SFTTrainer calls the model so. Off the GPU its head scores every position, and masks those without a label
+    afterwards. Here it gets one row [1, N + 1, D] and its labels; its sums over positions stay the same. Other calls do
+    not change.
     """
     pending: list[torch.Tensor] = []
 
@@ -80,7 +82,7 @@ def labelled_states(model: nn.Module) -> Iterator[None]:
 def _labels_moved(
     model: nn.Module, pending: list[torch.Tensor], applies: Callable[[dict[str, Any], torch.Tensor], bool]
 ) -> Iterator[None]:
-    """Move the labels of calls that this ``applies`` to, and leave in ``pending`` which positions to gather [N + 1]."""
+    """Move the labels of calls for which ``applies`` is true; put the positions to gather [N + 1] into ``pending``."""
 
     def move(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         pending.clear()
@@ -101,14 +103,14 @@ def _labels_moved(
 
 
 def _gathered(hidden_BTD: torch.Tensor, keep_N: torch.Tensor) -> torch.Tensor:
-    """The hidden states at some positions, as one row [1, N + 1, D]."""
+    """The hidden states [B, T, D] at the flat positions ``keep_N``, as one row [1, N + 1, D]."""
     return hidden_BTD.flatten(0, 1).index_select(0, keep_N.to(hidden_BTD.device))[None]
 
 
 def _labelled(labels_BT: torch.Tensor, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions that predict a label, flat, the last one twice [N + 1]; and their labels, shifted back [1, N + 1].
+    """Flat positions that predict a label, the last one twice [N + 1], and their labels, shifted back [1, N + 1].
 
-    Where ``count``, their number, is known, nobody waits for the device to find it.
+    With ``count``, their number, the call need not wait for the device.
     """
     targets_BT = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=NO_LOSS)
     is_labelled = targets_BT.reshape(-1) != NO_LOSS

@@ -1,6 +1,6 @@
-"""Before the probe: a few short passes that show whether a model can be trained and its prefix stored at all.
+"""Before the probe: a few short passes that show whether a model can be trained, and its prefix stored, at all.
 
-A step must depend on its rows alone, a position on the tokens up to it, and the weights must stay as they are.
+A step must depend only on its rows, a position only on the tokens up to it, and weights must not change.
 """
 
 from collections.abc import Iterator
@@ -39,14 +39,16 @@ def check_passes(model: nn.Module, data: Examples) -> None:
     """Refuse a model that cannot be trained as it is, by five short passes over the start of a row.
 
     Raises:
-        ModelError: it does not run on text alone, or once it is quantized, runs its layers more than once or in another
-            order, keeps state from one pass to the next, changes its weights while it runs, or lets positions see the
-            tokens after them; the message says which and names the place.
+        ModelError: the model fails on text alone, or because it is quantized; or it runs its layers more than once or
+            in another order, keeps state from one pass to the next, changes its weights, or lets positions see later
+            tokens. The message says which, and names the place.
     """
     name = str(getattr(model.config, "_name_or_path", "")) or type(model).__name__
     row = max((example.input_ids for example in data.examples), key=len)[:TOKENS]
     first = _batch(row)
-    other = _batch([*row[: len(row) // 2], *(row[0] for _ in row[len(row) // 2 :])])  # the same half, then otherwise
+    other = _batch(
+        [*row[: len(row) // 2], *(row[0] for _ in row[len(row) // 2 :])]
+    )  # the same first half, another second half
     versions = {weight: parameter._version for weight, parameter in model.named_parameters()}
     held = dict(_held_tensors(model))
     path, layers = find_layers(model)
@@ -63,8 +65,8 @@ def check_passes(model: nn.Module, data: Examples) -> None:
     for weight, parameter in model.named_parameters():
         if parameter._version != versions[weight]:
             raise ModelError(
-                f"a forward pass of {name} writes into {weight}, which adapters beside it would not follow; expected "
-                "weights that stay as they are (of RWKV: rescale_every 0 in its config.json)"
+                f"a forward pass of {name} writes into {weight}, which its adapters would not follow; expected "
+                "weights that do not change (for RWKV set rescale_every to 0 in config.json)"
             )
     is_exact = once_BTV.dtype == torch.float32 and quantization_of(model) is None
     tolerance = SAME if is_exact else ALIKE
@@ -72,13 +74,13 @@ def check_passes(model: nn.Module, data: Examples) -> None:
         kept = [place for place, value in _held_tensors(model) if held.get(place) is not value]
         where = f" (in {kept[0]})" if kept else ""
         raise ModelError(
-            f"{name} keeps state from one forward pass to the next{where}, or draws at random: a row does not give the "
-            "same twice; expected a model whose output depends on its input alone"
+            f"{name} keeps state from one forward pass to the next{where}, or is random: the same row gives different "
+            "outputs; expected a model whose output depends only on its input"
         )
     half = len(row) // 2
     if half and _differ(once_BTV[:, :half], changed_BTV[:, :half], tolerance):
         raise ModelError(
-            f"positions of {name} see the tokens after them; expected a decoder, which sees those before alone"
+            f"positions of {name} see the tokens after them; expected a decoder, which sees only earlier tokens"
         )
 
 
@@ -95,7 +97,7 @@ def _logits(model: nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def _train_pass(model: nn.Module, batch: Batch) -> None:
-    """Forward and backward as a training step takes them, down to the input of the first layer."""
+    """Forward and backward as in a training step, down to the input of the first layer."""
     leaf: list[torch.Tensor] = []
 
     def start_graph(layer: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Call:
@@ -112,7 +114,7 @@ def _train_pass(model: nn.Module, batch: Batch) -> None:
 
 
 def _held_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors that modules hold as plain attributes, neither parameters nor buffers, by full name."""
+    """By full name, tensors that are plain attributes of modules, neither parameters nor buffers."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if isinstance(value, torch.Tensor):
@@ -120,13 +122,13 @@ def _held_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _differ(one: torch.Tensor, other: torch.Tensor, tolerance: float) -> bool:
-    """Beyond rounding; values that are not finite are another check's."""
+    """Whether two tensors differ by more than ``tolerance``, relative; another check looks for non-finite values."""
     return bool((one.float() - other.float()).norm() > tolerance * one.float().norm())
 
 
 def _explained(name: str, model: nn.Module) -> AbstractContextManager[None]:
     if (quantized := quantization_of(model)) in get_args(Quantize):
-        remedy = "expected layers that compute with such weights; take another `quantize`, or leave it out"
+        remedy = "expected layers that compute with such weights; choose another `quantize`, or leave it out"
         return explained_pass(f"{name} does not run in {quantized}", remedy)
     kind = f"a vision-language model ({model.config.model_type}), " if is_wrapper(base_of(model).config) else ""
     remedy = "expected a decoder that takes input_ids, attention_mask and labels"

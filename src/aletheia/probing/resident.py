@@ -40,23 +40,23 @@ def probe(
 ) -> Scores:
     """Score every decoder layer and module by the gradient it receives on task data [arXiv:2604.15351].
 
-    One forward and one activation-backward pass per batch; weight gradients are never formed (ghost norms), so
-    frozen and quantized weights are scored like any other. The model runs in eval mode (no dropout) and is given
-    back unchanged: mode, ``requires_grad``, ``.grad`` and hooks.
+    Each batch takes one forward and one backward pass over activations. Weight gradients are never formed (ghost
+    norms), so frozen and quantized weights are scored like any other. The model runs in eval mode (no dropout) and is
+    given back unchanged: modes, ``requires_grad``, ``.grad`` and hooks.
 
     Args:
         model: a transformers causal language model.
-        data: encoded rows, of which ``batches x batch_size`` are drawn with ``seed``; or the very batches to use,
-            each with ``input_ids_BT``, ``attention_mask_BT`` and ``labels_BT`` (-100: no loss) under the names
-            transformers gives them. ``batches``, ``batch_size`` and ``seed`` are ignored then.
-        batches: how many batches; the published method takes 5.
-        batch_size: sequences per batch; the published method takes 1.
-        seed: of the draw.
-        show_progress: say on stderr how far it is, or to a function that gets a line now and then.
+        data: encoded rows, of which ``batches x batch_size`` are drawn with ``seed``; or the batches themselves, each
+            with ``input_ids``, ``attention_mask`` and ``labels`` [B, T] (-100: no loss). With batches, ``batches``,
+            ``batch_size`` and ``seed`` are ignored.
+        batches: number of batches; the published method uses 5.
+        batch_size: rows per batch; the published method uses 1.
+        seed: seed of the draw.
+        show_progress: show progress on stderr; or a function that gets its lines.
 
     Raises:
         ModelError: the model cannot be taken apart.
-        ProbeError: there is no batch, or a loss or score is not finite; the message names the layer.
+        ProbeError: there is no batch, a batch has no label, or a loss or score is not finite (names the layer).
     """
     started = time.perf_counter()
     anatomy = read_anatomy(model)
@@ -93,7 +93,7 @@ def probe(
 
 
 def weight_bytes(model: nn.Module) -> WeightBytes:
-    """Bytes of a loaded model's parts."""
+    """Bytes of the parts of a loaded model."""
     _, layers = find_layers(model)
     inside = {id(parameter) for parameter in layers.parameters()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -112,7 +112,7 @@ def weight_bytes(model: nn.Module) -> WeightBytes:
 def _score_scaled(
     model: nn.Module, batch: Batch, recorder: GhostRecorder, experts: ExpertRecorder
 ) -> tuple[float, Measured]:
-    """In float16 small gradients underflow, so the loss is scaled up, and less where that overflows."""
+    """Loss and measurements of a batch; in float16 the loss is scaled up against underflow, less if that overflows."""
     half = next(model.parameters()).dtype == torch.float16
     for scale in (2.0**12, 2.0**6, 1.0) if half else (1.0,):
         loss, found = _score_batch(model, batch, recorder, experts, scale)
@@ -140,7 +140,7 @@ def _score_batch(
     try:
         with torch.enable_grad():
             loss = model(**on_device_of(model, batch), use_cache=False).loss
-        # autograd.grad walks only the path to these tensors and leaves every .grad alone
+        # autograd.grad walks only the paths to these tensors and does not touch any .grad
         wanted = [*others.values(), *leaf, experts.anchor]
         gradients = torch.autograd.grad(loss * loss_scale, wanted, allow_unused=True)
     finally:
@@ -161,7 +161,7 @@ def _check_finite(
         nearest = max(broken, key=lambda name: layer_index(name, anatomy.layer_path))
         what = f"the gradient in layer {layer_index(nearest, anatomy.layer_path)} ({nearest})"
     else:
-        what = "the loss, behind the last layer,"
+        what = "the loss, after the last layer,"
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     raise ProbeError(
         f"{what} is not finite in probe batch {number}, computed in {dtype}; "

@@ -12,7 +12,7 @@ Score = Annotated[FiniteFloat, Field(ge=0)]
 
 
 class ProbeSettings(BaseModel):
-    """How the scores were measured; sizes are counted over all probe batches."""
+    """How the scores were measured; counts are over all probe batches."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     score: str
@@ -23,14 +23,14 @@ class ProbeSettings(BaseModel):
     device: str
     tokens: int = Field(ge=1, description="tokens that are not padding")
     labelled_tokens: int = Field(description="tokens that count in the loss")
-    mean_loss: FiniteFloat = Field(description="mean over the batches of the loss, nats per labelled token")
+    mean_loss: FiniteFloat = Field(description="mean loss over the batches, in nats per labelled token")
     seconds: float
 
 
 class WeightBytes(BaseModel):
-    """Memory that the weights take as they were loaded: each layer, the embedding, and what else lies outside.
+    """Bytes of the weights as loaded: each layer, the embedding, and everything else outside the layers.
 
-    ``outside`` is the head with its norm. Where the embedding is the same weight, ``embedding`` is 0.
+    ``outside`` is the head with its norm. ``embedding`` is 0 if the head shares its weight.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,8 +42,8 @@ class WeightBytes(BaseModel):
 class ExpertScores(BaseModel):
     """One stack of experts in the probe, expert by expert.
 
-    ``norms`` sum the gradient norms over the batches; None for an expert that no token reached, about which the probe
-    says nothing. ``tokens`` counts the tokens that were routed to each; None where that could not be seen.
+    ``norms`` are gradient norms summed over the batches; None for an expert that no token reached, which the probe
+    cannot score. ``tokens`` counts the tokens routed to each expert; None if the routing could not be seen.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,11 +54,11 @@ class ExpertScores(BaseModel):
 class Scores(Artifact):
     """Importance per decoder layer and per module.
 
-    ``layers[i]`` is the sum over probe batches and over the parameters of layer ``i`` of the Frobenius norm of
-    the loss gradient [arXiv:2604.15351]; ``modules`` holds the share of each adaptable weight by full name, None for
-    an expert's module that no token reached. A layer's score also counts its norms and biases, so it is a little more
-    than the sum of its modules. ``experts`` has the parts of the fused stacks.
-    ``timings``, if measured, turn the plan's predictions into seconds, ``weight_bytes`` lets a plan keep to a limit.
+    ``layers[i]`` is the Frobenius norm of the loss gradient, summed over the probe batches and the parameters of layer
+    ``i`` [arXiv:2604.15351]. ``modules`` has the part of each adaptable weight by full name, None for an expert's
+    module that no token reached. A layer's score also counts norms and biases, so it is a little more than the sum of
+    its modules. ``experts`` has the experts of each fused stack. ``timings``, if measured, turn the plan's predictions
+    into seconds. ``weight_bytes`` lets a plan keep to a memory limit.
     """
 
     FORMAT: ClassVar[str] = "aletheia-scores"

@@ -1,4 +1,4 @@
-"""Borrow a model and give it back as it was."""
+"""Borrow a model and give it back unchanged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,9 +10,9 @@ from aletheia.anatomy.modes import in_mode
 
 @contextmanager
 def borrowed(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode with every parameter frozen; restore modes and ``requires_grad`` on the way out.
+    """Put the model in eval mode with every parameter frozen; restore modes and ``requires_grad`` on exit.
 
-    Runs its restoration after an error too. Gradients in ``.grad`` are not touched.
+    They are restored after an error too. Gradients in ``.grad`` are not touched.
     """
     trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
     try:

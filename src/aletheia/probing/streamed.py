@@ -1,8 +1,8 @@
-"""The streamed probe: the scores of the resident one for a checkpoint larger than memory, layer by layer.
+"""The streamed probe: the same scores as the resident probe, layer by layer, for a checkpoint larger than memory.
 
-Forward, each layer is read, run on every batch and dropped, and the states [B, T, D] that enter it are kept on disk.
-Backward, each is read once more and run again with gradients. So the weights are read twice, and memory holds a layer
-or two at a time. What is done so far lies in a folder, from which a killed probe goes on.
+Forward, each layer is read, run on every batch and dropped; the hidden states [B, T, D] that enter it are kept on disk.
+Backward, each layer is read once more and run with gradients. So the weights are read twice, and memory holds one or
+two layers at a time. Finished steps are kept in a folder, from which a killed probe resumes.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ from aletheia.probing.scores import Scores, WeightBytes
 from aletheia.probing.tally import Batch, Measured, Tally, draw, measured, other_parameters, probe_settings
 from aletheia.progress import Progress, Say
 
-HALF_SCALE = 2.0**12  # of the loss in float16, against underflow
+HALF_SCALE = 2.0**12  # factor of the loss in float16, against underflow
 LOGITS_AT_ONCE = 1 << 26  # elements: 256 MB in float32
 
 
@@ -54,22 +54,23 @@ def probe_streamed(
     max_memory: int | None = None,
     show_progress: bool | Say = True,
 ) -> Scores:
-    """Score every layer and module as :func:`aletheia.probing.resident.probe` does, reading the weights twice.
+    """Score every layer and module like :func:`aletheia.probing.resident.probe`, reading the weights twice.
 
     Args:
         checkpoint: the model on disk.
-        data: as for the resident probe.
+        data: as for :func:`aletheia.probing.resident.probe`.
         batches: as there.
         batch_size: as there.
         seed: as there.
-        work: folder in which what is done so far lies, in one of its own, removed at the end; a probe that was
-            killed goes on from it. Without one a temporary folder is used.
-        max_memory: bytes that the process may take in all; by default what is free.
-        show_progress: say on stderr how far it is, or to a function that gets a line now and then.
+        work: folder for finished steps, from which a killed probe resumes; it is removed at the end. By default a
+            temporary folder.
+        max_memory: bytes that the process may take in total; by default up to all free memory.
+        show_progress: show progress on stderr; or a function that gets its lines.
 
     Raises:
-        ModelError: the checkpoint is damaged.
-        ProbeError: there is no batch, memory is too small for a layer, or a state, loss or score is not finite.
+        ModelError: the checkpoint is damaged, or its model cannot run layer by layer.
+        ProbeError: there is no batch, memory is too small for a layer, ``work`` cannot be written, the model adds a
+            router loss, or a state, loss or score is not finite.
     """
     started = time.perf_counter()
     drawn = draw(data, batches, batch_size, seed)
@@ -78,12 +79,12 @@ def probe_streamed(
     ahead = peak_bytes(checkpoint, used, ahead=True) <= free
     if (least := peak_bytes(checkpoint, used, ahead=False)) > free:
         raise ProbeError(
-            f"the streamed probe needs {least / 1e9:.1f} GB for one layer and its work, {free / 1e9:.1f} GB may be "
-            "used; expected room for that; take fewer or shorter rows per batch, or `dtype` bfloat16"
+            f"the streamed probe needs {least / 1e9:.1f} GB for one layer and its activations, but may use only "
+            f"{max(free, 0) / 1e9:.1f} GB; take fewer or shorter rows per batch, or `dtype` bfloat16"
         )
     if adds_router_loss(checkpoint.model):
         raise ProbeError(
-            "the model adds a router loss over all layers; expected output_router_logits off in its config"
+            "the model adds a router loss over all layers; set output_router_logits to false in its config.json"
         )
     key = _key(checkpoint, used)
     with (
@@ -109,7 +110,7 @@ def probe_streamed(
 
 
 def weight_bytes(checkpoint: Checkpoint) -> WeightBytes:
-    """Bytes of a model's parts once they are loaded."""
+    """Bytes of a model's parts once loaded."""
     return WeightBytes(
         layers=tuple(checkpoint.part_bytes(index) for index in range(checkpoint.layer_count)),
         outside=checkpoint.part_bytes("around") + checkpoint.head_bytes,
@@ -118,12 +119,12 @@ def weight_bytes(checkpoint: Checkpoint) -> WeightBytes:
 
 
 def peak_bytes(checkpoint: Checkpoint, used: list[Batch], ahead: bool) -> int:
-    """What the probe adds to the memory of the process, at most: the weights held at once and the work on them.
+    """The most bytes that the probe adds to the process: weights in memory at once, and the work on them.
 
-    Held are one layer, or two with ``ahead``, or the embedding, or the head and its logits. While it is read, a layer
-    is there twice, as stored and as cast. A layer's work is its activations and their gradients for the largest batch,
-    counted as three times the inputs and outputs of its matrices, four copies of the attention scores, and the Gram
-    matrices or one weight gradient.
+    In memory are one layer, or two with ``ahead``, or the embedding, or the head and its logits. A layer is there twice
+    while it is read, as stored and as cast. A layer's work is activations and gradients for the largest batch: three
+    times the inputs and outputs of its matrices, four copies of the attention scores, and the Gram matrices or one
+    weight gradient.
     """
     anatomy = checkpoint.anatomy
     rows, length = max((tuple(batch["input_ids"].shape) for batch in used), key=lambda shape: shape[0] * shape[1])
@@ -148,10 +149,10 @@ def _layer_work_bytes(anatomy: Anatomy, index: int, rows: int, length: int, item
 
 
 class _Job:
-    """What is done so far, in a folder: per layer its output, and after the head the gradient and what was measured."""
+    """Finished steps, in a folder: the output of each layer, and from the head on the gradient and the measurements."""
 
     def __init__(self, folder: Path, key: str) -> None:
-        """Go on from what lies in ``folder`` if it has the same ``key``, else start anew."""
+        """Keep the files in ``folder`` that have the same ``key``, and delete the others."""
         self._folder = folder
         self._key = key
         for path in folder.glob("*.safetensors"):
@@ -159,12 +160,16 @@ class _Job:
                 path.unlink()
 
     def write(self, name: str, tensors: dict[str, torch.Tensor], about: Any = None) -> None:
-        """A file that is there whole or not at all."""
+        """Write the file of a step, whole or not at all.
+
+        Raises:
+            ProbeError: the folder cannot be written.
+        """
         path, temporary = self._folder / f"{name}.safetensors", self._folder / f".{name}-{os.getpid()}"
         try:
             kept = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-            told = {"key": self._key, "about": json.dumps(about)}
-            save_file(kept, temporary, told | {"checksum": checksum(kept, told)})
+            metadata = {"key": self._key, "about": json.dumps(about)}
+            save_file(kept, temporary, metadata | {"checksum": checksum(kept, metadata)})
             os.replace(temporary, path)
         except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
@@ -180,24 +185,24 @@ class _Job:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dictionary
 
     def about(self, name: str) -> Any:
-        """What else a step left."""
+        """The other results of a step."""
         with safe_open(self._folder / f"{name}.safetensors", framework="pt") as file:
             return json.loads(file.metadata()["about"])
 
     def _is_whole(self, path: Path) -> bool:
-        """Whether a file belongs to this job and is as it was written."""
+        """Whether a file belongs to this job and is undamaged."""
         try:
             with safe_open(path, framework="pt") as file:
-                told = file.metadata() or {}
+                metadata = file.metadata() or {}
                 kept = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no dictionary
         except (OSError, SafetensorError):
             return False
-        return told.get("key") == self._key and told.pop("checksum", None) == checksum(kept, told)
+        return metadata.get("key") == self._key and metadata.pop("checksum", None) == checksum(kept, metadata)
 
 
 @contextmanager
 def _folder(work: str | Path | None, key: str) -> Iterator[Path]:
-    """The folder of the job, inside ``work``; removed when all is done, a temporary one in any case."""
+    """The folder of the job inside ``work``, removed on success; without ``work`` a temporary folder."""
     if work is None:
         with tempfile.TemporaryDirectory() as scratch:
             yield Path(scratch)
@@ -209,12 +214,12 @@ def _folder(work: str | Path | None, key: str) -> Iterator[Path]:
         raise ProbeError(f"cannot create {folder}: {error.strerror}; choose another place") from error
     yield folder
     shutil.rmtree(folder)
-    with suppress(OSError):  # something else lies there
+    with suppress(OSError):  # it holds other files
         folder.parent.rmdir()
 
 
 def _key(checkpoint: Checkpoint, used: list[Batch]) -> str:
-    """What the work depends on: the checkpoint and its settings, and the batches."""
+    """A sha256 of everything the work depends on: the checkpoint, its settings, and the batches."""
     digest = hashlib.sha256(checkpoint.state.encode())
     for batch in used:
         for name in ("input_ids", "attention_mask", "labels"):
@@ -225,7 +230,7 @@ def _key(checkpoint: Checkpoint, used: list[Batch]) -> str:
 
 @torch.no_grad()
 def _forward(checkpoint: Checkpoint, used: list[Batch], job: _Job, ahead: bool, progress: Progress) -> None:
-    """Leave what enters each layer, ``states-N`` for layer N, and the samples that tell the model."""
+    """Write the input of each layer, ``states-N`` for layer N, and the samples that identify the model."""
     if not job.has("states-0"):
         with checkpoint.embedding() as model:
             states = [hidden_states(*checkpoint.call(0, batch)) for batch in used]
@@ -253,7 +258,7 @@ def _forward(checkpoint: Checkpoint, used: list[Batch], job: _Job, ahead: bool, 
 
 
 def _head(checkpoint: Checkpoint, used: list[Batch], job: _Job) -> list[float]:
-    """Leave the gradient at the output of the last layer; returns the loss of each batch."""
+    """Write the gradient at the output of the last layer, and return the loss of each batch."""
     if not job.has("backward"):
         states = _list(job.read(f"states-{checkpoint.layer_count}"), used)
         losses, gradients = [], []
@@ -263,7 +268,7 @@ def _head(checkpoint: Checkpoint, used: list[Batch], job: _Job) -> list[float]:
                     model, checkpoint.layers[0], batch, hidden_BTD, checkpoint.anatomy.vocab_size
                 )
                 if not math.isfinite(loss) or not torch.isfinite(gradient_BTD).all():
-                    raise _not_finite("the loss, behind the last layer,", number, checkpoint)
+                    raise _not_finite("the loss, after the last layer,", number, checkpoint)
                 losses.append(loss)
                 gradients.append(gradient_BTD)
         job.write("backward", _numbered(gradients), {"layer": checkpoint.layer_count, "losses": losses, "found": []})
@@ -274,7 +279,7 @@ def _head(checkpoint: Checkpoint, used: list[Batch], job: _Job) -> list[float]:
 def _loss(
     model: nn.Module, first: nn.Module, batch: Batch, hidden_BTD: torch.Tensor, vocab_size: int
 ) -> tuple[float, torch.Tensor]:
-    """The model's loss for what its last layer gave, and its gradient; the logits some at a time."""
+    """The model's loss for the output [B, T, D] of its last layer, and its gradient; logits in blocks."""
     leaf = hidden_BTD.detach().requires_grad_(True)
     handle = first.register_forward_pre_hook(
         lambda module, args, kwargs: with_hidden_states(args, kwargs, leaf), with_kwargs=True
@@ -297,7 +302,7 @@ def _loss(
 
 
 def _backward(checkpoint: Checkpoint, used: list[Batch], job: _Job, ahead: bool, progress: Progress) -> list[Measured]:
-    """Each layer once more, from the last to the first, with gradients."""
+    """Run each layer once more, from the last to the first, with gradients."""
     state = job.about("backward")
     found = [Measured(**item) for item in state["found"]]
     gradients = _list(job.read("backward"), used)
@@ -307,7 +312,7 @@ def _backward(checkpoint: Checkpoint, used: list[Batch], job: _Job, ahead: bool,
         found += _layer_backward(checkpoint, index, layer, used, states, gradients)
         about = {"layer": index, "losses": state["losses"], "found": [asdict(item) for item in found]}
         job.write("backward", _numbered(gradients), about)
-        del layer  # before the one after the next is read
+        del layer  # before the next-but-one layer is read
         progress.advance()
     return found
 
@@ -320,7 +325,7 @@ def _layer_backward(
     states: list[torch.Tensor],
     gradients: list[torch.Tensor],
 ) -> list[Measured]:
-    """What each batch's gradient is in one layer; ``gradients``, at its output, become those at its input."""
+    """Measure each batch's gradient in one layer; ``gradients`` at its output become those at its input."""
     path = f"{checkpoint.layer_path}.{index}"
     others = other_parameters(layer, path)
     for parameter in others.values():
@@ -346,13 +351,13 @@ def _layer_backward(
 
 
 def _half_scale(gradient: torch.Tensor) -> float:
-    """A power of two that brings the largest element to about 1, where float16 has the most room on both sides."""
+    """A power of two that scales the largest element to about 1, in the middle of float16's range."""
     largest = gradient.abs().max().item()
     return 2.0 ** -math.frexp(largest)[1] if largest else 1.0
 
 
 def _identity(checkpoint: Checkpoint, job: _Job) -> ModelIdentity:
-    """The same as the resident model's."""
+    """The same identity as the resident model's."""
     samples = []
     for index in range(checkpoint.layer_count):
         fields = job.about(f"states-{index + 1}")["sample"]

@@ -1,4 +1,4 @@
-"""What backward passes measured, brought together into scores, however the model was run."""
+"""Collect what backward passes measured into scores, for the resident and the streamed probe."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +23,10 @@ Stack = tuple[list[float], list[int] | None]  # of experts: gradient norms, and 
 
 
 def draw(data: Examples | Iterable[Batch], batches: int, batch_size: int, seed: int) -> list[Batch]:
-    """The batches of a probe: drawn from examples, or the very ones given.
+    """The batches of a probe: drawn from examples, or the given ones.
 
     Raises:
-        ProbeError: there is no batch, or one without a label.
+        ProbeError: there is no batch, a batch has no label, or ``batches`` or ``batch_size`` is below 1.
     """
     if isinstance(data, Examples):
         if batches < 1 or batch_size < 1:
@@ -35,7 +35,7 @@ def draw(data: Examples | Iterable[Batch], batches: int, batch_size: int, seed: 
     else:
         used = list(data)
     if not used:
-        raise ProbeError("no batch to probe with; expected at least one")
+        raise ProbeError("no batch to probe with; expected at least one; add rows or batches")
     for number, batch in enumerate(used, start=1):
         if not labelled_tokens(batch["labels"]):
             raise ProbeError(f"probe batch {number} has no labelled token; expected labels other than -100")
@@ -50,7 +50,7 @@ def probe_settings(
     device: torch.device,
     seconds: float,
 ) -> ProbeSettings:
-    """How scores were measured, with ``seed`` where the batches were drawn."""
+    """How scores were measured; ``seed`` is None if the batches were given."""
     return ProbeSettings(
         score=SCORE,
         batches=len(used),
@@ -67,7 +67,7 @@ def probe_settings(
 
 @dataclass(frozen=True)
 class Measured:
-    """Gradient norms from one batch: of matrices and stacks, of all other parameters, and of single experts."""
+    """Gradient norms of one batch: of matrices and stacks, of all other parameters, and of single experts."""
 
     modules: Norms
     others: Norms
@@ -75,12 +75,12 @@ class Measured:
 
     @property
     def norms(self) -> Norms:
-        """Of all parameters."""
+        """The norms of all parameters, by full name."""
         return self.modules | self.others
 
 
 def other_parameters(module: nn.Module, path: str) -> dict[str, nn.Parameter]:
-    """By full name, the parameters inside ``module`` whose gradients no hook measures: norms, biases and the like."""
+    """By full name, the parameters inside ``module`` whose gradients no hook measures, such as norms and biases."""
     ghosts = {id(inner.weight) for inner in module.modules() if is_matrix(inner)}
     ghosts |= {id(owner._parameters[name]) for owner, name in stacks_of(module).values()}
     return {
@@ -96,7 +96,7 @@ def measured(
     others: Mapping[str, torch.Tensor | None],
     loss_scale: float = 1.0,
 ) -> Measured:
-    """What the hooks saw in a backward pass, and the norms of the gradients of all ``others``."""
+    """What the hooks measured in a backward pass, and the gradient norms of ``others``, divided by ``loss_scale``."""
     norms = {name: norm.item() / loss_scale for name, norm in recorder.pop().items()}
     stacks: dict[str, Stack] = {}
     for name, (norms_E, tokens_E) in experts.pop().items():
@@ -111,10 +111,10 @@ def measured(
 
 
 class Tally:
-    """Sums over batches and, for layers, over the parameters."""
+    """Sums over batches, and for layers also over parameters."""
 
     def __init__(self, anatomy: Anatomy) -> None:
-        """Nothing measured yet."""
+        """Start with nothing measured."""
         self._anatomy = anatomy
         self.layers = [0.0] * anatomy.layer_count
         self.modules: dict[str, float | None] = {
@@ -123,7 +123,7 @@ class Tally:
         self._stacks: dict[str, list[Stack]] = {}
 
     def add(self, found: Measured) -> None:
-        """Count a batch, or what was seen of it."""
+        """Add the measurements of a batch, or of a part of it."""
         for name, norm in found.modules.items():
             self.modules[name] = (self.modules[name] or 0.0) + norm
         for name, norm in found.norms.items():
@@ -134,7 +134,7 @@ class Tally:
     def scores(
         self, model: ModelIdentity, data: Examples | None, settings: ProbeSettings, weights: WeightBytes
     ) -> Scores:
-        """All of it as a file; ``data`` where batches were drawn from rows."""
+        """The sums as Scores; ``data`` is None if the batches were given."""
         return Scores(
             model=model,
             data=data.identity if data else None,
@@ -150,7 +150,7 @@ class Tally:
 
 
 def _expert_scores(stacks: Sequence[Stack]) -> ExpertScores:
-    """Summed over the batches; an expert without a token, or, where that was not seen, without a gradient, has None."""
+    """Sums over the batches; None for an expert without a token, or, if tokens are unknown, without a gradient."""
     norms = [sum(of_expert) for of_expert in zip(*(norms for norms, _ in stacks), strict=True)]
     counted = [tokens for _, tokens in stacks if tokens is not None]
     tokens = tuple(map(sum, zip(*counted, strict=True))) if len(counted) == len(stacks) else None

@@ -1,13 +1,13 @@
-"""Measured step times: what turns the cost model's operations into seconds on this machine. Torch-free."""
+"""Measured step times, which turn the cost model's operations into seconds on this machine. Torch-free."""
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat
 
 
 class LayerTiming(BaseModel):
-    """Seconds that one decoder layer takes for one batch, shared out from whole steps.
+    """Seconds that one decoder layer takes for one batch, derived from whole steps.
 
-    ``forward`` and ``backward`` (activations only) are those of the frozen layer. Adapters on all its matrices add
-    ``adapter_fixed + adapter_per_parameter x trainable parameters``, their optimizer step included.
+    ``forward`` and ``backward`` (activations only) are for the frozen layer. Adapters on all its matrices add
+    ``adapter_fixed + adapter_per_parameter x trainable parameters``, optimizer step included.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -20,9 +20,9 @@ class LayerTiming(BaseModel):
 class Timings(BaseModel):
     """Measured parts of a training step; all seconds are for one length-grouped batch of ``batch_size`` rows.
 
-    ``tokens`` counts its padding too. ``head`` is the LM head and loss over labelled tokens, forward and backward, and
-    what else does not depend on the plan (embedding, masks, positions). ``baseline`` is a whole step of uniform LoRA of
-    rank ``baseline_rank`` as plain PEFT and transformers take it, on a batch of rows drawn at random, which holds
+    ``tokens`` includes padding. ``head`` covers the LM head and the loss over labelled tokens, forward and backward,
+    and all that does not depend on the plan (embedding, masks, positions). ``baseline`` is a whole step of uniform LoRA
+    of rank ``baseline_rank`` in plain PEFT and transformers. Its batch is of rows drawn at random, and holds
     ``random_padding`` times the tokens.
     """
 
@@ -37,4 +37,4 @@ class Timings(BaseModel):
     head: FiniteFloat = Field(ge=0)
     baseline: FiniteFloat = Field(gt=0)
     baseline_rank: int = Field(ge=1)
-    seconds: FiniteFloat = Field(ge=0, description="what the calibration itself took")
+    seconds: FiniteFloat = Field(ge=0, description="duration of the calibration")

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from aletheia.anatomy.read import find_layers
 from aletheia.errors import TrainingError
 from aletheia.execution.later import Later
-from aletheia.probing.preflight import broken_output, told_place
+from aletheia.probing.preflight import broken_output, describe_place
 from aletheia.training.processes import Launch
 
 
@@ -123,7 +123,7 @@ class Finite(TrainerCallback):
         return model
 
     def _place(self, name: str) -> str:
-        return told_place(name, find_layers(self._model)[0])
+        return describe_place(name, find_layers(self._model)[0])
 
     def _fail(self, what: str, step: int, batches: Iterable[Mapping[str, Any]] = ()) -> NoReturn:
         """Say what is not finite, and where that came from: a weight, else the output of a module in ``batches``."""
