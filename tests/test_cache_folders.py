@@ -146,6 +146,6 @@ def test_the_key_holds_the_versions_of_everything_that_computes(monkeypatch, tmp
     assert sources_sha256(tmp_path / "aletheia") == known["sources"]
     (tmp_path / "aletheia" / "reporting" / "page.py").write_text("")  # has no part in it
     assert sources_sha256(tmp_path / "aletheia") == known["sources"]
-    with (tmp_path / "aletheia" / "execution" / "lean.py").open("a") as file:
+    with (tmp_path / "aletheia" / "execution" / "fast.py").open("a") as file:
         file.write("# edited\n")
     assert sources_sha256(tmp_path / "aletheia") != known["sources"]

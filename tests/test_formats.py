@@ -17,7 +17,7 @@ from aletheia.adapters.correction import Correction
 from aletheia.anatomy.checkpoint import Checkpoint
 from aletheia.data.batches import collate
 from aletheia.errors import ModelError
-from aletheia.execution.lean import adapters_in_bfloat16, bfloat16_autocast, lean_adapters, lean_loss
+from aletheia.execution.fast import adapters_in_bfloat16, bfloat16_autocast, fast_adapters, fast_loss
 from aletheia.prefix.fill_streamed import fill_streamed, streamed_cache
 from aletheia.probing.preflight import preflight
 from aletheia.probing.streamed import probe_streamed
@@ -81,13 +81,13 @@ def test_adapters_of_a_4_bit_base_multiply_in_bfloat16(folder, examples):
         if isinstance(module, LoraLayer):
             torch.nn.init.normal_(module.lora_B["default"].weight)
             module.lora_B["default"].register_forward_hook(lambda module, given, made: dtypes.add(made.dtype))
-    with bfloat16_autocast(model), lean_loss(model):
+    with bfloat16_autocast(model), fast_loss(model):
         expected = model(**batch).loss
     expected.backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
     model.zero_grad()
     dtypes.clear()
-    with adapters_in_bfloat16(model), lean_adapters(model) as covered, lean_loss(model):
+    with adapters_in_bfloat16(model), fast_adapters(model) as covered, fast_loss(model):
         loss = model(**batch).loss
     loss.backward()
     assert covered == 0

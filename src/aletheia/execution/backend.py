@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-from aletheia.execution.cpu.attention import lean_attention
-from aletheia.execution.cpu.norms import lean_norms
+from aletheia.execution.cpu.attention import fast_attention
+from aletheia.execution.cpu.norms import fast_norms
 from aletheia.execution.cuda.liger import has_liger, liger_gates, liger_norms
 from aletheia.execution.cuda.rotary import liger_rotary
-from aletheia.execution.lean import adapters_in_bfloat16, lean_adapters, lean_loss
+from aletheia.execution.fast import adapters_in_bfloat16, fast_adapters, fast_loss
 from aletheia.execution.packed import attention_by_row, has_kernel
 from aletheia.execution.recompute import Recompute, recomputation
 from aletheia.probing.logits import labelled_logits, labelled_states
@@ -32,11 +32,11 @@ def layer_ways(model: nn.Module, compiled: bool = False, liger: bool = True) -> 
         liger: whether Liger's kernels may be taken, on a GPU, where they are installed.
     """
     parameter = next(model.parameters())
-    ways: dict[str, Way] = {"low-rank products in place": lean_adapters}
+    ways: dict[str, Way] = {"low-rank products in place": fast_adapters}
     if parameter.device.type == "cpu" and parameter.dtype == torch.bfloat16:
-        ways["attention by matrix products"] = lean_attention
+        ways["attention by matrix products"] = fast_attention
     if parameter.device.type == "cpu":
-        ways["norms in fewer passes"] = lean_norms
+        ways["norms in fewer passes"] = fast_norms
     if _is_cuda(parameter) and liger and not compiled and has_liger():
         ways["norms by Liger"] = liger_norms
         ways["gates by Liger"] = liger_gates
@@ -73,7 +73,7 @@ def step_ways(
         ways["hidden states at labelled positions"] = labelled_states
     ways |= layer_ways(model, compiled, liger)
     if reads == "loss":
-        ways["loss in the buffer of its logits"] = lean_loss
+        ways["loss in the buffer of its logits"] = fast_loss
     if packed:
         ways["rows packed without padding"] = attention_by_row
     if recompute != "off":
@@ -115,7 +115,7 @@ def entered(model: nn.Module, ways: dict[str, Way]) -> Iterator[None]:
 
 
 @contextmanager
-def lean_layers(model: nn.Module, liger: bool = True) -> Iterator[None]:
+def fast_layers(model: nn.Module, liger: bool = True) -> Iterator[None]:
     """Adapters, attention and norms in their cheaper forms."""
     with entered(model, layer_ways(model, liger=liger)):
         yield

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext,
 from aletheia.anatomy.access import base_of
 from aletheia.errors import TrainingError
 from aletheia.execution.cpu.attention import repeated_weights
-from aletheia.execution.lean import adapters_as_operators
+from aletheia.execution.fast import adapters_as_operators
 
 Recompute = Literal["off", "selective", "full"]
 _aten = torch.ops.aten

@@ -24,7 +24,7 @@ from aletheia.anatomy.shards import checksum
 from aletheia.data.batches import collate
 from aletheia.data.examples import Example
 from aletheia.errors import CacheError
-from aletheia.execution.backend import lean_layers
+from aletheia.execution.backend import fast_layers
 from aletheia.prefix.cache import DiskCache, check_space, distinct_tokens, row_key
 from aletheia.prefix.cache_folders import CacheInfo, default_cache_dir
 from aletheia.progress import Progress, Say
@@ -126,7 +126,7 @@ def _fill(
             _check_repeats(checkpoint, index, layer, states, groups, pad_token_id)
             if index == first:
                 checkpoint.check_layers(_batch(checkpoint, groups[-1], pad_token_id))
-            with lean_layers(layer, liger=False):  # whatever runs choose, they share the folder; reading takes longer
+            with fast_layers(layer, liger=False):  # whatever runs choose, they share the folder; reading takes longer
                 for state, group in zip(states, groups, strict=True):
                     if state.layer == index:
                         hidden_BTD = _run(checkpoint, index, layer, state, group, pad_token_id)

@@ -20,8 +20,8 @@ from aletheia.anatomy.schema import Anatomy
 from aletheia.data.batches import collate, collate_packed, labelled_tokens, on_device_of
 from aletheia.data.examples import Examples
 from aletheia.data.order import training_batches
-from aletheia.execution.backend import lean_layers, packing_pays
-from aletheia.execution.lean import adapters_in_bfloat16, bfloat16_autocast
+from aletheia.execution.backend import fast_layers, packing_pays
+from aletheia.execution.fast import adapters_in_bfloat16, bfloat16_autocast
 from aletheia.execution.packed import attention_by_row, why_not_packed
 from aletheia.planning.cost import layer_costs
 from aletheia.prefix.stored import PREFIX, prefix_output
@@ -143,7 +143,7 @@ def _prepared(
     """The step as something to call; afterwards the model has no adapters again."""
     boundary = min(step.layers)
     if step.way == "prefix":
-        with lean_layers(model):
+        with fast_layers(model):
             yield lambda: prefix_output(model, boundary, batch)
         return
     wanted = [module for module in anatomy.adaptable() if module.layer in step.layers]

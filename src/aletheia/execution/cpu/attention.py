@@ -128,7 +128,7 @@ def repeated_weights() -> Iterator[None]:
 
 
 @contextmanager
-def lean_attention(model: nn.Module) -> Iterator[None]:
+def fast_attention(model: nn.Module) -> Iterator[None]:
     """Compute the ``sdpa`` attention of ``model`` by :func:`attention` where that is the quicker way.
 
     That is in bfloat16 on a processor, up to LONGEST tokens, without dropout or a bias. Equal up to bfloat16's rounding

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from aletheia.execution.lean import Forward, replaced_forwards
+from aletheia.execution.fast import Forward, replaced_forwards
 
 
-class _LeanRMSNorm(torch.autograd.Function):
+class _FastRMSNorm(torch.autograd.Function):
     """``w x / sqrt(mean(x^2) + eps)`` [N, D] for a frozen w, rounded once before w as models do.
 
     Of the plain formula autograd keeps three tensors [N, D], two of them float32, and passes over them many times.
@@ -37,7 +37,7 @@ class _LeanRMSNorm(torch.autograd.Function):
 
 
 @contextmanager
-def lean_norms(model: nn.Module) -> Iterator[int]:
+def fast_norms(model: nn.Module) -> Iterator[int]:
     """Compute the frozen RMSNorms of ``model`` in fewer passes on a processor; yields how many modules that covers.
 
     Covered is what is called RMSNorm, has a weight and nothing else, and returns on random values what the formula
@@ -54,7 +54,7 @@ def _forward(module: nn.Module, plain: Forward, x: torch.Tensor, *args: Any, **k
     usual = usual and x.shape[-1:] == weight.shape  # some take other widths, and leave their weight alone
     if not usual or torch.is_autocast_enabled("cpu"):
         return plain(x, *args, **kwargs)
-    normed: torch.Tensor = _LeanRMSNorm.apply(x, weight, _eps(module))
+    normed: torch.Tensor = _FastRMSNorm.apply(x, weight, _eps(module))
     return normed
 
 
@@ -76,7 +76,7 @@ def _is_plain(module: nn.Module) -> bool:
         expected_ND = module.forward(x_ND)
     except Exception:  # it wants more than one argument, or a shape of its own
         return False
-    found_ND = _LeanRMSNorm.apply(x_ND, weight, _eps(module))
+    found_ND = _FastRMSNorm.apply(x_ND, weight, _eps(module))
     if not isinstance(expected_ND, torch.Tensor) or expected_ND.dtype != found_ND.dtype:
         return False
     difference = (found_ND - expected_ND).float().norm() / expected_ND.float().norm()

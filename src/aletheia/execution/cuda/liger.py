@@ -18,7 +18,7 @@ from torch import nn
 
 from aletheia.errors import TrainingError
 from aletheia.execution.cuda.trial import agree, dtype_of, not_taken, random_values
-from aletheia.execution.lean import Forward, replaced_forwards
+from aletheia.execution.fast import Forward, replaced_forwards
 
 TRIAL_ROWS = (8, 2**15)  # of many short rows, Liger takes several at a time: another kernel
 SHORT = 256

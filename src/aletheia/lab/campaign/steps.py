@@ -18,9 +18,9 @@ from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate, on_device_of
 from aletheia.data.examples import Example, Examples
 from aletheia.data.order import training_batches
-from aletheia.execution.cpu.attention import lean_attention
-from aletheia.execution.cpu.norms import lean_norms
-from aletheia.execution.lean import adapters_in_bfloat16, bfloat16_autocast, lean_adapters, lean_loss
+from aletheia.execution.cpu.attention import fast_attention
+from aletheia.execution.cpu.norms import fast_norms
+from aletheia.execution.fast import adapters_in_bfloat16, bfloat16_autocast, fast_adapters, fast_loss
 from aletheia.execution.recompute import Recompute, recomputation
 from aletheia.planning.plan import Plan
 from aletheia.prefix.boundary import frozen_prefix
@@ -37,7 +37,7 @@ OTHERS = 0.1  # of the processors, which other work may use during a step that c
 class StepKind:
     """One way to take a step; a plain one, as PEFT and transformers' Trainer take it, has every switch off.
 
-    Beside a bfloat16 base that is with Trainer's ``bf16=True``, see :func:`aletheia.execution.lean.bfloat16_autocast`.
+    Beside a bfloat16 base that is with Trainer's ``bf16=True``, see :func:`aletheia.execution.fast.bfloat16_autocast`.
     """
 
     name: str
@@ -45,23 +45,23 @@ class StepKind:
     truncated: bool = False  # plain autograd stops at the boundary by itself; matters under checkpointing
     labelled: bool = False
     grouped: bool = False
-    lean: bool = False  # adapters, norms and loss
+    in_place: bool = False  # adapters, norms and loss
     attention: bool = False  # by products
     cached: bool = False
     recompute: Recompute = "off"
-    risen: bool = False  # the plan's early layers have learnt and are frozen as they are, adapters and all
+    early_frozen: bool = False  # the plan's early layers have learnt and are frozen as they are, adapters and all
     only_prefix: bool = False  # nothing but the layers below the boundary
 
     @classmethod
     def fast(cls, name: str, plan: Plan, cached: bool = False, recompute: Recompute = "off") -> "StepKind":
         """Everything that ``aletheia train`` does."""
-        every = dict.fromkeys(("truncated", "labelled", "grouped", "lean", "attention"), True)
+        every = dict.fromkeys(("truncated", "labelled", "grouped", "in_place", "attention"), True)
         return cls(name, plan, **every, cached=cached, recompute=recompute)
 
     @classmethod
-    def prefix(cls, name: str, plan: Plan, risen: bool) -> "StepKind":
+    def prefix(cls, name: str, plan: Plan, early_frozen: bool) -> "StepKind":
         """What filling the cache takes: the layers below the boundary as the fast steps compute them."""
-        return cls(name, plan, grouped=True, lean=True, attention=True, risen=risen, only_prefix=True)
+        return cls(name, plan, grouped=True, in_place=True, attention=True, early_frozen=early_frozen, only_prefix=True)
 
 
 @contextmanager
@@ -71,18 +71,18 @@ def prepared(model: nn.Module, kind: StepKind) -> Iterator[PeftModel]:
         adapted = adapt(model, kind.plan)
         stack.callback(adapted.unload)  # after an error, too, or the next kind would begin with these adapters
         adapted.train()
-        if kind.risen:
+        if kind.early_frozen:
             _, layers = find_layers(adapted)
             for index in kind.plan.early_layers:
                 layers[index].requires_grad_(False)
         contexts: list[tuple[bool, Callable[[PeftModel], AbstractContextManager[object]]]] = [
             (kind.truncated, frozen_prefix),
             (kind.labelled, labelled_logits),
-            (kind.lean, adapters_in_bfloat16),
-            (kind.lean, lean_adapters),
-            (kind.lean, lean_norms),
-            (kind.lean, lean_loss),
-            (kind.attention, lean_attention),
+            (kind.in_place, adapters_in_bfloat16),
+            (kind.in_place, fast_adapters),
+            (kind.in_place, fast_norms),
+            (kind.in_place, fast_loss),
+            (kind.attention, fast_attention),
             (kind.cached, partial(stored_prefix, boundary=kind.plan.boundary)),
             (True, partial(recomputation, kind=kind.recompute)),
         ]
@@ -155,7 +155,7 @@ def _filled(
     for kind in kinds:
         boundary = kind.plan.boundary
         if kind.cached and boundary not in caches:
-            with prepared(model, StepKind.prefix("fill", kind.plan, kind.risen)) as adapted:
+            with prepared(model, StepKind.prefix("fill", kind.plan, kind.early_frozen)) as adapted:
                 caches[boundary] = MemoryCache()
                 fill(adapted, boundary, wanted, caches[boundary], batch_size, show_progress=False)
     return caches
@@ -178,7 +178,7 @@ def _seconds(
         if kind.only_prefix:
             prefix_output(adapted, kind.plan.boundary, batch)
         else:
-            with nullcontext() if kind.lean else bfloat16_autocast(adapted):
+            with nullcontext() if kind.in_place else bfloat16_autocast(adapted):
                 loss = adapted(**batch, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)

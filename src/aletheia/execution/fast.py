@@ -97,7 +97,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 @contextmanager
-def lean_adapters(model: nn.Module) -> Iterator[int]:
+def fast_adapters(model: nn.Module) -> Iterator[int]:
     """Compute the adapters of ``model`` with fewer copies; yields how many modules that covers.
 
     Covered are plain Linear modules with one adapter and without dropout, DoRA, hooks or a bias of its own, the adapter
@@ -113,7 +113,7 @@ def lean_adapters(model: nn.Module) -> Iterator[int]:
 def adapters_in_bfloat16(model: nn.Module) -> Iterator[None]:
     """Run adapted modules under autocast where activations are bfloat16, as Trainer's ``bf16=True`` does.
 
-    For what :func:`lean_adapters` does not cover (4-bit layers, Conv1D) in a loop without autocast: PEFT by itself
+    For what :func:`fast_adapters` does not cover (4-bit layers, Conv1D) in a loop without autocast: PEFT by itself
     multiplies float32 adapters in float32. Adapters of experts stay as they are.
     """
     adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
@@ -228,7 +228,7 @@ ROWS_AT_ONCE = {"cpu": 32}  # of the softmax: a few megabytes, which stay in the
 ROWS_ON_DEVICE = 4096
 
 
-class _LeanCrossEntropy(torch.autograd.Function):
+class _FastCrossEntropy(torch.autograd.Function):
     """Summed cross-entropy that turns the logits into their own gradient, so both share one buffer [N, V]."""
 
     @staticmethod
@@ -267,7 +267,7 @@ class _LeanCrossEntropy(torch.autograd.Function):
         return grad_NV.mul_(grad), None, None
 
 
-def lean_causal_loss(
+def fast_causal_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
     vocab_size: int,
@@ -285,13 +285,13 @@ def lean_causal_loss(
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target_N = shift_labels.reshape(-1).to(logits.device)
-    summed: torch.Tensor = _LeanCrossEntropy.apply(logits.view(-1, vocab_size), target_N, ignore_index)
+    summed: torch.Tensor = _FastCrossEntropy.apply(logits.view(-1, vocab_size), target_N, ignore_index)
     items = (target_N != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return summed / (items.to(summed.device) if torch.is_tensor(items) else items)
 
 
 @contextmanager
-def lean_loss(model: nn.Module) -> Iterator[bool]:
+def fast_loss(model: nn.Module) -> Iterator[bool]:
     """Compute the causal loss of ``model`` in the buffer of its logits, which hold their gradient afterwards.
 
     Yields whether it applies: models with a loss of their own keep it. The sums are the same up to the order of
@@ -301,7 +301,7 @@ def lean_loss(model: nn.Module) -> Iterator[bool]:
     plain = getattr(base, "loss_function", None)
     applies = plain is ForCausalLMLoss and not hasattr(base, "_loss_function")
     if applies:
-        base.loss_function = lean_causal_loss
+        base.loss_function = fast_causal_loss
     try:
         yield applies
     finally:
