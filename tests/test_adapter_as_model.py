@@ -148,7 +148,7 @@ def test_other_commands_say_that_it_is_an_adapter_and_of_which_base(foreign, mod
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head, which is no matrix of the layers"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head, which is not a matrix of a decoder layer"),
     ],
 )
 def test_what_is_not_trained_here_is_refused_by_name(model_folder, data_file, tmp_path, settings, words):
