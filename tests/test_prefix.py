@@ -262,7 +262,7 @@ def test_rotary_positions_that_depend_on_the_batch_are_seen(rows, kind):
 
 @pytest.mark.parametrize("family", ["paligemma", *UNSTORED])
 def test_a_prefix_that_cannot_be_stored_is_seen(family, rows):
-    told = "see the tokens after them" if family == "paligemma" else "read more than its hidden states"
+    told = "see the tokens after them" if family == "paligemma" else "read more than the hidden states"
     assert told in obstacle(adapted(family), rows)
 
 
@@ -272,10 +272,10 @@ def test_dropout_below_the_boundary_is_seen(rows):
     path[3].attn.attn_dropout.p = 0.1
     assert obstacle(model, rows) is None
     path[1].mlp.dropout.p = 0.1
-    assert "draw at random" in obstacle(model, rows)
+    assert "are random (dropout)" in obstacle(model, rows)
     llama = adapted()
     find_layers(llama)[1][0].self_attn.attention_dropout = 0.1
-    assert "draw at random" in obstacle(llama, rows)
+    assert "are random (dropout)" in obstacle(llama, rows)
 
 
 def test_layers_that_read_more_than_the_hidden_states_are_seen(rows):
@@ -286,13 +286,13 @@ def test_layers_that_read_more_than_the_hidden_states_are_seen(rows):
     rotary.register_forward_pre_hook(lambda module, args: seen.update(embedding=args[0]))
     layers = find_layers(model)[1]
     handle = layers[3].register_forward_pre_hook(lambda module, args: (args[0] + seen["embedding"], *args[1:]))
-    assert "read more than its hidden states" in obstacle(model, rows)
+    assert "read more than the hidden states" in obstacle(model, rows)
     handle.remove()
     assert obstacle(model, rows) is None
     layers[0].register_forward_hook(lambda module, args, output: seen.update(below=output))
     layers[3].register_forward_pre_hook(lambda module, args: (args[0] + seen.pop("below"), *args[1:]))
-    assert "does not start at layer 2 (RuntimeError" in obstacle(model, rows)  # of another shape
-    assert "does not start at layer 2" in refused(model, collate(rows, 0))
+    assert "cannot start at layer 2 (RuntimeError" in obstacle(model, rows)  # of another shape
+    assert "cannot start at layer 2" in refused(model, collate(rows, 0))
 
 
 # --- nothing below the boundary
@@ -469,7 +469,7 @@ def test_a_trainable_embedding_is_refused():
     for family, name in (("llama", "embed_tokens"), ("gpt2", "wpe")):
         model = adapted(family)
         next(p for n, p in model.named_parameters() if name in n).requires_grad_(True)
-        with pytest.raises(AdapterError, match="below the layers; expected a frozen embedding"), frozen_prefix(model):
+        with pytest.raises(AdapterError, match="below the layers; expected it to be frozen"), frozen_prefix(model):
             pass
 
 
@@ -477,7 +477,7 @@ def test_an_error_inside_leaves_the_model_as_it_was(rows):
     model, batch = adapted(), collate(rows, 0)
     plain = gradients(model, batch)
     layers = list(find_layers(model)[1])
-    with pytest.raises(TrainingError, match="the batch brings no 'prefix_BTD'"), fast_steps(model, BOUNDARY):
+    with pytest.raises(TrainingError, match="the batch has no 'prefix_BTD'"), fast_steps(model, BOUNDARY):
         model(**batch)
     assert list(find_layers(model)[1]) == layers
     assert difference(gradients(model, batch), plain) == 0
