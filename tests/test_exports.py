@@ -432,7 +432,7 @@ def test_a_run_of_which_a_file_was_changed_is_not_exported(trained, tmp_path):
     shutil.copytree(trained.path, tmp_path / "run")
     with (tmp_path / "run" / "adapter_model.safetensors").open("ab") as file:
         file.write(b" ")
-    with pytest.raises(ArtifactError, match="as the run left it"):
+    with pytest.raises(ArtifactError, match="expected the file that the run wrote"):
         aletheia.export(tmp_path / "run", "vllm", tmp_path / "out")
 
 

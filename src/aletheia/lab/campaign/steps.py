@@ -30,27 +30,27 @@ from aletheia.prefix.stored import prefix_output, stored_prefix
 from aletheia.probing.logits import labelled_logits
 
 ATTEMPTS = 4
-OTHERS = 0.1  # of the processors, which other work may use during a step that counts
+OTHERS = 0.1  # share of the CPUs that other work may use during a step that counts
 
 
 @dataclass(frozen=True)
 class StepKind:
-    """One way to take a step; a plain one, as PEFT and transformers' Trainer take it, has every switch off.
+    """One way to take a step. With every switch off, it is the plain step of PEFT and transformers' Trainer.
 
-    Beside a bfloat16 base that is with Trainer's ``bf16=True``, see :func:`aletheia.execution.fast.bfloat16_autocast`.
+    For a bfloat16 base, that is Trainer with ``bf16=True``, see :func:`aletheia.execution.fast.bfloat16_autocast`.
     """
 
     name: str
     plan: Plan
-    truncated: bool = False  # plain autograd stops at the boundary by itself; matters under checkpointing
-    labelled: bool = False
-    grouped: bool = False
-    in_place: bool = False  # adapters, norms and loss
-    attention: bool = False  # by products
+    truncated: bool = False  # stop at the boundary; without checkpointing, plain autograd does so by itself
+    labelled: bool = False  # logits at labelled positions only
+    grouped: bool = False  # batches of rows of similar length
+    in_place: bool = False  # adapters, norms and loss in place
+    attention: bool = False  # attention by matrix products
     cached: bool = False
     recompute: Recompute = "off"
-    early_frozen: bool = False  # the plan's early layers have learnt and are frozen as they are, adapters and all
-    only_prefix: bool = False  # nothing but the layers below the boundary
+    early_frozen: bool = False  # the plan's early layers are frozen, with their adapters
+    only_prefix: bool = False  # run only the layers below the boundary
 
     @classmethod
     def fast(cls, name: str, plan: Plan, cached: bool = False, recompute: Recompute = "off") -> "StepKind":
@@ -60,16 +60,16 @@ class StepKind:
 
     @classmethod
     def prefix(cls, name: str, plan: Plan, early_frozen: bool) -> "StepKind":
-        """What filling the cache takes: the layers below the boundary as the fast steps compute them."""
+        """The step that fills the cache: the layers below the boundary, computed as in fast steps."""
         return cls(name, plan, grouped=True, in_place=True, attention=True, early_frozen=early_frozen, only_prefix=True)
 
 
 @contextmanager
 def prepared(model: nn.Module, kind: StepKind) -> Iterator[PeftModel]:
-    """The base model adapted and set up for a kind of step, and given back without adapters."""
+    """The base model, adapted and set up for a kind of step; on leaving, the adapters are removed."""
     with ExitStack() as stack:
         adapted = adapt(model, kind.plan)
-        stack.callback(adapted.unload)  # after an error, too, or the next kind would begin with these adapters
+        stack.callback(adapted.unload)  # after an error, too, or the next kind would start with these adapters
         adapted.train()
         if kind.early_frozen:
             _, layers = find_layers(adapted)
@@ -93,7 +93,7 @@ def prepared(model: nn.Module, kind: StepKind) -> Iterator[PeftModel]:
 
 
 def building_seconds(model: nn.Module, plan: Plan, data: Examples, batch_size: int) -> float:
-    """Seconds of filling a cache in memory with every row, early layers frozen with their adapters."""
+    """Seconds that it takes to fill a cache in memory with every row, with early layers and their adapters frozen."""
     with prepared(model, StepKind.prefix("fill", plan, bool(plan.early_layers))) as adapted:
         started = time.perf_counter()
         fill(adapted, plan.boundary, data.examples, MemoryCache(), batch_size, show_progress=False)
@@ -103,10 +103,10 @@ def building_seconds(model: nn.Module, plan: Plan, data: Examples, batch_size: i
 def interleaved_steps(
     model: nn.Module, kinds: Sequence[StepKind], data: Examples, batch_size: int, rounds: int, seed: int = 0
 ) -> dict[str, list[float]]:
-    """Seconds of ``rounds`` steps of each kind: forward, backward, clipping, AdamW; after a step that is not counted.
+    """Seconds of ``rounds`` steps of each kind: forward, backward, clipping, AdamW. A first step is not counted.
 
-    Every kind goes through batches of one epoch, cut at random or by length as it says, at the same quantiles of
-    size, so that the sums stand for the epoch. Steps that other work disturbed are taken again.
+    Every kind takes batches of one epoch, formed at random or by length, at the same quantiles of size. So the sums
+    represent the epoch. Steps that other work disturbed are repeated.
     """
     orders = {grouped: _spread(data, batch_size, rounds, grouped, seed) for grouped in (True, False)}
     caches = _filled(model, kinds, data, orders, batch_size)
@@ -122,9 +122,9 @@ def interleaved_steps(
 
 
 def undisturbed(step: Callable[[], float]) -> float:
-    """What a step returns, its seconds; on a processor that other work took a part of, the best of a few attempts.
+    """The seconds that ``step`` returns. On a CPU that other work uses, it takes a few attempts.
 
-    Best is the one that others disturbed least, not the fastest one.
+    The attempt with the least disturbance counts, not the fastest one.
     """
     if torch.accelerator.is_available():
         return step()
@@ -141,7 +141,7 @@ def undisturbed(step: Callable[[], float]) -> float:
 
 
 def _busy_seconds() -> float:
-    """Of all processors since the machine started, those included that its host took away."""
+    """Busy seconds of all CPUs since the machine started, including the time that its host took away."""
     times = psutil.cpu_times()
     return sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq", "steal"))
 
@@ -164,7 +164,7 @@ def _filled(
 def _seconds(
     model: nn.Module, kind: StepKind, rows: list[Example], pad_token_id: int, caches: dict[int, MemoryCache]
 ) -> float:
-    """Seconds of one step; adapting the model and giving it back are not counted."""
+    """Seconds of one step, without the time to adapt the model and to restore it."""
     with prepared(model, kind) as adapted:
         parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
@@ -193,7 +193,7 @@ def _synchronize() -> None:
 
 
 def _spread(data: Examples, batch_size: int, rounds: int, grouped: bool, seed: int) -> list[list[int]]:
-    """Batches of an epoch at ``rounds`` evenly spaced quantiles of padded size, shuffled, after one to warm up."""
+    """Batches of an epoch at ``rounds`` evenly spaced quantiles of padded size, shuffled, after one for warm-up."""
     lengths = [len(example) for example in data.examples]
     epoch = training_batches(lengths, batch_size, len(lengths) // batch_size, seed, grouped)
     by_size = sorted(epoch, key=lambda batch: max(lengths[row] for row in batch))
