@@ -489,7 +489,11 @@ def test_the_command_line_prints_what_to_run(trained, run, tmp_path):
 
 
 def test_what_cannot_be_exported_is_named(run, model_folder, data_file):
-    for source, found in ((model_folder, "holds no adapter"), (data_file, "is no plan"), ("nowhere", "is not there")):
+    for source, found in (
+        (model_folder, "holds no adapter"),
+        (data_file, "is not a plan"),
+        ("nowhere", "does not exist"),
+    ):
         code, _, err = run("export", source, "--to", "trl")
         assert (code, f"{source} {found}; expected a run folder" in err) == (2, True)
 

@@ -262,8 +262,8 @@ def test_rotary_positions_that_depend_on_the_batch_are_seen(rows, kind):
 
 @pytest.mark.parametrize("family", ["paligemma", *UNSTORED])
 def test_a_prefix_that_cannot_be_stored_is_seen(family, rows):
-    told = "see the tokens after them" if family == "paligemma" else "read more than the hidden states"
-    assert told in obstacle(adapted(family), rows)
+    reason = "attend to later tokens" if family == "paligemma" else "read more than the hidden states"
+    assert reason in obstacle(adapted(family), rows)
 
 
 def test_dropout_below_the_boundary_is_seen(rows):

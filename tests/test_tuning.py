@@ -106,7 +106,7 @@ def test_a_difference_from_the_plan_is_an_error(scores):
     with pytest.raises(AdapterError, match=rf"1 module\(s\) differ.*{plan.adapters[0].name}.*expected.*nothing"):
         check_adapters(adapted, fewer)
     other_rank = plan.adapters[0].model_copy(update={"rank": 3})
-    with pytest.raises(AdapterError, match=r"planned \(rank, alpha\) \(3, 32.0\), adapted \(16, 32.0\)"):
+    with pytest.raises(AdapterError, match=r"expected \(rank, alpha\) \(3, 32.0\), found \(16, 32.0\)"):
         check_adapters(adapted, plan.model_copy(update={"adapters": (other_rank, *plan.adapters[1:])}))
     adapted.get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(AdapterError, match="expected everything except the adapters to be frozen"):
