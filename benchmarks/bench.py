@@ -154,7 +154,7 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
         plain,
         StepKind("baseline + labelled-token logits", uniform, labelled=True),
         StepKind("baseline + length grouping", uniform, grouped=True),
-        StepKind("baseline + adapters, norms and loss in place", uniform, lean=True),
+        StepKind("baseline + adapters, norms and loss in place", uniform, in_place=True),
         StepKind("baseline + attention by products", uniform, attention=True),
         every,
         StepKind("default plan alone (truncated backward)", default, truncated=True),

@@ -27,8 +27,8 @@ from tasks import DATA, Task, nats_per_row, task
 import aletheia
 from aletheia.anatomy.demo import demo_checkpoint
 from aletheia.data.examples import Examples
-from aletheia.execution.backend import lean_layers
-from aletheia.execution.lean import bfloat16_autocast
+from aletheia.execution.backend import fast_layers
+from aletheia.execution.fast import bfloat16_autocast
 from aletheia.lab.campaign.steps import StepKind, interleaved_steps
 from aletheia.prefix.cache import MemoryCache, collate_with_prefix
 from aletheia.prefix.fill import fill
@@ -84,8 +84,8 @@ def measured(model: torch.nn.Module, own: Task, settings: TrainSettings, rounds:
     uniform = aletheia.plan(scores, policy="uniform")
     kinds = [StepKind("plain", uniform), StepKind.fast("every", uniform)]
     if plan.early_layers:
-        kinds.append(replace(StepKind.fast("fresh", plan), risen=True))
-        kinds.append(replace(StepKind.fast("cached", plan, cached=True), risen=True))
+        kinds.append(replace(StepKind.fast("fresh", plan), early_frozen=True))
+        kinds.append(replace(StepKind.fast("cached", plan, cached=True), early_frozen=True))
     seconds = {
         kind: float(np.mean(spent))
         for kind, spent in interleaved_steps(model, kinds, own.train, settings.batch_size, rounds).items()
@@ -149,7 +149,7 @@ def evaluations(
     found["cached"] = found["ours"]
     if boundary:
         cache = MemoryCache()
-        with lean_layers(adapted):
+        with fast_layers(adapted):
             fill(adapted, boundary, held_out.examples, cache, batch_size, show_progress=False)
         with aletheia.fast_steps(adapted, boundary):
             batch = partial(collate_with_prefix, pad_token_id=held_out.pad_token_id, cache=cache)

@@ -34,7 +34,7 @@ from aletheia.anatomy.demo import demo_checkpoint
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate, on_device_of
 from aletheia.data.order import training_batches
-from aletheia.execution.backend import lean_layers
+from aletheia.execution.backend import fast_layers
 from aletheia.prefix.cache import MemoryCache, collate_with_prefix
 from aletheia.prefix.fill import fill
 
@@ -193,7 +193,7 @@ class Group:
         if boundary:
             used = [*(row for chosen in self.batches[number - 1 :] for row in chosen), *self.held_out.examples]
             cache = MemoryCache()
-            with lean_layers(adapted):
+            with fast_layers(adapted):
                 fill(adapted, boundary, used, cache, self.batch_size, show_progress=False)
             make = partial(collate_with_prefix, pad_token_id=pad, cache=cache)
         stack.enter_context(aletheia.fast_steps(adapted, boundary or None))

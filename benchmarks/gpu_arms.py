@@ -21,7 +21,7 @@ from aletheia.data.batches import collate, on_device_of
 from aletheia.data.examples import NO_LOSS, Example
 from aletheia.data.order import training_batches
 from aletheia.execution.backend import compile_seconds
-from aletheia.execution.lean import bfloat16_autocast
+from aletheia.execution.fast import bfloat16_autocast
 from aletheia.execution.peak_memory import peak_memory_bytes, reset_peak_memory
 from aletheia.lab.campaign.steps import StepKind, prepared
 from aletheia.planning.plan import Plan
@@ -307,7 +307,7 @@ def bare(work: Work, kind: StepKind) -> Measured:
         clock.mark()
         for rows in (*epoch[: work.warm_up], *epoch):
             batch = on_device_of(adapted, counted([data[row] for row in rows]))
-            with nullcontext() if kind.lean else bfloat16_autocast(adapted):
+            with nullcontext() if kind.in_place else bfloat16_autocast(adapted):
                 loss = adapted(**batch, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)

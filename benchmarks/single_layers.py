@@ -32,7 +32,7 @@ from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate, on_device_of
 from aletheia.data.examples import Example
 from aletheia.data.order import training_batches
-from aletheia.execution.backend import lean_layers
+from aletheia.execution.backend import fast_layers
 from aletheia.prefix.cache import MemoryCache, collate_with_prefix
 from aletheia.prefix.fill import fill
 from aletheia.prefix.stored import stored_prefix
@@ -55,7 +55,7 @@ class Entering:
         if layer in (0, self.layer):
             return
         cache = MemoryCache()
-        with lean_layers(self.model):
+        with fast_layers(self.model):
             if self.layer == 0:
                 fill(self.model, layer, self.rows, cache, BATCH_SIZE, show_progress=False)
             else:

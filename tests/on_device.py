@@ -8,7 +8,7 @@ from tiny import make_model
 
 from aletheia.anatomy.access import text_config
 from aletheia.data.batches import on_device_of
-from aletheia.execution.lean import bfloat16_autocast
+from aletheia.execution.fast import bfloat16_autocast
 
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "vocab_size": 1024}
 DTYPES = (torch.float32, torch.bfloat16)

@@ -148,7 +148,7 @@ def test_other_commands_say_that_it_is_an_adapter_and_of_which_base(foreign, mod
         ({"bias": "all"}, "bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
-        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head, which is no matrix of the layers"),
+        ({"target_modules": ["q_proj", "lm_head"]}, "lm_head, which is not a matrix of a decoder layer"),
     ],
 )
 def test_what_is_not_trained_here_is_refused_by_name(model_folder, data_file, tmp_path, settings, words):
@@ -243,7 +243,7 @@ def test_the_command_line_goes_on_with_an_adapter(foreign, data_file, tmp_path, 
     code, _, err = run(*asked, "--freeze-after", 0, "--seed", 3, "--cache", "off", "--eval-rows", 1)
     assert code == 0, err
     assert f"adapt  trains {foreign} further on " in err
-    assert "goes on from" in (tmp_path / "run" / "README.md").read_text()
+    assert "trained further from" in (tmp_path / "run" / "README.md").read_text()
     first = json.loads((tmp_path / "run" / "metrics.json").read_text())
     code, _, err = run(*asked[:-2], "--config", "run/config.yaml", "--out", "again", "--cache", "off")
     assert code == 0, err
@@ -261,5 +261,5 @@ def test_weights_beside_the_adapter_are_not_lost_in_silence(foreign, model_folde
     embedding = load_file(model_folder / "model.safetensors")["model.embed_tokens.weight"]
     weights["base_model.model.model.embed_tokens.weight"] = embedding + 1
     save_file(weights, folder / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(AdapterError, match=r"embed_tokens\.weight beside its adapter, which would be lost"):
+    with pytest.raises(AdapterError, match=r"embed_tokens\.weight as well as its adapter, which would be lost"):
         aletheia.fine_tune(str(folder), str(data_file), tmp_path / "run", training={"steps": 1})

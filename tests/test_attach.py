@@ -362,7 +362,7 @@ def test_what_cannot_be_attached_to_is_refused(examples, plan, tmp_path):
     with pytest.raises(TrainingError, match="attached to this trainer already"):
         attach(trainer, plan)
     arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    with pytest.raises(TrainingError, match=r"without adapters; expected one adapted as planned"):
+    with pytest.raises(TrainingError, match=r"without adapters; expected the adapters of the plan"):
         attach(Trainer(make_model(), arguments), plan)
     other = plan.model_copy(update={"adapters": plan.adapters[1:]})
     with pytest.raises(AdapterError, match="differ from the plan"):
@@ -384,7 +384,7 @@ def test_a_cache_that_was_asked_for_and_cannot_be_is_an_error_before_the_first_s
     layers[0].self_attn.q_proj.register_forward_hook(lambda module, args, output: output + torch.rand_like(output))
     attach(trainer, plan, aletheia.AttachSettings(cache="memory"))
     with pytest.raises(
-        CacheError, match="`cache` memory is not possible: the layers below the boundary draw at random"
+        CacheError, match="`cache` is memory, which is not possible: the layers below the boundary are random"
     ):
         trainer.train()
     trainer = make_trainer(examples, plan, tmp_path, max_steps=12)
@@ -394,7 +394,7 @@ def test_a_cache_that_was_asked_for_and_cannot_be_is_an_error_before_the_first_s
     attachment = attach(trainer, plan, notify=lines.append)
     trainer.train()
     assert attachment.decision.kind == "off"
-    assert "draw at random" in lines[0]
+    assert "are random (dropout)" in lines[0]
 
 
 GSM8K = Path(os.environ.get("ALETHEIA_DATA", "../shared/data")) / "gsm8k"

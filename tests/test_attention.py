@@ -9,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from aletheia.execution.cpu import attention as module
-from aletheia.execution.cpu.attention import attention, lean_attention
+from aletheia.execution.cpu.attention import attention, fast_attention
 from aletheia.execution.recompute import recomputation
 
 
@@ -93,7 +93,7 @@ def test_it_is_taken_for_padded_and_whole_batches(family, length, padding, monke
     mask = torch.ones_like(tokens)
     mask[1, length - padding :] = 0
     plain = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[mask.bool()]
-    with lean_attention(model):
+    with fast_attention(model):
         ours = model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[mask.bool()]
     assert len(calls) == 2
     assert ((ours - plain).norm() / plain.norm()).item() < 0.02
@@ -112,7 +112,7 @@ def test_elsewhere_attention_keeps_its_way(monkeypatch):
     owner, stranger = torch.nn.Identity(), torch.nn.Identity()
     usual = drawn(heads=2, dtype=torch.bfloat16)
     seen = padded(3, 11, 11)[:, None]
-    with lean_attention(owner):
+    with fast_attention(owner):
         for inputs, mask in ((usual, None), (usual, seen), (usual, seen[:1])):
             with pytest.raises(AssertionError, match="by products"):
                 asked(owner, inputs, mask)
@@ -133,7 +133,7 @@ def test_elsewhere_attention_keeps_its_way(monkeypatch):
 
 
 def test_contexts_end_in_any_order_and_leave_nothing_behind():
-    first, second = lean_attention(torch.nn.Identity()), lean_attention(torch.nn.Identity())
+    first, second = fast_attention(torch.nn.Identity()), fast_attention(torch.nn.Identity())
     first.__enter__()
     second.__enter__()
     first.__exit__(None, None, None)
@@ -148,7 +148,7 @@ def test_someone_elses_function_stays(monkeypatch):
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", own)
     owner = torch.nn.Identity()
-    with lean_attention(owner):
+    with fast_attention(owner):
         assert asked(owner, drawn(dtype=torch.bfloat16)) == "own"
 
 
@@ -163,7 +163,7 @@ def test_what_backward_repeats(kind, most_kept, expected, monkeypatch):
     monkeypatch.setattr(module, "MOST_KEPT", most_kept)
     monkeypatch.setattr(module, "_weights", lambda *given: calls.append(given) or weights(*given))
     model, tokens = make_model("llama", 2).bfloat16().train(), torch.randint(3, 200, (2, 9))
-    with lean_attention(model), recomputation(model, kind):
+    with fast_attention(model), recomputation(model, kind):
         model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
     assert len(calls) == expected
 
@@ -172,7 +172,7 @@ def test_nothing_is_kept_where_nothing_learns(monkeypatch):
     kept = []
     monkeypatch.setattr(module, "attention", lambda *given: kept.append(given[-1]) or attention(*given))
     model, tokens = make_model("llama", 2).bfloat16(), torch.randint(3, 200, (2, 9))
-    with lean_attention(model):
+    with fast_attention(model):
         with torch.no_grad():
             model(input_ids=tokens, use_cache=False)
         model.requires_grad_(False)(input_ids=tokens, use_cache=False)

@@ -224,7 +224,7 @@ def test_weights_are_averaged_where_rows_come_back(settings, is_averaged):
 
 def test_sharded_layers_have_no_average(plan, examples, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "is_sharded", lambda trainer: True)
-    with pytest.raises(SettingsError, match="`averaging` is on, and layers are sharded") as refused:
+    with pytest.raises(SettingsError, match="`averaging` is on, but layers are sharded") as refused:
         trained(plan, examples, tmp_path / "on", averaging="on")
     assert "\n" not in str(refused.value)
     assert trained(plan, examples, tmp_path / "auto", evaluations=1).metrics.settings.averaging == "off"

@@ -91,7 +91,7 @@ def test_a_second_run_with_another_seed_computes_nothing(examples, scores, tmp_p
     _, run = trained(examples, scores, tmp_path / "two", seed=7, **settings)
     assert run.metrics.settings.cache == "disk"
     _, run = trained(examples, scores, tmp_path / "three", seed=8, **settings | {"cache": "auto"})
-    assert "states of an earlier run are in" in run.metrics.cache_reason
+    assert "an earlier run stored states in" in run.metrics.cache_reason
     assert run.metrics.cache_bytes == 0  # it stored none
 
 
@@ -206,9 +206,9 @@ def test_damage_during_a_run_is_one_clear_line(tmp_path, rows):
     with next(tmp_path.glob("*/*.bin")).open("r+b") as stream:
         stream.write(b"damage!")
     first = max(rows, key=len)  # the longest is stored first
-    with pytest.raises(CacheError, match=r"its entry in .* was damaged; run again"):
+    with pytest.raises(CacheError, match=r"its entry in .* is damaged; run again"):
         cache.get(first)
-    with pytest.raises(CacheError, match="expected the cache to be filled"):
+    with pytest.raises(CacheError, match="expected a cache that was filled"):
         MemoryCache().get(rows[0])
 
 
@@ -239,7 +239,7 @@ def test_a_disk_that_fills_up_ends_the_storing_alone(tmp_path, rows):
     batch = collate(rows[2:6], 0)
     found = [source(batch), source(batch)]
     assert len(obstacles) == 1
-    assert obstacles[0].startswith("nothing more is stored: cannot write to the cache")
+    assert obstacles[0].startswith("no more states are stored: cannot write to the cache")
     whole = PrefixSource(model, BOUNDARY, lambda dtype: MemoryCache())(batch)
     assert all(torch.equal(states, whole) for states in found)
 
@@ -248,7 +248,9 @@ def test_a_cache_that_cannot_be_exact_is_refused_or_left_out(examples, scores, t
     plan = make_plan(scores["llama"], policy="uniform")
     data, held_out = examples.subset(range(20)), examples.subset(range(20, 25))
     for kind in ("memory", "disk"):
-        with pytest.raises(CacheError, match=f"`cache` {kind} is not possible: layer 0 is adapted.*; set `cache` off"):
+        with pytest.raises(
+            CacheError, match=f"`cache` is {kind}, which is not possible: layer 0 is adapted.*; expected off or auto"
+        ):
             train(
                 adapt(make_model(), plan), data, plan, tmp_path / kind, held_out, steps=2, cache=kind,
                 cache_dir=tmp_path / "cache", show_progress=False,
@@ -269,7 +271,7 @@ def test_a_cache_that_cannot_be_exact_is_refused_or_left_out(examples, scores, t
 def test_a_value_that_is_not_finite_is_refused(rows):
     model = adapted()
     find_layers(model)[1][0].mlp.down_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(CacheError, match="not finite; set `dtype` float32"):
+    with pytest.raises(CacheError, match="not finite; expected finite values; set `dtype` float32"):
         filled(MemoryCache(), model, rows)
 
 
@@ -313,7 +315,7 @@ def test_what_has_no_room_anywhere_is_left_out(rows):
     assert asked == ["overflow"]  # once
     assert (spilling.is_spilled, spilling.size_bytes) == (False, 0)
     assert spilling.missing(given) == given
-    with pytest.raises(CacheError, match="no stored hidden states"):
+    with pytest.raises(CacheError, match="its hidden states are not stored"):
         spilling.get(rows[0])
 
 
@@ -377,7 +379,9 @@ def test_a_cache_in_use_is_not_deleted(tmp_path, rows):
     filled(one, adapted(), rows[:3])
     stored = stored_caches(tmp_path)[0]
     one.close()
-    with pytest.raises(CacheError, match="is in use by a run; expected none, delete it when that has ended"):
+    with pytest.raises(
+        CacheError, match="is in use by a run; expected an unused cache; delete it once the run has ended"
+    ):
         stored.delete()
     assert not other.missing(rows[:3])
     other.close()
@@ -418,7 +422,7 @@ def test_the_prefix_leaves_memory_while_training(family, examples, tmp_path, mon
     assert alive == [[False] * len(gone) + [True]] * len(alive)
     assert run.metrics.seconds.cache > 0
     assert run.metrics.cache_reason == "filled before the first step"
-    with pytest.raises(TrainingError, match="were freed for training; load the model again"):
+    with pytest.raises(TrainingError, match="were freed for training; expected a whole model; load it again"):
         adapted_model(input_ids=torch.zeros((1, 2), dtype=torch.int64))
     monkeypatch.undo()
     kept, again = trained(examples, scores, tmp_path / "kept", make_model(family), **settings)
@@ -472,6 +476,6 @@ def test_a_run_of_one_epoch_shares_its_cache_on_disk(examples, scores, tmp_path,
 def test_a_cache_leaves_the_disk_room(tmp_path, rows, monkeypatch):
     cache = disk(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**9))
-    with pytest.raises(CacheError, match="1 GB is left alone"):
+    with pytest.raises(CacheError, match="1 GB stays unused"):
         filled(cache, adapted(), rows)
     assert not list(cache.folder.glob("*.bin"))

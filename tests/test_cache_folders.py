@@ -36,7 +36,7 @@ IN_ITS_PLACE = {
 def test_a_thing_with_the_name_of_a_cache_is_passed_over(tmp_path, examples, case):
     IN_ITS_PLACE[case](tmp_path / NAME)
     cache, rows = disk(tmp_path), examples.examples
-    assert cache.notes == [f"{tmp_path / NAME} is no folder, and is passed over"]
+    assert cache.notes == [f"{tmp_path / NAME} is not a folder and is skipped"]
     filled(cache, adapted(), rows)
     again = disk(tmp_path)
     assert again.folder == cache.folder == tmp_path / f"{NAME}-1"
@@ -60,7 +60,7 @@ def test_a_damaged_marker_is_written_anew_and_entries_stay(tmp_path, examples, c
     cache.close()
     MARKERS[case](tmp_path / NAME / "cache.json")
     cache = disk(tmp_path)
-    assert cache.notes == [f"{tmp_path / NAME / 'cache.json'} was damaged, and is written anew"]
+    assert cache.notes == [f"{tmp_path / NAME / 'cache.json'} was damaged and is rewritten"]
     assert not cache.missing(rows)
     assert disk(tmp_path).notes == []
     assert [stored.folder for stored in stored_caches(tmp_path)] == [cache.folder]
@@ -69,7 +69,7 @@ def test_a_damaged_marker_is_written_anew_and_entries_stay(tmp_path, examples, c
 def test_a_folder_where_the_marker_belongs_is_passed_over(tmp_path, examples):
     (tmp_path / NAME / "cache.json").mkdir(parents=True)
     cache = disk(tmp_path)
-    assert cache.notes == [f"{tmp_path / NAME / 'cache.json'} is no file, so {tmp_path / NAME} is passed over"]
+    assert cache.notes == [f"{tmp_path / NAME / 'cache.json'} is not a file, so {tmp_path / NAME} is skipped"]
     filled(cache, adapted(), examples.examples)
     assert not disk(tmp_path).missing(examples.examples)
 
@@ -101,13 +101,13 @@ def test_what_was_passed_over_is_said_with_the_place(tmp_path):
     (tmp_path / prefix_key(model, BOUNDARY)[:32]).write_text("")
     cache, decision = open_cache(model, BOUNDARY, torch.float32, CachePlace("disk", tmp_path), lambda: 0.0)
     assert decision.reason.startswith(f"as asked, in {cache.folder}; ")
-    assert decision.reason.endswith("is no folder, and is passed over")
+    assert decision.reason.endswith("is not a folder and is skipped")
 
 
 def test_something_under_all_names_is_one_clear_line(tmp_path):
     for number in range(10):
         (tmp_path / (f"{NAME}-{number}" if number else NAME)).write_text("")
-    with pytest.raises(CacheError, match=r"something else under all names for this cache, first .*; move it away"):
+    with pytest.raises(CacheError, match=r"have all names for this cache, first .*; move them elsewhere"):
         disk(tmp_path)
 
 
@@ -146,6 +146,6 @@ def test_the_key_holds_the_versions_of_everything_that_computes(monkeypatch, tmp
     assert sources_sha256(tmp_path / "aletheia") == known["sources"]
     (tmp_path / "aletheia" / "reporting" / "page.py").write_text("")  # has no part in it
     assert sources_sha256(tmp_path / "aletheia") == known["sources"]
-    with (tmp_path / "aletheia" / "execution" / "lean.py").open("a") as file:
+    with (tmp_path / "aletheia" / "execution" / "fast.py").open("a") as file:
         file.write("# edited\n")
     assert sources_sha256(tmp_path / "aletheia") != known["sources"]

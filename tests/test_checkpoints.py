@@ -165,7 +165,7 @@ def test_an_explicit_checkpoint_is_verified_and_trainer_alone_would_not(copy):
     assert made.resume_path(None) is None
     for path in checkpoint_folders(copy):
         (path / "optimizer.pt").unlink(missing_ok=True)
-    with pytest.raises(TrainingError, match="holds no whole checkpoint"):
+    with pytest.raises(TrainingError, match="holds no complete checkpoint"):
         made.resume_path(True)
 
 
@@ -333,7 +333,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_one_line(point, copy, monkey
     told = str(caught.value)
     assert "checkpoint-9 cannot be written (No space left on device)" in told
     assert f"{before['checkpoint-8'].size_bytes:,} bytes" in told
-    assert "goes on from step 8" in told
+    assert "resumes from step 8" in told
     assert "\n" not in told
     assert {name: verified(copy / name).manifest for name in names(copy)} == before
 
@@ -463,7 +463,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path):
         assert process.returncode == 128 + signum
         newest = newest_checkpoint(tmp_path / signum.name)
         assert newest.step >= 5
-        assert f"error: interrupted after step {newest.step} of 30; the same command goes on from there" in told
+        assert f"error: interrupted after step {newest.step} of 30; the same command resumes from there" in told
         assert "Traceback" not in told
 
 
@@ -472,7 +472,9 @@ def test_a_signal_before_training_ends_the_run_at_once(signum, code):
     with pytest.raises(Interrupted) as caught, interrupts():
         os.kill(os.getpid(), signum)
     assert caught.value.exit_code == code
-    assert str(caught.value) == "interrupted before the first checkpoint; the same command begins anew"
+    assert (
+        str(caught.value) == "interrupted before the first checkpoint; the same command starts again from the beginning"
+    )
 
 
 def test_the_second_ctrl_c_is_obeyed_at_once_and_handlers_come_back():
@@ -487,7 +489,7 @@ def test_the_second_ctrl_c_is_obeyed_at_once_and_handlers_come_back():
         assert control.should_training_stop
         assert "before the first checkpoint" in str(interrupted.error())
         interrupted.on_save(None, state, control)
-        assert "after step 3 of 9; the same command goes on from there" in str(interrupted.error())
+        assert "after step 3 of 9; the same command resumes from there" in str(interrupted.error())
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
@@ -502,7 +504,7 @@ def test_an_interruption_that_a_library_wrapped_is_still_one():
             except Exception as error:
                 raise ValueError("cannot load") from error
 
-    with pytest.raises(Interrupted, match="goes on from step 4") as caught:
+    with pytest.raises(Interrupted, match="resumes from step 4") as caught:
         load()
     assert caught.value.exit_code == 143
 

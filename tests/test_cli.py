@@ -331,7 +331,7 @@ def test_caches_are_listed_and_deleted(run, scores_file, model_folder, data_file
     held = DiskCache("caches", stored_caches("caches")[0].info)  # as by a run that is under way
     code, _, err = run(*delete)
     assert code == 2
-    assert "is in use by a run; expected none" in err
+    assert "is in use by a run; expected an unused cache" in err
     held.close()
     assert run(*delete)[0] == 0
     code, out, _ = run("cache", "--cache-dir", "caches")

@@ -252,7 +252,7 @@ def test_rates_are_not_raced_where_layers_are_sharded(arguments_of, tmp_path):
     way = "FSDP2, whole"
     done, _ = launch(way, "command", *arguments_of(tmp_path / "run", way, learning_rate="auto"))
     assert done.returncode != 0
-    assert "--learning-rate auto is not possible where layers are sharded; give a number" in done.stderr
+    assert "--learning-rate is auto, but layers are sharded over processes; expected a number" in done.stderr
 
 
 @slow
@@ -264,7 +264,7 @@ def test_a_run_that_was_stopped_goes_on(way, uninterrupted, arguments_of, tmp_pa
     ends = {"ENDS": f"1 9 {int(signal.SIGTERM)}", "ENDED": str(tmp_path / "ended")}
     done, _ = launch(way, "command", *arguments_of(folder, way), **ends)
     assert done.returncode != 0
-    assert "interrupted after step 9 of 24; the same command goes on from there" in done.stderr
+    assert "interrupted after step 9 of 24; the same command resumes from there" in done.stderr
     if way == "DDP":
         code, _, told = run(*arguments_of(folder))
         assert code != 0

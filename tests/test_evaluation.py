@@ -436,7 +436,7 @@ def test_a_saved_adapter_gives_the_trained_models_logits(base, adapter, model_fo
     adapted = aletheia.load_adapter(model, adapter)
     assert not adapted.training
     assert not torch.allclose(adapted(ids).logits, before)
-    with pytest.raises(AdapterError, match="carries an adapter already"):
+    with pytest.raises(AdapterError, match="has an adapter already"):
         aletheia.load_adapter(adapted, adapter)
 
 

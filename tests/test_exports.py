@@ -432,7 +432,7 @@ def test_a_run_of_which_a_file_was_changed_is_not_exported(trained, tmp_path):
     shutil.copytree(trained.path, tmp_path / "run")
     with (tmp_path / "run" / "adapter_model.safetensors").open("ab") as file:
         file.write(b" ")
-    with pytest.raises(ArtifactError, match="as the run left it"):
+    with pytest.raises(ArtifactError, match="expected the file that the run wrote"):
         aletheia.export(tmp_path / "run", "vllm", tmp_path / "out")
 
 
@@ -489,7 +489,11 @@ def test_the_command_line_prints_what_to_run(trained, run, tmp_path):
 
 
 def test_what_cannot_be_exported_is_named(run, model_folder, data_file):
-    for source, found in ((model_folder, "holds no adapter"), (data_file, "is no plan"), ("nowhere", "is not there")):
+    for source, found in (
+        (model_folder, "holds no adapter"),
+        (data_file, "is not a plan"),
+        ("nowhere", "does not exist"),
+    ):
         code, _, err = run("export", source, "--to", "trl")
         assert (code, f"{source} {found}; expected a run folder" in err) == (2, True)
 

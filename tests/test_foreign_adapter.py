@@ -177,10 +177,10 @@ def test_a_run_of_ours_stands_beside_it(tmp_path, model_folder, data_file):
     ("damage", "words"),
     [
         (lambda at: (at / "adapter_model.safetensors").unlink(), "holds no adapter_model.safetensors"),
-        (lambda at: (at / "adapter_model.safetensors").write_bytes(b"\0" * 40), "no safetensors file"),
+        (lambda at: (at / "adapter_model.safetensors").write_bytes(b"\0" * 40), "not a safetensors file"),
         (
             lambda at: (at / "adapter_model.safetensors").rename(at / "adapter_model.bin"),
-            "a pickle, which is not opened to look at it",
+            "a pickle, which can run code when it is loaded",
         ),
         (lambda at: huge_rank(at), "has rank 100,000; expected at most 65,536"),
         (lambda at: (at / "adapter_config.json").write_text('{"peft_type": "IA3"}'), "expected LORA"),

@@ -20,7 +20,7 @@ from aletheia.data.batches import collate
 from aletheia.data.rows import load_rows
 from aletheia.data.settings import DataSettings
 from aletheia.errors import ModelError
-from aletheia.execution.lean import adapters_in_bfloat16, bfloat16_autocast, lean_adapters, lean_loss
+from aletheia.execution.fast import adapters_in_bfloat16, bfloat16_autocast, fast_adapters, fast_loss
 from aletheia.job.source import load_for
 from aletheia.prefix.fill_streamed import fill_streamed, streamed_cache
 from aletheia.probing.passes import check_passes
@@ -63,7 +63,7 @@ def test_a_quantized_base_is_probed_and_trained(family, kind, folder, examples, 
     )  # fmt: skip
     assert run.metrics.settings.cache == ("off" if kind == "int8" else "memory")
     if kind == "int8":  # 8-bit layers compute otherwise while they train
-        assert "compute otherwise in training" in run.metrics.cache_reason
+        assert "give other results in training" in run.metrics.cache_reason
     assert run.metrics.settings.quantization == kind
     assert f"--quantize {kind}" in repeat_command(run)
     batch = collate(examples.examples[:2], 0)
@@ -86,13 +86,13 @@ def test_adapters_of_a_4_bit_base_multiply_in_bfloat16(folder, examples):
         if isinstance(module, LoraLayer):
             torch.nn.init.normal_(module.lora_B["default"].weight)
             module.lora_B["default"].register_forward_hook(lambda module, given, made: dtypes.add(made.dtype))
-    with bfloat16_autocast(model), lean_loss(model):
+    with bfloat16_autocast(model), fast_loss(model):
         expected = model(**batch).loss
     expected.backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
     model.zero_grad()
     dtypes.clear()
-    with adapters_in_bfloat16(model), lean_adapters(model) as covered, lean_loss(model):
+    with adapters_in_bfloat16(model), fast_adapters(model) as covered, fast_loss(model):
         loss = model(**batch).loss
     loss.backward()
     assert covered == 0

@@ -182,5 +182,5 @@ def test_a_manifest_leads_nowhere_else(tmp_path):
     for name in ("/dev/zero", "../../../../../dev/zero", "pipe"):
         files = {name: FileRecord(**nothing)}
         (folder / "manifest.json").write_text(Manifest(step=1, files=files, about={}, extra={}).to_json())
-        with pytest.raises(TrainingError, match="no file of this checkpoint"):
+        with pytest.raises(TrainingError, match="not a file of this checkpoint"):
             verified(folder)

@@ -137,7 +137,7 @@ def test_settings_that_contradict_each_other_are_refused_before_anything_is_read
         ({"training": {"correct_quantization": True}}, "found `quantize` None, expected nf4"),
         ({"training": {"steps": 2, "epochs": 1}}, "`steps` and `epochs` are both given"),
         ({"training": {"adam_beta3": 1}}, "unknown setting `adam_beta3`"),
-        ({"training": {"use_cache": True}}, "`use_cache` is given; expected it to be left out"),
+        ({"training": {"use_cache": True}}, "`use_cache` cannot be set; expected it to be left out"),
         ({"plan": {"file": "plan.json", "rank": 4}}, "`plan` and `rank` are both given"),
         ({"training": {"free_prefix": True}, "plan": {"target": "speed"}}, "`target` is speed; expected none with"),
         ({"training": {"free_prefix": True}, "plan": {"freeze_after": 0.5}}, "`freeze_after` is 0.5; expected 0 with"),
@@ -180,5 +180,5 @@ def test_a_finished_run_is_pushed(job, tmp_path, monkeypatch, refuses):
         assert pushed[1][0] == "me/thing"
         assert pushed[1][1] >= {"adapter_model.safetensors", "metrics.json", "README.md", "tokenizer.json"}
     assert (tmp_path / "run" / "metrics.json").exists()
-    with pytest.raises(SettingsError, match="`hub_token` is given; expected it to be left out"):
+    with pytest.raises(SettingsError, match="`hub_token` cannot be set; expected it to be left out"):
         aletheia.TrainSettings(hub_token="secret")

@@ -7,7 +7,7 @@ import torch
 from tiny import make_model
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from aletheia.execution.cpu.norms import _LeanRMSNorm, lean_norms
+from aletheia.execution.cpu.norms import _FastRMSNorm, fast_norms
 
 
 def norm(dtype=torch.float32, size=96):
@@ -37,7 +37,7 @@ def test_it_equals_the_models(dtype, bound):
     before = x.detach().clone()
     exact = with_gradient(partial(formula, module), x.detach().double().requires_grad_(), grad.double())
     plain = with_gradient(module, x, grad)
-    with lean_norms(module) as covered:
+    with fast_norms(module) as covered:
         ours = with_gradient(module, x, grad)
     assert covered == 1
     assert torch.equal(x, before)
@@ -62,22 +62,22 @@ def test_it_covers_what_returns_the_same(family, dtype, expected):
         if "norm" in name:
             parameter.data.normal_()
     state = torch.get_rng_state()
-    with lean_norms(model) as covered:
+    with fast_norms(model) as covered:
         assert covered == expected
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_elsewhere_norms_keep_their_way(monkeypatch):
     def none_expected(*_):
-        raise AssertionError("the lean norm was taken")
+        raise AssertionError("the fast norm was taken")
 
     trainable = norm().requires_grad_(True)
-    with lean_norms(trainable) as covered:
+    with fast_norms(trainable) as covered:
         assert covered == 0
     module, x = norm(), torch.randn(2, 96)
     plain = module(x)
-    with lean_norms(module):
-        monkeypatch.setattr(_LeanRMSNorm, "apply", none_expected)
+    with fast_norms(module):
+        monkeypatch.setattr(_FastRMSNorm, "apply", none_expected)
         with pytest.raises(AssertionError, match="was taken"):
             module(x)
         with torch.autocast("cpu", torch.bfloat16):

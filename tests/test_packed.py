@@ -24,9 +24,9 @@ from aletheia.training.settings import TrainSettings
 PACKED = ("llama", "qwen2", "qwen3_moe", "gpt2", "gpt_neox", "phi3", "olmo2", "deepseek_v3", "granite")
 WINDOWED = ("gemma3", "gemma3_text", "olmo3", "cohere2")  # layers that see a part of a row, shorter than ROWS[2]
 REFUSED = {
-    "stablelm": "see each other",  # does not hand on where rows begin
-    "falcon": "see each other",
-    "nemotron": "see each other",
+    "stablelm": "attend to each other",  # does not hand on where rows begin
+    "falcon": "attend to each other",
+    "nemotron": "attend to each other",
     "gemma2": "not `sdpa`",
     "qwen3_next": "linear_attention",
     "jamba": "linear_attention",
@@ -180,6 +180,6 @@ def test_asked_for_where_it_cannot_be(examples, tmp_path):
     scores = aletheia.probe(make_model("falcon"), examples, batches=1)
     plan = aletheia.plan(scores, policy="last")
     model = aletheia.adapt(make_model("falcon"), plan)
-    with pytest.raises(SettingsError, match="`packing` is on, and rows that are packed together see each other"):
+    with pytest.raises(SettingsError, match="`packing` is on, but rows that are packed together attend to each other"):
         aletheia.train(model, examples, plan, tmp_path / "run", examples, packing="on", show_progress=False)
     assert not (tmp_path / "run").exists()

@@ -92,7 +92,7 @@ def test_early_layers_stop_where_they_are(plan, examples, tmp_path):
         assert "lora_B" not in name or value.any()
 
 
-def test_no_backward_below_the_risen_boundary(plan, examples, tmp_path):
+def test_no_backward_below_the_boundary_after_the_freeze(plan, examples, tmp_path):
     model = aletheia.adapt(make_model("llama"), plan)
     _, layers = find_layers(model)
     visits = []
@@ -181,7 +181,7 @@ def test_a_cache_that_fails_after_the_turn_ends_no_run_and_leaves_the_disk(plan,
     monkeypatch.setattr(DiskCache, "put", full)
     _, run = trained(plan, examples, tmp_path / "run", cache="disk", cache_dir=tmp_path / "cache")
     assert len(stored) == 3
-    assert "nothing more is stored: the disk is full" in run.metrics.cache_reason
+    assert "no more states are stored: the disk is full" in run.metrics.cache_reason
     assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))
     assert run.metrics.early_steps == 3
     assert [point.loss for point in run.metrics.train_curve] == pytest.approx(expected, rel=1e-5)

@@ -15,9 +15,9 @@ from aletheia.anatomy.layerwise import PassThrough
 from aletheia.anatomy.read import find_layers, is_matrix, read_anatomy
 from aletheia.data.batches import collate
 from aletheia.errors import AdapterError, TrainingError
-from aletheia.execution import lean
-from aletheia.execution.cpu.norms import lean_norms
-from aletheia.execution.lean import bfloat16_autocast, lean_adapters, lean_causal_loss, lean_loss
+from aletheia.execution import fast
+from aletheia.execution.cpu.norms import fast_norms
+from aletheia.execution.fast import bfloat16_autocast, fast_adapters, fast_causal_loss, fast_loss
 from aletheia.execution.recompute import recomputation
 from aletheia.prefix.boundary import frozen_prefix
 from aletheia.prefix.cache import MemoryCache, collate_with_prefix
@@ -90,7 +90,7 @@ def test_every_fast_path_equals_the_plain_one(family, rows):
     plain = gradients(model, batch)
     with_prefix = stored(model, rows)
     assert plain[1].norm() > 0
-    for path in (frozen_prefix, labelled_logits, lean_adapters, lean_norms, lean_loss):
+    for path in (frozen_prefix, labelled_logits, fast_adapters, fast_norms, fast_loss):
         with path(model):
             assert difference(gradients(model, batch), plain) < 1e-6, path.__name__
     with stored_prefix(model, BOUNDARY):
@@ -119,14 +119,14 @@ def test_beside_bfloat16_fast_steps_are_as_exact_as_autocast(family, rows):
     assert 0 < ours < 1.5 * plain
 
 
-def test_lean_adapters_are_taken_under_autocast(rows, monkeypatch):
+def test_fast_adapters_are_taken_under_autocast(rows, monkeypatch):
     calls = []
-    product = lean._lora_linear
-    monkeypatch.setattr(lean, "_lora_linear", lambda *given: calls.append(given) or product(*given))
+    product = fast._lora_linear
+    monkeypatch.setattr(fast, "_lora_linear", lambda *given: calls.append(given) or product(*given))
     model, batch = adapted().bfloat16(), collate(rows, 0)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.float() if "lora_" in name else parameter.data
-    with lean_adapters(model) as covered, bfloat16_autocast(model):
+    with fast_adapters(model) as covered, bfloat16_autocast(model):
         model(**batch).loss.backward()
     assert covered == len(calls) == 14
 
@@ -134,7 +134,7 @@ def test_lean_adapters_are_taken_under_autocast(rows, monkeypatch):
 def test_the_paths_are_taken(rows):
     model = adapted()
     batch = collate(rows, 0)
-    with lean_adapters(model) as covered, lean_loss(model) as applies, labelled_logits(model):
+    with fast_adapters(model) as covered, fast_loss(model) as applies, labelled_logits(model):
         assert covered == 14
         assert applies
         logits = model(**batch).logits
@@ -146,10 +146,10 @@ def test_the_paths_are_taken(rows):
 
 
 @pytest.mark.parametrize("items", [None, 7, torch.tensor(7)])
-def test_the_lean_loss_counts_items_as_trainer_does(rows, items):
+def test_the_fast_loss_counts_items_as_trainer_does(rows, items):
     model, batch = adapted(), collate(rows, 0) | {"num_items_in_batch": items}
     plain = gradients(model, batch)
-    with lean_loss(model), labelled_logits(model):
+    with fast_loss(model), labelled_logits(model):
         assert difference(gradients(model, batch), plain) < 1e-6
 
 
@@ -157,17 +157,17 @@ def test_extreme_logits_do_not_overflow(rows):
     model, batch = adapted(), collate(rows, 0)
     model.get_output_embeddings().weight.data *= 3e3
     plain = gradients(model, batch)
-    with lean_loss(model):
+    with fast_loss(model):
         assert difference(gradients(model, batch), plain) < 1e-5
 
 
 def test_adapters_that_are_not_plain_keep_their_forward():
     model = make_model("llama")
     peft = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], lora_dropout=0.1))
-    with lean_adapters(peft.train()) as covered:
+    with fast_adapters(peft.train()) as covered:
         assert covered == 0
     peft = get_peft_model(make_model("llama"), LoraConfig(target_modules=["q_proj"], use_dora=True))
-    with lean_adapters(peft) as covered:
+    with fast_adapters(peft) as covered:
         assert covered == 0
 
 
@@ -180,7 +180,7 @@ def test_adapters_may_change_inside(rows):
     model.eval()
     model.base_model.set_adapter(["default", "other"])
     expected = model(input_ids=ids).logits
-    with lean_adapters(model):
+    with fast_adapters(model):
         assert torch.equal(model(input_ids=ids).logits, expected)
         model.set_adapter("default")
         torch.testing.assert_close(model(input_ids=ids).logits.sum(), model(input_ids=ids).logits.sum())
@@ -192,14 +192,14 @@ def test_a_forward_of_someone_elses_comes_back(rows):
     model = adapted()
     module = next(m for m in model.modules() if hasattr(m, "lora_A") and m.lora_A)
     module.forward = own = lambda x: x
-    with lean_adapters(model):
+    with fast_adapters(model):
         assert module.forward is not own
     assert module.forward is own
 
 
 def test_disabled_adapters_stay_disabled(rows):
     model, ids = adapted(), collate(rows, 0)["input_ids"]
-    with lean_adapters(model):
+    with fast_adapters(model):
         adapted_logits = model(input_ids=ids).logits
         with model.disable_adapter():
             base_logits = model(input_ids=ids).logits
@@ -262,8 +262,8 @@ def test_rotary_positions_that_depend_on_the_batch_are_seen(rows, kind):
 
 @pytest.mark.parametrize("family", ["paligemma", *UNSTORED])
 def test_a_prefix_that_cannot_be_stored_is_seen(family, rows):
-    told = "see the tokens after them" if family == "paligemma" else "read more than its hidden states"
-    assert told in obstacle(adapted(family), rows)
+    reason = "attend to later tokens" if family == "paligemma" else "read more than the hidden states"
+    assert reason in obstacle(adapted(family), rows)
 
 
 def test_dropout_below_the_boundary_is_seen(rows):
@@ -272,10 +272,10 @@ def test_dropout_below_the_boundary_is_seen(rows):
     path[3].attn.attn_dropout.p = 0.1
     assert obstacle(model, rows) is None
     path[1].mlp.dropout.p = 0.1
-    assert "draw at random" in obstacle(model, rows)
+    assert "are random (dropout)" in obstacle(model, rows)
     llama = adapted()
     find_layers(llama)[1][0].self_attn.attention_dropout = 0.1
-    assert "draw at random" in obstacle(llama, rows)
+    assert "are random (dropout)" in obstacle(llama, rows)
 
 
 def test_layers_that_read_more_than_the_hidden_states_are_seen(rows):
@@ -286,13 +286,13 @@ def test_layers_that_read_more_than_the_hidden_states_are_seen(rows):
     rotary.register_forward_pre_hook(lambda module, args: seen.update(embedding=args[0]))
     layers = find_layers(model)[1]
     handle = layers[3].register_forward_pre_hook(lambda module, args: (args[0] + seen["embedding"], *args[1:]))
-    assert "read more than its hidden states" in obstacle(model, rows)
+    assert "read more than the hidden states" in obstacle(model, rows)
     handle.remove()
     assert obstacle(model, rows) is None
     layers[0].register_forward_hook(lambda module, args, output: seen.update(below=output))
     layers[3].register_forward_pre_hook(lambda module, args: (args[0] + seen.pop("below"), *args[1:]))
-    assert "does not start at layer 2 (RuntimeError" in obstacle(model, rows)  # of another shape
-    assert "does not start at layer 2" in refused(model, collate(rows, 0))
+    assert "cannot start at layer 2 (RuntimeError" in obstacle(model, rows)  # of another shape
+    assert "cannot start at layer 2" in refused(model, collate(rows, 0))
 
 
 # --- nothing below the boundary
@@ -449,16 +449,16 @@ def test_watched_weights_keep_their_calls(rows):
     watched = find_layers(model)[1][3].self_attn.q_proj
     for part in (watched.base_layer, watched.lora_A["default"], watched.lora_B["default"]):
         handle = part.register_forward_hook(lambda *given: seen.append(given))
-        with lean_adapters(model) as covered:
+        with fast_adapters(model) as covered:
             model(**batch)
         handle.remove()
         assert covered == 13
     assert len(seen) == 3
 
 
-def test_the_lean_loss_says_that_it_can_be_differentiated_once(rows):
+def test_the_fast_loss_says_that_it_can_be_differentiated_once(rows):
     model, batch = adapted(), collate(rows, 0)
-    with lean_loss(model):
+    with fast_loss(model):
         loss = model(**batch).loss
     loss.backward(retain_graph=True)
     with pytest.raises(TrainingError, match="differentiated twice"):
@@ -469,7 +469,7 @@ def test_a_trainable_embedding_is_refused():
     for family, name in (("llama", "embed_tokens"), ("gpt2", "wpe")):
         model = adapted(family)
         next(p for n, p in model.named_parameters() if name in n).requires_grad_(True)
-        with pytest.raises(AdapterError, match="below the layers; expected a frozen embedding"), frozen_prefix(model):
+        with pytest.raises(AdapterError, match="below the layers; expected it to be frozen"), frozen_prefix(model):
             pass
 
 
@@ -477,7 +477,7 @@ def test_an_error_inside_leaves_the_model_as_it_was(rows):
     model, batch = adapted(), collate(rows, 0)
     plain = gradients(model, batch)
     layers = list(find_layers(model)[1])
-    with pytest.raises(TrainingError, match="the batch brings no 'prefix_BTD'"), fast_steps(model, BOUNDARY):
+    with pytest.raises(TrainingError, match="the batch has no 'prefix_BTD'"), fast_steps(model, BOUNDARY):
         model(**batch)
     assert list(find_layers(model)[1]) == layers
     assert difference(gradients(model, batch), plain) == 0
@@ -486,5 +486,5 @@ def test_an_error_inside_leaves_the_model_as_it_was(rows):
 def test_float16_logits_take_the_plain_loss():
     logits = torch.randn(6, 259, dtype=torch.float16, requires_grad=True)
     labels = torch.randint(0, 259, (6,))
-    loss = lean_causal_loss(logits * 1, None, 259, shift_labels=labels)
+    loss = fast_causal_loss(logits * 1, None, 259, shift_labels=labels)
     torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits.float(), labels))

@@ -159,8 +159,8 @@ def test_what_was_raced_is_recorded_and_said(scores, examples, tmp_path, capsys)
     assert Run.read(run.path).metrics.rate_race == found
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("rate ")]
     assert said[0] == "rate   tries 3 learning rates for 8 steps each"
-    assert re.fullmatch(r"rate   \S+ is taken; held-out loss (\d\.\d{3} at \S+(, |$)){3}", said[1])
-    assert said[1].startswith(f"rate   {rate:.1e} is taken")
+    assert re.fullmatch(r"rate   \S+ chosen; held-out loss (\d\.\d{3} at \S+(, |$)){3}", said[1])
+    assert said[1].startswith(f"rate   {rate:.1e} chosen")
     assert len(said) == 2
 
 
@@ -169,7 +169,7 @@ def test_a_rate_with_a_loss_that_is_not_finite_drops_out(scores, examples, tmp_p
     run = trained(scores, examples, tmp_path / "run")
     assert run.metrics.rate_race.losses[1] is None
     assert run.metrics.settings.learning_rate == run.metrics.rate_race.rates[0]
-    assert re.search(r", not finite at \S+$", race.told(run.metrics.rate_race))
+    assert re.search(r", not finite at \S+$", race.summary(run.metrics.rate_race))
 
 
 def test_a_race_without_a_finite_loss_ends_the_run(scores, examples, tmp_path, monkeypatch):
@@ -209,7 +209,9 @@ def test_a_run_that_is_stopped_in_its_race_races_again(scores, examples, whole, 
 
     with monkeypatch.context() as patched:
         patched.setattr(race, "choose", signalled)
-        with pytest.raises(Interrupted, match="before the first checkpoint; the same command begins anew"):
+        with pytest.raises(
+            Interrupted, match="before the first checkpoint; the same command starts again from the beginning"
+        ):
             trained(scores, examples, tmp_path / "run")
     run = trained(scores, examples, tmp_path / "run")
     assert run.metrics.rate_race == whole.metrics.rate_race

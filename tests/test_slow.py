@@ -96,8 +96,8 @@ def relative_errors(found, expected):
 def test_fast_steps_equal_plain_ones(base, boundary):
     """SmolLM2, float32, loss and adapter gradients of one batch: each path to 1e-6 of the plain step.
 
-    The plain step, the prefix, the cache and the labelled logits take an exact loss; the lean loss is part of all else.
-    A cache filled in batches of other shapes, and the lean adapters, sum in another order. So does the plain step if
+    The plain step, the prefix, the cache and the labelled logits take an exact loss; the fast loss is part of all else.
+    A cache filled in batches of other shapes, and the fast adapters, sum in another order. So does the plain step if
     the batch is padded further; they may differ from it by as much, and be no farther from float64.
     """
     data = aletheia.load_data(str(GSM8K / "train.jsonl"), base.tokenizer).subset(range(6))

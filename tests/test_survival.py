@@ -173,7 +173,7 @@ def stops_and_goes_on(place, model_folder, signum, seed):
     out, code, log = stopped(place, model_folder, signum, seed)
     assert code == 128 + signum, log
     last = log.strip().splitlines()[-1]
-    found = re.search(rf"interrupted after step (\d+) of {STEPS}; the same command goes on from there", last)
+    found = re.search(rf"interrupted after step (\d+) of {STEPS}; the same command resumes from there", last)
     assert found, log
     assert "Traceback" not in log
     done = command(place, model_folder, out)
@@ -242,7 +242,7 @@ def test_a_signal_at_any_moment_says_how_to_go_on(place, model_folder, moment, s
         assert re.search(GOES_ON, done.stderr.strip().splitlines()[-1]), done.stderr
         assert not (place / out / "metrics.json").exists()
         has_steps = moment in ("held-out loss", "checkpoint")
-        assert ("goes on from" in done.stderr.splitlines()[-1]) is has_steps
+        assert ("resumes from" in done.stderr.splitlines()[-1]) is has_steps
         assert (place / out / "adapter_model.safetensors").exists() is has_steps
         assert (place / out).exists() is has_steps or (place / out / "checkpoints").exists()
         done = command(place, model_folder, out)

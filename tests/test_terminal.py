@@ -171,7 +171,7 @@ def test_a_run_says_its_phases_and_every_held_out_loss(plan, examples, tmp_path,
             r"train  held-out loss ([\d.]+), (\d+) of 20 steps, loss [\d.]+, rate \S+, [\d,]+ tokens/s, .*", line
         )
         assert (found[1], int(found[2])) == (f"{point.loss:.4f}", point.step)
-    freeze = said.index("freeze layers 0-1 are frozen from here on, 2-3 learn")
+    freeze = said.index("freeze layers 0-1 are frozen from here on; 2-3 learn")
     assert said.index(losses[1]) < freeze < said.index(losses[3])
     assert not any("\r" in line or "\n" in line for line in said)
 

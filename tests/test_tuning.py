@@ -85,9 +85,9 @@ def test_a_plan_for_another_model_is_refused(scores):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"name": "model.layers.2.mlp"}, r"adapts model\.layers\.2\.mlp, which this model has not"),
-        ({"layer": 3}, "in layer 3 .* it is in layer 2"),
-        ({"rank": 8}, "rank 8 has"),
+        ({"name": "model.layers.2.mlp"}, r"adapts model\.layers\.2\.mlp, but the model has no such module"),
+        ({"layer": 3}, "in layer 3 .* expected layer 2"),
+        ({"rank": 8}, "at rank 8, 512"),
     ],
 )
 def test_an_edited_plan_that_does_not_fit_is_refused_before_anything_changes(scores, change, expected):
@@ -103,15 +103,15 @@ def test_a_difference_from_the_plan_is_an_error(scores):
     plan = make_plan(scores["llama"], policy="last")
     adapted = adapt(make_model("llama"), plan)
     fewer = plan.model_copy(update={"adapters": plan.adapters[1:]})
-    with pytest.raises(AdapterError, match=rf"1 module\(s\) differ.*{plan.adapters[0].name}.*planned.*nothing"):
+    with pytest.raises(AdapterError, match=rf"1 module\(s\) differ.*{plan.adapters[0].name}.*expected.*nothing"):
         check_adapters(adapted, fewer)
     other_rank = plan.adapters[0].model_copy(update={"rank": 3})
-    with pytest.raises(AdapterError, match=r"planned \(rank, alpha\) \(3, 32.0\), adapted \(16, 32.0\)"):
+    with pytest.raises(AdapterError, match=r"expected \(rank, alpha\) \(3, 32.0\), found \(16, 32.0\)"):
         check_adapters(adapted, plan.model_copy(update={"adapters": (other_rank, *plan.adapters[1:])}))
     adapted.get_input_embeddings().weight.requires_grad_(True)
-    with pytest.raises(AdapterError, match="expected everything but the adapters to be frozen"):
+    with pytest.raises(AdapterError, match="expected everything except the adapters to be frozen"):
         check_adapters(adapted, plan)
-    with pytest.raises(AdapterError, match="carries LoRA adapters already"):
+    with pytest.raises(AdapterError, match="has LoRA adapters already"):
         adapt(adapted, plan)
 
 
@@ -338,7 +338,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(examples, sco
         ({"evaluations": 0}, "`evaluations` is 0; expected at least 1"),
         (
             {"early_stop": False, "early_stopping_patience": 2},
-            "`early_stopping_patience` is given and `early_stop` is false; expected one of them",
+            "`early_stopping_patience` is given and `early_stop` is false; expected `early_stop` true with it",
         ),
         ({"learning_rate": math.nan}, "`learning_rate` is nan; expected"),
         ({"keep": "worst"}, "`keep` is 'worst'; expected one of best, last"),
@@ -413,7 +413,7 @@ def test_fields_of_trainer_are_taken(examples, scores, tmp_path, monkeypatch):
     assert trainers[2].optimizer.param_groups[0]["betas"][1] == 0.5
     assert len({tuple(losses) for losses in curves.values()}) == 3
     assert len({losses[0] for losses in curves.values()}) == 1
-    with pytest.raises(SettingsError, match=r"Trainer does not take these settings: .*chaotic"):
+    with pytest.raises(SettingsError, match=r"Trainer refuses these settings: .*chaotic"):
         trained(examples, scores, tmp_path / "run", lr_scheduler_type="chaotic")
     assert not (tmp_path / "run").exists()
 
@@ -422,7 +422,7 @@ def test_fields_of_trainer_are_taken(examples, scores, tmp_path, monkeypatch):
 def test_fields_of_trainer_that_contradict_us_are_refused_with_the_reason(name):
     with pytest.raises(SettingsError) as raised:
         TrainSettings(**{name: 1})
-    assert str(raised.value) == f"`{name}` is given; expected it to be left out: {NOT_TAKEN[name]}"
+    assert str(raised.value) == f"`{name}` cannot be set; expected it to be left out: {NOT_TAKEN[name]}"
 
 
 def test_accumulated_batches_are_one_larger_batch(examples, scores, tmp_path):

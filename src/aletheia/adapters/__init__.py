@@ -1,1 +1,1 @@
-"""From a plan to a PEFT model: which modules are adapted, what takes back quantization."""
+"""From a plan to a PEFT model: the adapters, saved adapter configs, and the correction of quantization errors."""

@@ -1,4 +1,4 @@
-"""From a plan to a PEFT model, and the proof that the model is adapted exactly as planned."""
+"""From a plan to a PEFT model, and the check that the model is adapted exactly as planned."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -25,16 +25,16 @@ def adapt(model: nn.Module, plan: Plan, seed: int = 0, identity: ModelIdentity |
     Args:
         model: the base model that the plan was made for.
         plan: which modules, with which rank and alpha.
-        seed: of the random initial A matrices; the global random state is left alone.
-        identity: what model it is, where ``model`` holds its upper layers only.
+        seed: seed of the random initial A matrices; the global random state stays as it is.
+        identity: identity of the whole model, where ``model`` holds only its upper layers.
 
     Raises:
-        PlanError: the plan belongs to another model, was edited into one that does not fit, or asks for dropout where
-            PEFT has none.
+        PlanError: the plan belongs to another model, was edited so that it no longer fits, or asks for dropout where
+            PEFT supports none.
         AdapterError: the model is adapted already, or the adapted set differs from the plan.
     """
     if isinstance(model, PeftModel) or any(isinstance(module, LoraLayer) for module in model.modules()):
-        raise AdapterError("the model carries LoRA adapters already; expected a base model (merge or unload it first)")
+        raise AdapterError("the model has LoRA adapters already; expected a base model; merge or unload them first")
     config = config_of(plan, model, identity)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -44,16 +44,16 @@ def adapt(model: nn.Module, plan: Plan, seed: int = 0, identity: ModelIdentity |
 
 
 def config_of(plan: Plan, model: nn.Module, identity: ModelIdentity | None = None) -> LoraConfig:
-    """The PEFT configuration of a plan, checked against the model, which is left as it is.
+    """The PEFT configuration of a plan, checked against the model, which does not change.
 
     Args:
         plan: which modules, with which rank and alpha.
         model: the base model that the plan was made for.
-        identity: what model it is, where ``model`` holds its upper layers only.
+        identity: identity of the whole model, where ``model`` holds only its upper layers.
 
     Raises:
-        PlanError: the plan belongs to another model, was edited into one that does not fit, or asks for dropout where
-            PEFT has none.
+        PlanError: the plan belongs to another model, was edited so that it no longer fits, or asks for dropout where
+            PEFT supports none.
     """
     anatomy = read_anatomy(model)
     plan.check_model(identity or identify(model, anatomy))
@@ -67,29 +67,30 @@ def config_of(plan: Plan, model: nn.Module, identity: ModelIdentity | None = Non
 
 
 def check_names(plan: Plan, anatomy: Anatomy) -> None:
-    """Compare a plan, which may have been edited, with the modules there are, before anything is modified.
+    """Check a plan, which may have been edited, against the model's modules before anything changes.
 
     Raises:
-        PlanError: an unknown module, one that LoRA cannot adapt, or a wrong layer or parameter count.
+        PlanError: the plan names an unknown module or one that LoRA cannot adapt, or has a wrong layer or parameter
+            count.
     """
     modules = {module.name: module for module in anatomy.modules}
     for adapter in plan.adapters:
         module = modules.get(adapter.name)
         if module is None:
             raise PlanError(
-                f"the plan adapts {adapter.name}, which this model has not; "
-                "'aletheia inspect' lists its modules, 'aletheia plan' writes the plan again"
+                f"the plan adapts {adapter.name}, but the model has no such module; "
+                "'aletheia inspect' lists its modules, and 'aletheia plan' writes the plan again"
             )
         if module.refused:
             raise PlanError(
                 f"the plan adapts {adapter.name}, which LoRA cannot adapt here ({anatomy.notes[0]}); expected a plan "
-                "without it; write it again with 'aletheia plan'"
+                "without it; write the plan again with 'aletheia plan'"
             )
         if (adapter.layer, adapter.parameters) != (module.layer, module.lora_parameters(adapter.rank)):
             raise PlanError(
                 f"the plan puts {adapter.name} in layer {adapter.layer} with {adapter.parameters:,} parameters; "
-                f"it is in layer {module.layer} and rank {adapter.rank} has {module.lora_parameters(adapter.rank):,}; "
-                "correct the plan or write it again with 'aletheia plan'"
+                f"expected layer {module.layer} and, at rank {adapter.rank}, "
+                f"{module.lora_parameters(adapter.rank):,}; correct the plan or write it again with 'aletheia plan'"
             )
 
 
@@ -102,15 +103,15 @@ def lora_config(
 ) -> LoraConfig:
     """The PEFT configuration with every module and every stack of experts named in full.
 
-    PEFT takes the first pattern that matches, as a regular expression, and ignores unmatched ones silently: so
-    names are escaped, complete, and compared after injection.
+    PEFT treats names as regular expressions, takes the first that matches, and silently ignores the others. So names
+    are complete and escaped here, and :func:`check_adapters` compares the result.
 
     Args:
-        weights: what to adapt.
+        weights: the weights to adapt.
         model: the base model.
         rank: the common rank.
         alpha: the common alpha.
-        own: rank and alpha of those that have others, by full name.
+        own: rank and alpha, by full name, of weights that differ from the common ones.
     """
     modules = [weight.name for weight in weights if not weight.fused]
     as_parameter = {name: f"{name}.weight" for name in _rewritten(modules, model)}
@@ -128,23 +129,23 @@ def lora_config(
 
 
 def _rewritten(names: list[str], model: nn.Module) -> list[str]:
-    """The modules that PEFT would take for names of experts in older checkpoints.
+    """The modules that PEFT would mistake for experts as older checkpoints name them.
 
-    In some mixtures of experts it turns every ``gate_proj``, ``up_proj`` and ``down_proj``, however fully named, into
-    the stacks of all layers. Dense layers and shared experts have modules of these names; their weights are then
-    named as parameters, which PEFT leaves alone.
+    In some mixtures of experts PEFT replaces every ``gate_proj``, ``up_proj`` and ``down_proj``, even a full name, by
+    the stacks of all layers. Dense layers and shared experts have modules of these names, too. Their weights are
+    therefore named as parameters, which PEFT leaves alone.
     """
     trial = LoraConfig(task_type="CAUSAL_LM", target_modules=list(names))
     try:
         convert_peft_config_for_transformers(trial, model, get_model_conversion_mapping(base_of(model)))
-    except ValueError:  # it finds a part of a stack without the other
+    except ValueError:  # it finds one part of a stack but not the other
         leaves = {"gate_proj", "up_proj", "down_proj"}
         return [name for name in names if name.rpartition(".")[2] in leaves]
     return [name for name in names if name not in (trial.target_modules or ())]
 
 
 def _integral(alpha: float) -> int | float:
-    """Whole alphas as integers: PEFT's files and their readers expect them so."""
+    """``alpha`` as an integer where it is whole, as PEFT's files and their readers expect it."""
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
@@ -153,7 +154,7 @@ def adapted_modules(model: nn.Module) -> dict[str, tuple[int, float]]:
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
-            # a parameter's wrapper goes around its owner, and around the wrapper of the owner's other parameters
+            # the wrapper of a parameter encloses its owner, and any wrappers of the owner's other parameters
             base_name = name.removeprefix("base_model.model.").replace(".base_layer", "")
             if isinstance(module, ParamWrapper) and not is_matrix(module.get_base_layer()):
                 base_name = f"{base_name}.{module.parameter_name}"
@@ -166,7 +167,7 @@ def check_adapters(model: nn.Module, plan: Plan) -> None:
     """Compare the adapted set, ranks, alphas and trainable parameters with the plan.
 
     Raises:
-        AdapterError: any difference; names the first module concerned.
+        AdapterError: something differs. The message names the first module.
     """
     planned = {adapter.name: (adapter.rank, adapter.alpha) for adapter in plan.adapters}
     found = adapted_modules(model)
@@ -174,13 +175,13 @@ def check_adapters(model: nn.Module, plan: Plan) -> None:
     if differing:
         name = differing[0]
         raise AdapterError(
-            f"{len(differing)} module(s) differ from the plan, first {name}: planned (rank, alpha) "
-            f"{planned.get(name, 'nothing')}, adapted {found.get(name, 'nothing')}; "
+            f"{len(differing)} module(s) differ from the plan, first {name}: expected (rank, alpha) "
+            f"{planned.get(name, 'nothing')}, found {found.get(name, 'nothing')}; "
             "please report this with the model's name and the PEFT version"
         )
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if trainable != plan.trainable_parameters:
         raise AdapterError(
-            f"{trainable:,} parameters are trainable, the plan has {plan.trainable_parameters:,}; "
-            "expected everything but the adapters to be frozen"
+            f"{trainable:,} parameters are trainable, but the plan has {plan.trainable_parameters:,}; "
+            "expected everything except the adapters to be frozen; freeze the other parameters"
         )

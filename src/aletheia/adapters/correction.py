@@ -1,4 +1,4 @@
-"""What quantization changed in the weights of a base, taken back as far as a few directions reach.
+"""Low-rank corrections of the errors that quantization made in a base model's weights.
 
 Shapes: N tokens, I inputs, O outputs, R rank.
 """
@@ -24,12 +24,12 @@ from aletheia.errors import AdapterError
 from aletheia.planning.plan import Plan
 
 OVERSAMPLED = 8  # directions beyond the rank in the randomized decomposition
-ROWS = 8  # whose inputs are measured
-MOST_TOKENS = 4096  # of them, beyond the first row
+ROWS = 8  # rows whose inputs are measured
+MOST_TOKENS = 4096  # in these rows, unless the first is longer
 
 
 def rows_to_measure(rows: Iterable[Example]) -> list[Example]:
-    """The first few rows, or fewer that are long: a batch that fits where training does."""
+    """The first ``ROWS`` rows, or fewer if they are long: a batch that fits wherever training does."""
     first: list[Example] = []
     for row in rows:
         if first and (len(first) == ROWS or sum(map(len, first)) + len(row) > MOST_TOKENS):
@@ -39,37 +39,38 @@ def rows_to_measure(rows: Iterable[Example]) -> list[Example]:
 
 
 class Correction:
-    """Frozen low-rank corrections of 4-bit weights: beside the adapters in training, within them once that is over.
+    """Frozen low-rank corrections of 4-bit weights, next to the adapters in training and part of them afterwards.
 
-    With ``E = W - Q(W)`` [O, I] and the inputs X [I, N] of a weight, the product of rank R that leaves least of
-    ``||E X||_F`` is ``U Ut E``, U [O, R] being the leading left singular vectors of ``E X`` (Eckart and Young). That is
-    the minimum of QERA [arXiv:2410.06040], found without the square root of the inputs' moments and its inverse. LQER
-    [arXiv:2402.02446] keeps such a correction for inference, LoftQ [arXiv:2310.08659] starts the adapter itself there;
-    here the adapter that learns starts as usual and the correction stays as it is. A context manager; leaving it takes
-    the corrections off.
+    Let ``E = W - Q(W)`` [O, I] be the error and X [I, N] the inputs of a weight. The correction C of rank R with the
+    smallest ``||(E - C) X||_F`` is ``U Ut E``, where U [O, R] holds the leading left singular vectors of ``E X``
+    (Eckart and Young). That is the minimum of QERA [arXiv:2410.06040], without the square root of the inputs' second
+    moments and its inverse. LQER [arXiv:2402.02446] uses such a correction for inference, and LoftQ [arXiv:2310.08659]
+    initializes the adapter with it. Here the adapter starts as usual, and the correction stays frozen.
+
+    A context manager: leaving it removes the corrections.
     """
 
     def __init__(self) -> None:
-        """With nothing corrected yet."""
-        self._changes: dict[LoraLayer, torch.Tensor] = {}  # E of the layer at hand
+        """Start with no corrections."""
+        self._changes: dict[LoraLayer, torch.Tensor] = {}  # E, for the layer that is about to run
         self._factors: dict[LoraLayer, tuple[torch.Tensor, torch.Tensor]] = {}
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._is_off = False
 
     def __enter__(self) -> "Correction":
-        """Nothing changes until :meth:`measure`."""
+        """Return itself; nothing changes before :meth:`measure`."""
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Take the corrections off the weights."""
+        """Remove the corrections from the weights."""
         for handle in self._handles:
             handle.remove()
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Let the model compute as it did before it was corrected."""
+        """Run the model without the corrections, within this context."""
         self._is_off = True
         try:
             yield
@@ -86,20 +87,20 @@ class Correction:
     ) -> None:
         """Correct every adapted 4-bit weight, at the rank of its adapter, in one forward pass.
 
-        A weight is corrected for the inputs that it gets from the corrected weights below it.
+        A weight is corrected for the inputs that the corrected weights below it produce.
 
         Args:
             model: the adapted model.
-            layers: index and weights of the adapted decoder layers as they were before, in their order.
-            batch: what the inputs are taken from, as ``model`` takes them.
+            layers: index and unquantized weights of the adapted decoder layers, in ascending order.
+            batch: the rows to measure inputs on, as keyword arguments of ``model``.
 
         Raises:
-            AdapterError: the adapters have rsLoRA's scale, which does not stay when their rank is doubled.
+            AdapterError: the adapters use rsLoRA, whose scale changes when their rank is doubled.
         """
         if model.active_peft_config.use_rslora:
             raise AdapterError(
-                "`correct_quantization` and `rslora` are both on; expected one of them: the correction doubles the "
-                "rank, and with it changes rsLoRA's scale"
+                "`correct_quantization` and `rslora` are both on; expected one of them, because the correction "
+                "doubles the rank and so changes rsLoRA's scale; turn one off"
             )
         originals = iter(layers)
         rows = on_device_of(model, batch)
@@ -120,7 +121,7 @@ class Correction:
                 torch.manual_seed(0)
                 model(**rows, use_cache=False)
         finally:
-            self._changes.clear()  # of weights that no token reached: they stay as they are
+            self._changes.clear()  # weights that no token reached stay uncorrected
             for handle in passing:
                 handle.remove()
 
@@ -132,7 +133,7 @@ class Correction:
         kept_N: torch.Tensor,
         *_: object,
     ) -> None:
-        """Before a layer runs: what quantization changed in it, for its weights to be corrected as they are reached."""
+        """Before a layer runs, compute the errors of its weights; each is corrected when the pass reaches it."""
         original = next(layer for read, layer in originals if read == index)
         for name, module in adapters.items():
             before = original.get_submodule(name)
@@ -140,7 +141,7 @@ class Correction:
             weight_OI = weight.T if isinstance(before, Conv1D) else weight
             base = module.get_base_layer()
             self._changes[module] = weight_OI.float() - dequantize_module_weight(base).float()
-            # the pass has not reached it yet: its first call is seen, and corrected, too
+            # the pass has not reached it yet, so its first call is corrected, too
             self._handles.append(base.register_forward_hook(partial(self._correct, module, kept_N)))
 
     def _correct(
@@ -151,7 +152,7 @@ class Correction:
         args: tuple[torch.Tensor, ...],
         output: torch.Tensor,
     ) -> torch.Tensor:
-        """The output of a base weight with its correction, which the first call determines."""
+        """The output of a base weight with its correction; the first call computes the correction."""
         x = args[0]
         if module in self._changes:
             x_NI = x.flatten(0, -2)
@@ -166,9 +167,9 @@ class Correction:
 
     @torch.no_grad()
     def fold(self, model: PeftModel, plan: Plan) -> None:
-        """Make the corrections part of the adapters, as further rows of A and columns of B: twice the plan's rank.
+        """Append the corrections to the adapters, as more rows of A and columns of B: twice the plan's rank.
 
-        To be called once training is over and the context is left; the model computes as it did within.
+        Call it after training, outside the context. The model then computes what it did inside.
         """
         if not self._factors:
             return
@@ -192,7 +193,7 @@ def _is_4bit(base: nn.Module) -> bool:
 
 
 def _factors(error_OI: torch.Tensor, x_NI: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``Ut E`` [R, I] and U [O, R]; zero beyond the directions there are."""
+    """``Ut E`` [R, I] and U [O, R], padded with zeros where there are fewer than R directions."""
     change_NO = x_NI @ error_OI.T
     count = min(rank + OVERSAMPLED, *change_NO.shape)
     u_OR = torch.svd_lowrank(change_NO, q=count, niter=2)[2][:, :rank]

@@ -1,8 +1,8 @@
-"""An ``adapter_config.json`` that somebody else wrote, checked before PEFT sees it.
+"""An ``adapter_config.json`` from an unknown source, checked before PEFT sees it.
 
-PEFT takes its patterns for regular expressions, some of its settings import modules or decompose every weight, and
-sizes are allocated as they stand there. Only plain LoRA passes, with names as names, and no larger than what is stored
-beside it: which modules are adapted, and at which rank, is read from the weights.
+PEFT treats its patterns as regular expressions, some of its settings import modules or decompose every weight, and PEFT
+allocates whatever sizes it states. So only plain LoRA passes, with literal names, and no larger than the weights stored
+next to it. The weights say which modules are adapted, and at which rank.
 """
 
 import json
@@ -23,17 +23,17 @@ from aletheia.errors import AdapterError, ModelError
 from aletheia.settings import LARGEST_RANK
 
 SAFETENSORS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
-HEADER_BYTES = 100_000_000  # as safetensors has it
+HEADER_BYTES = 100_000_000  # the limit of safetensors itself
 MOST_NAMES = 20_000
-MOST_MATCHED = 1_000  # patterns that PEFT matches with every module
+MOST_MATCHED = 1_000  # patterns that PEFT matches against every module
 LONGEST = 300  # characters of a name or pattern
 
 _NAME = re.compile(r"[\w-]+(\.[\w-]+)*")
-# what PEFT's and our savers write: a name, its dots escaped or not, from the beginning or after any other; linear
+# what PEFT and Aletheia write: a name with its dots escaped or not, whole or as an ending; it matches in linear time
 _PATTERN = re.compile(r"\^?(\.\*\\?\.)?(?:[\w-]|\\?\.|\\-)+\$?")
-_HARMLESS = (True, False, None, "gaussian", "orthogonal", "eva")  # starts that leave the base as it is
+_HARMLESS = (True, False, None, "gaussian", "orthogonal", "eva")  # initializations that leave the base as it is
 _IGNORED = ("peft_version", "auto_mapping", "inference_mode", "runtime_config", "megatron_core", "eva_config")
-_READ = (  # checked here, or of use only with what is refused here
+_READ = (  # checked here, or used only by settings that are refused here
     *("peft_type", "task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout"),
     *("target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern"),
     *("rank_pattern", "alpha_pattern", "init_lora_weights", "fan_in_fan_out", "use_rslora", "ensure_weight_tying"),
@@ -43,10 +43,15 @@ _LOADED_ONLY = ("bias", "modules_to_save", "trainable_token_indices", "use_dora"
 
 
 def read_lora_config(folder: Path, allow_pickle: bool = False) -> LoraConfig:
-    """The configuration of an adapter folder, if it is one of LoRA that can be put on a model without surprise.
+    """The configuration of an adapter folder, if it is plain LoRA that is safe to load.
+
+    Args:
+        folder: the adapter folder.
+        allow_pickle: accept weights in a pickle, which can run code when it is loaded.
 
     Raises:
-        AdapterError: what is refused, in one line; nothing was executed and no pattern matched.
+        AdapterError: the configuration or the weights are refused. Until then no code has run, and no pattern has been
+            matched.
     """
     try:
         foreign.check_files(folder)
@@ -62,7 +67,7 @@ def read_lora_config(folder: Path, allow_pickle: bool = False) -> LoraConfig:
     _check_weights(folder, allow_pickle)
     known = {one.name for one in fields(LoraConfig)} - {"peft_type", *_IGNORED}
     kept = {name: value for name, value in found.items() if name in known and value is not None}
-    kept["init_lora_weights"] = True  # what is drawn is overwritten
+    kept["init_lora_weights"] = True  # the stored weights overwrite the initial ones
     if kept.get("fan_in_fan_out"):
         kept["fan_in_fan_out"] = bool(kept["fan_in_fan_out"])
     try:
@@ -72,13 +77,22 @@ def read_lora_config(folder: Path, allow_pickle: bool = False) -> LoraConfig:
 
 
 def as_stored(config: LoraConfig, folder: Path, model: nn.Module) -> LoraConfig:
-    """The same with every adapted module named in full and its rank as its weights have it, in place.
+    """Rewrite ``config`` in place: every adapted module with its full name, and the rank that its weights have.
 
-    So no pattern has to be matched, and nothing is allocated that is not stored. Left as it is where the weights have
-    names that the model has not, as in adapters of older releases of its family, or where parameters are adapted.
+    So PEFT matches no pattern, and allocates nothing that is not stored. The config stays as it is where the model has
+    no modules of the stored names, as with older releases of its family, or where parameters are adapted.
+
+    Args:
+        config: the configuration, from :func:`read_lora_config`.
+        folder: the adapter folder.
+        model: the base model.
+
+    Returns:
+        ``config``.
 
     Raises:
-        AdapterError: such an adapter names its modules by a pattern, or has a rank that none of its weights has.
+        AdapterError: ranks of config and weights differ, a module is no matrix, or an adapter that cannot be rewritten
+            names its modules by a pattern, or has a rank that none of its weights has.
     """
     ranks = stored_ranks(folder)
     modules = dict(model.named_modules())
@@ -87,11 +101,11 @@ def as_stored(config: LoraConfig, folder: Path, model: nn.Module) -> LoraConfig:
         for name, rank in ranks.items():
             if own_ranks.get(name, config.r) != rank:
                 raise AdapterError(
-                    f"{folder} does not fit itself: {name} has weights of rank {rank:,}, its config says "
-                    f"{own_ranks.get(name, config.r):,}; fetch it again"
+                    f"{folder} contradicts itself: {name} has weights of rank {rank:,}, but its config says "
+                    f"{own_ranks.get(name, config.r):,}; download it again"
                 )
             if not is_matrix(modules[name]) and not isinstance(modules[name], nn.Embedding):
-                raise AdapterError(f"{folder} adapts {name}, which is no matrix; expected LoRA on Linear layers")
+                raise AdapterError(f"{folder} adapts {name}, which is not a matrix; expected LoRA on Linear layers")
         config.target_modules = sorted(ranks)
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
         config.rank_pattern = {re.escape(name): rank for name, rank in own_ranks.items()}
@@ -100,7 +114,7 @@ def as_stored(config: LoraConfig, folder: Path, model: nn.Module) -> LoraConfig:
     is_pattern = isinstance(config.target_modules, str) and config.target_modules != "all-linear"
     if is_pattern or config.exclude_modules or config.layers_pattern:
         raise AdapterError(
-            f"{folder} names its modules by a pattern, and its weights are of modules that this model has not; "
+            f"{folder} names its modules by a pattern, and this model has no modules of the names in its weights; "
             "expected an adapter trained on this base model"
         )
     patterns = len(config.rank_pattern or ()) + len(config.alpha_pattern or ())
@@ -108,16 +122,16 @@ def as_stored(config: LoraConfig, folder: Path, model: nn.Module) -> LoraConfig:
         raise AdapterError(f"{folder} has {patterns:,} patterns of ranks and alphas; expected at most {MOST_MATCHED:,}")
     most = max(ranks.values(), default=1)
     if ranks and max((config.r, *(config.rank_pattern or {}).values())) > most:
-        raise AdapterError(f"{folder} says rank {config.r:,}, its weights have up to {most:,}; fetch it again")
+        raise AdapterError(f"{folder} says rank {config.r:,}, but its weights have at most {most:,}; download it again")
     return config
 
 
 def stored_scales(config: LoraConfig, ranks: dict[str, int]) -> dict[str, float]:
-    """What PEFT multiplies each module's low-rank product by, alpha / rank or rsLoRA's alpha / sqrt(rank).
+    """The scale of each module's low-rank product in PEFT: alpha / rank, or rsLoRA's alpha / sqrt(rank).
 
     Args:
-        config: of the adapter, as :func:`read_lora_config` gives it.
-        ranks: of every adapted module by full name, as its weights have it.
+        config: the adapter's configuration, from :func:`read_lora_config`.
+        ranks: rank of every adapted module by full name, from its weights.
     """
     own = resolved(config.alpha_pattern, ranks)
     power = 0.5 if config.use_rslora else 1.0
@@ -125,7 +139,7 @@ def stored_scales(config: LoraConfig, ranks: dict[str, int]) -> dict[str, float]
 
 
 def resolved(patterns: dict[str, Any] | None, names: Iterable[str]) -> dict[str, Any]:
-    """The number that PEFT would find for each name, without its regular expressions: the first that fits wins."""
+    """The number that PEFT would find for each name, without regular expressions: the first match wins."""
     by_end: dict[str, tuple[int, Any]] = {}
     for at, (pattern, value) in enumerate((patterns or {}).items()):
         by_end.setdefault(re.sub(r"^\^?(\.\*\\?\.)?|\\|\$$", "", pattern), (at, value))
@@ -138,13 +152,13 @@ def resolved(patterns: dict[str, Any] | None, names: Iterable[str]) -> dict[str,
 
 
 def _ends(name: str) -> list[str]:
-    """``a.b.c``, ``b.c`` and ``c``."""
+    """The endings of a dotted name, for example ``a.b.c``, ``b.c`` and ``c``."""
     parts = name.split(".")
     return [".".join(parts[at:]) for at in range(len(parts))]
 
 
 def _meant(config: LoraConfig, modules: dict[str, nn.Module], ranks: dict[str, int]) -> set[str]:
-    """The modules that the config means: those stored, where it is a pattern; none where names and weights differ."""
+    """The modules that the config selects: the stored ones if it uses patterns; none if names and weights differ."""
     targets = config.target_modules
     if not isinstance(targets, list | set) or config.exclude_modules or config.layers_to_transform is not None:
         return set(ranks)
@@ -154,21 +168,25 @@ def _meant(config: LoraConfig, modules: dict[str, nn.Module], ranks: dict[str, i
 
 
 def stored_ranks(folder: Path) -> dict[str, int]:
-    """Rank of every adapted module by full name, from the header of the weights; nothing from a pickle."""
+    """Rank of every adapted module by full name, from the header of the weights; empty for a pickle.
+
+    Raises:
+        AdapterError: the weights are not a readable safetensors file.
+    """
     path = folder / SAFETENSORS
     if not path.is_file():
         return {}
     found = {}
-    for key, told in header(path).items():
+    for key, entry in header(path).items():
         name, _, factor = key.removeprefix("base_model.model.").rpartition(".lora_")
-        shape = told.get("shape") if isinstance(told, dict) else None
+        shape = entry.get("shape") if isinstance(entry, dict) else None
         if name and isinstance(shape, list) and shape and factor in ("A.weight", "embedding_A"):
             found[name] = int(shape[0])
     return found
 
 
 def not_trained_here(config: LoraConfig) -> str | None:
-    """What an adapter has beside plain LoRA, by name, which is loaded here but not trained on."""
+    """The first setting of an adapter beyond plain LoRA that can be loaded but not trained here; None without one."""
     plain = {one.name: one.default for one in fields(LoraConfig) if one.default is not MISSING}
     return next((name for name in _LOADED_ONLY if getattr(config, name) and getattr(config, name) != plain[name]), None)
 
@@ -181,7 +199,7 @@ def _check_kind(found: dict[str, Any]) -> None:
     start = found.get("init_lora_weights", True)
     if not isinstance(start, bool | str | None) or start not in _HARMLESS:
         raise ValueError(
-            f"init_lora_weights is {_shown(start)}, a start that changes the base's weights; expected plain LoRA; "
+            f"init_lora_weights is {_shown(start)}, which changes the base model's weights; expected plain LoRA; "
             "convert the adapter with PEFT's path_initial_model_for_weight_conversion"
         )
     plain = {one.name: one.default for one in fields(LoraConfig) if one.default is not MISSING}
@@ -219,7 +237,7 @@ def _check_numbers(found: dict[str, Any]) -> None:
 
 
 def _check_names(found: dict[str, Any]) -> None:
-    """Lists hold names; a text is a pattern, which is not matched, see :func:`as_stored`."""
+    """Check that lists hold names. A string is a pattern, which is never matched: see :func:`as_stored`."""
     for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "target_parameters"):
         value = found.get(name)
         if isinstance(value, str) and name not in ("modules_to_save", "target_parameters"):
@@ -257,32 +275,34 @@ def _check_weights(folder: Path, allow_pickle: bool) -> None:
         header(folder / SAFETENSORS)
         return
     if not (folder / PICKLE).is_file():
-        raise AdapterError(f"{folder} holds no {SAFETENSORS}; expected the weights of an adapter beside its config")
+        raise AdapterError(f"{folder} holds no {SAFETENSORS}; expected an adapter's weights next to its config")
     if not allow_pickle:
         raise AdapterError(
-            f"{folder / PICKLE} is a pickle, which can run code when it is read; expected {SAFETENSORS}, or "
-            "`allow_pickle` if you trust who made it"
+            f"{folder / PICKLE} is a pickle, which can run code when it is loaded; expected {SAFETENSORS}; "
+            "set `allow_pickle` if you trust its author"
         )
 
 
 def header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file: names, dtypes, shapes.
+    """The header of a safetensors file: dtype, shape and offsets by name of a tensor.
 
     Raises:
-        AdapterError: it is no safetensors file, or cannot be read.
+        AdapterError: the file is not in the safetensors format, or cannot be read.
     """
     try:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > min(HEADER_BYTES, path.stat().st_size - 8):
-                raise AdapterError(f"{path} tells of a header of {length:,} bytes, more than it has; fetch it again")
+                raise AdapterError(
+                    f"{path} states a header of {length:,} bytes, which is more than it holds; download it again"
+                )
             found = json.loads(file.read(length))
     except OSError as error:
-        raise AdapterError(f"cannot read {path}: {error.strerror}; fetch it again") from error
+        raise AdapterError(f"cannot read {path}: {error.strerror}; download it again") from error
     except (ValueError, RecursionError, struct.error) as error:
-        raise AdapterError(f"{path} is no safetensors file ({type(error).__name__}); fetch it again") from error
+        raise AdapterError(f"{path} is not a safetensors file ({type(error).__name__}); download it again") from error
     if not isinstance(found, dict):
-        raise AdapterError(f"{path} is no safetensors file; fetch it again")
+        raise AdapterError(f"{path} is not a safetensors file; download it again")
     found.pop("__metadata__", None)
     return found
 

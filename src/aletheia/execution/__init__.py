@@ -1,1 +1,1 @@
-"""How a step is computed on the device at hand: exact, and cheaper than the plain way."""
+"""How a step is computed on the device: with exact results, at less cost than the plain way."""

@@ -1,4 +1,4 @@
-"""Other ways to compute the ``sdpa`` attention of a model, for a while: one on top of the other."""
+"""Contexts that replace how a model computes its ``sdpa`` attention; they can be nested."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,18 +10,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 Attention = Callable[..., tuple[torch.Tensor, None]]
-OTHER_WAYS = ("position_bias", "cache", "softcap", "s_aux")  # arguments that ask for more than ways of ours can
+OTHER_WAYS = ("position_bias", "cache", "softcap", "s_aux")  # arguments that the ways here do not support
 
-WAYS = "_aletheia_attention_ways"  # of a module: a compiler would take modules in a container for constants
+WAYS = "_aletheia_attention_ways"  # an attribute of modules: a compiler would treat modules in a container as constants
 _entered: list[Attention] = []
 
 
 @contextmanager
 def attention_by(model: nn.Module, way: Attention) -> Iterator[None]:
-    """Call ``way(next one, module, query, key, value, attention_mask, ...)`` where ``model`` asks for ``sdpa``.
+    """Call ``way(inner, module, query, key, value, attention_mask, ...)`` where ``model`` asks for ``sdpa``.
 
-    The next one is what was entered before, in the end transformers' own. A function that someone else put in the place
-    of ``sdpa`` stays there. Backward with recomputation must run inside, as its forward does.
+    ``inner`` is the way of the enclosing context; outermost, it is transformers' own function. A function that another
+    library has registered as ``sdpa`` stays. With recomputation, backward must run inside the context, as forward does.
     """
     if ALL_ATTENTION_FUNCTIONS["sdpa"] not in (sdpa_attention_forward, _dispatch):
         yield
@@ -43,11 +43,11 @@ def attention_by(model: nn.Module, way: Attention) -> Iterator[None]:
                 delattr(module, WAYS)
         _entered.remove(way)
         if not _entered:
-            del ALL_ATTENTION_FUNCTIONS["sdpa"]  # what is registered for every model shows again
+            del ALL_ATTENTION_FUNCTIONS["sdpa"]  # the global registration takes effect again
 
 
 def sees_backward_only(module: nn.Module, asked: bool | None) -> bool:
-    """Whether a query sees no later key: as its module says, unless the call does."""
+    """Whether a query sees no later key: the call decides with ``asked``, else its module."""
     return bool(getattr(module, "is_causal", True)) if asked is None else asked
 
 

@@ -1,4 +1,4 @@
-"""Which way a step is computed on the device at hand: decided here and nowhere else, by name."""
+"""The choice of how a step is computed on a device, by name. Nothing else makes this choice."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -9,34 +9,36 @@ from typing import Literal
 import torch
 from torch import nn
 
-from aletheia.execution.cpu.attention import lean_attention
-from aletheia.execution.cpu.norms import lean_norms
+from aletheia.execution.cpu.attention import fast_attention
+from aletheia.execution.cpu.norms import fast_norms
 from aletheia.execution.cuda.liger import has_liger, liger_gates, liger_norms
 from aletheia.execution.cuda.rotary import liger_rotary
-from aletheia.execution.lean import adapters_in_bfloat16, lean_adapters, lean_loss
+from aletheia.execution.fast import adapters_in_bfloat16, fast_adapters, fast_loss
 from aletheia.execution.packed import attention_by_row, has_kernel
 from aletheia.execution.recompute import Recompute, recomputation
 from aletheia.probing.logits import labelled_logits, labelled_states
 
-# of the outputs: the loss alone, sums over positions of a head fused with it, or the logits of every position
+# what a loop reads of the outputs: the loss alone, sums over positions by a fused head, or the logits of all positions
 Reads = Literal["loss", "sums", "logits"]
 Way = Callable[[nn.Module], AbstractContextManager[object]]
 
 
 def layer_ways(model: nn.Module, compiled: bool = False, liger: bool = True) -> dict[str, Way]:
-    """What makes layers cheaper and leaves their results alone up to rounding, in steps as in a stored prefix.
+    """The ways, by name, to compute layers at less cost with the same results up to rounding.
+
+    They apply both to training steps and to the computation of a stored prefix.
 
     Args:
         model: the model, adapted or not.
-        compiled: whether layers that learn are to be compiled, which fuses what Liger's kernels fuse.
-        liger: whether Liger's kernels may be taken, on a GPU, where they are installed.
+        compiled: whether layers that learn will be compiled, which fuses what Liger's kernels fuse.
+        liger: whether to use Liger's kernels on a GPU where they are installed.
     """
     parameter = next(model.parameters())
-    ways: dict[str, Way] = {"low-rank products in place": lean_adapters}
+    ways: dict[str, Way] = {"low-rank products in place": fast_adapters}
     if parameter.device.type == "cpu" and parameter.dtype == torch.bfloat16:
-        ways["attention by matrix products"] = lean_attention
+        ways["attention by matrix products"] = fast_attention
     if parameter.device.type == "cpu":
-        ways["norms in fewer passes"] = lean_norms
+        ways["norms in fewer passes"] = fast_norms
     if _is_cuda(parameter) and liger and not compiled and has_liger():
         ways["norms by Liger"] = liger_norms
         ways["gates by Liger"] = liger_gates
@@ -56,24 +58,24 @@ def step_ways(
     compiled: bool = False,
     liger: bool = True,
 ) -> dict[str, Way]:
-    """What makes a whole step cheaper, by name.
+    """The ways, by name, to compute a whole training step at less cost.
 
     Args:
         model: the adapted model.
-        reads: what its loop looks at of the outputs.
+        reads: what the training loop reads of the outputs.
         recompute: what is computed again in backward.
-        packed: whether batches hold rows one after another.
-        compiled: whether layers that learn are to be compiled.
-        liger: whether Liger's kernels may be taken.
+        packed: whether batches hold rows one after another, without padding.
+        compiled: whether layers that learn will be compiled.
+        liger: whether to use Liger's kernels on a GPU where they are installed.
     """
     ways: dict[str, Way] = {"adapters in the dtype of the base": adapters_in_bfloat16}
     if reads == "loss":
         ways["logits at labelled positions"] = labelled_logits
-    elif reads == "sums" and next(model.parameters()).device.type == "cpu":  # elsewhere the loop does so itself
+    elif reads == "sums" and next(model.parameters()).device.type == "cpu":  # on other devices the loop does this
         ways["hidden states at labelled positions"] = labelled_states
     ways |= layer_ways(model, compiled, liger)
     if reads == "loss":
-        ways["loss in the buffer of its logits"] = lean_loss
+        ways["loss in the buffer of its logits"] = fast_loss
     if packed:
         ways["rows packed without padding"] = attention_by_row
     if recompute != "off":
@@ -84,12 +86,12 @@ def step_ways(
 
 
 def is_behind(device: torch.device) -> bool:
-    """Whether ``device`` works off a queue, so that a step should look at none of its own results."""
+    """Whether ``device`` runs asynchronously, so that a step should not read its own results."""
     return device.type == "cuda"
 
 
 def compile_seconds() -> float:
-    """Seconds that this process has spent on compiling layers so far."""
+    """Seconds that this process has spent compiling layers so far."""
     loaded = sys.modules.get("aletheia.execution.compiled")
     return loaded.compile_seconds() if loaded else 0.0
 
@@ -101,13 +103,13 @@ def _compiled_layers(model: nn.Module) -> AbstractContextManager[object]:
 
 
 def packing_pays(model: nn.Module) -> bool:
-    """Whether rows are packed where nobody says: attention has one kernel for all of them."""
+    """Whether rows are packed by default: they are where one attention kernel handles all of them."""
     return has_kernel(model)
 
 
 @contextmanager
 def entered(model: nn.Module, ways: dict[str, Way]) -> Iterator[None]:
-    """Compute ``model`` in these ways for a while."""
+    """Compute ``model`` in these ways, within this context."""
     with ExitStack() as stack:
         for way in ways.values():
             stack.enter_context(way(model))
@@ -115,7 +117,7 @@ def entered(model: nn.Module, ways: dict[str, Way]) -> Iterator[None]:
 
 
 @contextmanager
-def lean_layers(model: nn.Module, liger: bool = True) -> Iterator[None]:
-    """Adapters, attention and norms in their cheaper forms."""
+def fast_layers(model: nn.Module, liger: bool = True) -> Iterator[None]:
+    """Compute adapters, attention and norms of ``model`` in the ways of :func:`layer_ways`, within this context."""
     with entered(model, layer_ways(model, liger=liger)):
         yield

@@ -1,4 +1,4 @@
-"""Decoder layers as compiled code: their small operations fused, far fewer launches on a GPU."""
+"""Compiled decoder layers: small operations are fused, which takes far fewer kernel launches on a GPU."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -14,29 +14,32 @@ from torch._dynamo.callback import callback_handler
 from aletheia.anatomy.read import find_layers
 from aletheia.errors import TrainingError
 
-VARIANTS = 64  # of a layer's code that are kept: kinds of layers, training or not, grad or not, ranges of shapes
+VARIANTS = 64  # most compiled variants of a layer: by kind of layer, training mode, gradient mode and range of shapes
 _spent = [0.0]
 
 
 def compile_seconds() -> float:
-    """Seconds that this process has spent on compiling so far."""
+    """Seconds that this process has spent compiling so far."""
     return _spent[0]
 
 
 @contextmanager
 def compiled_layers(model: nn.Module) -> Iterator[None]:
-    """Run the decoder layers that hold parameters to learn, and those above them, as compiled code.
+    """Run the lowest decoder layer with trainable parameters, and those above it, as compiled code.
 
-    Layers of one kind share it, whatever their weights and the batch's shape; the first step of a kind compiles. Hooks
-    of a layer stay outside. Calls with a key-value cache, as in generation, run as they are, and so does what the
-    compiler fails at, after a warning of its own.
+    Layers of one kind share the code, whatever their weights and the batch's shape; the first step of a kind compiles
+    it. Hooks of a layer stay outside. Calls with a key-value cache, as in generation, run uncompiled. So does code on
+    which the compiler fails; it then prints a warning.
 
     Raises:
-        TrainingError: PEFT adapts experts, by classes that it makes anew in each call: each would be compiled again.
+        TrainingError: the plan adapts experts. PEFT makes a new class for them in each call, and each would be compiled
+            again.
     """
     layers = _learning_layers(model)
     if any(isinstance(module, ParamWrapper) for layer in layers for module in layer.modules()):
-        raise TrainingError("`compile_layers` is on, and experts are adapted; expected it off for this plan")
+        raise TrainingError(
+            "`compile_layers` is on, but the plan adapts experts, which cannot be compiled; expected it off"
+        )
     with (
         dynamo_config.patch(recompile_limit=VARIANTS, suppress_errors=True),
         _timed_compilation(),
@@ -46,7 +49,7 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
 
 
 def _learning_layers(model: nn.Module) -> Sequence[nn.Module]:
-    """From the lowest with a parameter that learns up."""
+    """The lowest layer with a trainable parameter, and all above it."""
     _, layers = find_layers(model)
     for index, layer in enumerate(layers):
         if any(parameter.requires_grad for parameter in layer.parameters()):
@@ -82,7 +85,7 @@ class _Compiled:
 
 @contextmanager
 def _timed_compilation() -> Iterator[None]:
-    """Add to the seconds of compilation; code that is compiled within other code counts once."""
+    """Measure the seconds of compilation."""
     since: list[float] = []
 
     def start(*_: Any) -> None:

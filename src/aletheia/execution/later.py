@@ -1,13 +1,13 @@
-"""Values on their way from a device that is behind: read without waiting for what was queued after them."""
+"""Values from an asynchronous device, read without waiting for work that was queued after them."""
 
 import torch
 
 
 class Later:
-    """A number that a device is to compute; reading it waits for nothing that was queued later."""
+    """A number that a device has yet to compute; reading it waits for nothing that was queued later."""
 
     def __init__(self, value: torch.Tensor) -> None:
-        """``value`` has one element; it may change from now on."""
+        """Copy ``value``, a tensor of one element, which may change afterwards."""
         self._event: torch.Event | None = None
         if value.device.type == "cpu":
             self._copy = value.detach().float().clone()
@@ -17,7 +17,7 @@ class Later:
         self._event.record()
 
     def read(self) -> float:
-        """The number, once it is there."""
+        """The number; waits until the device has computed it."""
         if self._event is not None:
             self._event.synchronize()
         return float(self._copy.numpy())

@@ -1,4 +1,4 @@
-"""Batches without padding: rows one after another in one sequence, each seeing itself alone.
+"""Batches without padding: rows one after another in one sequence, where each row attends only to itself.
 
 Shapes: N tokens of all rows, T of one row, H query heads, K key heads, D size of a head, S rows, V vocabulary.
 """
@@ -26,27 +26,27 @@ except ImportError:  # torch below 2.10
     varlen = None
 
 _TAKEN = set(inspect.signature(varlen.varlen_attn).parameters) if varlen is not None else set()
-SAME = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 0.02, torch.bfloat16: 0.1}  # of logits, relative
-KINDS = {"full_attention", "sliding_attention"}  # of layers whose mask a row's positions and a window define
+SAME = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 0.02, torch.bfloat16: 0.1}  # tolerance, relative
+KINDS = {"full_attention", "sliding_attention"}  # layer types whose mask depends only on positions and a window
 
 
 def has_kernel(model: nn.Module) -> bool:
-    """Whether attention by rows is one kernel for ``model``, where it is: a half-precision model on a CUDA device."""
+    """Whether attention by rows is one kernel for ``model``: in half precision on a CUDA device."""
     return _in_kernel(input_weight(model))
 
 
 def _in_kernel(tensor: torch.Tensor) -> bool:
-    """Whether torch's ``varlen_attn`` is there, takes what attention needs, and takes such a tensor."""
+    """Whether torch has a ``varlen_attn`` that supports scale and window, and supports this tensor."""
     is_half = tensor.dtype in (torch.bfloat16, torch.float16)
     return tensor.is_cuda and is_half and {"scale", "window_size"} <= _TAKEN
 
 
 @contextmanager
 def attention_by_row(model: nn.Module) -> Iterator[None]:
-    """Let each row of a packed batch (:func:`aletheia.data.batches.collate_packed`) see itself alone.
+    """Let each row of a packed batch (:func:`aletheia.data.batches.collate_packed`) attend only to itself.
 
-    Padded batches are computed as before. On a CUDA device in half precision all rows go through one kernel, torch's
-    ``varlen_attn``; elsewhere one after another through the attention below.
+    Padded batches are computed as before. In half precision on a CUDA device, all rows go through one kernel, torch's
+    ``varlen_attn``. Elsewhere they go one after another through the enclosing way of attention.
     """
     with attention_by(model, _by_row):
         yield
@@ -67,7 +67,7 @@ def _by_row(
     if any(kwargs.get(name) is not None for name in OTHER_WAYS) or not sees_backward_only(
         module, kwargs.get("is_causal")
     ):
-        raise NotImplementedError("its attention takes more than a window and a scale")
+        raise NotImplementedError("its attention needs more than a window and a scale")
     if _in_kernel(query_1HND) and not kwargs.get("dropout"):
         return _in_one_kernel(query_1HND, key_1KND, value_1KND, bounds_S1, **kwargs), None
     return _one_by_one(plain, module, query_1HND, key_1KND, value_1KND, bounds_S1, **kwargs), None
@@ -99,7 +99,7 @@ def _in_one_kernel(
     return output_NHD[None]
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # how long rows are is not in the graph
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a graph cannot depend on the lengths of rows
 def _one_by_one(
     plain: Attention,
     module: nn.Module,
@@ -122,16 +122,16 @@ def _one_by_one(
 
 
 def _window(length: int, window: int, device: torch.device) -> torch.Tensor:
-    """Which keys a query sees of those up to its own: the last ``window``."""
+    """The keys that each query sees, the last ``window`` up to its own, as booleans [1, 1, T, T]."""
     seen_TT = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return seen_TT.triu(1 - window)[None, None]
 
 
 def why_not_packed(model: nn.Module, rows: Sequence[Example], pad_token_id: int) -> str | None:
-    """Why packed rows would not get the logits they get alone, if so: tried on the two shortest rows.
+    """Why packed rows would get other logits than single rows; None if they get the same. Tries the two shortest rows.
 
-    The model runs twice, as it is, with fast steps or without, and back through its activations: not every kernel that
-    computes a batch has a gradient for it.
+    The model runs on both forms of the batch in its present state, with fast steps or without. The packed one also runs
+    backward through the activations, because not every kernel that computes a batch has a gradient.
     """
     config = text_config(model)
     if getattr(config, "_attn_implementation", None) != "sdpa":
@@ -149,13 +149,17 @@ def why_not_packed(model: nn.Module, rows: Sequence[Example], pad_token_id: int)
                 torch.autograd.backward(packed_NV.float().mean())
             with torch.no_grad():
                 padded_STV = _logits(model, collate(two, pad_token_id))
-    except Exception as error:  # whatever a family of tomorrow does with its batches
-        return f"{type(model).__name__} does not take packed rows ({type(error).__name__})"
+    except Exception as error:  # model families may fail in any way
+        return f"{type(model).__name__} does not support packed rows ({type(error).__name__})"
     packed_NV = packed_NV.detach()
     alone_NV = torch.cat([padded_TV[: len(row)] for padded_TV, row in zip(padded_STV, two, strict=True)])
     differs = (packed_NV[0].float() - alone_NV.float()).norm() / alone_NV.float().norm()
     tolerance = SAME.get(input_weight(model).dtype, SAME[torch.bfloat16])
-    return None if math.isfinite(differs) and differs <= tolerance else "rows that are packed together see each other"
+    return (
+        None
+        if math.isfinite(differs) and differs <= tolerance
+        else "rows that are packed together attend to each other"
+    )
 
 
 def _logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
@@ -166,7 +170,7 @@ def _logits(model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
 
 @contextmanager
 def _gradients_of_activations(model: nn.Module) -> Iterator[None]:
-    """Let backward go through the whole model and leave a gradient at no parameter."""
+    """Let backward run through the whole model without leaving a gradient at any parameter."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     embedding = cast(Any, model).get_input_embeddings()
     for parameter in learning:

@@ -10,7 +10,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start a new measurement; where the system cannot reset its mark, the mark covers the whole process."""
+    """Start a new measurement. Where the system cannot reset its peak, the peak covers the process since its start."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -21,7 +21,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Peak since the last reset; 0 where the system does not tell."""
+    """Peak bytes since the last reset; 0 where the system does not report them."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     if _STATUS.exists():

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of the suffix: everything inside a layer computed again, or all but the matrix products."""
+"""Gradient checkpointing of the suffix: backward computes a whole layer again, or all but its matrix products."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,11 +11,11 @@ from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext,
 from aletheia.anatomy.access import base_of
 from aletheia.errors import TrainingError
 from aletheia.execution.cpu.attention import repeated_weights
-from aletheia.execution.lean import adapters_as_operators
+from aletheia.execution.fast import adapters_as_operators
 
 Recompute = Literal["off", "selective", "full"]
 _aten = torch.ops.aten
-KEPT = {  # what takes the time: products with weights, and attention, of which no square matrix is kept
+KEPT = {  # the expensive operators: products with weights, and attention kernels that keep no square matrix
     _aten.mm.default,
     _aten.addmm.default,
     _aten._grouped_mm.default,
@@ -38,7 +38,7 @@ def _keep_products(ctx: SelectiveCheckpointContext, operator: Any, *args: Any, *
 
 
 def recomputations(model: torch.nn.Module, compiled: bool = False) -> tuple[Recompute, ...]:
-    """What ``model`` can compute again, from nothing to all; compiled layers hide their products."""
+    """The kinds of recomputation that ``model`` supports, least first; compiled layers hide their products."""
     if not base_of(model).supports_gradient_checkpointing:
         return ("off",)
     return ("off", "full") if compiled else ("off", "selective", "full")
@@ -46,19 +46,18 @@ def recomputations(model: torch.nn.Module, compiled: bool = False) -> tuple[Reco
 
 @contextmanager
 def recomputation(model: torch.nn.Module, kind: Recompute) -> Iterator[None]:
-    """Keep fewer activations between forward and backward; gradients stay the same.
+    """Keep fewer activations between forward and backward; gradients stay the same. Backward must run inside.
 
-    ``full`` keeps the input of each layer and runs the layer again in backward. ``selective`` keeps the matrix
-    products, too, and repeats only what is cheap: norms, activations, rotary positions [Korthikanti et al. 2022,
-    arXiv:2205.05198, who repeat attention; its kernels have since come to keep no T x T matrix, and ours keeps none
-    here]. Backward must run inside.
+    ``full`` keeps the input of each layer and runs the layer again in backward. ``selective`` also keeps the matrix
+    products, and repeats only cheap operations: norms, activations, rotary positions [after Korthikanti et al. 2022,
+    arXiv:2205.05198]. They repeat attention, whose kernels then kept T x T matrices; those used here keep none.
 
     Args:
         model: the adapted model.
-        kind: ``off`` does nothing.
+        kind: what backward computes again; ``off`` does nothing.
 
     Raises:
-        TrainingError: the model's family cannot.
+        TrainingError: the model's family has no gradient checkpointing.
     """
     if kind == "off":
         yield

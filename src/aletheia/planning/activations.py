@@ -1,8 +1,8 @@
-"""What a training step holds beside weights and adapters, in bytes: activations kept for backward, logits, gradients.
+"""What a training step holds besides weights and adapters, in bytes: activations kept for backward, logits, gradients.
 
-Counted is what autograd saves, layer by layer, for a token: inputs and outputs of matrices, what norms and activations
-keep, the three sides of attention. The counts were made by running steps on fake tensors, see
-``benchmarks/memory_estimates.py``, which also sets them beside what a GPU measured.
+The model counts what autograd saves for a token, layer by layer: inputs and outputs of matrices, what norms and
+activations keep, and the queries, keys and values of attention. The counts come from steps on fake tensors.
+``benchmarks/memory_estimates.py`` runs them and compares them with measurements on a GPU.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,16 +15,16 @@ from aletheia.anatomy.schema import Anatomy, Kept, Module
 Recompute = Literal["off", "selective", "full"]
 FLOAT32_BYTES = 4
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-SQUARE_WORK_BYTES = 8  # a score of attention that keeps them, in backward: two in float32
-PLAIN_HALF = 2.25  # gradients where PEFT adds its products itself in half precision, against where they share a buffer
-PLAIN_INPUTS = 3  # hidden states that PEFT rounds for each matrix anew on a processor, of those that share one
+SQUARE_WORK_BYTES = 8  # per score in backward, where attention keeps its scores: two float32 values
+PLAIN_HALF = 2.25  # ratio of gradient bytes: PEFT adding its own products in half precision, to products in one buffer
+PLAIN_INPUTS = 3  # extra copies of the hidden states: on a CPU, PEFT rounds a shared input once per matrix
 NORM_GRADIENTS = 4  # hidden states in float32 that the backward pass of a norm holds
-MOST_SCORES_KEPT = 2**16  # of a head, by attention on a processor: aletheia.execution.cpu.attention.MOST_KEPT
-LOSS_ROWS = {True: 4096, False: 32}  # of logits in float32 at once, on a GPU or not: aletheia.execution.lean
-HALF_LOSS_BYTES = 12  # of a float16 logit: it, its logarithm and its gradient in float32
-SCANNED = 2  # inputs and outputs of a layer without attention: states along the tokens, not counted one by one
-STATE_GRADIENTS = 3  # of the largest tensor of a state space, at once in backward
-SLACK = 1.05  # small tensors that are not counted, and what an allocator rounds up
+MOST_SCORES_KEPT = 2**16  # per head, in attention on a CPU: aletheia.execution.cpu.attention.MOST_KEPT
+LOSS_ROWS = {True: 4096, False: 32}  # rows of logits in float32 at once; the key is "on a GPU": aletheia.execution.fast
+HALF_LOSS_BYTES = 12  # per float16 logit: the logit, its logarithm and its gradient in float32
+SCANNED = 2  # multiple of the inputs and outputs of a layer without attention: its states are not counted one by one
+STATE_GRADIENTS = 3  # copies of a state space's largest tensor that backward holds at once
+SLACK = 1.05  # allows for small tensors that are not counted, and for what an allocator rounds up
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,14 @@ class Step:
     """The largest training step of a run, and how it is computed.
 
     Attributes:
-        tokens: of the batch, padding included.
-        row_tokens: of its longest row; a batch of several rows is taken to need padding.
-        labelled_share: of the tokens, at most.
-        dtype: of the activations: that of the model, or what its quantized weights are multiplied in.
+        tokens: tokens in the batch, padding included.
+        row_tokens: tokens in its longest row; a batch of several rows is assumed to need padding.
+        labelled_share: the largest share of the tokens that carries a label.
+        dtype: dtype of the activations: that of the model, or the one its quantized weights are multiplied in.
         recompute: what backward computes again.
-        on_gpu: whether it runs on a GPU.
-        resident: whether the weights below the boundary are in memory, as they are unless the model is streamed; a
-            prefix that is freed once it is cached is there at first. None: not known yet.
+        on_gpu: whether the step runs on a GPU.
+        resident: whether the weights below the boundary are in memory. They are, unless the model is streamed. A
+            prefix that is freed once it is cached counts as resident. None: not known yet.
     """
 
     tokens: int
@@ -52,12 +52,12 @@ class Step:
 
     @property
     def item_bytes(self) -> int:
-        """Of an activation."""
+        """Bytes of one element of an activation."""
         return ITEM_BYTES.get(self.dtype, FLOAT32_BYTES)
 
     @property
     def is_padded(self) -> bool:
-        """Whether rows of unlike length are in it."""
+        """Whether the batch holds several rows, which may differ in length."""
         return self.tokens > self.row_tokens
 
 
@@ -77,7 +77,7 @@ class LayerWork:
 
     @cached_property
     def kept(self) -> Kept:
-        """Of the model; where the probe did not ask, norms and activations like Gemma's, with some per head."""
+        """What the model's norms and activations keep; without a probe's count, an upper bound like Gemma's."""
         if self.anatomy.kept is not None:
             return self.anatomy.kept
         wide = 4.0 * self.anatomy.hidden_size + 2.0 * self.anatomy.attention_width
@@ -89,17 +89,17 @@ class LayerWork:
 
     @property
     def is_masked(self) -> bool:
-        """Whether attention gets a mask, for which keys and values are repeated: of padding, or of a window."""
+        """Whether attention gets a mask, for padding or a window; keys and values are then repeated."""
         return self.step.is_padded or 0 < self.kept.window < self.step.row_tokens
 
     @property
     def has_attention(self) -> bool:
-        """Whether some matrix of it belongs to attention."""
+        """Whether one of its matrices belongs to attention."""
         return any(module.role == "attention" for module in self.modules)
 
     @property
     def everything_bytes(self) -> float:
-        """What it keeps where nothing is computed again."""
+        """Bytes it keeps where backward computes nothing again."""
         by_role: dict[str, list[Module]] = {}
         for module in self.modules:
             by_role.setdefault(module.role, []).append(module)
@@ -120,7 +120,7 @@ class LayerWork:
 
     @property
     def products_bytes(self) -> float:
-        """What it keeps where all but products and attention is computed again; twice where LoRA adds its own."""
+        """Bytes it keeps where only matrix products and attention are kept; twice where PEFT adds its own products."""
         copies = 2 if self.kept.plain_products else 1
         outputs = copies * sum(module.out_features * module.active_experts for module in self.modules)
         own = outputs + self.anatomy.hidden_size + self._reduced
@@ -129,12 +129,12 @@ class LayerWork:
 
     @property
     def input_bytes(self) -> float:
-        """What enters it: all that is kept where the layer is computed again."""
+        """Bytes of its input: all it keeps where backward computes the whole layer again."""
         return SLACK * self.step.tokens * self.step.item_bytes * self.anatomy.hidden_size
 
     @property
     def backward_bytes(self) -> float:
-        """Gradients of activations at once, on the way through its widest part, and what recomputing it holds."""
+        """Bytes of the activation gradients in its widest part, and of what recomputation holds at the same time."""
         widest = max(map(_width_in, self.modules), default=0)
         gradients = self.step.item_bytes * (2.0 * widest + self.anatomy.hidden_size)
         if self.kept.plain_products and self.step.dtype != "float32":
@@ -147,20 +147,21 @@ class LayerWork:
 
     @property
     def held_bytes(self) -> float:
-        """What it keeps from forward to backward."""
+        """Bytes it keeps from forward to backward."""
         if self.step.recompute == "full":
             return self.input_bytes
         return self.products_bytes if self.step.recompute == "selective" else self.everything_bytes
 
     @property
     def _reduced(self) -> float:
-        """Low-rank products of a token."""
+        """Elements of the low-rank products of a token."""
         return float(sum(self.ranks.get(module.name, 0) * module.active_experts for module in self.modules))
 
     def _attention(self, modules: Sequence[Module]) -> float:
-        """Inputs of the projections once each, queries, keys and values, and what goes into the last projection.
+        """Elements per token: inputs of the projections, queries, keys and values, and the last projection's input.
 
-        With padding, keys and values are repeated to the width of the queries; latent ones are put together anew.
+        A shared input counts once. With padding, keys and values are repeated to the width of the queries. Latent
+        attention builds its queries, keys and values from several parts.
         """
         *inner, last = modules
         outputs = sum(module.out_features for module in inner)
@@ -173,7 +174,7 @@ class LayerWork:
 
     @property
     def _attention_bytes(self) -> float:
-        """For a token: sums of scores in float32; the mask of padded rows as numbers to add; scores that are kept."""
+        """Bytes per token: row sums of the scores in float32, the additive mask of padded rows, and scores kept."""
         if not self.has_attention:
             return 0.0
         step, heads = self.step, self.kept.heads
@@ -188,11 +189,10 @@ class LayerWork:
 
 
 def step_bytes(anatomy: Anatomy, layers: Collection[int], ranks: Mapping[str, int], step: Step) -> float:
-    """Peak of what a step holds beside weights, adapters and folded experts, where ``layers`` learn.
+    """Peak bytes that a step holds besides weights, adapters and folded experts, where ``layers`` learn.
 
-    Everything that the layers from the lowest of them up keep, and the largest of three moments: the loss, the
-    gradients of the last norm, and those inside a layer. What runs below the boundary holds less at a time than
-    backward does.
+    The sum of all that the layers from the lowest of ``layers`` up keep, plus the largest of three peaks: the loss,
+    the gradients of the last norm, and those inside a layer. Layers below the boundary never hold more than backward.
     """
     works = [LayerWork(anatomy, step, layer, ranks) for layer in range(min(layers), anatomy.layer_count)]
     states = step.item_bytes * anatomy.hidden_size * step.tokens  # what enters the first layer
@@ -203,7 +203,7 @@ def step_bytes(anatomy: Anatomy, layers: Collection[int], ranks: Mapping[str, in
 
 
 def loss_bytes(anatomy: Anatomy, step: Step) -> float:
-    """Logits at labelled positions, whose gradient takes their place, and a few rows of them in float32."""
+    """Bytes of the logits at labelled positions, which their gradient overwrites, and of a few rows in float32."""
     rows = step.tokens * step.labelled_share
     copies = anatomy.kept.logit_copies if anatomy.kept else 1
     element = copies * step.item_bytes + (HALF_LOSS_BYTES if step.dtype == "float16" else 0)
@@ -212,10 +212,10 @@ def loss_bytes(anatomy: Anatomy, step: Step) -> float:
 
 
 def _feed_forward(modules: Sequence[Module]) -> float:
-    """Elements for a token of an MLP, of experts or of a router: inputs once each, outputs of all but the last matrix.
+    """Elements that an MLP, experts or a router keep for a token: their inputs, and outputs of all but the last matrix.
 
-    Where there are twice as many of these as the last matrix takes in, half of them is a gate, and its activation is
-    multiplied by the other half. Experts get their tokens gathered and scale their results.
+    A shared input counts once. Where the outputs are twice as wide as the last matrix's input, half of them are a gate
+    whose activation multiplies the other half. Experts also keep their gathered tokens and their scaled results.
     """
     *inner, last = modules
     experts = last.active_experts

@@ -1,7 +1,7 @@
 """The cost model: what one training step takes, in operations (analytic) or in seconds (calibrated).
 
 For boundary ``k = min S`` a step costs ``sum_l F_l + sum_{l >= k} B_l + sum_{l in S} A_l + head``: all layers run
-forward, only the suffix is crossed by backward, only adapted layers pay for their adapters. From a filled prefix cache,
+forward, backward crosses only the suffix, and only adapted layers pay for their adapters. From a filled prefix cache,
 layers below ``k`` do not run forward either.
 """
 
@@ -16,9 +16,9 @@ from aletheia.probing.timings import Timings
 class LayerCosts:
     """Cost of the parts of a step, all in one unit: FLOPs per token, or seconds per batch.
 
-    ``forward[l]``, ``backward[l]`` (activations only) and ``adapter[l]`` per layer; ``head`` is the LM head and loss at
-    labelled tokens and, if measured, what else does not depend on the plan. ``baseline`` is a step of uniform LoRA in
-    plain PEFT and Trainer: logits everywhere and, if measured, random batches and PEFT's adapters.
+    ``forward[l]``, ``backward[l]`` (activations only) and ``adapter[l]`` are per layer. ``head`` is the LM head and
+    loss at labelled tokens; a measured one includes all else that does not depend on the plan. ``baseline`` is a step
+    of uniform LoRA in plain PEFT and Trainer: logits everywhere; a measured one has random batches and PEFT's adapters.
     """
 
     forward: tuple[float, ...]
@@ -38,17 +38,17 @@ class LayerCosts:
         return crossed + sum(self.adapter[layer] for layer in layers) + self.head
 
     def mean_step(self, layers: Collection[int], epochs: float = 1.0) -> float:
-        """Mean cost of a step over a run of ``epochs`` passes: the prefix runs once per row, then is read."""
+        """Mean cost of a step over a run of ``epochs`` passes: the prefix runs once per row, then is cached."""
         return self.cached_step(layers) + sum(self.forward[: min(layers)]) / max(epochs, 1.0)
 
 
 def run_time(
     costs: LayerCosts, every: Collection[int], layers: Collection[int], early_share: float, epochs: float
 ) -> float:
-    """Mean cost of a step of a run, relative to the baseline's.
+    """Mean cost of a step of a run, relative to a step of the baseline.
 
-    ``every`` layer learns in the first ``early_share`` of ``epochs`` passes, then ``layers`` do, and what lies below
-    them is computed once per row.
+    In the first ``early_share`` of ``epochs`` passes, all layers of ``every`` learn. After that only ``layers`` learn,
+    and the layers below them run once per row.
     """
     early = early_share * costs.step(every)
     return (early + (1 - early_share) * costs.mean_step(layers, epochs * (1 - early_share))) / costs.baseline
@@ -59,12 +59,13 @@ def layer_costs(
 ) -> LayerCosts:
     """FLOPs per token of each part, for sequences of ``sequence_length`` tokens.
 
-    ``ranks`` holds the rank an adapter on a module would have, by full module name, of those that may be adapted;
-    ``baseline_rank`` is that of uniform LoRA, which leaves routers alone. A matrix product costs 2 FLOPs per weight and
-    token; its activation-backward the same again. The two attention products cost ``4 x T x width`` forward and twice
-    that backward. LoRA adds three products of ``2 r (in + out)``: forward, backward to the input, and the gradients of
-    A and B. Of experts only those that a token passes through are counted. Norms, activations, the optimizer and
-    memory traffic are not.
+    ``ranks`` holds the rank that an adapter would have, by full module name, for each module that may be adapted.
+    ``baseline_rank`` is that of uniform LoRA, which leaves routers alone.
+
+    A matrix product costs 2 FLOPs per weight and token; its activation-backward costs the same again. The two attention
+    products cost ``4 x T x width`` forward and twice that backward. LoRA adds three products of ``2 r (in + out)``:
+    forward, backward to the input, and the gradients of A and B. Only the experts that a token passes through count.
+    Norms, activations, the optimizer and memory traffic do not.
     """
     attention = 4.0 * sequence_length * anatomy.attention_width
     forward, backward, adapter = [], [], []
@@ -91,7 +92,7 @@ def measured_costs(anatomy: Anatomy, ranks: dict[str, int], baseline_rank: int, 
         adapted = [module for module in modules if module.name in ranks]
         timed = [module for module in modules if module.is_target]
         parameters = sum(module.lora_parameters(ranks[module.name]) for module in adapted)
-        # what an adapter costs at any rank was measured on all modules at once
+        # the part of an adapter's cost that does not depend on rank was measured on all modules at once
         share = min(1.0, sum(m.lora_parameters(1) for m in adapted) / max(1, sum(m.lora_parameters(1) for m in timed)))
         adapter.append(timing.adapter_fixed * share + timing.adapter_per_parameter * parameters)
         more = sum(m.lora_parameters(baseline_rank) - m.lora_parameters(timings.baseline_rank) for m in timed)

@@ -1,17 +1,18 @@
-"""What a job will take on a machine, on paper: memory, disk, reads and time of probe, cache and training.
+"""What a job would take on a machine, without running it: memory, disk, reads and time of probe, cache and training.
 
 Formulas, with T tokens, D the model width, V the vocabulary, P parameters that a token passes through, W bytes of
 weights, b bytes of an element, F operations and R bytes read per second, k the boundary:
 
 - probe: ``max(4 T P / F, W / R)`` seconds (2 P forward, 2 P backward); streamed ``max(6 T P / F, 2 W / R)``, since
-  layers run forward once more. Memory: the weights, or streamed two layers and one as it is stored; and the work on one
-  layer.
-- cache: ``max(2 T P_below_k / F, W_below_k / R)`` for every row once, ``T D b`` bytes on disk, twice that while it is
-  filled layer by layer.
-- training: ``T (4 P_from_k + 6 P_adapters + 4 D V labelled) / F`` per pass, the cache read once per pass; memory as in
-  :func:`aletheia.planning.memory.training_bytes`. Steps in which every layer learns count all P.
+  layers run forward twice. Memory: the weights and the work on one layer; streamed, two layers and one as stored
+  instead of all weights.
+- cache: ``max(2 T P_below_k / F, W_below_k / R)``, for every row once. It takes ``T D b`` bytes on disk, and twice that
+  while it is filled layer by layer.
+- training: ``T (4 P_from_k + 6 P_adapters + 4 D V labelled) / F`` per pass. The cache is read once per pass. Memory is
+  that of :func:`aletheia.planning.memory.training_bytes`. Steps in which every layer learns count all P.
 
-Counted are matrix products, of experts those a token passes through, and reading; the attention products are not.
+The estimate counts matrix products and reads, and only the experts that a token passes through. It leaves out the
+attention products.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +30,7 @@ PROBE_BATCHES = 5
 
 @dataclass(frozen=True)
 class Machine:
-    """Memory in bytes, operations and bytes read from disk per second that are reached in practice."""
+    """A machine: memory in bytes, and what it reaches in practice of operations and bytes read from disk per second."""
 
     name: str
     memory: float
@@ -40,7 +41,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Job:
-    """Rows of so many tokens, a share of which is labelled, passes over them, and rows per batch."""
+    """A training job: how many rows and tokens per row, the share that is labelled, passes, and rows per batch."""
 
     rows: int
     tokens_per_row: int
@@ -50,16 +51,16 @@ class Job:
 
 
 class EstimateSettings(Settings):
-    """The job that an estimate is for, where it is not like the rows that were probed."""
+    """The job that an estimate is for, where it differs from the data of the probe."""
 
-    rows: int | None = option(None, "With `estimate`: rows to train on. (default: those that were probed from)", ge=1)
+    rows: int | None = option(None, "With `estimate`: rows to train on. (default: as many as the probe's data)", ge=1)
     tokens_per_row: int | None = option(
-        None, "With `estimate`: mean tokens of a row. (default: as the probe found)", ge=1
+        None, "With `estimate`: mean tokens per row. (default: as the probe measured)", ge=1
     )
-    batch_size: int = option(4, "With `estimate`: rows of a batch.", ge=1)
+    batch_size: int = option(4, "With `estimate`: rows per batch.", ge=1)
 
     def job(self, scores: Scores, epochs: float) -> Job:
-        """What to estimate: as these settings say, else like the rows that were probed."""
+        """The job to estimate: what these settings say, and the data of the probe for all else."""
         probe = scores.probe
         known = scores.data.rows if scores.data else probe.batches * probe.batch_size
         mean = max(1, probe.tokens // (probe.batches * probe.batch_size))
@@ -91,13 +92,13 @@ def estimate(
     """Probe, cache and training of a plan that adapts ``layers``, in the order they run.
 
     Args:
-        anatomy: of the whole model.
+        anatomy: anatomy of the whole model.
         weights: bytes of its parts in memory.
         layers: the adapted layers.
         ranks: rank by full module name.
-        job: the data and how often it is seen.
-        machine: what it runs on.
-        item_bytes: of an element of the hidden states.
+        job: the data, and the passes over it.
+        machine: the machine it runs on.
+        item_bytes: bytes of one element of the hidden states.
         early: share of the steps in which every layer learns, before the cache is filled.
     """
     boundary = min(layers)
@@ -159,7 +160,7 @@ def _probe_phase(
 
 
 def _adapter_parameters(anatomy: Anatomy, layers: Sequence[int], ranks: Mapping[str, int]) -> float:
-    """Of all adapters, of experts those that a token passes through."""
+    """Parameters of all adapters; of experts, only those that a token passes through."""
     return sum(
         module.lora_parameters(ranks[module.name]) * module.active_experts / module.experts
         for module in anatomy.modules
@@ -178,7 +179,7 @@ def estimate_plan(plan: Plan, scores: Scores, job: Job, machine: Machine) -> lis
     """:func:`estimate` of a plan that was made from ``scores``.
 
     Raises:
-        PlanError: the scores tell no weight sizes.
+        PlanError: the scores hold no weight sizes.
     """
     ranks = {adapter.name: adapter.rank for adapter in plan.adapters}
     item = 4 if plan.probe.dtype == "float32" else 2
@@ -192,7 +193,7 @@ def _parameters(anatomy: Anatomy, layers: Sequence[int]) -> float:
 
 
 def _layer_work(anatomy: Anatomy, tokens: int) -> float:
-    """Bytes of the activations of one layer and their gradients for a row, as the streamed probe counts them."""
+    """Bytes of one layer's activations and their gradients for a row, as the streamed probe counts them."""
     widths = [
         sum(module.features_per_token for module in anatomy.in_layer(layer)) for layer in range(anatomy.layer_count)
     ]

@@ -1,4 +1,4 @@
-"""The whole trade-off between predicted step time and captured importance."""
+"""The trade-off between predicted time and captured importance, in full."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from aletheia.planning.cost import LayerCosts
 class FrontierPoint:
     """One choice of layers that no other choice beats in both time and importance.
 
-    Times are relative to a step of the baseline, uniform LoRA in plain PEFT: without a cache, from a filled cache, and
-    the mean over the epochs of a run, by which the frontier is drawn.
+    Times are relative to a step of the baseline, uniform LoRA in plain PEFT. They are given without a cache, from a
+    filled cache, and as the mean over a run. The frontier goes by the mean.
     """
 
     layers: tuple[int, ...]
@@ -42,11 +42,11 @@ def frontier(
 ) -> list[FrontierPoint]:
     """All choices that are not dominated, fastest first, for a run of ``epochs`` passes over the data.
 
-    Only ``allowed`` layers are chosen, by default any.
+    Only ``allowed`` layers are chosen; by default, any layer is.
 
-    For a boundary ``k`` the best set of ``n`` layers is ``k`` and the ``n - 1`` highest scores above it, since
-    layers of one shape cost the same to adapt. So L boundaries x L sizes hold every optimum: O(L^2 log L).
-    Where layers differ in shape (a dense first layer before mixtures) the set is chosen by score all the same.
+    For a boundary ``k``, the best set of ``n`` layers is ``k`` and the ``n - 1`` highest scores above it, since layers
+    of one shape cost the same to adapt. So L boundaries x L sizes hold every optimum, in O(L^2 log L). Where layers
+    differ in shape, such as a dense first layer before mixtures, the set still goes by score alone.
     """
     total = sum(scores) or 1.0
     candidates: list[tuple[float, float, int, int]] = []  # time, -importance, -boundary, number of layers

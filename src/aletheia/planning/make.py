@@ -32,13 +32,13 @@ def plan(
 
     Args:
         scores: what a probe measured.
-        settings: which layers and modules are adapted, and how; all defaults without them.
-        max_memory: bytes that training may take in all: bounds the lowest adapted layer. Weights over half of it are
-            taken to be streamed, so that those below the boundary take none.
+        settings: which layers and modules are adapted, and how; None takes every default.
+        max_memory: bytes that training may take in all, which bounds the lowest adapted layer. Weights larger than half
+            of it are assumed to be streamed, so those below the boundary take no memory.
         batch_tokens: tokens of the largest training batch, for ``max_memory``.
-        labelled_share: the most of them that carry a label, for ``max_memory``.
-        step: more about that batch and how it is computed, instead of these two.
-        options: fields of :class:`aletheia.planning.plan.PlanSettings`, instead of ``settings``:
+        labelled_share: largest share of these tokens that carries a label, for ``max_memory``.
+        step: the whole description of that batch, in place of ``batch_tokens`` and ``labelled_share``.
+        options: fields of :class:`aletheia.planning.plan.PlanSettings`, in place of ``settings``:
             ``plan(scores, policy="last", rank=4)``.
 
     Raises:
@@ -85,7 +85,7 @@ def plan(
 def plan_targets(
     scores: Scores, settings: PlanSettings | None = None, *, batch_tokens: int = 4096
 ) -> dict[Target, Plan]:
-    """The plan that each target comes to, with the other settings as given; arguments are those of :func:`plan`."""
+    """The plan for each target, with the other settings as given; arguments and errors as in :func:`plan`."""
     given = settings or PlanSettings()
     return {
         target: plan(scores, given.model_copy(update={"target": target}), batch_tokens=batch_tokens)
@@ -103,7 +103,7 @@ def plan_frontier(
 ) -> list[FrontierPoint]:
     """Every undominated choice of layers, fastest first: predicted time of a run against importance.
 
-    Arguments are those of :func:`plan`; how the layers are chosen there does not matter.
+    Arguments are those of :func:`plan`; settings that choose the layers have no effect here.
 
     Raises:
         SettingsError: a setting is out of range or unknown, or contradicts another.
@@ -120,7 +120,7 @@ def plan_frontier(
 
 
 def every_layer_bytes(scores: Scores, settings: PlanSettings, step: Step) -> int | None:
-    """Memory while all layers that ``settings`` may adapt learn at once; None where the scores tell no weight sizes."""
+    """Peak bytes while all layers that ``settings`` may adapt learn at once; None if weight sizes are not known."""
     if scores.weight_bytes is None:
         return None
     modules = _targeted(scores.anatomy, settings)
@@ -130,16 +130,16 @@ def every_layer_bytes(scores: Scores, settings: PlanSettings, step: Step) -> int
 
 
 def plan_of_adapters(scores: Scores, settings: PlanSettings, adapters: Mapping[str, tuple[int, float]]) -> Plan:
-    """The plan that says what is adapted already: rank and alpha by full name; all of it learns to the end.
+    """The plan that describes existing ``adapters``: rank and alpha by full name. All of them learn to the end.
 
     Raises:
-        AdapterError: a weight is adapted that is no matrix of the layers.
+        AdapterError: an adapter sits outside the matrices of the decoder layers.
     """
     modules = {module.name: module for module in scores.anatomy.modules}
     if outside := sorted(adapters.keys() - modules.keys()):
         raise AdapterError(
-            f"the adapter changes {outside[0]}, which is no matrix of the layers; expected LoRA on those alone; "
-            "`fresh` merges it into its base"
+            f"the adapter changes {outside[0]}, which is not a matrix of a decoder layer; expected LoRA on those "
+            "alone; set `fresh` to merge it into its base"
         )
     settings = settings.resolved()
     ranks = {name: rank for name, (rank, _) in adapters.items()}
@@ -182,7 +182,7 @@ class _Room:
     step: Step
 
     def lowest(self, scores: Scores, ranks: dict[str, int]) -> int:
-        """The lowest layer from which on the model can be trained."""
+        """The lowest layer that, with all layers above it, can be trained in this memory."""
         if self.max_memory is None:
             return 0
         weights = known_weights(scores)
@@ -193,8 +193,8 @@ class _Room:
             last = [scores.anatomy.layer_count - 1]
             least = training_bytes(scores.anatomy, weights, last, ranks, step)
             raise PlanError(
-                f"`max_memory` is {self.max_memory / 1e9:.1f} GB; the last layer alone takes {least / 1e9:.1f} GB to "
-                "train; expected at least that; take smaller batches, shorter rows or less rank"
+                f"`max_memory` is {self.max_memory / 1e9:.1f} GB, but training the last layer alone takes "
+                f"{least / 1e9:.1f} GB; expected at least that; use smaller batches, shorter rows or a lower rank"
             )
         return found
 
@@ -229,8 +229,8 @@ def _draft(scores: Scores, given: PlanSettings, room: _Room) -> _Draft:
     lowest = room.lowest(scores, ranks)
     if lowest > layers[-1]:
         raise PlanError(
-            f"`target_modules` lie in layers up to {layers[-1]}; expected some from layer {lowest} up, from where on "
-            "training fits in `max_memory`; take other modules or more memory"
+            f"`target_modules` are all in layers up to {layers[-1]}, but only layers from {lowest} up fit in "
+            "`max_memory`; expected modules in those layers; choose other modules or allow more memory"
         )
     costs = _costs(scores, given.resolved(), ranks)
     upper = layers[-layer_share(len(layers), PERCENT) :]
@@ -241,8 +241,8 @@ def _draft(scores: Scores, given: PlanSettings, room: _Room) -> _Draft:
     settings = given.resolved(fits, saving)
     if settings.freeze_after and lowest > layers[0]:
         raise PlanError(
-            f"`freeze_after` is {settings.freeze_after:g}, but layers below {lowest} cannot be trained in "
-            "`max_memory`; expected 0 here"
+            f"`freeze_after` is {settings.freeze_after:g}, but training layers below {lowest} does not fit in "
+            "`max_memory`; expected 0, or more memory"
         )
     candidates = Candidates(scores.layers, costs, layers, lowest)
     return _Draft(settings, modules, _after_freeze(candidates, settings), given.choice(fits, saving).reason)
@@ -255,7 +255,7 @@ def _targeted(anatomy: Anatomy, settings: PlanSettings) -> Sequence[Module]:
     for name in settings.target_modules:
         if name not in leaves:
             raise PlanError(
-                f"`target_modules` names {name}, which none of the model's adaptable modules is called; "
+                f"`target_modules` names {name}, but the model has no adaptable module of that name; "
                 f"expected some of {', '.join(leaves)}"
             )
     wanted = settings.target_modules or leaves
@@ -263,7 +263,7 @@ def _targeted(anatomy: Anatomy, settings: PlanSettings) -> Sequence[Module]:
 
 
 def _after_freeze(candidates: Candidates, settings: PlanSettings) -> Candidates:
-    """For what is left of a run once the early layers freeze: its passes, and the speed-up its steps must have."""
+    """The candidates for the rest of a run, once the early layers freeze: its passes, and the speed-up it needs."""
     share, speedup, costs = settings.freeze_after or 0.0, settings.speedup, candidates.costs
     rest = replace(candidates, epochs=(settings.epochs or 1.0) * (1 - share))
     if speedup is None:
@@ -271,16 +271,16 @@ def _after_freeze(candidates: Candidates, settings: PlanSettings) -> Candidates:
     early = share * costs.step(candidates.layers) / costs.baseline
     fastest = early + (1 - share) * rest.frontier[0].relative_run_time
     if fastest > (1 + 1e-9) / speedup:
-        told = f" after {share:.0%} of the steps with every layer" if share else ""
+        before = f" after {share:.0%} of the steps with every layer" if share else ""
         raise PlanError(
-            f"`speedup` is {speedup:g}; the fastest choice of layers{told} is predicted at {1 / fastest:.2f}x; "
-            "expected at most that"
+            f"`speedup` is {speedup:g}, but the fastest choice of layers{before} is predicted at "
+            f"{1 / fastest:.2f}x; expected at most that"
         )
     return replace(rest, speedup=(1 - share) / (1 / speedup - early))
 
 
 def _nominal_ranks(modules: Sequence[Module], settings: PlanSettings) -> dict[str, int]:
-    """Ranks before scores are looked at, for the cost of layers not chosen yet."""
+    """Ranks without a look at the scores, for the cost of layers before the choice."""
     if settings.attention_rank is not None and settings.mlp_rank is not None:
         return ranks_by_role(modules, settings.attention_rank, settings.mlp_rank)
     return ranks_uniform(modules, settings.rank)
@@ -298,7 +298,7 @@ def _tokens_per_row(scores: Scores) -> float:
 
 
 def _costs(scores: Scores, settings: PlanSettings, ranks: dict[str, int]) -> LayerCosts:
-    """Seconds where the probe was calibrated, operations otherwise."""
+    """Costs in seconds where the probe was calibrated, in operations otherwise."""
     if scores.timings is not None:
         return measured_costs(scores.anatomy, ranks, settings.rank, scores.timings)
     labelled = scores.probe.labelled_tokens / scores.probe.tokens

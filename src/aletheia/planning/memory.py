@@ -1,4 +1,4 @@
-"""The memory model: what training some layers takes at its peak, on the device that the model is on."""
+"""The memory model: the peak memory of training some layers, on the device of the model."""
 
 from collections.abc import Collection, Mapping
 
@@ -8,36 +8,39 @@ from aletheia.planning.activations import ITEM_BYTES, Step, step_bytes
 from aletheia.probing.scores import Scores, WeightBytes
 
 PROCESS_BYTES = 1_200_000_000  # in main memory: Python, torch, transformers, PEFT, tokenizer, rows, what malloc keeps
-GPU_BYTES = 700_000_000  # on a GPU: its context, the libraries' workspaces, blocks that do not fit what is asked for
+GPU_BYTES = 700_000_000  # on a GPU: its context, the libraries' workspaces, fragmentation
 ADAPTER_BYTES = 20  # per parameter: value, gradient, both moments of AdamW and the average, in float32
-RESIDENT_SHARE = 0.5  # of the memory: what weights may take if they are to be loaded as a whole
-QUANTIZED_SHARE = 1.125  # of 4-bit weights: a float32 scale for every 64, which is no parameter
-ROW_TOKENS = 1024  # of the longest row, where nobody says
+RESIDENT_SHARE = 0.5  # largest share of the memory that weights may take and still be loaded as a whole
+QUANTIZED_SHARE = 1.125  # 4-bit weights with their scales: a float32 for every 64 weights, not counted as a parameter
+ROW_TOKENS = 1024  # tokens of the longest row, where it is not known
 
 
 def known_weights(scores: Scores) -> WeightBytes:
-    """The weight sizes that a probe noted.
+    """The weight sizes that a probe recorded.
 
     Raises:
-        PlanError: an earlier release wrote the scores.
+        PlanError: the scores hold none: an earlier release wrote them.
     """
     if scores.weight_bytes is None:
-        raise PlanError("the scores tell no weight sizes; expected those of this release's probe; probe again")
+        raise PlanError(
+            "the scores hold no weight sizes: an earlier release wrote them; expected scores of this release; "
+            "run 'aletheia probe' again"
+        )
     return scores.weight_bytes
 
 
 def total_bytes(weights: WeightBytes) -> int:
-    """Of all weights as loaded."""
+    """Bytes of all weights as loaded."""
     return sum(weights.layers) + weights.outside + weights.embedding
 
 
 def is_resident(weights: WeightBytes, memory_bytes: float) -> bool:
-    """Whether a model is loaded as a whole into so much memory; if not, its prefix is streamed and never there."""
+    """Whether a model is loaded into ``memory_bytes`` as a whole; otherwise its prefix is streamed."""
     return total_bytes(weights) <= RESIDENT_SHARE * memory_bytes
 
 
 def step_of(scores: Scores, tokens: int, labelled_share: float = 1.0) -> Step:
-    """A step with batches of so many ``tokens``, in the dtype and on the kind of device that the probe ran on."""
+    """A step with batches of ``tokens``, in the dtype and on the kind of device that the probe ran on."""
     probe = scores.probe
     return Step(tokens, min(tokens, ROW_TOKENS), labelled_share, probe.dtype, on_gpu=probe.device.startswith("cuda"))
 
@@ -49,21 +52,25 @@ def training_bytes(
     ranks: Mapping[str, int],
     step: Step,
 ) -> int:
-    """Peak memory while ``layers`` learn, estimated from above: of the GPU, or of the process.
+    """Upper estimate of the peak bytes while ``layers`` learn, on the GPU or in the process.
 
-    ``own + weights + folded + 20 P_adapters + step``: what the process or the GPU's context takes; weights; of every
-    adapted stack of experts a second copy, into which PEFT folds the adapter and which backward needs (where layers are
-    computed again, those of one layer at a time), and the gradient of the largest; one dequantized matrix where
-    weights are quantized; adapters with gradients, AdamW and average; and
-    :func:`aletheia.planning.activations.step_bytes`.
+    ``own + weights + folded + unpacked + 20 P_adapters + step``:
+
+    - ``own``: the process itself, or the GPU's context.
+    - ``weights``: the weights that are in memory.
+    - ``folded``: a second copy of every adapted stack of experts, into which PEFT folds the adapter and which backward
+      needs, and the gradient of the largest. With recomputation, the copies of one layer at a time.
+    - ``unpacked``: one dequantized matrix, where weights are quantized.
+    - ``20 P_adapters``: adapters with gradients, AdamW and average.
+    - ``step``: :func:`aletheia.planning.activations.step_bytes`.
 
     Args:
-        anatomy: of the whole model.
+        anatomy: anatomy of the whole model.
         weights: bytes of its parts as loaded.
         layers: the adapted layers.
         ranks: rank by full module name.
-        step: the largest one, and how it is computed; weights below the lowest of ``layers`` count unless it says that
-            they are not there.
+        step: the largest step, and how it is computed. Weights below the lowest of ``layers`` count unless ``step``
+            says that they are not resident.
     """
     boundary = min(layers)
     adapted = [
@@ -89,7 +96,7 @@ def lowest_boundary(
     step: Step,
     max_memory: int,
 ) -> int | None:
-    """The lowest boundary from which every layer can be trained within ``max_memory``, None if not even the last."""
+    """The lowest boundary with which training all layers from there up fits in ``max_memory``; None if none does."""
     for boundary in range(anatomy.layer_count):
         layers = range(boundary, anatomy.layer_count)
         if training_bytes(anatomy, weights, layers, ranks, step) <= max_memory:
@@ -103,13 +110,13 @@ def _per_parameter(anatomy: Anatomy, weights: WeightBytes) -> list[float]:
 
 
 def _layer_bytes(anatomy: Anatomy, weights: WeightBytes) -> list[float]:
-    """Of each layer, the scales of 4-bit weights included."""
+    """Bytes of each layer, the scales of 4-bit weights included."""
     each = zip(weights.layers, _per_parameter(anatomy, weights), strict=True)
     return [size * (QUANTIZED_SHARE if per_parameter < 1 else 1.0) for size, per_parameter in each]
 
 
 def _folded_bytes(anatomy: Anatomy, weights: WeightBytes, ranks: Mapping[str, int], step: Step) -> float:
-    """Copies of adapted stacks of experts, and the gradient of the largest."""
+    """Bytes of the copies of adapted stacks of experts, and of the gradient of the largest."""
     per_parameter = _per_parameter(anatomy, weights)
     by_layer: dict[int, list[float]] = {}
     for module in anatomy.modules:
@@ -122,7 +129,7 @@ def _folded_bytes(anatomy: Anatomy, weights: WeightBytes, ranks: Mapping[str, in
 
 
 def _unpacked_bytes(anatomy: Anatomy, weights: WeightBytes, step: Step) -> float:
-    """The largest quantized matrix as it is multiplied, and the copy that its gradient is multiplied with."""
+    """Bytes of the largest quantized matrix, dequantized once for forward and once for backward."""
     per_parameter = _per_parameter(anatomy, weights)
     item_bytes = ITEM_BYTES.get(step.dtype, 4)
     packed = [module.parameters for module in anatomy.modules if per_parameter[module.layer] < item_bytes - 0.5]

@@ -1,4 +1,4 @@
-"""What a run would be, found out without running it: plain data. No torch."""
+"""What a run would do and take, as a dry run finds it: plain data. No torch."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -21,23 +21,23 @@ class DryRun:
         rows: rows to learn from.
         held_out_rows: rows to measure the loss on.
         tokens: tokens of the rows to learn from, in one pass.
-        steps: optimizer steps that are planned; a run may stop earlier.
+        steps: planned optimizer steps; a run may stop earlier.
         rows_per_step: rows that a step learns from.
         passes: passes over the rows.
-        evaluations: how often the held-out loss is taken during training; 0 where Trainer's settings say when.
-        resumed_step: the step that the interrupted run in ``out`` goes on from; 0 for a new run.
-        seconds: predicted time by phase; those of ``load`` and ``probe`` were measured. Empty where it is not known.
+        evaluations: how often training measures the held-out loss; 0 where Trainer's settings decide that.
+        resumed_step: the step at which the interrupted run in ``out`` would resume; 0 for a new run.
+        seconds: predicted time by phase; ``load`` and ``probe`` are measured. Empty where it is not known.
         why_no_seconds: why there is no time, in a few words.
-        device: what it runs on.
-        memory_bytes: predicted peak memory, estimated from above.
-        usable_memory_bytes: what the run may take of it.
+        device: the device it runs on.
+        memory_bytes: predicted peak memory, an upper estimate.
+        usable_memory_bytes: memory that the run may take.
         recompute: what the backward pass computes again to save memory.
         disk_bytes: predicted size by what is written: ``adapter``, ``checkpoints``, ``cache``.
         cache: where the output of the frozen layers is kept: memory, disk or off.
-        free_disk_bytes: free space where ``out`` is.
-        files: what the run folder would hold in the end.
-        notes: what a person should know before the run, one line each.
-        measured_seconds: what this look ahead took itself.
+        free_disk_bytes: free disk space at ``out``.
+        files: the files that the run folder would hold in the end.
+        notes: what you should know before the run, one line each.
+        measured_seconds: how long the dry run itself took.
     """
 
     model: str
@@ -71,16 +71,17 @@ class DryRun:
         return sum(self.seconds.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON has it."""
+        """All fields, and ``total_seconds``, as JSON types."""
         return asdict(self) | {"plan": self.plan.model_dump(mode="json"), "total_seconds": self.total_seconds}
 
 
 def training_seconds(
     plan: Plan, costs: LayerCosts, steps: int, passes: float, is_cached: bool, recompute: str = "off"
 ) -> float:
-    """Seconds of ``steps`` batches by ``plan``, from the seconds of the parts of one.
+    """Seconds that ``steps`` batches of ``plan`` take, from ``costs``: the seconds of the parts of one batch.
 
-    While the early layers learn nothing is cached. Then the frozen layers run once per row, or with every batch.
+    While the early layers learn, nothing is cached. After that the frozen layers run once per row with a cache, or with
+    every batch without one.
     """
     early = plan.early_steps(steps)
     every = sorted({*plan.layers, *plan.early_layers})

@@ -1,4 +1,4 @@
-"""The Plan file: exactly which modules get LoRA, at which rank and alpha, and where that came from."""
+"""The Plan file: exactly which modules get LoRA, at which rank and alpha, and what the choice is based on."""
 
 import hashlib
 from collections.abc import Iterable
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 RankMode = Literal["uniform", "by-role", "by-score"]
 PERCENT = 50
 FINITE: dict[str, Any] = {"allow_inf_nan": False}
-NAME_LAYERS = ("policy", "percent", "speedup", "freeze_after")  # settings that take the place of a target
+NAME_LAYERS = ("policy", "percent", "speedup", "freeze_after")  # settings that replace a target
 PAPER_MLP_RANK = 64  # asymmetric ranks of the published method: attention 16, MLP 64
 
 
 class Adapter(BaseModel):
-    """LoRA on one weight: ``y = x W + s x A B``; where ``fused``, each expert has its own A and B.
+    """LoRA on one weight: ``y = x W + s x A B``. Where ``fused``, each expert has its own A and B.
 
     The scale ``s`` is alpha / rank, or alpha / sqrt(rank) where the plan's settings say ``rslora``.
     """
@@ -53,14 +53,14 @@ class PlanSettings(Settings):
     policy: Policy | None = option(
         None,
         "Choose the layers in another way: depth-aware (the highest scores for the time they cost), top-percent or "
-        "bottom (highest or lowest scores), last or first, random, or uniform (every layer, as plain LoRA). (default: "
-        "as `target` says)",
+        "bottom (highest or lowest scores), last or first, random, or uniform (every layer, as plain LoRA does). "
+        "(default: depends on `target`)",
         PLAN,
     )
     percent: float | None = option(
         None,
-        "How many of the layers to adapt, in percent. With depth-aware, a plan takes no longer than adapting that "
-        f"share of the layers from the top. (default: {PERCENT})",
+        "Percentage of the layers to adapt. With depth-aware, a plan takes no longer than adapting that share of the "
+        f"layers from the top. (default: {PERCENT})",
         PLAN,
         gt=0,
         le=100,
@@ -68,34 +68,34 @@ class PlanSettings(Settings):
     )
     rank: int = option(
         16,
-        "LoRA rank. With `ranks` by-score, ranks differ, and all adapters together are as large as with this one.",
+        "LoRA rank. With `ranks` by-score, ranks differ, but the total number of parameters stays the same.",
         PLAN,
         ge=1,
         le=LARGEST_RANK,
     )
     ranks: RankMode = option(
         "uniform",
-        "How ranks are given out: uniform (the same everywhere), by-role (`attention_rank` and `mlp_rank`), or "
-        "by-score (higher where the score is).",
+        "How ranks are allocated: uniform (the same everywhere), by-role (`attention_rank` and `mlp_rank`), or "
+        "by-score (higher ranks for higher scores).",
         PLAN,
     )
     attention_rank: int | None = option(
         None,
-        "Rank of attention modules; turns by-role on. (default with by-role: `rank`)",
+        "Rank of attention modules; implies `ranks` by-role. (default with by-role: `rank`)",
         PLAN,
         ge=1,
         le=LARGEST_RANK,
     )
     mlp_rank: int | None = option(
         None,
-        f"Rank of all other modules; turns by-role on. (default with by-role: {PAPER_MLP_RANK})",
+        f"Rank of all other modules; implies `ranks` by-role. (default with by-role: {PAPER_MLP_RANK})",
         PLAN,
         ge=1,
         le=LARGEST_RANK,
     )
     alpha: float | None = option(
         None,
-        "LoRA alpha at `rank`; adapters of other ranks keep its ratio to the rank. (default: 2 x rank)",
+        "LoRA alpha at `rank`. Adapters of other ranks keep the same ratio alpha / rank. (default: 2 x rank)",
         PLAN,
         gt=0,
         **FINITE,
@@ -114,15 +114,15 @@ class PlanSettings(Settings):
     )
     target_modules: tuple[str, ...] = option(
         (),
-        "Adapt only modules of these names, with commas between, such as q_proj,v_proj. (default: all matrices of a "
-        "layer)",
+        "Adapt only modules with these names, separated by commas, such as q_proj,v_proj. (default: all matrices of "
+        "a layer)",
         PLAN,
     )
-    routers: bool = option(False, "Adapt the routers of a mixture of experts, too.", PLAN, "adapt-routers")
+    routers: bool = option(False, "Also adapt the routers of a mixture of experts.", PLAN, "adapt-routers")
     freeze_after: float | None = option(
         None,
         "Share of the steps, from 0 to below 1, in which all other layers learn as well. Then they freeze with what "
-        f"they learned. (default: as `target` says; with depth-aware {SPEED_SHARE}, or 0 where memory is short)",
+        f"they learned. (default: depends on `target`; with depth-aware {SPEED_SHARE}, or 0 where memory is short)",
         PLAN,
         ge=0,
         lt=1,
@@ -130,15 +130,15 @@ class PlanSettings(Settings):
     )
     speedup: float | None = option(
         None,
-        "With depth-aware: the most score at this predicted speed-up over plain LoRA, such as 1.5. (default: "
-        "`percent` decides)",
+        "With depth-aware: the predicted speed-up over plain LoRA to reach, such as 1.5. The plan captures the most "
+        "score at that speed. (default: `percent` decides)",
         PLAN,
         gt=0,
         **FINITE,
     )
     epochs: float | None = option(
         None,
-        "Passes over the data to predict times for; frozen layers are computed in the first pass only. (default: 1)",
+        "Passes over the data that predicted times are for; frozen layers run in the first pass only. (default: 1)",
         PLAN,
         gt=0,
         le=MOST_EPOCHS,
@@ -149,7 +149,7 @@ class PlanSettings(Settings):
     @field_validator("target_modules", mode="before")
     @classmethod
     def _split(cls, given: Any) -> Any:
-        """One text is a name, or several with commas; so is each text of a list."""
+        """Accept names separated by commas: in one string, or in each string of a list."""
         texts = (given,) if isinstance(given, str) else given
         if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
             return given
@@ -162,20 +162,20 @@ class PlanSettings(Settings):
             name = next(name for name in NAME_LAYERS if getattr(self, name) is not None)
             raise ValueError(f"`target` and `{name}` are both given; expected one of them")
         if self.speedup is not None and self.policy not in (None, "depth-aware"):
-            raise ValueError(f"`speedup` is given and `policy` is {self.policy}; expected depth-aware with it")
+            raise ValueError(f"`speedup` is given and `policy` is {self.policy}; expected `policy` depth-aware with it")
         own_ranks = self.attention_rank is not None or self.mlp_rank is not None
         if own_ranks and self.ranks == "by-score":
             name = "mlp_rank" if self.attention_rank is None else "attention_rank"
-            raise ValueError(f"`{name}` is given and `ranks` is by-score; expected by-role with it")
+            raise ValueError(f"`{name}` is given and `ranks` is by-score; expected `ranks` by-role with it")
         return self
 
     @property
     def names_layers(self) -> bool:
-        """Whether it says itself how layers are chosen, so that no target does."""
+        """Whether these settings choose the layers themselves, so that no target does."""
         return any(getattr(self, name) is not None for name in NAME_LAYERS)
 
     def choice(self, every_layer_fits: bool, saving: float) -> Choice:
-        """How layers are chosen: as it says, else as its target does; arguments as for :meth:`resolved`."""
+        """How layers are chosen: by these settings, else by the target; arguments as in :meth:`resolved`."""
         if every_layer_fits and not self.names_layers:
             return choice_of(self.target or DEFAULT_TARGET, saving)
         return Choice(self.policy or "depth-aware", SPEED_SHARE if every_layer_fits else 0.0)
@@ -184,7 +184,7 @@ class PlanSettings(Settings):
         """The same with every default filled in, as a Plan file records them.
 
         Args:
-            every_layer_fits: whether all layers can be trained at once in the memory there is.
+            every_layer_fits: whether training all layers at once fits in memory.
             saving: share of the run's time that freezing the lower layers halfway would save.
         """
         by_role = self.ranks == "by-role" or self.attention_rank is not None or self.mlp_rank is not None
@@ -209,16 +209,16 @@ class PlanSettings(Settings):
         return 2.0 * self.rank if self.alpha is None else self.alpha
 
     def alpha_of(self, rank: int) -> float:
-        """Alpha of an adapter of ``rank``: with rsLoRA the common one, else in the common ratio alpha / rank."""
+        """Alpha of an adapter of ``rank``: the common alpha with rsLoRA, else alpha in the common ratio to rank."""
         return self.common_alpha if self.rslora else self.common_alpha * rank / self.rank
 
 
 class Prediction(BaseModel):
     """What the cost model expects of the plan, relative to uniform LoRA at the same rank in plain PEFT and Trainer.
 
-    ``relative_step_time`` is a step of the first epoch, ``relative_cached_step_time`` one from a filled prefix cache,
-    ``relative_early_step_time`` one while the early layers learn, too, ``relative_run_time`` the mean over a run.
-    ``baseline_step_seconds`` is the baseline's step where the parts were measured; None: counted in operations.
+    ``relative_step_time`` is a step of the first epoch, and ``relative_cached_step_time`` one from a filled prefix
+    cache. ``relative_early_step_time`` is a step while the early layers learn, and ``relative_run_time`` the mean over
+    a run. ``baseline_step_seconds`` is a step of the baseline, or None where costs are counted in operations.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -236,7 +236,7 @@ class Prediction(BaseModel):
 
     @property
     def run_speedup(self) -> float | None:
-        """The baseline's time divided by this plan's over a whole run; None: a plan from before does not say."""
+        """The baseline's time divided by this plan's over a whole run; None in plans of earlier releases."""
         return 1.0 / self.relative_run_time if self.relative_run_time else None
 
     @property
@@ -246,12 +246,11 @@ class Prediction(BaseModel):
 
 
 class Plan(Artifact):
-    """A reviewed, versioned choice of adapters for one model.
+    """A versioned choice of adapters for one model, which you can review and edit.
 
-    ``layers`` learn to the end of a run. ``early_layers`` have adapters, too, which learn in the first
-    ``settings.freeze_after`` of its steps and then freeze as they are; from there on the layers below ``boundary``
-    are a frozen prefix. ``layer_scores`` are those of the probe, one per decoder layer, kept so that a plan can be
-    drawn without the scores file.
+    ``layers`` learn to the end of a run. The adapters of ``early_layers`` learn in the first ``settings.freeze_after``
+    of the steps and then freeze as they are. From then on the layers below ``boundary`` are a frozen prefix.
+    ``layer_scores`` holds the probe's score of each decoder layer, so that a plan can be drawn without the scores file.
     """
 
     FORMAT: ClassVar[str] = "aletheia-plan"
@@ -265,7 +264,7 @@ class Plan(Artifact):
     settings: PlanSettings
     layer_count: int = Field(ge=1, le=MOST_LAYERS)
     layers: tuple[int, ...]
-    reason: str = Field(default="", description="why these layers, where a target chose them")
+    reason: str = Field(default="", description="why these layers were chosen, where a target chose them")
     predicted: Prediction
     layer_scores: tuple[FiniteFloat, ...]
     adapters: tuple[Adapter, ...]
@@ -273,7 +272,7 @@ class Plan(Artifact):
 
     @property
     def boundary(self) -> int:
-        """Index of the lowest layer that learns to the end: nothing below it needs a gradient then."""
+        """Index of the lowest layer that learns to the end; once the rest is frozen, none below needs a gradient."""
         return self.layers[0]
 
     @property
@@ -282,7 +281,7 @@ class Plan(Artifact):
         return (self.settings.freeze_after or 0.0) if self.early_layers else 0.0
 
     def early_steps(self, steps: int) -> int:
-        """How many of a run's steps the early layers learn in; never all."""
+        """How many of a run's ``steps`` the early layers learn in; always fewer than all."""
         return min(round(self.freeze_after * steps), steps - 1) if self.early_layers else 0
 
     @property
@@ -292,7 +291,7 @@ class Plan(Artifact):
 
     @property
     def uses_scores(self) -> bool:
-        """Whether the probe had a say in this plan."""
+        """Whether this plan depends on the probe's scores."""
         return self.settings.ranks == "by-score" or self.settings.policy in ("depth-aware", "top-percent", "bottom")
 
     @property
@@ -304,54 +303,56 @@ class Plan(Artifact):
     def _consistent(self) -> "Plan":
         names = [adapter.name for adapter in self.adapters]
         if not names:
-            raise ValueError("a plan needs at least one adapter")
+            raise ValueError("'adapters' is empty; expected at least one adapter")
         if len(set(names)) != len(names):
-            raise ValueError("a module is planned twice")
+            raise ValueError("'adapters' names a module twice; expected each module once")
         lasting = {adapter.layer for adapter in self.adapters} - set(self.early_layers)
         if not lasting or tuple(sorted(lasting)) != self.layers:
             raise ValueError("'layers' must be the sorted layers of the adapters, without 'early_layers'")
         if self.layers[-1] >= self.layer_count or len(self.layer_scores) != self.layer_count:
-            raise ValueError("a layer index or the scores do not fit 'layer_count'")
+            raise ValueError(
+                "'layers' or 'layer_scores' do not fit 'layer_count'; expected indices below it and one score per layer"
+            )
         return self
 
     def check_model(self, model: ModelIdentity) -> None:
-        """Refuse a plan that was made for another model.
+        """Check that the plan was made for ``model``.
 
         Raises:
-            PlanError: the fingerprints differ; names both models.
+            PlanError: the fingerprints differ. The message names both models.
         """
         if not self.model.is_same_model(model):
             raise PlanError(
-                f"the plan was made for {self.model}, this model is {model}{self.model.difference(model)}; "
+                f"the plan was made for {self.model}, but this model is {model}{self.model.difference(model)}; "
                 "make a plan for this model with 'aletheia probe' and 'aletheia plan'"
             )
 
     def check_tokenizer(self, tokenizer: TokenizerIdentity | None) -> None:
-        """Refuse rows whose tokens another tokenizer made than those of the probe; None is not known, and fits.
+        """Check that ``tokenizer`` is the one of the probe; None, for an unknown tokenizer, passes.
 
         Raises:
-            PlanError: vocabularies or chat templates differ; names both tokenizers.
+            PlanError: vocabularies or chat templates differ. The message names both tokenizers.
         """
         if self.tokenizer and (difference := self.tokenizer.difference(tokenizer)):
             raise PlanError(
-                f"the plan was made with the tokenizer {self.tokenizer}, these rows come from {tokenizer}: their "
+                f"the plan was made with the tokenizer {self.tokenizer}, but these rows come from {tokenizer}: their "
                 f"{difference} differ; use that tokenizer, or make a plan with this one"
             )
 
     def lora_config(self, model: "nn.Module") -> "LoraConfig":
         """The PEFT configuration of this plan, for ``SFTTrainer(peft_config=...)`` or ``get_peft_model``.
 
-        It names every module and every stack of experts in full; :func:`aletheia.adapt` uses the same. A loop of
-        another library trains the early layers to the end.
+        It names every module and every stack of experts in full; :func:`aletheia.adapt` uses the same configuration.
+        Another library's training loop does not freeze the early layers: it trains them to the end.
 
         Args:
             model: the base model that the plan was made for; it is left as it is.
 
         Raises:
-            PlanError: the plan belongs to another model, was edited into one that does not fit, or asks for dropout
-                where PEFT has none.
+            PlanError: the plan belongs to another model, was edited so that it no longer fits, or asks for dropout
+                where PEFT supports none.
         """
-        # looked up at the call: a plan is read and drawn without torch, and what knows PEFT lies above plans
+        # imported here: plans are read and drawn without torch, and the modules that know PEFT are on a higher floor
         config: LoraConfig = import_module("aletheia.adapters.adapt").config_of(self, model)
         return config
 
@@ -368,20 +369,24 @@ def layer_ranges(layers: Iterable[int]) -> str:
 
 
 def check_dropout(dropout: float, parameters: Iterable[str]) -> None:
-    """PEFT has no dropout where it adapts a weight as a parameter: in stacks of experts.
+    """Check that no dropout is asked for where PEFT has none: on weights adapted as parameters, as in experts.
+
+    Args:
+        dropout: the dropout of the adapters' inputs.
+        parameters: full names of the weights that PEFT adapts as parameters.
 
     Raises:
-        PlanError: there are such ``parameters``, given by full name, and dropout is asked for.
+        PlanError: there are such ``parameters``, and ``dropout`` is not 0.
     """
     names = sorted(parameters)
     if dropout and names:
         leaves = ", ".join(sorted({leaf(name) for name in names}))
         raise PlanError(
-            f"`dropout` is {dropout:g}, but PEFT has none for weights it adapts as parameters, such as experts "
-            f"({len(names)} of the plan, first {names[0]}); expected 0, or `target_modules` without {leaves}"
+            f"`dropout` is {dropout:g}, but PEFT supports none for weights it adapts as parameters, such as experts "
+            f"({len(names)} in the plan, first {names[0]}); expected 0, or `target_modules` without {leaves}"
         )
 
 
 def leaf(name: str) -> str:
-    """The last part of a module's full name, such as q_proj: what ``target_modules`` goes by."""
+    """The last part of a module's full name, such as q_proj, which ``target_modules`` refers to."""
     return name.removesuffix(".weight").rpartition(".")[2]

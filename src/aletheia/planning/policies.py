@@ -1,4 +1,4 @@
-"""Selection policies: scores in, layer indices out. Ties are won by the lower layer index everywhere."""
+"""Selection policies: scores in, layer indices out. The lower layer index wins every tie."""
 
 import random
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from aletheia.planning.plan import PERCENT, PlanSettings
 class Candidates:
     """What a policy chooses from.
 
-    ``layers`` are those that have something to adapt, sorted; none below ``lowest`` may be adapted. Time is that of a
-    run of ``epochs`` passes, which has to be ``speedup`` times as fast as the baseline where that is given.
+    ``layers`` are the sorted indices of layers that have modules to adapt; none below ``lowest`` may be adapted. Time
+    is that of a run of ``epochs`` passes. A ``speedup`` says how many times as fast as the baseline it must be.
     """
 
     scores: Sequence[float]
@@ -33,26 +33,26 @@ class Candidates:
 
 
 def layer_share(layer_count: int, percent: float) -> int:
-    """How many layers ``percent`` of them are: rounded down, at least 1 [arXiv:2604.15351]."""
+    """``percent`` of ``layer_count`` layers, rounded down, at least 1 [arXiv:2604.15351]."""
     return max(int(layer_count * percent / 100), 1)
 
 
 def select_layers(settings: PlanSettings, candidates: Candidates) -> tuple[int, ...]:
     """The sorted layers that ``settings.policy`` adapts.
 
-    ``top-percent`` is the published method. ``depth-aware`` spends the predicted time of a run, that of adapting the
-    last ``percent`` of the layers or the baseline's divided by the speed-up, on the set that captures the most
-    importance. ``last``, ``first``, ``random`` and ``bottom`` (lowest scores) take as many layers as ``top-percent``:
-    they are its controls. ``depth-aware`` works around layers that may not be adapted.
+    ``top-percent`` is the published method. ``depth-aware`` takes the set that captures the most importance within a
+    time budget: that of adapting the last ``percent`` of the layers, or the baseline's time divided by the speed-up.
+    ``last``, ``first``, ``random`` and ``bottom`` (lowest scores) are controls and take as many layers as
+    ``top-percent``. Only ``depth-aware`` works around layers that may not be adapted.
 
     Raises:
-        PlanError: another policy wants a layer below the lowest that may be adapted.
+        PlanError: another policy chooses a layer below the lowest that may be adapted.
     """
     chosen = _chosen(settings, candidates)
     if chosen[0] < candidates.lowest:
         raise PlanError(
-            f"`policy` {settings.policy} adapts layer {chosen[0]}; expected none below {candidates.lowest}, from where "
-            "on training fits in `max_memory`; take depth-aware, fewer layers or more memory"
+            f"`policy` {settings.policy} adapts layer {chosen[0]}, but only layers from {candidates.lowest} up fit in "
+            "`max_memory`; expected none below; use depth-aware, fewer layers or more memory"
         )
     return chosen
 
@@ -77,4 +77,4 @@ def _chosen(settings: PlanSettings, candidates: Candidates) -> tuple[int, ...]:
             costs, points = candidates.costs, candidates.frontier
             budget = costs.mean_step(layers[-count:], candidates.epochs) / costs.baseline
             point = best_within(points, 1 / candidates.speedup if candidates.speedup else budget)
-            return (point or points[0]).layers  # rounding aside, a speed-up that cannot be had was refused before
+            return (point or points[0]).layers  # apart from rounding, an unreachable speed-up was refused before

@@ -23,26 +23,30 @@ def ranks_by_score(modules: Sequence[Module], scores: Mapping[str, float | None]
     """Ranks proportional to score, multiples of 4, within a budget of trainable parameters.
 
     Every module starts at rank 4. Steps of 4 then go, one by one, to the module with the highest
-    ``score / (rank + 2)``, which is Sainte-Laguë's divisor method and rounds shares to the nearest step, for as
-    long as the step fits the budget and the rank stays within the smaller side of the matrix.
+    ``score / (rank + 2)``. This is Sainte-Laguë's divisor method, which rounds shares to the nearest step. A module
+    stops when its next step exceeds the budget, or when its rank would exceed the smaller side of the matrix.
 
     Raises:
-        PlanError: the budget does not even hold rank 4 everywhere.
+        PlanError: the budget does not cover rank 4 everywhere.
     """
     ranks = ranks_uniform(modules, RANK_STEP)
     spent = sum(module.lora_parameters(RANK_STEP) for module in modules)
     if spent > budget_params:
         raise PlanError(
-            f"rank {RANK_STEP} on every selected module needs {spent:,} parameters, the budget is "
+            f"rank {RANK_STEP} on every selected module needs {spent:,} parameters, but the budget is "
             f"{budget_params:,}; expected a `rank` of at least {RANK_STEP} where `ranks` is by-score"
         )
     by_name = {module.name: module for module in modules}
 
     def place(name: str) -> tuple[float, float, str]:
         score = scores[name] or 0.0
-        return -score / (ranks[name] + RANK_STEP / 2), -score, name  # of scores so small that they end as 0, the larger
+        return (
+            -score / (ranks[name] + RANK_STEP / 2),
+            -score,
+            name,
+        )  # if both quotients underflow to 0, the larger score
 
-    queue = [place(name) for name in ranks if scores[name]]  # an expert that saw no token stays at rank 4
+    queue = [place(name) for name in ranks if scores[name]]  # an expert that received no token stays at rank 4
     heapq.heapify(queue)
     while queue:
         *_, name = heapq.heappop(queue)

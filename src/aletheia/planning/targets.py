@@ -1,4 +1,4 @@
-"""Three points between the lowest loss and the shortest run, by name: what a plan is made for.
+"""The targets that a plan can aim for: three points between the lowest loss and the shortest run.
 
 Losses were measured on SmolLM2-135M, see docs/results/defaults. No torch.
 """
@@ -10,17 +10,17 @@ Policy = Literal["depth-aware", "top-percent", "last", "first", "random", "botto
 Target = Literal["quality", "balanced", "speed"]
 TARGETS: tuple[Target, ...] = ("quality", "balanced", "speed")
 DEFAULT_TARGET: Target = "balanced"
-BALANCED_SHARE = 0.5  # of the steps in which every layer learns
+BALANCED_SHARE = 0.5  # share of the steps in which every layer learns
 SPEED_SHARE = 0.25
-WORTHWHILE = 0.15  # of a run's time: what freezing must save to be worth its loss
-# held-out loss against every layer to the end at the same rate, both averaged and at their best, over three passes:
-# means of three tasks, three seeds each
+WORTHWHILE = 0.15  # share of a run's time that freezing must save to be worth a higher loss
+# rise in held-out loss over training every layer to the end at the same learning rate. Both runs make three passes,
+# with averaged weights, and count at their best; means of three tasks with three seeds each
 MEASURED: dict[Target, str] = {"quality": "0", "balanced": "+0.1 %", "speed": "+0.7 %"}
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What a target comes to: how layers are chosen, how long the others learn, and why, in words."""
+    """What a target means for a run: how layers are chosen, how long the others learn, and the reason in words."""
 
     policy: Policy
     freeze_after: float
@@ -28,7 +28,7 @@ class Choice:
 
 
 def choice_of(target: Target, saving: float) -> Choice:
-    """What ``target`` comes to for a run of which freezing at ``BALANCED_SHARE`` would save so much of the time."""
+    """What ``target`` means for a run, where ``saving`` is the share of its time that freezing halfway would save."""
     if target == "quality":
         return Choice("uniform", 0.0, "The lowest loss first: every layer learns to the end.")
     share = SPEED_SHARE if target == "speed" else BALANCED_SHARE
@@ -36,14 +36,14 @@ def choice_of(target: Target, saving: float) -> Choice:
         return Choice(
             "uniform",
             0.0,
-            f"Loss against time: every layer learns to the end. To freeze the lower ones after {100 * share:.0f} % of "
-            f"the steps would save {max(100 * saving, 0):.0f} % of the time, less than the {100 * WORTHWHILE:.0f} % "
-            "that would be worth a higher loss.",
+            f"Balanced: every layer learns to the end. Freezing the lower ones after {100 * share:.0f} % of the steps "
+            f"would save {max(100 * saving, 0):.0f} % of the time. Below {100 * WORTHWHILE:.0f} %, that is not worth "
+            "a higher loss.",
         )
-    first = "Speed first" if target == "speed" else "Loss against time"
+    first = "Speed first" if target == "speed" else "Balanced"
     return Choice(
         "depth-aware",
         share,
-        f"{first}: every layer learns for {100 * share:.0f} % of the steps, then only those with the most score for "
-        f"their time. On SmolLM2-135M that raised the held-out loss by {MEASURED[target].lstrip('+')}.",
+        f"{first}: every layer learns for {100 * share:.0f} % of the steps, then only those with the highest score "
+        f"for their time. On SmolLM2-135M, that raised the held-out loss by {MEASURED[target].lstrip('+')}.",
     )

@@ -1,1 +1,1 @@
-"""The frozen layers below the boundary: no backward through them, and what leaves them stored."""
+"""The frozen prefix, the layers below the boundary: no backward through them, and a cache of their outputs."""

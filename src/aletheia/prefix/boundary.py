@@ -1,7 +1,6 @@
 """The frozen prefix: no backward below the boundary.
 
-The boundary is the lowest layer with a
-trainable parameter; the embedding and the layers below it are the prefix.
+The boundary is the lowest layer with a trainable parameter. The embedding and the layers below it are the prefix.
 """
 
 import re
@@ -16,14 +15,14 @@ from aletheia.anatomy.layerwise import Call, hidden_states
 from aletheia.anatomy.read import find_layers
 from aletheia.errors import AdapterError
 
-ABOVE_NAMES = re.compile(r"head|embed_out|^((?!embed).)*(norm|ln_f)", re.IGNORECASE)  # what comes after the layers
+ABOVE_NAMES = re.compile(r"head|embed_out|^((?!embed).)*(norm|ln_f)", re.IGNORECASE)  # modules above the layers
 
 
 def lowest_trainable_layer(model: nn.Module) -> int:
-    """Index of the lowest decoder layer with a trainable parameter: the boundary, read off the model itself.
+    """The boundary of a model: the index of its lowest decoder layer with a trainable parameter.
 
     Raises:
-        AdapterError: nothing in the layers is trainable.
+        AdapterError: no parameter in the layers is trainable.
     """
     _, layers = find_layers(model)
     for index, layer in enumerate(layers):
@@ -36,14 +35,14 @@ def lowest_trainable_layer(model: nn.Module) -> int:
 def frozen_prefix(model: nn.Module) -> Iterator[int]:
     """Keep backward, recomputation and stored activations out of the layers below the boundary; yields the boundary.
 
-    For any loop: ``with aletheia.frozen_prefix(model): trainer.train()``. Without gradient checkpointing autograd
-    stops at the boundary by itself. Checkpointing undoes that: transformers, PEFT and TRL make the embedding output
-    require a gradient. Here the prefix gets its input detached and is not checkpointed, whoever switches that on and
-    when, and the boundary layer gets the input that requires grad where re-entrant checkpointing needs one. Losses and
-    adapter gradients stay the same.
+    It works in any loop: ``with aletheia.frozen_prefix(model): trainer.train()``. Without gradient checkpointing,
+    autograd stops at the boundary by itself. Checkpointing undoes that, because transformers, PEFT and TRL make the
+    embedding output require a gradient. Here the input of the prefix is detached, and the prefix is never
+    checkpointed, whoever switches checkpointing on. Where re-entrant checkpointing needs an input that requires a
+    gradient, the boundary layer gets one. Losses and adapter gradients stay the same.
 
     Raises:
-        AdapterError: nothing in the layers is trainable, or something below the boundary is.
+        AdapterError: no parameter in the layers is trainable, or one below the boundary is.
     """
     boundary = lowest_trainable_layer(model)
     _, layers = find_layers(model)
@@ -56,7 +55,7 @@ def frozen_prefix(model: nn.Module) -> Iterator[int]:
 
     def give_back() -> None:
         switched_on = bool(boundary) and getattr(layers[boundary], "gradient_checkpointing", False)
-        for layer, before in flags.items():  # as the loop has left the others
+        for layer, before in flags.items():  # as the loop has set the boundary layer
             _set_checkpointing(layer, before or switched_on)
 
     with ExitStack() as stack:
@@ -69,7 +68,7 @@ def frozen_prefix(model: nn.Module) -> Iterator[int]:
 
 
 def _check_nothing_trains_below(model: nn.Module, layers: nn.ModuleList) -> None:
-    """Outside the layers, only what lies above them may train: the final norm, and a head that is not tied."""
+    """Check that, outside the layers, only modules above them train: the final norm, and a head that is not tied."""
     inside = {id(parameter) for parameter in layers.parameters()}
     get_embedding = getattr(model, "get_input_embeddings", None)
     embedding = get_embedding() if get_embedding else None
@@ -77,19 +76,19 @@ def _check_nothing_trains_below(model: nn.Module, layers: nn.ModuleList) -> None
     for name, parameter in model.named_parameters():
         is_above = id(parameter) in inside or (id(parameter) not in below and ABOVE_NAMES.search(name))
         if parameter.requires_grad and not is_above:
-            raise AdapterError(f"{name} is trainable and may lie below the layers; expected a frozen embedding")
+            raise AdapterError(f"{name} is trainable and may be below the layers; expected it to be frozen; freeze it")
 
 
 def _without_graph(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Pre-hook of a layer below the boundary: nothing it gets requires grad, and it is not checkpointed.
+    """Pre-hook of a layer below the boundary: detach its inputs, and switch its checkpointing off.
 
     Raises:
-        AdapterError: a parameter of the layer has come to require grad since; it would never get one.
+        AdapterError: a parameter of the layer requires a gradient by now; it would never get one.
     """
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in layer.parameters()):
         raise AdapterError(
-            "a layer below the boundary became trainable inside frozen_prefix or fast_steps; expected it to be so "
-            "before they are entered: leave and enter again"
+            "a layer below the boundary became trainable inside frozen_prefix or fast_steps; expected that only before "
+            "entering; leave the context and enter it again"
         )
     if getattr(layer, "gradient_checkpointing", False):
         _set_checkpointing(layer, False)
@@ -101,7 +100,7 @@ def _set_checkpointing(layer: Any, on: Any) -> None:
 
 
 def _start_graph(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Pre-hook of the boundary layer; it runs outside the checkpoint, so what it sets is what the checkpoint sees."""
+    """Pre-hook of the boundary layer. It runs outside the checkpoint, so the checkpoint sees the inputs it sets."""
     args, kwargs = tuple(_detached(value) for value in args), {name: _detached(value) for name, value in kwargs.items()}
     if torch.is_grad_enabled() and _is_reentrant(layer):
         hidden_states(args, kwargs).requires_grad_(True)
@@ -113,7 +112,7 @@ def _detached(value: Any) -> Any:
 
 
 def _is_reentrant(layer: nn.Module) -> bool:
-    """Whether this layer is about to run under re-entrant checkpointing, torch's default where nothing is said."""
+    """Whether this layer is about to run under re-entrant checkpointing, which is torch's default."""
     if not (layer.training and getattr(layer, "gradient_checkpointing", False)):
         return False
     settings = getattr(getattr(layer, "_gradient_checkpointing_func", None), "keywords", {})

@@ -1,10 +1,10 @@
 """The prefix activation cache: the hidden states that enter the boundary layer, one entry per distinct row of tokens.
 
-An entry is [T, D] in the model's dtype, without padding. In memory it is a dictionary of tensors. On disk, a folder
-per key holds shards, each written by one process: ``NAME.bin`` with the raw entries one after another, and
-``NAME.idx`` with one line per complete entry. A line is written after its bytes, so a killed build leaves whole
-entries and the next build goes on from them; a checksum finds entries that were damaged since. What else lies in the
-folder is passed over.
+An entry is [T, D] in the model's dtype, without padding. A cache in memory is a dictionary of tensors. On disk, a
+folder per key holds shards, each written by one process: ``NAME.bin`` with the raw entries one after another, and
+``NAME.idx`` with one line per complete entry. A line is written after its bytes. So a killed build leaves whole
+entries, and the next build continues from them. A checksum detects entries that were damaged later. Other files in the
+folder are ignored.
 """
 
 import hashlib
@@ -28,9 +28,9 @@ from aletheia.files import free_bytes
 from aletheia.prefix.cache_folders import MARKER, CacheInfo, hold, take_folder
 from aletheia.prefix.stored import PREFIX
 
-KEPT_FREE_BYTES = 1 << 30  # of a disk that a cache may not fill to the brim
-CHECKED_EVERY_BYTES = 1 << 26  # stored
-UNREADABLE = -1  # the size of an index that cannot be read
+KEPT_FREE_BYTES = 1 << 30  # disk space that a cache leaves free
+CHECKED_EVERY_BYTES = 1 << 26  # bytes stored between two checks of the free space
+UNREADABLE = -1  # stands for the size of an index that cannot be read
 _INDEX_LINE = re.compile(rb"([0-9a-f]{32}) (\d{1,18}) ([1-9]\d{0,9}) (\d{1,10})")
 
 
@@ -44,7 +44,7 @@ class PrefixCache(Protocol):
 
     @property
     def size_bytes(self) -> int:
-        """What the entries take."""
+        """Size of the entries."""
 
     def missing(self, rows: Sequence[Example]) -> list[Example]:
         """The rows without a good entry, each distinct row once."""
@@ -56,15 +56,15 @@ class PrefixCache(Protocol):
         """The hidden states [T, D] of a row.
 
         Raises:
-            CacheError: there is none, or it was damaged.
+            CacheError: the row has no entry, or a damaged one.
         """
 
 
 class MemoryCache:
-    """Entries in memory, on the CPU; ``size_bytes`` is what they take."""
+    """Entries in main memory; ``size_bytes`` is their size."""
 
     def __init__(self) -> None:
-        """Empty."""
+        """Start empty."""
         self.size_bytes = 0
         self._entries: dict[str, torch.Tensor] = {}
 
@@ -73,13 +73,17 @@ class MemoryCache:
         return [row for key, row in _distinct(rows).items() if key not in self._entries]
 
     def put(self, row: Example, hidden_TD: torch.Tensor) -> None:
-        """Store a copy."""
+        """Store a copy of the hidden states [T, D] of a row."""
         entry = hidden_TD.detach().to("cpu", copy=True)
         self.size_bytes += entry.nbytes
         self._entries[row_key(row.input_ids)] = entry
 
     def get(self, row: Example) -> torch.Tensor:
-        """The entry; CacheError if there is none."""
+        """The hidden states [T, D] of a row.
+
+        Raises:
+            CacheError: the row has no entry.
+        """
         try:
             return self._entries[row_key(row.input_ids)]
         except KeyError:
@@ -87,10 +91,10 @@ class MemoryCache:
 
 
 class SpillingCache:
-    """In memory up to ``limit_bytes``, beyond that where ``overflow`` opens a place, if it does."""
+    """Entries in memory up to ``limit_bytes``, and further ones in the cache that ``overflow`` opens, if any."""
 
     def __init__(self, limit_bytes: int, overflow: Callable[[], PrefixCache | None]) -> None:
-        """Empty; ``overflow`` is not called before it is needed."""
+        """Start empty; ``overflow`` is called only once memory is full."""
         self._memory = MemoryCache()
         self._limit_bytes, self._open = limit_bytes, overflow
         self._overflow: PrefixCache | None = None
@@ -98,12 +102,12 @@ class SpillingCache:
 
     @property
     def size_bytes(self) -> int:
-        """What the entries take, wherever they are."""
+        """Size of the entries, in memory and beyond."""
         return self._memory.size_bytes + (self._overflow.size_bytes if self._overflow else 0)
 
     @property
     def is_spilled(self) -> bool:
-        """Whether entries lie beyond memory."""
+        """Whether there are entries outside memory."""
         return self._overflow is not None
 
     def missing(self, rows: Sequence[Example]) -> list[Example]:
@@ -112,10 +116,10 @@ class SpillingCache:
         return self._overflow.missing(left) if self._overflow and left else left
 
     def put(self, row: Example, hidden_TD: torch.Tensor) -> None:
-        """Store a copy while there is room; afterwards a row is left out.
+        """Store a copy of the hidden states [T, D] of a row, if there is room.
 
         Raises:
-            CacheError: as the overflow does.
+            CacheError: the overflow cannot be written.
         """
         if self._memory.size_bytes + hidden_TD.nbytes <= self._limit_bytes:
             self._memory.put(row, hidden_TD)
@@ -127,7 +131,11 @@ class SpillingCache:
             self._overflow.put(row, hidden_TD)
 
     def get(self, row: Example) -> torch.Tensor:
-        """The entry; CacheError if there is none or it was damaged."""
+        """The hidden states [T, D] of a row.
+
+        Raises:
+            CacheError: the row has no entry, or a damaged one.
+        """
         if self._overflow is not None and self._memory.missing([row]):
             return self._overflow.get(row)
         return self._memory.get(row)
@@ -142,22 +150,22 @@ class _Entry:
 
 
 class DiskCache:
-    """Entries in a folder, memory-mapped when read; safe to share between processes and runs, also at the same time.
+    """Entries in a folder, memory-mapped when read; processes and runs can share it, even at the same time.
 
-    While it is open, ``aletheia cache`` does not delete the folder. ``size_bytes`` is what this process stored;
-    ``notes`` has a line for each thing in its place that was passed over.
+    While it is open, ``aletheia cache`` does not delete the folder. ``size_bytes`` is the size of what this process
+    stored. ``notes`` has a line for each unusable file or folder that was skipped.
     """
 
     def __init__(self, root: str | Path, info: CacheInfo, name: str | None = None) -> None:
         """Open the folder for ``info.key`` under ``root``, or create it.
 
         Args:
-            root: where caches lie.
-            info: what it holds.
-            name: of the folder; by default the first half of the key, so that runs share it.
+            root: the folder of all caches.
+            info: what the cache holds.
+            name: name of its folder; by default the first half of the key, so that runs share it.
 
         Raises:
-            CacheError: the folder cannot be written, or something else has all names for it.
+            CacheError: the folder cannot be written, or other files have all names for it.
         """
         self._dtype = getattr(torch, info.dtype)
         self._row_bytes = info.width * self._dtype.itemsize
@@ -166,7 +174,7 @@ class DiskCache:
         self._checked_bytes = 0
         self._entries: dict[str, dict[str, _Entry]] = {}  # by shard: several writers may have stored a row
         self._read_bytes: dict[str, int] = {}  # size of each index when it was read
-        self._good: dict[str, _Entry] = {}  # whose checksum was seen to hold
+        self._good: dict[str, _Entry] = {}  # entries whose checksum was verified
         self._maps: dict[str, np.memmap] = {}
         self._shard = f"{os.getpid()}-{os.urandom(4).hex()}"
         place = name or info.key[:32]
@@ -177,39 +185,39 @@ class DiskCache:
             raise CacheError(
                 f"cannot use the cache folder {Path(root) / place}: {error}; choose another `cache_dir` or delete it"
             ) from error
-        with suppress(OSError):  # another user's folder, perhaps
-            os.utime(self.folder / MARKER)  # when it was last used
+        with suppress(OSError):  # the folder may belong to another user
+            os.utime(self.folder / MARKER)  # records when it was last used
         self.refresh()
 
     def refresh(self) -> None:
-        """Take up what others have written since."""
+        """Read the entries that other processes have written since."""
         for index in sorted(self.folder.glob("*.idx")):
             if index.stem == self._shard or self._read_bytes.get(index.stem) == UNREADABLE:
                 continue
             try:
                 if not index.is_file():
-                    raise OSError(f"{index} is no file")
+                    raise OSError(f"{index} is not a file")
                 size = index.stat().st_size
                 if size != self._read_bytes.get(index.stem):
                     self._read_index(index)
                     self._read_bytes[index.stem] = size
             except OSError as error:
                 self._read_bytes[index.stem] = UNREADABLE
-                self.notes.append(f"{index} is passed over: {error.strerror or 'it is no file'}")
+                self.notes.append(f"{index} is skipped: {error.strerror or 'it is not a file'}")
 
     def close(self) -> None:
-        """Let the folder be deleted again."""
+        """Release the folder, so that it can be deleted."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def delete(self) -> None:
-        """Close it and remove the folder, which nobody else uses."""
+        """Close the cache and remove its folder, which no other process may be using."""
         self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _read_index(self, index: Path) -> None:
-        """Take the complete lines whose bytes are there; a torn last line belongs to an entry that is not complete."""
+        """Read the complete lines whose entries are complete; a torn last line belongs to an incomplete entry."""
         data = index.with_suffix(".bin")
         size = data.stat().st_size if data.is_file() else 0
         for line in index.read_bytes().split(b"\n")[:-1]:
@@ -221,14 +229,14 @@ class DiskCache:
                 self._entries.setdefault(index.stem, {})[fields[1].decode()] = entry
 
     def missing(self, rows: Sequence[Example]) -> list[Example]:
-        """The rows without an entry or with a damaged one, each distinct row once; reads what it finds."""
+        """The rows without an entry or with a damaged one, each distinct row once. Verifies the entries it finds."""
         left = {key: row for key, row in _distinct(rows).items() if not self._find(key)}
         if left:
             self.refresh()
         return [row for key, row in left.items() if not self._find(key)]
 
     def _find(self, key: str) -> bool:
-        """Whether a row has an entry that is whole; each is read once."""
+        """Whether a row has an intact entry; each entry is verified once."""
         if key not in self._good:
             for entries in self._entries.values():
                 entry = entries.get(key)
@@ -238,10 +246,10 @@ class DiskCache:
         return key in self._good
 
     def put(self, row: Example, hidden_TD: torch.Tensor) -> None:
-        """Append to this process's shard.
+        """Append the hidden states [T, D] of a row to this process's shard.
 
         Raises:
-            CacheError: the disk is full or fails; what was written before stays good.
+            CacheError: the disk is full or fails, or the sizes differ. Earlier entries stay valid.
         """
         raw = hidden_TD.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
         if len(raw) != len(row) * self._row_bytes:
@@ -257,30 +265,34 @@ class DiskCache:
                 stream.write(f"{key} {entry.offset} {entry.tokens} {entry.checksum}\n")
         except OSError as error:
             raise CacheError(
-                f"cannot write to the cache {self.folder}: {error.strerror or error}; "
-                "free some space and run again, it goes on from here, or set `cache` off"
+                f"cannot write to the cache {self.folder}: {error.strerror or error}; free some space and run again, "
+                "which continues from here, or set `cache` off"
             ) from error
         self._good[key] = entry
         self.size_bytes += len(raw)
 
     def _keep_room(self, size_bytes: int) -> None:
-        """Leave the disk the room that others need, checkpoints among them; looked at every 64 MB."""
+        """Check, every 64 MB, that the disk keeps free space for other files, such as checkpoints."""
         if self.size_bytes + size_bytes > self._checked_bytes:
             self._checked_bytes = self.size_bytes + size_bytes + CHECKED_EVERY_BYTES
             check_space(self.folder, size_bytes)
 
     def get(self, row: Example) -> torch.Tensor:
-        """The entry, checked against its checksum; CacheError if there is none or it was damaged."""
+        """The hidden states [T, D] of a row, verified by their checksum.
+
+        Raises:
+            CacheError: the row has no entry, or a damaged one.
+        """
         key = row_key(row.input_ids)
         if not self._find(key):
             raise _no_entry(row)
         raw = self._bytes(self._good[key])
         if raw is None or len(raw) != len(row) * self._row_bytes:
-            raise CacheError(f"{row.where}: its entry in {self.folder} was damaged; run again, which computes it anew")
+            raise CacheError(f"{row.where}: its entry in {self.folder} is damaged; run again, which recomputes it")
         return torch.frombuffer(bytearray(raw), dtype=self._dtype).view(len(row), self._width)
 
     def _bytes(self, entry: _Entry) -> memoryview | None:
-        """The raw entry, or None if its checksum does not hold."""
+        """The raw entry, or None if it is missing or fails its checksum."""
         end = entry.offset + entry.tokens * self._row_bytes
         mapped = self._maps.get(entry.shard)
         if mapped is None or len(mapped) < end:
@@ -296,10 +308,10 @@ class DiskCache:
 
 
 def collate_with_prefix(examples: Sequence[Example], pad_token_id: int, cache: PrefixCache) -> dict[str, torch.Tensor]:
-    """As :func:`aletheia.data.batches.collate`, with the stored hidden states [B, T, D], 0 where a row is padded.
+    """The batch of :func:`aletheia.data.batches.collate`, with the stored hidden states [B, T, D], 0 at padding.
 
     Raises:
-        CacheError: a row has no good entry.
+        CacheError: a row has no entry, or a damaged one.
     """
     batch = collate(examples, pad_token_id)
     stored = [cache.get(example) for example in examples]
@@ -310,16 +322,16 @@ def collate_with_prefix(examples: Sequence[Example], pad_token_id: int, cache: P
 
 
 def check_space(folder: Path, needed_bytes: int) -> None:
-    """Refuse a cache that its disk cannot hold.
+    """Check that the disk of ``folder`` can hold ``needed_bytes`` of cache.
 
     Raises:
-        CacheError: names what is needed and what is free.
+        CacheError: it cannot. The message names the bytes needed and the bytes free.
     """
     free = free_bytes(folder)
     if needed_bytes + KEPT_FREE_BYTES > free:
         raise CacheError(
-            f"the prefix cache needs {needed_bytes / 1e9:.2f} GB in {folder}, {free / 1e9:.2f} GB are free and 1 GB is "
-            "left alone; choose another `cache_dir`, fewer rows, or set `cache` off"
+            f"the prefix cache needs {needed_bytes / 1e9:.2f} GB in {folder}, but {free / 1e9:.2f} GB are free, of "
+            "which 1 GB stays unused; choose another `cache_dir`, use fewer rows, or set `cache` off"
         )
 
 
@@ -328,9 +340,11 @@ def _distinct(rows: Sequence[Example]) -> dict[str, Example]:
 
 
 def _no_entry(row: Example) -> CacheError:
-    return CacheError(f"{row.where}: no stored hidden states; expected the cache to be filled before training")
+    return CacheError(
+        f"{row.where}: its hidden states are not stored; expected a cache that was filled before training"
+    )
 
 
 def distinct_tokens(rows: Sequence[Example]) -> int:
-    """Tokens of the distinct rows: what a cache of them stores."""
+    """Tokens of the distinct rows, which are the tokens that a cache stores."""
     return sum(len(row) for row in _distinct(rows).values())

@@ -1,4 +1,4 @@
-"""The cache folders on this machine: where they lie, what they hold, how one is taken, and how they are deleted."""
+"""The cache folders on this machine: where they are, what they hold, and how they are opened and deleted."""
 
 import errno
 import os
@@ -13,8 +13,8 @@ from aletheia.errors import ArtifactError, CacheError
 from aletheia.files import Artifact
 
 MARKER = "cache.json"
-NAMES_TRIED = 10  # where something else has the name of a cache
-TRIAL = ".trial-"  # begins the name of what is written once to measure the disk
+NAMES_TRIED = 10  # names to try for a cache whose name is taken by something else
+TRIAL = ".trial-"  # prefix of the name of a file that is written once to measure the disk
 
 
 class CacheInfo(Artifact):
@@ -37,21 +37,21 @@ def default_cache_dir() -> Path:
 
 
 def take_folder(root: Path, info: CacheInfo, name: str) -> tuple[Path, list[str]]:
-    """The folder ``name`` under ``root`` for a cache, made if need be; another name where something else has it.
+    """The folder ``name`` under ``root`` for a cache, created if necessary; another name if something else has it.
 
     Returns:
-        The folder, and a line for each thing that was passed over or written anew.
+        The folder, and a line for each file or folder that was skipped or rewritten.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: the folder cannot be created.
         ArtifactError: its ``cache.json`` cannot be written.
-        CacheError: something else has all names that were tried.
+        CacheError: other files have all the names that were tried.
     """
     notes: list[str] = []
     for number in range(NAMES_TRIED):
         folder = root / (f"{name}-{number}" if number else name)
         if os.path.lexists(folder) and not folder.is_dir():
-            notes.append(f"{folder} is no folder, and is passed over")
+            notes.append(f"{folder} is not a folder and is skipped")
             continue
         folder.mkdir(parents=True, exist_ok=True)
         marker = folder / MARKER
@@ -59,22 +59,22 @@ def take_folder(root: Path, info: CacheInfo, name: str) -> tuple[Path, list[str]
             info.write(marker)
             return folder, notes
         if not marker.is_file():
-            notes.append(f"{marker} is no file, so {folder} is passed over")
+            notes.append(f"{marker} is not a file, so {folder} is skipped")
             continue
         try:
             if CacheInfo.read(marker).key == info.key:
                 return folder, notes
-            notes.append(f"{folder} holds the cache of something else, and is passed over")
+            notes.append(f"{folder} holds another cache and is skipped")
         except ArtifactError:
             try:
                 marker.unlink(missing_ok=True)
                 info.write(marker)
-            except (OSError, ArtifactError):  # another user's
-                notes.append(f"{marker} cannot be read, so {folder} is passed over")
+            except (OSError, ArtifactError):  # it may belong to another user
+                notes.append(f"{marker} cannot be read, so {folder} is skipped")
                 continue
-            notes.append(f"{marker} was damaged, and is written anew")
+            notes.append(f"{marker} was damaged and is rewritten")
             return folder, notes
-    raise CacheError(f"{root} has something else under all names for this cache, first {root / name}; move it away")
+    raise CacheError(f"other files in {root} have all names for this cache, first {root / name}; move them elsewhere")
 
 
 def hold(path: Path, alone: bool = False) -> int | None:
@@ -103,7 +103,7 @@ def hold(path: Path, alone: bool = False) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class StoredCache:
-    """A cache folder as it lies on disk: what it holds, its bytes, and when a run last opened it (seconds, POSIX)."""
+    """A cache folder on disk: what it holds, its size, and when a run last opened it (POSIX seconds)."""
 
     folder: Path
     info: CacheInfo
@@ -125,13 +125,13 @@ class StoredCache:
         """Remove the folder.
 
         Raises:
-            CacheError: a run is using it, or the system refuses.
+            CacheError: a run is using the folder, or the system refuses to remove it.
         """
         try:
             held = hold(self.folder / MARKER, alone=True)
         except OSError:
             raise CacheError(
-                f"{self.folder} is in use by a run; expected none, delete it when that has ended"
+                f"{self.folder} is in use by a run; expected an unused cache; delete it once the run has ended"
             ) from None
         try:
             shutil.rmtree(self.folder)
@@ -143,11 +143,11 @@ class StoredCache:
 
 
 def stored_caches(root: str | Path, strays: list[Path] | None = None) -> list[StoredCache]:
-    """The caches under ``root``, the one used last first.
+    """The caches under ``root``, most recently used first.
 
     Args:
-        root: where caches lie.
-        strays: takes what else lies there, or was a cache until it was damaged.
+        root: the folder of all caches.
+        strays: a list that receives everything else in it, damaged caches included.
     """
     found = []
     try:
@@ -158,7 +158,7 @@ def stored_caches(root: str | Path, strays: list[Path] | None = None) -> list[St
         marker = folder / MARKER
         try:
             if not marker.is_file():
-                raise ArtifactError(f"{folder} is no cache")
+                raise ArtifactError(f"{folder} is not a cache")
             found.append(StoredCache(folder, CacheInfo.read(marker), _size_bytes(folder), marker.stat().st_mtime))
         except (ArtifactError, OSError):
             if strays is not None and not folder.name.startswith(TRIAL):
@@ -167,7 +167,7 @@ def stored_caches(root: str | Path, strays: list[Path] | None = None) -> list[St
 
 
 def _size_bytes(folder: Path) -> int:
-    """Of all files; one that goes meanwhile, or cannot be looked at, counts nothing."""
+    """Size of all files; one that disappears meanwhile, or cannot be read, does not count."""
     size = 0
     for path in folder.rglob("*"):
         with suppress(OSError):

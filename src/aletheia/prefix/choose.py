@@ -1,4 +1,4 @@
-"""Where the prefix cache of a run lies: in memory, on disk, or nowhere."""
+"""The choice of where a run keeps its prefix cache: in memory, on disk, or nowhere."""
 
 import functools
 import hashlib
@@ -25,13 +25,13 @@ from aletheia.errors import CacheError
 from aletheia.prefix.cache import DiskCache, MemoryCache, PrefixCache, SpillingCache, check_space
 from aletheia.prefix.cache_folders import TRIAL, CacheInfo, default_cache_dir, stored_caches
 
-MEMORY_SHARE = 0.5  # of the memory that is free now: what auto may fill
-TRIAL_BYTES = 1 << 24  # written and read once to measure the disk
+MEMORY_SHARE = 0.5  # share of the free memory that auto may fill
+TRIAL_BYTES = 1 << 24  # bytes written and read once to measure the disk
 
 
 @dataclass(frozen=True)
 class CacheDecision:
-    """Where stored states go and why, in a line for people. ``size_bytes`` is what they take."""
+    """Where stored states go, the reason in words, and their size."""
 
     kind: Literal["memory", "disk", "off"]
     reason: str
@@ -42,10 +42,10 @@ class CacheDecision:
 class CachePlace:
     """Where a run may keep stored states.
 
-    ``private`` names a folder of this run alone, where its prefix has adapters of its own; None where runs on the same
-    base share one. ``computed_as`` says how the prefix is computed beyond model and dtype, such as under autocast.
-    ``shared_by`` counts the processes that need each other's states; ``key`` is :func:`prefix_key` where all of them
-    computed it together.
+    ``private`` names a folder for this run alone, used where its prefix has adapters; None where runs on the same base
+    share a folder. ``computed_as`` says how the prefix is computed beyond model and dtype, such as under autocast.
+    ``shared_by`` counts the processes that need each other's states. ``key`` is the result of :func:`prefix_key` where
+    all processes had to compute it together.
     """
 
     kind: Literal["auto", "memory", "disk", "off"] = "auto"
@@ -57,11 +57,12 @@ class CachePlace:
 
 
 def prefix_key(model: nn.Module, boundary: int, computed_as: str = "") -> str:
-    """What the prefix output depends on besides the tokens, as a sha256 of 64 digits.
+    """Digest of all that the prefix output depends on besides the tokens: a sha256 of 64 hexadecimal digits.
 
-    All weights and buffers outside the layers from ``boundary`` up and the head, the configuration, dtype, boundary,
-    kind of processor, precision of float32 products, and the versions of what computes it, see
-    :func:`aletheia.anatomy.versions.computing_versions`. Where weights are sharded, all processes must call this.
+    It covers the configuration, dtype, boundary, kind of processor, precision of float32 products, the versions of
+    :func:`aletheia.anatomy.versions.computing_versions`, and ``computed_as``. It also covers all weights and buffers
+    except those of the head and of the layers from ``boundary`` up. Where weights are sharded, all processes must call
+    this function.
     """
     base = base_of(model)
     path, layers = find_layers(base)
@@ -90,7 +91,7 @@ def prefix_key(model: nn.Module, boundary: int, computed_as: str = "") -> str:
 
 
 def _float32_products() -> list[str]:
-    """How exact products in float32 are: torch has an old switch and new ones, and refuses the old beside the new."""
+    """The precision of float32 products. torch has an old switch and new ones, and refuses to mix them."""
     backends: Any = torch.backends
     found = [backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision]
     found = [backends.fp32_precision if name == "none" else name for name in found]
@@ -103,16 +104,19 @@ def _float32_products() -> list[str]:
 def open_cache(
     model: nn.Module, boundary: int, dtype: torch.dtype, place: CachePlace, forward_seconds: Callable[[], float]
 ) -> tuple[PrefixCache | None, CacheDecision]:
-    """Open the cache for what enters layer ``boundary``; it fills as rows pass.
+    """Open the cache for the inputs of layer ``boundary``; it fills as rows pass.
 
     Args:
         model: the adapted model.
         boundary: its lowest layer that learns.
-        dtype: of the states.
-        place: what was asked for; ``auto`` takes a folder on disk that earlier runs filled, else memory up to half of
-            what is free and then the disk, if reading from there is quicker than computing. Several processes share a
-            folder.
-        forward_seconds: seconds that the prefix takes for a token, measured when they are asked for.
+        dtype: dtype of the states.
+        place: the place that the settings ask for. ``auto`` takes a folder on disk that earlier runs filled. Without
+            one, it takes up to half of the free memory, and then the disk if reading is faster than computing. Several
+            processes share a folder.
+        forward_seconds: measures, when called, the seconds that the prefix takes per token.
+
+    Returns:
+        The cache, or None where it is off; and the decision with its reason.
 
     Raises:
         CacheError: the folder cannot be used.
@@ -125,7 +129,7 @@ def open_cache(
 
     @functools.cache
     def info() -> CacheInfo:
-        """Reads every weight below the boundary, so not before it is needed."""
+        """Reads every weight below the boundary, so it runs only when needed."""
         return CacheInfo(
             model=str(getattr(model.config, "_name_or_path", "")) or type(model).__name__,
             key=place.key or prefix_key(model, boundary, place.computed_as),
@@ -144,7 +148,7 @@ def open_cache(
         candidates = [stored for stored in stored_caches(root) if stored.info.boundary == boundary]
         if candidates and info().key in {stored.info.key for stored in candidates}:
             disk = on_disk()
-            return disk, CacheDecision("disk", f"states of an earlier run are in {_where(disk)}")
+            return disk, CacheDecision("disk", f"an earlier run stored states in {_where(disk)}")
     if place.shared_by > 1:
         disk = on_disk()
         return disk, CacheDecision("disk", f"shared by {place.shared_by} processes, in {_where(disk)}")
@@ -162,17 +166,17 @@ def _where(disk: DiskCache) -> str:
 
 
 def _private(root: Path, info: CacheInfo, name: str) -> DiskCache:
-    """The folder of one run: what it holds is used again only if it was made for the same weights."""
+    """The cache folder of one run; its contents are reused only if they were made with the same weights."""
     found = {stored.folder.name: stored for stored in stored_caches(root)}.get(name)
     if found is not None and found.info != info:
         found.delete()
     elif found is None:
-        shutil.rmtree(root / name, ignore_errors=True)  # of a run that was killed as it made it
+        shutil.rmtree(root / name, ignore_errors=True)  # left by a run that was killed while creating it
     return DiskCache(root, info, name)
 
 
 def _disk_pays(root: Path, token_bytes: int, forward_seconds: float) -> bool:
-    """Whether a token read back from disk once is cheaper than computed again, writing it included."""
+    """Whether writing a token to disk and reading it once takes less time than computing it again."""
     try:
         check_space(root, TRIAL_BYTES)
         write, read = disk_bytes_per_second(root)
@@ -182,7 +186,7 @@ def _disk_pays(root: Path, token_bytes: int, forward_seconds: float) -> bool:
 
 
 def disk_bytes_per_second(root: Path) -> tuple[float, float]:
-    """Written (to the device itself) and read; the read comes from the system's cache where that still holds it."""
+    """Bytes written to the device and bytes read, per second; a read may come from the system's page cache."""
     root.mkdir(parents=True, exist_ok=True)
     path = root / f"{TRIAL}{os.getpid()}"
     data = os.urandom(TRIAL_BYTES)

@@ -1,4 +1,4 @@
-"""Whether stored hidden states give what the layers themselves would: tried on the model at hand."""
+"""A trial of whether stored hidden states give the same results as the layers themselves."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -16,28 +16,30 @@ from aletheia.data.examples import Example
 from aletheia.prefix.spans import Span
 from aletheia.prefix.stored import Shortcut, prefix_output
 
-SAME = 1e-3  # relative; two runs of one shape are equal to the last digits
-ALIKE = 0.03  # relative; so far may rounding go where other tokens stand beside a token that experts share with it
+SAME = 1e-3  # relative tolerance; two runs on one shape agree to the last digits
+ALIKE = 0.03  # relative tolerance where other tokens share the experts of a token, which changes the rounding
 
 
 @torch.no_grad()
 def why_not_exact(
     model: nn.Module, boundary: int, rows: Sequence[Example], pad_token_id: int
 ) -> tuple[str | None, torch.dtype]:
-    """Why a cache would not be exact, if so, and the dtype of what it would hold: tried on the two shortest rows.
+    """Why a cache would not be exact, or None if it would be, and the dtype of its states. Tries the two shortest rows.
 
-    Twice in training mode, the prefix must give the same (no dropout, no noise), and the same when evaluating, which
-    reads what training stored (8-bit layers compute otherwise then). Other tokens at the end must leave the start as it
-    is, since padding is such. Started from its output, with an embedding of NaN, the model must give the logits it
-    gives from the start (nothing above reads anything else). The model's own hooks are not called, so this may be
-    called from one.
+    - In training mode, the prefix must give the same output twice: no dropout, no noise.
+    - In eval mode it must give that output again, since evaluation reads what training stored. 8-bit layers differ.
+    - Other tokens at the end must not change the states at the start, since padding is such tokens.
+    - Started from the stored output, with an embedding of NaN, the model must give its usual logits: nothing above the
+      boundary reads anything else.
+
+    The model's own hooks are not called, so a hook may call this function.
     """
     embedding = base_of(model).get_input_embeddings()
     dtype = input_weight(model).dtype
     if boundary == 0:
         return "layer 0 is adapted, so there is no frozen prefix", dtype
     if adds_router_loss(model):
-        return "the model adds a router loss, which looks at the layers below the boundary too", dtype
+        return "the model adds a router loss, which also depends on the layers below the boundary", dtype
     if positions_vary(model, max(map(len, rows))):
         return "rotary positions depend on the longest row of a batch (long or dynamic RoPE scaling)", dtype
     batch = on_device_of(model, collate(sorted(rows, key=len)[:2], pad_token_id))
@@ -46,14 +48,14 @@ def why_not_exact(
         with in_mode(model, training=True), torch.random.fork_rng():
             first_BTD, second_BTD = (prefix_output(model, boundary, batch) for _ in range(2))
         if _differ(first_BTD, second_BTD):
-            return "the layers below the boundary draw at random (dropout), so every epoch differs", dtype
+            return "the layers below the boundary are random (dropout), so every epoch differs", dtype
         with in_mode(model, training=False), ExitStack() as stack:
             hidden_BTD = prefix_output(model, boundary, batch)
             if _differ(first_BTD, hidden_BTD, SAME / 10):
-                return "the layers below the boundary compute otherwise in training than in evaluation", dtype
+                return "the layers below the boundary give other results in training than in evaluation", dtype
             if _sees_later_tokens(model, boundary, batch, hidden_BTD):
                 return (
-                    "positions below the boundary see the tokens after them, so a row's states depend on padding",
+                    "the layers below the boundary attend to later tokens, so the states of a row depend on padding",
                     dtype,
                 )
             plain = model.forward(**batch, use_cache=False).logits
@@ -63,17 +65,18 @@ def why_not_exact(
             stack.callback(shortcut.close)
             shortcut.begin(hidden_BTD)
             stored = model.forward(**batch, use_cache=False).logits
-    except Exception as error:  # whatever a family of tomorrow does with its layers
-        told = str(error).splitlines()[0] if str(error) else ""
-        return f"{type(model).__name__} does not start at layer {boundary} ({type(error).__name__}: {told})", dtype
+    except Exception as error:  # model families may fail in any way
+        message = str(error).splitlines()[0] if str(error) else ""
+        reason = f"{type(model).__name__} cannot start at layer {boundary} ({type(error).__name__}: {message})"
+        return reason, dtype
     reads_more = bool(torch.isfinite(plain).all()) and not torch.isfinite(stored).all()
     if hidden_BTD.dim() != 3 or reads_more or _differ(plain, stored):
-        return "the layers above the boundary read more than its hidden states", dtype
+        return "the layers from the boundary up read more than the hidden states", dtype
     return None, hidden_BTD.dtype
 
 
 def _sees_later_tokens(model: nn.Module, boundary: int, batch: Mapping[str, Any], hidden_BTD: torch.Tensor) -> bool:
-    """Whether the first half of the positions changes with the second: the first token takes its place."""
+    """Whether the states of the first half of the positions change when the first token fills the second half."""
     ids_BT = batch["input_ids"]
     half = ids_BT.shape[1] // 2
     other_BT = torch.cat([ids_BT[:, :half], ids_BT[:, :1].expand(-1, ids_BT.shape[1] - half)], dim=1)
@@ -83,7 +86,7 @@ def _sees_later_tokens(model: nn.Module, boundary: int, batch: Mapping[str, Any]
 
 @torch.no_grad()
 def packs_differ(model: nn.Module, boundary: int, batch: Mapping[str, Any], spans: Sequence[Span]) -> bool:
-    """Whether rows packed into one sequence get other states than alone: not every attention tells them apart."""
+    """Whether rows packed into one sequence get other states than alone: not every attention separates them."""
     samples = [span.sample for span in spans]
     inner = next((span for at, span in enumerate(spans) if at and samples[at - 1] == span.sample), spans[-1])
     packed_BTD = prefix_output(model, boundary, batch)
@@ -92,7 +95,7 @@ def packs_differ(model: nn.Module, boundary: int, batch: Mapping[str, Any], span
 
 
 def positions_vary(model: nn.Module, longest: int) -> bool:
-    """Whether a row's rotary frequencies are chosen by the rows beside it."""
+    """Whether a row's rotary frequencies depend on the other rows of its batch."""
     config = text_config(model)
     scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     original = scaling.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", 0)

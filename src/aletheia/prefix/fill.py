@@ -1,4 +1,4 @@
-"""Filling the prefix cache before training, for a model whose lower layers leave memory."""
+"""Fill the prefix cache before training, so that the lower layers can be freed from memory."""
 
 from collections.abc import Sequence
 
@@ -21,12 +21,12 @@ def fill(
     batch_size: int,
     show_progress: bool | Say = True,
 ) -> int:
-    """Compute and store what ``cache`` lacks, longest rows first, in eval mode; returns how many rows that were.
+    """Compute and store the rows that ``cache`` lacks, longest first, in eval mode; returns how many there were.
 
-    A build that is killed goes on where it stopped, where the cache is on disk.
+    With a cache on disk, a build that was killed continues where it stopped.
 
     Raises:
-        CacheError: a stored value would not be finite, or the disk fails.
+        CacheError: a value is not finite, or the disk fails.
     """
     missing = sorted(cache.missing(rows), key=len, reverse=True)
     with in_mode(model, training=False), Progress("cache", len(missing), "rows", show_progress) as progress:
@@ -34,7 +34,10 @@ def fill(
             group = missing[start : start + batch_size]
             for row, hidden_TD in zip(group, row_states(model, boundary, group), strict=True):
                 if not torch.isfinite(hidden_TD).all():
-                    raise CacheError(f"{row.where}: the prefix gives a value that is not finite; set `dtype` float32")
+                    raise CacheError(
+                        f"{row.where}: the layers below the boundary give a value that is not finite; expected finite "
+                        "values; set `dtype` float32"
+                    )
                 cache.put(row, hidden_TD)
             progress.advance(len(group))
     return len(missing)

@@ -24,7 +24,7 @@ from aletheia.anatomy.shards import checksum
 from aletheia.data.batches import collate
 from aletheia.data.examples import Example
 from aletheia.errors import CacheError
-from aletheia.execution.backend import lean_layers
+from aletheia.execution.backend import fast_layers
 from aletheia.prefix.cache import DiskCache, check_space, distinct_tokens, row_key
 from aletheia.prefix.cache_folders import CacheInfo, default_cache_dir
 from aletheia.progress import Progress, Say
@@ -33,9 +33,9 @@ Batch = dict[str, torch.Tensor]
 
 
 def streamed_cache(checkpoint: Checkpoint, boundary: int, folder: Path | None = None) -> DiskCache:
-    """The cache on disk for what enters layer ``boundary``; it is not filled yet.
+    """The cache on disk for the inputs of layer ``boundary``, not filled yet.
 
-    It is known by :attr:`aletheia.Checkpoint.state` and the boundary.
+    Its key covers :attr:`aletheia.Checkpoint.state` and the boundary.
 
     Raises:
         CacheError: layer 0 is adapted, the model adds a router loss, or the folder cannot be used.
@@ -44,7 +44,7 @@ def streamed_cache(checkpoint: Checkpoint, boundary: int, folder: Path | None = 
         raise CacheError("layer 0 is adapted, so there is no frozen prefix; expected a plan that leaves it out")
     if adds_router_loss(checkpoint.model):
         raise CacheError(
-            "the model adds a router loss over all layers; expected output_router_logits off in its config"
+            "the model adds a router loss over all layers; expected none; set output_router_logits false in its config"
         )
     info = CacheInfo(
         model=checkpoint.name,
@@ -67,17 +67,27 @@ def fill_streamed(
     max_memory: int | None = None,
     show_progress: bool | Say = True,
 ) -> int:
-    """Store what ``cache`` lacks, each layer below ``boundary`` read once; returns how many rows that were.
+    """Store the rows that ``cache`` lacks, reading each layer below ``boundary`` once; returns how many there were.
 
-    Between layers the states of a batch lie beside the cache, in a file that is replaced as a whole, so a build that
-    was killed goes on with the batch and layer it had reached; one killed in the last copy, out of these files, does
-    what is missing again.
+    Between layers, the states of a batch are in a file in the cache folder, which is always replaced as a whole. So a
+    build that was killed continues with the batch and layer it had reached. One that was killed while copying these
+    files into the cache computes the missing rows again.
+
+    Args:
+        checkpoint: the model, whose layers are read from disk one at a time.
+        boundary: the layer whose inputs are stored.
+        rows: rows to store.
+        cache: the cache of :func:`streamed_cache`.
+        batch_size: rows per batch.
+        pad_token_id: token id of the padding.
+        max_memory: bytes that this may take; None: what is free.
+        show_progress: print progress on stderr, or call this function with a line now and then.
 
     Raises:
-        CacheError: the disk cannot hold it, a layer draws at random, or a value is not finite.
+        CacheError: the disk is too small, a layer is random, or a value is not finite.
         ModelError: the checkpoint is damaged.
     """
-    with FileLock(cache.folder / "fill.lock"):  # another run may be at it, and would do what we do
+    with FileLock(cache.folder / "fill.lock"):  # another run may be filling the same cache
         cache.refresh()
         missing = sorted(cache.missing(rows), key=len, reverse=True)
         if missing:
@@ -99,7 +109,7 @@ def _fill(
     groups = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     work = cache.folder / f"partial-{_key(missing, batch_size)[:16]}"
     for other in cache.folder.glob("partial-*"):
-        if other != work:  # of rows or batches that nobody asks for any more
+        if other != work:  # left by a build of other rows or batches
             shutil.rmtree(other, ignore_errors=True)
     work.mkdir(exist_ok=True)
     states = [_States(work / f"{number:06d}.safetensors") for number in range(len(groups))]
@@ -109,8 +119,8 @@ def _fill(
     room = growth_allowed(checkpoint.device, max_memory)
     if largest > room:
         raise CacheError(
-            f"the cache is filled layer by layer, and a layer takes {largest / 1e9:.1f} GB; {room / 1e9:.1f} GB may be "
-            "used; expected room for one"
+            f"filling the cache needs {largest / 1e9:.1f} GB of memory for one layer, but {room / 1e9:.1f} GB may be "
+            "used; expected at least that; allow more memory"
         )
     ahead = 2 * largest <= room
     first = max(0, min(state.layer for state in states))
@@ -126,14 +136,14 @@ def _fill(
             _check_repeats(checkpoint, index, layer, states, groups, pad_token_id)
             if index == first:
                 checkpoint.check_layers(_batch(checkpoint, groups[-1], pad_token_id))
-            with lean_layers(layer, liger=False):  # whatever runs choose, they share the folder; reading takes longer
+            with fast_layers(layer, liger=False):  # runs with and without Liger share the folder; reading takes longer
                 for state, group in zip(states, groups, strict=True):
                     if state.layer == index:
                         hidden_BTD = _run(checkpoint, index, layer, state, group, pad_token_id)
                         if not torch.isfinite(hidden_BTD).all():
                             raise CacheError(
-                                f"layer {index} gives a value that is not finite for {group[0].where} or a row beside "
-                                "it; set `dtype` bfloat16 or float32"
+                                f"layer {index} gives a value that is not finite for {group[0].where} or a row in its "
+                                "batch; expected finite values; set `dtype` bfloat16 or float32"
                             )
                         state.write(index + 1, hidden_BTD, checkpoint.outputs)
             del layer
@@ -145,10 +155,10 @@ def _fill(
 
 
 class _States:
-    """The states of one batch on disk, the layer they enter (-1: none yet), and the form of a layer's output."""
+    """The states of one batch on disk, the layer they enter (-1: no states yet), and the form of a layer's output."""
 
     def __init__(self, path: Path) -> None:
-        """Take up what is there and as it was written."""
+        """Read the file if it exists and is intact."""
         self._path = path
         self.layer: int = -1
         self.outputs: list[bool] | None = None
@@ -167,7 +177,7 @@ class _States:
         return states_BTD.to(device)
 
     def write(self, layer: int, hidden_BTD: torch.Tensor, outputs: list[bool] | None) -> None:
-        """Replace them by those that enter ``layer``."""
+        """Replace the states by those that enter ``layer``."""
         temporary = self._path.with_suffix(".new")
         kept = {"states": hidden_BTD.cpu().contiguous()}
         about = {"layer": str(layer), "outputs": json.dumps(outputs)}
@@ -195,7 +205,7 @@ def _check_repeats(
     groups: list[list[Example]],
     pad_token_id: int,
 ) -> None:
-    """Refuse a layer that gives something else each time it trains (dropout): a stored prefix would not be exact."""
+    """Check that a layer gives the same output twice in training mode; with dropout, stored states are not exact."""
     number = next((number for number, state in reversed(list(enumerate(states))) if state.layer == index), None)
     if number is None:
         return
@@ -204,14 +214,14 @@ def _check_repeats(
         one, other = (_run(checkpoint, index, layer, states[number], groups[number], pad_token_id) for _ in range(2))
         layer.eval()
     if (one.float() - other.float()).norm() > 1e-3 * one.float().norm():
-        raise CacheError(f"layer {index} draws at random (dropout); expected none, set it to 0 in the model's config")
+        raise CacheError(f"layer {index} is random (dropout); expected none; set dropout to 0 in the model's config")
 
 
 def _checked(hidden_BTD: torch.Tensor, checkpoint: Checkpoint) -> torch.Tensor:
     if hidden_BTD.dim() != 3 or hidden_BTD.dtype != checkpoint.dtype:
         raise CacheError(
-            f"the embedding of {type(checkpoint.model).__name__} gives {hidden_BTD.dtype} [{_by(hidden_BTD.shape)}]; "
-            f"expected {checkpoint.dtype} with three dimensions; it cannot be streamed"
+            f"the embedding of {type(checkpoint.model).__name__} gives {hidden_BTD.dtype} [{_by(hidden_BTD.shape)}], "
+            f"so the model cannot be streamed; expected {checkpoint.dtype} with three dimensions; load it as a whole"
         )
     return hidden_BTD
 

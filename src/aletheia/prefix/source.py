@@ -1,4 +1,4 @@
-"""What enters the boundary layer, for each batch as it comes: read where it was stored, computed and stored elsewhere.
+"""The inputs of the boundary layer for each batch: read if they are stored, otherwise computed and stored.
 
 Shapes: B samples of the batch, T tokens of each or of a row, D model width.
 """
@@ -23,11 +23,11 @@ from aletheia.prefix.stored import prefix_output
 def row_states(
     model: nn.Module, boundary: int, rows: Sequence[Example], at_once: int | None = None
 ) -> list[torch.Tensor]:
-    """What enters layer ``boundary`` for each row, [T, D] without padding.
+    """The inputs of layer ``boundary`` for each row, [T, D] without padding.
 
-    On a processor each row goes by itself: its states are then the same bytes whatever rows it comes with, so a run
-    that is resumed computes what the one before had stored. Elsewhere they go in padded batches of ``at_once`` tokens
-    at most, or all in one.
+    On a CPU each row runs alone. Its states are then the same bytes whatever rows are in its batch, so a resumed run
+    computes exactly what the interrupted run stored. On other devices rows run in padded batches of up to ``at_once``
+    tokens, or all in one batch.
     """
     found: list[torch.Tensor | None] = [None] * len(rows)
     for group in _groups(model, rows, at_once):
@@ -39,7 +39,7 @@ def row_states(
 
 
 def _groups(model: nn.Module, rows: Sequence[Example], at_once: int | None) -> list[list[int]]:
-    """Which rows go through the prefix together: on a processor each alone, elsewhere those of like length."""
+    """Indices of the rows that run through the prefix together: on a CPU each alone, elsewhere by similar length."""
     if next(model.parameters()).device.type == "cpu":
         return [[at] for at in range(len(rows))]
     groups: list[list[int]] = []
@@ -57,9 +57,9 @@ Use = Literal["keep", "read", "none"]
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that train one model: ``largest`` of some numbers over all of them, and whether layers are sharded.
+    """The processes that train one model. ``largest`` gives the maximum of each number over all of them.
 
-    Sharded layers are gathered by all processes at once, so all must run them equally often.
+    All processes gather ``sharded`` layers at the same time, so all must run them equally often.
     """
 
     largest: Callable[[Sequence[int]], Sequence[int]] = lambda numbers: numbers
@@ -67,11 +67,11 @@ class Group:
 
 
 class PrefixSource:
-    """Called with the arguments of a forward pass, gives the hidden states [B, T, D] that enter the boundary layer.
+    """Gives the hidden states [B, T, D] that enter the boundary layer, for the arguments of a forward pass.
 
-    A row is looked up by its tokens, so any data loader will do. What is missing is computed without a graph and
-    kept, if ``use`` says that rows come back. The first batch shows whether stored states are exact at all; where
-    they are not, or rows cannot be told apart, the model's own layers do the work.
+    Rows are looked up by their tokens, so any data loader works. Missing states are computed without a graph, and kept
+    if ``use`` says that rows come back. The first batch shows whether stored states are exact. Where they are not, or
+    rows cannot be separated, the model's own layers run.
     """
 
     def __init__(
@@ -85,22 +85,22 @@ class PrefixSource:
         trusted: bool = False,
         state: Callable[[], object] = lambda: None,
     ) -> None:
-        """For layer ``boundary`` of ``model``.
+        """Make the source for layer ``boundary`` of ``model``.
 
         Args:
-            model: the model whose forward pass this is called in.
+            model: the model whose forward pass calls this.
             boundary: the lowest layer that learns.
             open_cache: called once with the dtype of the states, when they are known to be exact.
-            use: what to do with the rows that pass now: ``keep`` them for later, only ``read`` what was kept, or
-                ``none``, where no row comes back.
-            on_obstacle: told once if stored states would not be exact, and once if they can no longer be written.
+            use: what to do with the rows that pass now: ``keep`` them for later, only ``read`` stored ones, or
+                ``none`` if no row comes back.
+            on_obstacle: called with a reason if stored states are not exact, and if they can no longer be written.
             group: the processes that train.
-            trusted: the cache was filled from a model that is not all here, so there is nothing to try.
-            state: what besides its weights decides what the prefix computes, such as adapters that are switched off:
-                while it is not as it was at first, all layers run.
+            trusted: the cache was filled from the whole model, of which only a part is here, so nothing is tried.
+            state: what the prefix depends on besides its weights, such as adapters that are switched off. All layers
+                run while it differs from its first value.
         """
         self.cache: PrefixCache | None = None
-        self.seconds = 0.0  # spent on computing, storing and reading
+        self.seconds = 0.0  # spent computing, storing and reading
         self._model, self._boundary, self._open = model, boundary, open_cache
         self._use, self._on_obstacle, self._group = use, on_obstacle, group or Group()
         self._state, self._at_first = state, state()
@@ -126,9 +126,9 @@ class PrefixSource:
         return found
 
     def ahead(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
-        """The states of a batch that is being made, on the device of its tokens; None unless all are stored.
+        """The states of a batch that is being assembled, on the device of its tokens; None unless all are stored.
 
-        So they travel with the batch, while the step before is computed, and none waits for a look at its tokens.
+        They travel with the batch while the previous step runs, so no step waits to read its own tokens.
         """
         cache = self.cache
         if self._given_up or cache is None or self._group.sharded or self._use() == "none":
@@ -142,22 +142,22 @@ class PrefixSource:
         return found
 
     def _agreed(self, numbers: Sequence[int]) -> Sequence[int]:
-        """The largest over all processes, until the cache is open; then each decides for itself, unless sharded."""
+        """The largest over all processes until the cache is open; after that, each process's own unless sharded."""
         return self._group.largest(numbers) if self._group.sharded or not self._checked else numbers
 
     def _is_exact(self, batch: Mapping[str, Any], spans: list[Span], packed: bool) -> bool:
-        """Whether stored states may be used: tried on the first batch, and on the first one of packed rows."""
+        """Whether stored states are exact; tries the first batch, and the first one with packed rows."""
         if self._checked and (self._packs_checked or not packed):
             return self.cache is not None
         obstacle, dtype = None, None
         if not self._checked:
             obstacle, dtype = why_not_exact(self._model, self._boundary, [span.row for span in spans], 0)
         if obstacle is None and packed and packs_differ(self._model, self._boundary, batch, spans):
-            obstacle = "rows that are packed together see each other"
+            obstacle = "rows that are packed together attend to each other"
         self._packs_checked = self._packs_checked or packed
         if any(self._agreed([int(obstacle is not None)])):
             self._given_up, self.cache = True, None
-            self._on_obstacle(obstacle or "another process found that stored states would not be exact")
+            self._on_obstacle(obstacle or "another process found that stored states are not exact")
         elif not self._checked and dtype is not None:
             self.cache = self._open(dtype)
             self._given_up = any(self._agreed([int(self.cache is None)]))
@@ -171,7 +171,7 @@ class PrefixSource:
         missing = cache.missing([span.row for span in spans])
         at_once = ids_BT.numel()
         passes = len(_groups(self._model, missing, at_once))
-        # agreed on before any pass: each of them waits for the other processes
+        # agreed on before any pass, since each pass waits for the other processes
         idle = self._group.largest([passes])[0] - passes if self._group.sharded else 0
         computed = row_states(self._model, self._boundary, missing, at_once)
         for _ in range(idle):
@@ -184,7 +184,7 @@ class PrefixSource:
     def _assembled(
         self, cache: PrefixCache, ids_BT: torch.Tensor, spans: list[Span], by_key: Mapping[str, torch.Tensor]
     ) -> torch.Tensor | None:
-        """The states of a batch [B, T, D]: those of ``by_key``, the others from the cache."""
+        """The states of a batch [B, T, D]: from ``by_key`` where they are in it, otherwise from the cache."""
         hidden_BTD: torch.Tensor | None = None
         for span in spans:
             hidden_TD = by_key.get(row_key(span.row.input_ids))
@@ -196,7 +196,7 @@ class PrefixSource:
         return hidden_BTD
 
     def _read(self, cache: PrefixCache, row: Example) -> torch.Tensor:
-        """A stored entry; one that was damaged a moment ago is computed again, where that takes this process alone."""
+        """A stored entry; a damaged one is computed again, unless layers are sharded over processes."""
         try:
             return cache.get(row)
         except CacheError:
@@ -205,7 +205,7 @@ class PrefixSource:
             return row_states(self._model, self._boundary, [row])[0]
 
     def _store(self, cache: PrefixCache, rows: Sequence[Example], states: Sequence[torch.Tensor]) -> None:
-        """Keep what is finite; a cache that cannot be written any more is only read from then on."""
+        """Store the finite states; once the cache cannot be written, it is only read."""
         are_finite = torch.stack([torch.isfinite(hidden_TD).all() for hidden_TD in states]).tolist()  # waits once
         for row, hidden_TD, is_finite in zip(rows, states, are_finite, strict=True):
             if is_finite:
@@ -213,5 +213,5 @@ class PrefixSource:
                     cache.put(row, hidden_TD)
                 except CacheError as error:
                     self._writes = False
-                    self._on_obstacle(f"nothing more is stored: {error}")
+                    self._on_obstacle(f"no more states are stored: {error}")
                     return

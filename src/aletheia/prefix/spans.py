@@ -1,4 +1,4 @@
-"""Which rows a batch holds, and where: padded on the right, or several packed into one sequence.
+"""The rows that a batch holds, and their places: padded on the right, or packed into one sequence.
 
 Shapes: B samples of the batch, T tokens of each.
 """
@@ -13,7 +13,7 @@ from aletheia.data.batches import LABELLED
 from aletheia.data.examples import NO_LOSS, Example
 from aletheia.prefix.stored import INPUTS, OF_PACKS
 
-# arguments of a forward pass that hidden states do not depend on, or that repeat what positions say
+# arguments of a forward pass that do not change hidden states, or that repeat what positions say
 WITHOUT_INFLUENCE = {
     *OF_PACKS,
     LABELLED,
@@ -24,7 +24,7 @@ WITHOUT_INFLUENCE = {
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A row of tokens and where it lies: in ``sample``, from token ``start`` on."""
+    """A row of tokens and its place: in ``sample``, from token ``start``."""
 
     sample: int
     start: int
@@ -32,11 +32,11 @@ class Span:
 
 
 def find_spans(batch: Mapping[str, Any]) -> list[Span] | None:
-    """The rows of a batch as a model is called with it, each with positions from 0 on; None if it is not made of such.
+    """The rows of a batch, from the arguments of a forward pass; None if it is not made of rows that start at 0.
 
-    A row is what the attention mask shows of a sample, or what lies between two zeros in its positions where rows are
-    packed. Padding on the left, masks of more than two dimensions, embeddings instead of tokens, a key-value cache and
-    arguments that nobody here knows are left to the layers themselves.
+    A row is the part of a sample that the attention mask shows. In packed samples, it runs from one position 0 to the
+    next. The result is also None with padding on the left, masks of more than two dimensions, embeddings instead of
+    tokens, a key-value cache, or unknown arguments: the layers themselves must run.
     """
     ids_BT = batch.get("input_ids")
     if not isinstance(ids_BT, torch.Tensor) or ids_BT.dim() != 2:
@@ -46,7 +46,7 @@ def find_spans(batch: Mapping[str, Any]) -> list[Span] | None:
         return None
     mask_BT, positions_BT = batch.get("attention_mask"), batch.get("position_ids")
     if "cu_seq_lens_q" in given and isinstance(mask_BT, torch.Tensor) and mask_BT.numel() == 1:
-        mask_BT = None  # a sign of packed rows, no mask
+        mask_BT = None  # it marks packed rows and is not a mask
     for found in (mask_BT, positions_BT):
         if found is not None and not (isinstance(found, torch.Tensor) and found.dim() == 2):
             return None
@@ -74,7 +74,7 @@ def is_packed(spans: list[Span]) -> bool:
 
 
 def _starts(positions_T: list[int]) -> list[int] | None:
-    """Where positions begin at 0 again; None if they do anything but count up from there."""
+    """Where positions start at 0 again; None if they do anything but count up from there."""
     starts = [at for at, position in enumerate(positions_T) if position == 0]
     if not starts or starts[0] != 0:
         return None if positions_T else [0]

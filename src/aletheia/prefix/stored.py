@@ -1,4 +1,4 @@
-"""A forward pass that starts at a layer from hidden states given to it: the layers below pass them through.
+"""A forward pass that starts at a layer from stored hidden states; the layers below pass their inputs through.
 
 Shapes: B rows of the batch, T tokens of its longest row, D model width.
 """
@@ -26,50 +26,50 @@ from aletheia.anatomy.read import find_layers
 from aletheia.errors import TrainingError
 
 INPUTS = ("input_ids", "attention_mask", "position_ids")
-OF_PACKS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")  # where packed rows begin
+OF_PACKS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")  # where packed rows start
 PREFIX = "prefix_BTD"  # key of the stored hidden states in a batch
 Source = Callable[[Mapping[str, Any]], torch.Tensor | None]
 
 
 @torch.no_grad()
 def prefix_output(model: nn.Module, boundary: int, batch: Mapping[str, Any]) -> torch.Tensor:
-    """Hidden states [B, T, D] that enter layer ``boundary``; nothing above the prefix is computed.
+    """Hidden states [B, T, D] that enter layer ``boundary``; nothing above the prefix runs.
 
-    The model runs in the mode it is in, without its own hooks, so it may be called from one of them. ``batch`` holds
-    ``input_ids`` and what else the prefix depends on, such as ``attention_mask`` or ``position_ids``, each [B, T], and
-    where packed rows begin.
+    The model keeps its present mode, and its own hooks are not called, so a hook may call this function. ``batch``
+    holds ``input_ids`` and whatever else the prefix depends on: ``attention_mask`` or ``position_ids``, each [B, T],
+    and where packed rows start.
 
     Raises:
-        TrainingError: the layer is never called.
+        TrainingError: the model never calls the layer.
     """
     _, layers = find_layers(model)
     inputs = {name: batch[name] for name in (*INPUTS, *OF_PACKS) if name in batch}
     call = layer_call(model.forward, layers[boundary], inputs)
     if call is None:
         raise TrainingError(
-            f"layer {boundary} of {type(model).__name__} was never called; `cache` off trains without it"
+            f"{type(model).__name__} never calls its layer {boundary}; expected a call per layer; set `cache` off"
         )
     return hidden_states(*call)
 
 
 class Shortcut:
-    """Lets forward passes of a model start at a layer: the layers below it return what they get, for that time.
+    """Lets forward passes of a model start at a layer; meanwhile the layers below it return their inputs.
 
-    The layer list stays as long as it is, so masks, positions, layer types and adapter names stay right.
+    The layer list keeps its length, so masks, positions, layer types and adapter names stay correct.
     """
 
     def __init__(self, model: nn.Module, boundary: int) -> None:
-        """For layer ``boundary``, above 0; nothing changes before :meth:`begin`."""
+        """Prepare layer ``boundary``, which is above 0; nothing changes before :meth:`begin`."""
         self._model, self._boundary = model, boundary
         self._layers = find_layers(model)[1]
         self._own: list[nn.Module] = []
         self._passing: list[PassThrough] = []
         self._given: list[torch.Tensor] = []
-        # first of the layer's hooks: those of others see the stored states
+        # the first of the layer's hooks, so that all others see the stored states
         self._hook = self._layers[boundary].register_forward_pre_hook(self._put, with_kwargs=True, prepend=True)
 
     def begin(self, hidden_BTD: torch.Tensor) -> None:
-        """Start the next forward pass from these states."""
+        """Start the next forward pass from these states [B, T, D]."""
         if not self._passing:
             outputs = _layer_outputs(self._model, self._layers[: self._boundary])
             below = zip(self._layers[: self._boundary], outputs, strict=True)
@@ -88,12 +88,12 @@ class Shortcut:
         self._own.clear()
 
     def drop(self) -> None:
-        """Forget the layers below for good, and the embedding unless it is tied to the head."""
+        """Release the layers below permanently, and the embedding unless it is tied to the head."""
         self._own.clear()
         _drop_embedding(base_of(self._model))
 
     def close(self) -> None:
-        """Leave the model as it was, but for what was dropped."""
+        """Restore the model, except for what was dropped."""
         self.end()
         self._hook.remove()
 
@@ -105,14 +105,18 @@ class Shortcut:
 def stored_prefix(model: nn.Module, boundary: int, free: bool = False, source: Source | None = None) -> Iterator[None]:
     """Let the model start at layer ``boundary`` from hidden states [B, T, D] that were computed before.
 
-    They come with the batch, under the key ``prefix_BTD``, or from ``source``. Where neither has them, all layers run.
+    They come with the batch, under the key ``prefix_BTD``, or from ``source``. If neither has them, all layers run.
 
     Args:
         model: the adapted model.
         boundary: the layer that gets the stored hidden states; above 0.
         free: drop the layers below the boundary, and the embedding unless it is tied to the head. Their memory is
-            given back once nothing else refers to them; the model then needs stored states for good.
-        source: called with the arguments of the model's forward pass; returns None where they cannot be had.
+            freed once nothing else refers to them. From then on the model always needs stored states.
+        source: called with the arguments of the model's forward pass; returns the states, or None without them.
+
+    Raises:
+        TrainingError: from a forward pass without stored states, where the layers are dropped or there is no
+            ``source``.
     """
     shortcut = Shortcut(model, boundary)
 
@@ -123,7 +127,10 @@ def stored_prefix(model: nn.Module, boundary: int, free: bool = False, source: S
         if hidden_BTD is not None:
             shortcut.begin(hidden_BTD)
         elif free or source is None:
-            raise TrainingError(f"the layers below {boundary} are stored, and the batch brings no {PREFIX!r}")
+            raise TrainingError(
+                f"the batch has no {PREFIX!r}; expected the stored hidden states that enter layer {boundary}; add them "
+                "with aletheia.prefix.cache.collate_with_prefix"
+            )
         return args, kwargs
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -154,12 +161,12 @@ def _drop_embedding(base: PreTrainedModel) -> None:
 
 
 def _refuse(module: nn.Module, args: tuple[Any, ...]) -> None:
-    raise TrainingError("the layers below the boundary were freed for training; load the model again to use it")
+    raise TrainingError("the layers below the boundary were freed for training; expected a whole model; load it again")
 
 
 @torch.no_grad()
 def _layer_outputs(model: nn.Module, layers: nn.ModuleList) -> list[int]:
-    """Length of the tuple that each layer returns, 0 for a tensor: seen in one forward over two tokens."""
+    """Length of the tuple that each layer returns, or 0 for a tensor, from one forward pass over two tokens."""
     seen: dict[int, int] = {}
     with ExitStack() as stack:
         for index, layer in enumerate(layers):

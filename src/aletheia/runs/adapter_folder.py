@@ -1,4 +1,4 @@
-"""An adapter as its folder shows it, whoever trained it: layers, ranks, base, and losses where they lie beside it."""
+"""An adapter as its folder describes it, whoever trained it: layers, ranks, base, and losses if they are stored."""
 
 from pathlib import Path
 
@@ -15,17 +15,17 @@ class AdapterFolder(BaseModel):
 
     Attributes:
         path: the folder.
-        base: what its config names as the base model; None where it names none.
+        base: the base model that its config names; None where it names none.
         rank: the common rank; single modules may have others.
         alpha: the common alpha.
         rslora: whether alpha is divided by the square root of the rank.
-        dropout: of the adapters, in training.
-        adapters: the adapted weights of the layers; of fused experts, one entry for each pair of factors.
+        dropout: dropout of the adapters in training.
+        adapters: the adapted weights of the layers; for fused experts, one entry for each pair of factors.
         outside: adapted modules outside the layers, such as the head.
         beside: settings beyond plain LoRA, by PEFT's names.
-        parameters: numbers that are stored, those of ``beside`` included.
+        parameters: how many numbers are stored, those of ``beside`` included.
         made_with: the version of PEFT that wrote it.
-        train_curve: training loss by step; empty where no Trainer's state lies beside the adapter.
+        train_curve: training loss by step; empty if the folder has no Trainer state.
         held_out_curve: the loss on held-out rows by step.
     """
 
@@ -46,7 +46,7 @@ class AdapterFolder(BaseModel):
 
     @classmethod
     def of_run(cls, run: Run) -> "AdapterFolder":
-        """What a run of ours shows as an adapter among others."""
+        """The adapter of a finished run."""
         metrics, settings = run.metrics, run.plan.settings
         return cls(
             path=run.path,
@@ -74,5 +74,5 @@ class AdapterFolder(BaseModel):
 
     @property
     def layer_count(self) -> int:
-        """Layers up to the highest one adapted; the folder does not tell how many the model has."""
+        """Layers up to the highest adapted one; the folder does not say how many the model has."""
         return max(self.layers, default=-1) + 1

@@ -1,4 +1,4 @@
-"""Answers of a model beside those of its base: what is asked for, and what came of it. No torch."""
+"""Answers of a model next to those of its base: settings and results. No torch."""
 
 from typing import ClassVar
 
@@ -10,16 +10,16 @@ GROUP = "Answers"
 
 
 class GenerateSettings(Settings):
-    """How answers are generated; what is not set here is as the model's own generation config says."""
+    """How answers are generated; all else comes from the model's own generation config."""
 
     SECTION: ClassVar[str] = "generate"
-    max_new_tokens: int = option(256, "Most tokens of an answer.", GROUP, ge=1, le=LONGEST_ROW)
-    temperature: float = option(
-        0.0, "Temperature at which tokens are drawn; 0 takes the likeliest token each time.", GROUP, ge=0, le=100
+    max_new_tokens: int = option(256, "Maximum number of tokens in an answer.", GROUP, ge=1, le=LONGEST_ROW)
+    temperature: float = option(0.0, "Sampling temperature; 0 always takes the likeliest token.", GROUP, ge=0, le=100)
+    limit: int | None = option(
+        None, "Answer only this many rows of `data`, from the first. (default: all)", GROUP, ge=1
     )
-    limit: int | None = option(None, "Rows of `data` to answer, from the first on. (default: all)", GROUP, ge=1)
     batch_size: int = option(8, "Prompts answered at once.", GROUP, ge=1, le=MOST_ROWS)
-    seed: int = option(0, "Seed of the tokens that are drawn, above temperature 0.", GROUP, ge=0, le=2**32 - 1)
+    seed: int = option(0, "Seed of sampling, with a temperature above 0.", GROUP, ge=0, le=2**32 - 1)
 
 
 class Answer(BaseModel):
@@ -28,11 +28,11 @@ class Answer(BaseModel):
     Attributes:
         where: ``prompt 1``, or the place of a row, such as ``rows.jsonl:3``.
         prompt: the last turn before the answer.
-        answer: of the model, with its adapter where it has one.
-        ended: whether that ended by itself; False where it was cut at ``max_new_tokens``.
-        base: the answer without the adapter; None where it was not asked for.
-        base_ended: whether that one ended by itself.
-        reference: the answer that the row has; None for a prompt.
+        answer: the model's answer, with its adapter if it has one.
+        ended: whether the answer is complete; False if it was cut at ``max_new_tokens``.
+        base: the answer without the adapter; None if it was not asked for.
+        base_ended: whether that answer is complete.
+        reference: the answer in the row; None for a prompt.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -15,24 +15,24 @@ from aletheia.names import markdown
 from aletheia.planning.plan import Plan, layer_ranges
 from aletheia.runs.schema import Run
 
-TAGS = ("lora", "aletheia", "arxiv:2604.15351")  # the last one is the method
+TAGS = ("lora", "aletheia", "arxiv:2604.15351")  # the last one is the paper of the method
 
 
 def card_metadata(base: str | None, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What the front matter of a card tells the hub; ``base`` is an id of the hub."""
+    """The front matter of a card, which the hub reads; ``base`` is a hub id."""
     known = {"base_model": base, "base_model_relation": "adapter"} if base else {}
     about = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": list(TAGS)}
     return known | about | dict(more or {})
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is an id of the hub, rather than a path of this machine or the name of a class."""
+    """Whether a name is a hub id, rather than a local path or the name of a class."""
     is_elsewhere = os.path.exists(name) or name.endswith(".gguf") or not ("/" in name or name.islower())
     return not is_elsewhere and is_hub_name(name)
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether the hub takes such a name for a repository."""
+    """Whether the hub accepts a name for a repository."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -47,9 +47,9 @@ def with_metadata(metadata: Mapping[str, Any], body: str) -> str:
 
 
 def model_card(run: Run, metadata: Mapping[str, Any] | None = None) -> str:
-    """Markdown with the front matter the hub reads: what was adapted, how it was trained, what it reached.
+    """The card of a run in Markdown: what was adapted, how it was trained, and its losses.
 
-    ``metadata`` is the front matter where the run's own name of its base is not what the hub is to see.
+    ``metadata`` replaces the front matter, for a base that has another name on the hub than in the run.
     """
     name = run.metrics.model.name
     return with_metadata(metadata or card_metadata(name if is_hub_id(name) else None), _body(run))
@@ -61,7 +61,7 @@ def _body(run: Run) -> str:
     settings, name = metrics.settings, markdown(metrics.model.name)
     return f"""# LoRA on {len({adapter.layer for adapter in plan.adapters})} of {plan.layer_count} layers of {name}
 
-Made with `aletheia-tune` {metrics.packages.get("aletheia-tune", "")}; the adapted modules were planned before training
+Made with `aletheia-tune` {metrics.packages.get("aletheia-tune", "")}. A plan chose the adapted modules before training
 (policy `{plan.settings.policy}`).
 
 | | |
@@ -101,7 +101,7 @@ def _merged_into(name: str) -> str | None:
     config = Path(name) / ADAPTER_CONFIG
     try:
         found = read_settings(config).get("base_model_name_or_path") if config.exists() else None
-    except (ModelError, OSError):  # changed, or a name that is no path
+    except (ModelError, OSError):  # changed, or a name that is not a path
         return None
     return found if isinstance(found, str) else None
 
@@ -109,23 +109,23 @@ def _merged_into(name: str) -> str | None:
 def _quantized(run: Run) -> str:
     settings = run.metrics.settings
     if settings.quantization_corrected:
-        kind = f"{settings.quantization}; half of each rank is a frozen correction of that, so it fits no other base"
+        kind = f"{settings.quantization}; half of each rank is a frozen correction of this, so it fits no other base"
         return f", base quantized ({kind})"
     return f", base quantized ({settings.quantization})" if settings.quantization else ""
 
 
 def _before(run: Run) -> str:
     origin = run.metrics.went_on_from
-    return f"\n| goes on from | {markdown(origin.name)} (sha256 {origin.sha256[:12]}) |" if origin else ""
+    return f"\n| trained further from | {markdown(origin.name)} (sha256 {origin.sha256[:12]}) |" if origin else ""
 
 
 def _averaged(run: Run) -> str:
-    return ", its weights averaged over the steps so far" if run.metrics.settings.averaging == "on" else ""
+    return ", weights averaged over the steps so far" if run.metrics.settings.averaging == "on" else ""
 
 
 def _rescaled(run: Run) -> str:
     scale = run.metrics.kept_scale
-    return f", at {scale:g} of its strength (every B multiplied by that)" if scale != 1 else ""
+    return f", at {scale:g} of its strength (every B is multiplied by this)" if scale != 1 else ""
 
 
 def _early(run: Run) -> str:
@@ -134,7 +134,7 @@ def _early(run: Run) -> str:
 
 
 def _from_pretrained(name: str) -> str:
-    """Arguments that load the base model; a GGUF file is named by folder and file."""
+    """Arguments that load the base model; a GGUF file takes its folder and its name."""
     path = Path(name)
     if path.suffix == ".gguf":
         return f"{str(path.parent)!a}, gguf_file={path.name!a}"
@@ -142,7 +142,7 @@ def _from_pretrained(name: str) -> str:
 
 
 def _scale(plan: Plan) -> str:
-    """What differs from plain LoRA."""
+    """Scale and dropout, where they differ from plain LoRA."""
     dropout = f", dropout {plan.settings.dropout:g}" if plan.settings.dropout else ""
     return f"{', scaled as rsLoRA (alpha / sqrt(rank))' if plan.settings.rslora else ''}{dropout}"
 

@@ -1,7 +1,7 @@
-"""What a finished run wrote, file by file, with the sha256 of each: ``manifest.json`` of the run folder. Torch-free.
+"""The files of a finished run with the sha256 of each: ``manifest.json`` of the run folder. Torch-free.
 
-Files that came later are not looked at, and one that is gone is missed by whoever reads it. The card and the page are
-for people, who may rewrite them.
+Files that were added later are not checked. A missing file is left to its reader to report. People may rewrite the
+model card and the report page.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from aletheia.files import Artifact, write_text
 from aletheia.runs.manifest import MANIFEST_FILE, FileRecord
 
 FOR_PEOPLE = ("README.md", "report.html")
-_OF_A_RUN = ("metrics.json", "plan.json", MANIFEST_FILE)  # the first is written last and not in the manifest
+_OF_A_RUN = ("metrics.json", "plan.json", MANIFEST_FILE)  # the first is written last, so the manifest leaves it out
 
 
 class Contents(Artifact):
@@ -25,7 +25,7 @@ class Contents(Artifact):
 
 
 def write_contents(folder: Path, names: Iterable[str]) -> None:
-    """Describe these files of ``folder`` as they are now; those that are not there are left out.
+    """Write the manifest of these files of ``folder`` as they are now, without those that do not exist.
 
     Raises:
         ArtifactError: the manifest cannot be written.
@@ -36,7 +36,7 @@ def write_contents(folder: Path, names: Iterable[str]) -> None:
 
 
 def add_to_contents(folder: Path, names: Iterable[str]) -> None:
-    """Describe these files, too, and what was described before as it was.
+    """Add these files to the manifest of ``folder``; its other entries stay as they are.
 
     Raises:
         ArtifactError: the manifest cannot be read or written.
@@ -51,10 +51,10 @@ def check_contents(folder: Path) -> list[str]:
     """Compare the files of a run folder with its manifest, if it has one.
 
     Returns:
-        A line for each file for people that was changed.
+        A line for each changed file that people may rewrite.
 
     Raises:
-        ArtifactError: another file was changed, or the manifest itself.
+        ArtifactError: another file was changed, or the manifest itself was.
     """
     place = folder / MANIFEST_FILE
     if not place.exists():
@@ -71,19 +71,19 @@ def check_contents(folder: Path) -> list[str]:
 
 
 def check_file(path: Path) -> None:
-    """Compare one file with the manifest of the run folder it lies in; any other file is fine.
+    """Compare a file with the manifest of its run folder; a file outside a run folder passes.
 
     Raises:
-        ArtifactError: it was changed after the run, or the manifest was.
+        ArtifactError: the file or the manifest was changed after the run.
     """
     if not all((path.parent / name).is_file() for name in _OF_A_RUN):
         return
     record = Contents.read(path.parent / MANIFEST_FILE).files.get(path.name)
     if record is not None and (fault := record.fault(path)):
         raise ArtifactError(
-            f"{path} {fault}; expected it as the run left it, put it back or edit a copy in another folder"
+            f"{path} {fault}; expected the file that the run wrote; restore it, or edit a copy in another folder"
         )
 
 
 def _changed(path: Path, fault: str) -> ArtifactError:
-    return ArtifactError(f"{path} {fault}; expected it as the run left it, put it back or train again")
+    return ArtifactError(f"{path} {fault}; expected the file that the run wrote; restore it or train again")

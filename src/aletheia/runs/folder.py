@@ -1,4 +1,4 @@
-"""The run folder: claimed before anything is computed, written when all is done. Importing it loads no torch."""
+"""The run folder: claimed before anything is computed, written at the end. Importing this loads no torch."""
 
 import os
 import shutil
@@ -27,19 +27,19 @@ ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
 CHECKPOINTS = "checkpoints"
 PARTIAL_FOLDER = ".partial"  # where an adapter is written before it is moved in
 LOCK_FILE = ".lock"
-REPLACING_FILE = ".replacing"  # a run is under way where another one was finished
+REPLACING_FILE = ".replacing"  # marks a run in progress that will replace a finished one
 FolderState = Literal["new", "interrupted", "finished", "foreign"]
 
 
 class RunFolder:
-    """A folder for a run, held by one process at a time. Make it with :meth:`claim`; a context manager.
+    """A folder for a run, held by one process at a time; a context manager. Make it with :meth:`claim`.
 
-    ``resumes`` says that an interrupted run is there to go on from. In a launch of several processes the first one
-    claims, the others do without.
+    ``resumes`` says whether it holds an interrupted run to resume. With several processes, only the first one claims
+    the folder.
     """
 
     def __init__(self, path: Path, lock: FileLock | None, is_new: bool, resumes: bool) -> None:
-        """For :meth:`claim`; ``is_new``: the folder was made for this."""
+        """Use :meth:`claim` instead; ``is_new`` says that the folder was created for this run."""
         self.path, self.resumes = path, resumes
         self._lock, self._is_new = lock, is_new
 
@@ -50,15 +50,15 @@ class RunFolder:
         overwrite: bool = False,
         resume: Literal["auto", "never"] = "auto",
     ) -> "RunFolder":
-        """Take ``out`` for a run: nobody else can until it is closed or this process ends, however it ends.
+        """Claim ``out`` for a run. No other process can claim it until it is closed or this process ends.
 
         Args:
-            out: the folder; it is made if need be.
+            out: the folder; it is created if necessary.
             overwrite: allow it to hold a finished run, which is replaced when the new one is saved.
-            resume: what to do with an interrupted run: ``auto`` goes on, ``never`` removes its checkpoints.
+            resume: what to do with an interrupted run: ``auto`` resumes it, ``never`` removes its checkpoints.
 
         Raises:
-            ArtifactError: it cannot be written, is a file, is in use, or holds something that may not be
+            ArtifactError: the folder cannot be written, is a file, is in use, or holds something that may not be
                 replaced: other files, or a finished run while ``overwrite`` is off.
         """
         out = Path(out)
@@ -70,7 +70,7 @@ class RunFolder:
             shutil.rmtree(out / PARTIAL_FOLDER, ignore_errors=True)
             claimed.resumes = state == "interrupted" and resume == "auto"
             if not claimed.resumes:
-                _begin_anew(out, state)
+                _remove_earlier(out, state)
         except BaseException:
             claimed.close()
             raise
@@ -83,32 +83,32 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where the checkpoints go."""
+        """The folder of the checkpoints."""
         return self.path / CHECKPOINTS
 
     def check_room(self, size_bytes: int) -> None:
-        """Refuse to begin what could not be saved.
+        """Check that an adapter of ``size_bytes`` could be saved.
 
         Raises:
-            ArtifactError: less than ``size_bytes`` are free.
+            ArtifactError: fewer than ``size_bytes`` are free.
         """
         free = free_bytes(self.path)
         if free < size_bytes:
             raise ArtifactError(
-                f"{self.path}: the adapter needs {size_bytes / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
-                "make room or choose another `out`"
+                f"{self.path}: the adapter needs {size_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; "
+                "free some space or choose another `out`"
             )
 
     def remove_checkpoints(self) -> None:
-        """Remove what was only there to go on from."""
+        """Remove the checkpoints, which serve only to resume."""
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def close(self) -> None:
-        """Let others have the folder; one that was made for this run and is empty goes."""
+        """Release the folder; remove it if it was created for this run and is empty."""
         if self._lock is None or not self._lock.is_locked:
             return
         with suppress(OSError):
-            self.checkpoints.rmdir()  # Trainer makes it before there is anything to save
+            self.checkpoints.rmdir()  # Trainer creates it before there is anything to save
         if self._is_new and _names(self.path) == set():
             with suppress(OSError):
                 (self.path / LOCK_FILE).unlink()
@@ -116,18 +116,18 @@ class RunFolder:
         self._lock.release()
 
     def __enter__(self) -> "RunFolder":
-        """As claimed."""
+        """Return itself."""
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Close."""
+        """Close the folder."""
         self.close()
 
 
 def folder_state(out: Path) -> FolderState:
-    """What a folder holds: nothing, an interrupted run of ours, a finished one, or something else.
+    """What a folder holds: nothing, an interrupted run, a finished run, or something else.
 
-    An interrupted run is known by the lock beside its settings or checkpoints, or by a checkpoint's manifest.
+    An interrupted run is recognised by its lock together with settings or checkpoints, or by a checkpoint's manifest.
     """
     names = _names(out)
     if not names:
@@ -142,23 +142,23 @@ def folder_state(out: Path) -> FolderState:
 
 
 def check_out(out: Path, overwrite: bool = False) -> FolderState:
-    """The folder's state, if a run may go there; it is looked at, and nothing is made.
+    """The state of a folder, if a run may use it; nothing is created.
 
     Raises:
-        ArtifactError: it is a file, cannot be read, holds other files, or a finished run while ``overwrite`` is off.
+        ArtifactError: it is a file, cannot be read, or holds other files, or a finished run while ``overwrite`` is off.
     """
     try:
         os.fspath(out.absolute()).encode()
-    except UnicodeEncodeError as error:  # nor do the libraries that write adapters take such a name
-        raise ArtifactError(f"{out} is no name in UTF-8; choose another `out`") from error
+    except UnicodeEncodeError as error:  # the libraries that write adapters also refuse such a name
+        raise ArtifactError(f"{out} is not a valid UTF-8 name; choose another `out`") from error
     try:
         if out.exists() and not out.is_dir():
-            raise ArtifactError(f"{out} is a file; expected a folder for the run, choose another `out`")
+            raise ArtifactError(f"{out} is a file; expected a folder for the run; choose another `out`")
         state = folder_state(out)
     except OSError as error:
         raise ArtifactError(f"cannot read {out}: {error.strerror}; choose another `out`") from error
     if state == "foreign":
-        raise ArtifactError(f"{out} holds other files; expected a new or empty folder, choose another `out`")
+        raise ArtifactError(f"{out} holds other files; expected a new or empty folder; choose another `out`")
     if not overwrite and (out / METRICS_FILE).exists():
         kind = "a finished run" if state == "finished" else "another run"
         raise ArtifactError(f"{out} holds {kind}; choose another `out`, or replace it with `overwrite`")
@@ -166,12 +166,12 @@ def check_out(out: Path, overwrite: bool = False) -> FolderState:
 
 
 def _names(out: Path) -> set[str]:
-    """What is in the folder besides the lock."""
+    """The names in the folder besides the lock."""
     return {path.name for path in out.iterdir()} - {LOCK_FILE, PARTIAL_FOLDER} if out.is_dir() else set()
 
 
 def _lock(out: Path) -> FileLock:
-    """The folder's lock, or an error that names who holds it."""
+    """Take the folder's lock; the error names the process that holds it."""
     place = out / LOCK_FILE
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -189,15 +189,15 @@ def _lock(out: Path) -> FileLock:
 
 
 def _in_use(out: Path, holder: str) -> str:
-    return f"{out} is in use by another run{holder}; expected to have it alone, wait for that or choose another `out`"
+    return f"{out} is in use by another run{holder}; expected an unused folder; wait for it or choose another `out`"
 
 
-def _begin_anew(out: Path, state: FolderState) -> None:
-    """Remove the checkpoints of a run that is not gone on from; a finished run stays until the next one is saved."""
+def _remove_earlier(out: Path, state: FolderState) -> None:
+    """Remove the checkpoints of a run that is not resumed; a finished run stays until the next one is saved."""
     try:
         if (out / METRICS_FILE).exists():
             write_text(out / REPLACING_FILE, "")
-        else:  # the adapter so far of an interrupted run
+        else:  # the adapter of an interrupted run
             for name in ADAPTER_FILES:
                 (out / name).unlink(missing_ok=True)
         if state != "new" and (out / CHECKPOINTS).exists():
@@ -209,7 +209,7 @@ def _begin_anew(out: Path, state: FolderState) -> None:
 def _write_beside(
     model: "PeftModel", folder: Path, state: "Mapping[str, Tensor] | None", card: str | None
 ) -> list[Path]:
-    """Write the adapter into a folder within ``folder``, on the disk when this returns; the files.
+    """Write the adapter to a partial folder in ``folder`` and sync it to the disk; returns its files.
 
     Raises:
         ArtifactError: it cannot be written.
@@ -218,7 +218,7 @@ def _write_beside(
 
     temporary = folder / PARTIAL_FOLDER
     shutil.rmtree(temporary, ignore_errors=True)
-    for config in model.peft_config.values():  # so that the adapter finds its base from any working folder
+    for config in model.peft_config.values():  # an absolute path, so that the base is found from any working directory
         config.base_model_name_or_path = whole_path(config.base_model_name_or_path or "") or None
     try:
         model.save_pretrained(str(temporary), save_embedding_layers=False, state_dict=state)
@@ -239,7 +239,7 @@ def _write_beside(
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
-    """Write a tokenizer with its chat template into a run folder, so that whoever serves the adapter has both.
+    """Write a tokenizer with its chat template into a run folder, for those who serve the adapter.
 
     Returns:
         The names of its files in the folder.
@@ -261,10 +261,10 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
         sync(folder)
     except OSError as error:
         raise not_written(folder, error) from error
-    except Exception as error:  # of a tokenizer with code of its own, or without the file it was made from
+    except Exception as error:  # from a tokenizer with its own code, or one whose source file is missing
         raise ModelError(
-            f"the tokenizer cannot be saved ({type(error).__name__}: {str(error)[:200]}); expected one that "
-            f"`save_pretrained` writes; copy the base model's into {folder}"
+            f"the tokenizer cannot be saved ({type(error).__name__}: {str(error)[:200]}); expected one that supports "
+            f"`save_pretrained`; copy the tokenizer files of the base model into {folder}"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -272,10 +272,10 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> list[str]:
 
 
 def _of_former_run(folder: Path) -> list[str]:
-    """What a run that is replaced wrote by its manifest, its settings left out."""
+    """The files of the run that is replaced, from its manifest, except those that are overwritten or kept."""
     try:
         found = Contents.read(folder / MANIFEST_FILE).files if (folder / MANIFEST_FILE).exists() else {}
-    except ArtifactError:  # damaged, which is no matter any more
+    except ArtifactError:  # damaged, which no longer matters
         return []
     inside = (name for name in found if not Path(name).is_absolute() and ".." not in Path(name).parts)
     return [name for name in inside if name not in (CONFIG_FILE, *ADAPTER_FILES, CARD_FILE)]
@@ -286,10 +286,10 @@ def _adapter_bytes(model: "PeftModel") -> int:
 
 
 def save_so_far(model: "PeftModel", folder: RunFolder, state: "Mapping[str, Tensor] | None" = None) -> bool:
-    """Write the adapter of a run that is interrupted, without what makes a folder a finished run; whether it did.
+    """Write the adapter of an interrupted run, without the files of a finished run; returns whether it was written.
 
-    Nothing is written where the run was to replace a finished one, or where the disk does not take it: the
-    checkpoints are what the run goes on from.
+    Nothing is written if the run was meant to replace a finished one, or if the disk is full. The checkpoints suffice
+    to resume.
     """
     if (folder.path / METRICS_FILE).exists():
         return False
@@ -305,10 +305,10 @@ def save_so_far(model: "PeftModel", folder: RunFolder, state: "Mapping[str, Tens
 
 
 def save(model: "PeftModel", run: Run, state: "Mapping[str, Tensor] | None" = None) -> None:
-    """Write the run folder; ``metrics.json`` goes first and comes last, so a folder that has one is complete.
+    """Write the run folder. ``metrics.json`` is removed first and written last, so a folder that has one is complete.
 
-    The adapter is written beside it and moved in, so that a run which is replaced stays if that fails. Checkpoints,
-    settings and the lock stay as they are. ``state`` holds the weights where those of ``model`` are sharded.
+    The adapter is written to a partial folder and moved in, so that a run that is replaced survives a failure.
+    Checkpoints, settings and the lock stay as they are. ``state`` holds the weights if those of ``model`` are sharded.
 
     Raises:
         ArtifactError: the folder cannot be written.

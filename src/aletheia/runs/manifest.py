@@ -1,8 +1,8 @@
-"""Checkpoints that can be trusted: a manifest of every file, and the newest checkpoint that still agrees with it.
+"""Checkpoints that can be trusted: a manifest of every file, and the newest checkpoint that matches its manifest.
 
 A checkpoint is the folder ``checkpoint-N`` that Trainer writes after step N, with a ``manifest.json`` written last. It
-is whole if every file of the manifest is there and has its bytes. Files that came later, from a logger say, are not
-looked at. Torch-free.
+is complete if every file of the manifest exists and is unchanged. Files that were added later, for example by a logger,
+are not checked. Torch-free.
 """
 
 import json
@@ -20,7 +20,7 @@ from aletheia.errors import ArtifactError, TrainingError
 from aletheia.files import Artifact, file_sha256, follow_umask, sync, write_text
 
 MANIFEST_FILE = "manifest.json"
-PARTIAL = "_partial"  # where checkpoints are written; an underscore keeps Trainer's uploads of its folder out of it
+PARTIAL = "_partial"  # where checkpoints are written; the underscore excludes it from Trainer's uploads
 REPLACED = ".replaced"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 HASH = re.compile(r"\b[0-9a-f]{16,}\b")
@@ -28,7 +28,7 @@ HASH_SHOWN = 12
 
 
 class FileRecord(BaseModel):
-    """What a file must be."""
+    """Size and checksum that a file must have."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     size_bytes: int
@@ -36,21 +36,21 @@ class FileRecord(BaseModel):
 
     @classmethod
     def of(cls, path: Path) -> "FileRecord":
-        """What it is now.
+        """The record of the file as it is now.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
         """
         return cls(size_bytes=path.stat().st_size, sha256=file_sha256(path))
 
     def fault(self, path: Path) -> str | None:
-        """What is wrong with the file, in words that follow its name; None if it has its bytes."""
+        """What is wrong with the file, in words that follow its name; None if it is unchanged."""
         try:
             found = path.stat().st_size
             if found != self.size_bytes:
                 return f"has {found:,} bytes; expected {self.size_bytes:,}"
             if file_sha256(path) != self.sha256:
-                return "has other bytes than were written (its sha256 differs)"
+                return "was changed since it was written (its sha256 differs)"
         except FileNotFoundError:
             return "is missing"
         except OSError as error:
@@ -59,9 +59,9 @@ class FileRecord(BaseModel):
 
 
 class Manifest(Artifact):
-    """Every file of a checkpoint by its path within, and what the run wants to know when it goes on from there.
+    """Every file of a checkpoint by its relative path, and what the run needs to resume from it.
 
-    ``about`` is the identity of the run, ``extra`` small state of the caller.
+    ``about`` identifies the run; ``extra`` holds small state of the caller.
     """
 
     FORMAT: ClassVar[str] = "aletheia-checkpoint"
@@ -73,13 +73,13 @@ class Manifest(Artifact):
 
     @property
     def size_bytes(self) -> int:
-        """All files together."""
+        """Size of all files together."""
         return sum(record.size_bytes for record in self.files.values())
 
 
 @dataclass(frozen=True)
 class TrainingCheckpoint:
-    """A whole checkpoint: where it is and its manifest."""
+    """A complete checkpoint: its path and its manifest."""
 
     path: Path
     manifest: Manifest
@@ -91,7 +91,7 @@ class TrainingCheckpoint:
 
 
 def write_manifest(folder: Path, step: int, about: Mapping[str, Any], extra: Mapping[str, Any]) -> Manifest:
-    """Bring all files of ``folder`` to the disk, then write their manifest beside them and sync that.
+    """Sync all files of ``folder`` to the disk, then write their manifest there and sync it.
 
     Raises:
         ArtifactError: the manifest cannot be written.
@@ -111,50 +111,53 @@ def write_manifest(folder: Path, step: int, about: Mapping[str, Any], extra: Map
 
 
 def read_manifest(folder: str | Path) -> Manifest:
-    """The manifest of a checkpoint; its files are not looked at.
+    """The manifest of a checkpoint; its files are not checked.
 
     Raises:
-        TrainingError: there is none, or it was changed since it was written.
+        TrainingError: there is no manifest, or it was changed since it was written.
     """
     path = Path(folder) / MANIFEST_FILE
     if not path.is_file():
         raise TrainingError(
-            f"{folder} has no {MANIFEST_FILE}; expected a checkpoint that was written whole; to go on from one that a "
-            "Trainer wrote by itself, attach with `whole_checkpoints` False"
+            f"{folder} has no {MANIFEST_FILE}; expected a complete checkpoint; to resume from one that a plain Trainer "
+            "wrote, attach with `whole_checkpoints` False"
         )
     try:
         return Manifest.read(path)
     except ArtifactError as error:
-        raise TrainingError(f"{error}; expected it as it was written, go on from another checkpoint") from error
+        raise TrainingError(f"{error}; expected the manifest as written; resume from another checkpoint") from error
 
 
 def verified(folder: str | Path) -> TrainingCheckpoint:
     """The checkpoint in ``folder``, every file compared with the manifest.
 
     Raises:
-        TrainingError: it is not whole; names the file and its fault.
+        TrainingError: it is not complete. The message names the file and its fault.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise TrainingError(f"{folder} is no folder; expected a checkpoint, such as RUN/checkpoints/checkpoint-100")
+        raise TrainingError(f"{folder} is not a folder; expected a checkpoint, such as RUN/checkpoints/checkpoint-100")
     manifest = read_manifest(folder)
     for name, record in manifest.files.items():
         here = Path(name)
         if here.is_absolute() or ".." in here.parts or ((folder / name).exists() and not (folder / name).is_file()):
-            raise TrainingError(f"{folder / MANIFEST_FILE} names {name[:80]!r}, which is no file of this checkpoint")
+            raise TrainingError(
+                f"{folder / MANIFEST_FILE} names {name[:80]!r}, which is not a file of this checkpoint; resume from "
+                "another checkpoint"
+            )
         if fault := record.fault(folder / name):
-            raise TrainingError(f"{folder / name} {fault}; go on from another checkpoint")
+            raise TrainingError(f"{folder / name} {fault}; resume from another checkpoint")
     return TrainingCheckpoint(folder, manifest)
 
 
 def newest_checkpoint(folder: str | Path, faults: list[str] | None = None) -> TrainingCheckpoint | None:
-    """The newest whole checkpoint in ``folder``, or None; what a killed save left behind is cleared up.
+    """The newest complete checkpoint in ``folder``, or None; also cleans up what a killed save left.
 
-    Call it before training begins, not while another process may write there.
+    Call it before training starts, when no other process writes there.
 
     Args:
-        folder: where the folders ``checkpoint-N`` are.
-        faults: takes one line for each newer checkpoint that was passed over.
+        folder: the folder that holds the folders ``checkpoint-N``.
+        faults: a list that receives one line for each newer checkpoint that was skipped.
     """
     folder = Path(folder)
     clear_partial(folder)
@@ -168,7 +171,7 @@ def newest_checkpoint(folder: str | Path, faults: list[str] | None = None) -> Tr
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """Every ``checkpoint-N`` in ``folder``, whole or not."""
+    """Every ``checkpoint-N`` in ``folder``, complete or not."""
     if not folder.is_dir():
         return []
     return [path for path in folder.iterdir() if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
@@ -180,7 +183,7 @@ def step_of(path: Path) -> int:
 
 
 def move_in(partial: Path, folder: Path) -> Path:
-    """Put a checkpoint that is written and synced in its place; one of the same step gives way.
+    """Move a checkpoint that is written and synced to its place; it replaces one of the same step.
 
     Raises:
         OSError: it cannot be moved.
@@ -188,7 +191,7 @@ def move_in(partial: Path, folder: Path) -> Path:
     final, replaced = folder / partial.name, partial.with_name(partial.name + REPLACED)
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
-        os.rename(final, replaced)  # a kill between the two renames is mended by clear_partial
+        os.rename(final, replaced)  # clear_partial repairs a kill between the two renames
     os.rename(partial, final)
     sync(folder)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -196,7 +199,7 @@ def move_in(partial: Path, folder: Path) -> Path:
 
 
 def clear_partial(folder: Path) -> None:
-    """Remove what a killed save left behind; a checkpoint that it had finished takes its place after all."""
+    """Remove what a killed save left, and move in a checkpoint that it had completed."""
     place = folder / PARTIAL
     if not place.is_dir():
         return
@@ -212,22 +215,22 @@ def clear_partial(folder: Path) -> None:
 
 
 def check_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], run: str | Path = "the folder") -> None:
-    """Refuse to go on from a checkpoint of another run.
+    """Check that a checkpoint belongs to this run.
 
     Args:
         saved: ``about`` of the checkpoint.
-        now: the identity of the run that begins.
+        now: the values that identify this run.
         run: the run folder, for the message.
 
     Raises:
-        TrainingError: names the first difference, with both values.
+        TrainingError: it belongs to another run. The message names the first difference, with both values.
     """
     for name in dict.fromkeys([*now, *saved]):
         before, after = (_shown(side[name]) if name in side else "absent" for side in (saved, now))
         if before != after:
             raise TrainingError(
-                f"{run} holds an interrupted run with `{name}` {_short(before)}, this one has {_short(after)}; "
-                "expected the same command; give another `out`, or `resume` never to begin anew"
+                f"{run} holds an interrupted run with `{name}` {_short(before)}, but this one has {_short(after)}; "
+                "expected the same command; choose another `out`, or set `resume` never to start again"
             )
 
 

@@ -1,4 +1,4 @@
-"""Read a folder with an adapter: a run of ours, or what another program left."""
+"""Read an adapter folder: a finished run, or one that another program wrote."""
 
 import math
 import re
@@ -18,8 +18,8 @@ from aletheia.runs.schema import METRICS_FILE, Run
 from aletheia.settings import LARGEST_RANK, MOST_LAYERS
 
 STATE = "trainer_state.json"
-STATE_BYTES = 100_000_000  # of 10^6 logged steps
-_CHECKPOINTS = ("checkpoint-*", "checkpoints/checkpoint-*")  # of Trainer; of ours
+STATE_BYTES = 100_000_000  # enough for a million logged steps
+_CHECKPOINTS = ("checkpoint-*", "checkpoints/checkpoint-*")  # of Trainer; of aletheia
 _FACTOR = re.compile(r"^(?P<name>.+?)\.lora_(embedding_)?[ABab]\b|^(?P<other>.+)\.lora_magnitude_vector")
 
 
@@ -27,8 +27,8 @@ def read_run(path: str | Path) -> Run | AdapterFolder:
     """A run folder, or any PEFT adapter folder.
 
     Raises:
-        ArtifactError: the folder holds neither, or a file of the run was changed since.
-        AdapterError: as :func:`read_adapter`.
+        ArtifactError: the folder holds neither, or a file of the run was changed since it was written.
+        AdapterError: as in :func:`read_adapter`.
     """
     folder = Path(path)
     is_other = (folder / foreign.ADAPTER_CONFIG).is_file() and not (folder / METRICS_FILE).exists()
@@ -36,17 +36,17 @@ def read_run(path: str | Path) -> Run | AdapterFolder:
 
 
 def read_adapter(folder: str | Path) -> AdapterFolder:
-    """What an adapter folder shows of itself: config, header of the weights, and the Trainer's state beside them.
+    """Describe an adapter folder from its config, the header of its weights, and the Trainer state in it.
 
-    No weights are read, and nothing is put on a model.
+    It reads no weights and needs no model.
 
     Raises:
-        AdapterError: it holds no LoRA adapter in safetensors, or its files cannot be read.
+        AdapterError: the folder holds no LoRA adapter in safetensors, or its files cannot be read.
     """
     folder = Path(folder)
     if (folder / PICKLE).is_file() and not (folder / SAFETENSORS).is_file():
         raise AdapterError(
-            f"{folder} holds its weights in {PICKLE}, a pickle, which is not opened to look at it; expected "
+            f"{folder} holds its weights in {PICKLE}, a pickle, which can run code when it is loaded; expected "
             f"{SAFETENSORS}; save the adapter again with PEFT"
         )
     config = read_lora_config(folder)
@@ -65,7 +65,7 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
         rank = ranks[name] if fused or stored_rank is None else stored_rank
         if rank > LARGEST_RANK:
             raise AdapterError(
-                f"{folder}: {plain} has rank {rank:,}; expected at most {LARGEST_RANK:,}; fetch it again"
+                f"{folder}: {plain} has rank {rank:,}; expected at most {LARGEST_RANK:,}; download it again"
             )
         adapters.append(
             Adapter(
@@ -97,37 +97,39 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
 
 
 def _sizes(folder: Path) -> dict[str, tuple[int | None, int]]:
-    """Rank as stored and parameters of every adapted module, by its name in the base model."""
+    """Stored rank and parameters of every adapted module, by its name in the base model."""
     found: dict[str, tuple[int | None, int]] = {}
-    for key, told in header(folder / SAFETENSORS).items():
+    for key, entry in header(folder / SAFETENSORS).items():
         if (match := _FACTOR.match(key)) is None:
             continue
         name = (match["name"] or match["other"]).removeprefix("base_model.model.")
-        shape = _shape(told, folder)
+        shape = _shape(entry, folder)
         rank, parameters = found.get(name, (None, 0))
         if ".lora_A" in key or ".lora_embedding_A" in key:
             rank = shape[0] if shape else None
         found[name] = rank, parameters + math.prod(shape)
     if not found:
         raise AdapterError(
-            f"{folder / SAFETENSORS} holds no weights of LoRA; expected lora_A and lora_B; fetch it again"
+            f"{folder / SAFETENSORS} holds no LoRA weights; expected lora_A and lora_B; download it again"
         )
     return found
 
 
-def _shape(told: Any, folder: Path) -> list[int]:
-    shape = told.get("shape") if isinstance(told, dict) else None
+def _shape(entry: Any, folder: Path) -> list[int]:
+    shape = entry.get("shape") if isinstance(entry, dict) else None
     if not isinstance(shape, list) or not all(type(size) is int and size > 0 for size in shape):
-        raise AdapterError(f"{folder / SAFETENSORS} names a weight without a shape; fetch it again")
+        raise AdapterError(
+            f"{folder / SAFETENSORS} lists a weight without a valid shape; expected one; download it again"
+        )
     return shape
 
 
 def _stored_parameters(folder: Path) -> int:
-    return sum(math.prod(_shape(told, folder)) for told in header(folder / SAFETENSORS).values())
+    return sum(math.prod(_shape(entry, folder)) for entry in header(folder / SAFETENSORS).values())
 
 
 def _numbers(patterns: Any, names: Iterable[str], stacks: dict[str, str], common: Any) -> dict[str, Any]:
-    """Rank or alpha of each module: of its pattern, or that of its stack of experts, else the common one."""
+    """Rank or alpha of each module: from its own pattern, else from its stack of experts, else the common one."""
     plain = {name: name.replace(".base_layer", "") for name in names}
     meant = {
         name: [one, *(target for stack, target in stacks.items() if _ends_with(one, stack))]
@@ -142,7 +144,7 @@ def _ends_with(name: str, end: str) -> bool:
 
 
 def _place(name: str) -> tuple[int | None, str]:
-    """The layer that a module lies in, the first number of its path, and the path from there."""
+    """The layer of a module, which is the first number in its path, and the path from there."""
     parts = name.split(".")
     at = next((at for at, part in enumerate(parts) if part.isascii() and part.isdigit()), None)
     if at is None or len(parts[at]) > 6 or int(parts[at]) >= MOST_LAYERS:
@@ -161,19 +163,19 @@ def _version(folder: Path) -> str | None:
 
 
 def _curves(folder: Path) -> tuple[Curve, Curve]:
-    """Training and held-out losses, from the Trainer's state that went furthest; empty where there is none."""
+    """Training and held-out losses, from the Trainer state with the most steps; empty if there is none."""
     places = [folder / STATE, *(one / STATE for pattern in _CHECKPOINTS for one in folder.glob(pattern))]
     best: tuple[Curve, Curve] = (), ()
     for place in places:
         if not place.is_file():
             continue
         try:
-            state = foreign.read_json(place, "a Trainer's state", STATE_BYTES, "remove it or fetch it again")
+            state = foreign.read_json(place, "a Trainer's state", STATE_BYTES, "remove it or download it again")
         except ModelError as error:
             raise AdapterError(str(error)) from error
         history = state.get("log_history") if isinstance(state, dict) else None
-        told = [line for line in history if isinstance(line, dict)] if isinstance(history, list) else []
-        curves = _curve(told, "loss"), _curve(told, "eval_loss")
+        lines = [line for line in history if isinstance(line, dict)] if isinstance(history, list) else []
+        curves = _curve(lines, "loss"), _curve(lines, "eval_loss")
         best = max(best, curves, key=lambda one: max((step for curve in one for step, _ in curve), default=-1))
     return best
 

@@ -1,4 +1,4 @@
-"""An adapter that was saved, put back on its base model: to be used, merged, or trained on."""
+"""Load a saved adapter onto its base model: to use it, merge it, or train it further."""
 
 from pathlib import Path
 from typing import Any
@@ -25,24 +25,24 @@ from aletheia.runs.contents import check_contents
 from aletheia.runs.manifest import MANIFEST_FILE
 from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, Metrics
 
-TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"  # as tokenizers are saved
+TEMPLATE_FILE, TOKENIZER_CONFIG = "chat_template.jinja", "tokenizer_config.json"  # as transformers names them
 
 
 def load_adapter(
     model: nn.Module, folder: str | Path, allow_pickle: bool = False, tokenizer: TokenizerIdentity | None = None
 ) -> PeftModel:
-    """Put the adapter of a run folder, or of any PEFT adapter folder, on its base model, frozen and in eval mode.
+    """Load the adapter of a run folder, or of any PEFT adapter folder, onto its base model, frozen and in eval mode.
 
     Args:
         model: the base model, which is modified in place.
-        folder: where the adapter lies; its config is checked before PEFT sees it.
+        folder: the adapter folder; its config is checked before PEFT sees it.
         allow_pickle: read ``adapter_model.bin``, with torch's ``weights_only``.
-        tokenizer: the one that it will be used with, from :func:`aletheia.data.tokenizer.identify_tokenizer`.
+        tokenizer: identity of the tokenizer in use, from :func:`aletheia.data.tokenizer.identify_tokenizer`.
 
     Raises:
         PlanError: the run was made on another base model.
-        AdapterError: there is no adapter, it is not plain LoRA, its modules, shapes or weights do not fit the model, or
-            the run learned with another tokenizer.
+        AdapterError: there is no adapter, it is not plain LoRA, it does not fit the model, or it was trained with
+            another tokenizer.
         ArtifactError: a file of the run was changed since it was written.
     """
     return _put_on(model, Path(folder), allow_pickle, is_trainable=False, tokenizer=tokenizer).eval()
@@ -51,21 +51,25 @@ def load_adapter(
 def continue_adapter(
     model: nn.Module, folder: str | Path, allow_pickle: bool = False, tokenizer: TokenizerIdentity | None = None
 ) -> PeftModel:
-    """The same, ready to be trained on: as ``PeftModel.from_pretrained(..., is_trainable=True)`` leaves it.
+    """Like :func:`load_adapter`, but ready to train further, as with PEFT's ``is_trainable=True``.
 
     Raises:
-        PlanError: as :func:`load_adapter`.
-        AdapterError: as :func:`load_adapter`, or it has parts beside plain LoRA, or a frozen part.
+        PlanError: as in :func:`load_adapter`.
+        AdapterError: as in :func:`load_adapter`; or the adapter has parts besides plain LoRA, or a frozen part.
     """
     folder = Path(folder)
     adapted = _put_on(model, folder, allow_pickle, is_trainable=True, tokenizer=tokenizer)
     beside = not_trained_here(_config(adapted))
     if beside is not None:
         raise AdapterError(
-            f"{folder} has `{beside}`, which is not trained here; expected plain LoRA; `fresh` merges it into its base"
+            f"{folder} has `{beside}`, which aletheia does not train; expected plain LoRA; set `fresh` to merge it "
+            "into its base"
         )
     if (folder / METRICS_FILE).is_file() and Metrics.read(folder / METRICS_FILE).settings.quantization_corrected:
-        raise AdapterError(f"half of each rank of {folder} is a frozen correction of NF4; expected a plain adapter")
+        raise AdapterError(
+            f"half of each rank of {folder} is a frozen correction of NF4; expected a plain adapter; train one without "
+            "`correct_quantization`"
+        )
     return adapted
 
 
@@ -76,34 +80,35 @@ def merge_adapter(
     tokenizer: TokenizerIdentity | None = None,
     identity: ModelIdentity | None = None,
 ) -> PreTrainedModel:
-    """The base model with the adapter added to its weights, named after the adapter.
+    """Add the adapter to the weights of the base model, and name the model after the adapter.
 
     Args:
         model: the base model, which is modified in place.
-        folder: as for :func:`load_adapter`.
-        allow_pickle: as there.
-        tokenizer: as there.
-        identity: what model it is, where its quantized weights were made plain.
+        folder: as in :func:`load_adapter`.
+        allow_pickle: as in :func:`load_adapter`.
+        tokenizer: as in :func:`load_adapter`.
+        identity: identity of the quantized model, if ``model`` is its dequantized form.
 
     Raises:
-        PlanError: as :func:`load_adapter`.
-        AdapterError: as :func:`load_adapter`, or the base is quantized, which adding would change.
+        PlanError: as in :func:`load_adapter`.
+        AdapterError: as in :func:`load_adapter`; or the base is quantized, or the merged weights are not finite.
     """
     if (kind := quantization_of(model)) is not None:
         raise AdapterError(
-            f"the base of {folder} is quantized ({kind}); expected plain weights to merge an adapter into"
+            f"the base of {folder} is quantized ({kind}); expected plain weights to merge the adapter into; load the "
+            "base without quantization"
         )
     adapted = _put_on(model, Path(folder), allow_pickle, False, tokenizer, identity).eval()
     try:
         merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-    except ValueError as error:  # of weights that are not finite
+    except ValueError as error:  # weights that are not finite
         raise AdapterError(f"{folder} cannot be merged: {one_line(error)}; expected finite weights") from error
     merged.config._name_or_path = merged.name_or_path = whole_path(str(folder))
     return merged
 
 
 def plan_of_adapter(model: PeftModel, scores: Scores) -> Plan:
-    """The plan that an adapter of another program amounts to.
+    """The plan that describes an adapter of another program.
 
     Raises:
         AdapterError: it adapts something outside the layers.
@@ -123,7 +128,7 @@ def plan_of_adapter(model: PeftModel, scores: Scores) -> Plan:
 
 def _config(model: PeftModel) -> LoraConfig:
     config = model.peft_config["default"]
-    assert isinstance(config, LoraConfig), "what is put on a model here is LoRA"
+    assert isinstance(config, LoraConfig), "expected LoRA"
     return config
 
 
@@ -138,7 +143,7 @@ def _put_on(
     if not (folder / ADAPTER_CONFIG).is_file():
         raise AdapterError(f"{folder} holds no {ADAPTER_CONFIG}; expected a run folder or a PEFT adapter folder")
     if isinstance(model, PeftModel):
-        raise AdapterError("the model carries an adapter already; expected a base model (merge or unload it first)")
+        raise AdapterError("the model has an adapter already; expected a base model; merge or unload it first")
     plan = Plan.read(folder / PLAN_FILE) if (folder / PLAN_FILE).is_file() else None
     metrics = None
     if plan is not None:
@@ -150,23 +155,26 @@ def _put_on(
         adapted = PeftModel.from_pretrained(model, str(folder), config=config, is_trainable=is_trainable)
         expected = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
         stored = set(load_peft_weights(str(folder), device="cpu"))
-    except Exception as error:  # a foreign folder: PEFT raises whatever its parts raise
-        if "Weights only load failed" in str(error):  # and advises to run it
-            raise AdapterError(f"{folder} holds a pickle of more than tensors; expected safetensors") from error
+    except Exception as error:  # a foreign folder: PEFT may raise anything
+        if "Weights only load failed" in str(error):  # torch's message advises to run it
+            raise AdapterError(
+                f"{folder} holds a pickle of more than tensors, which may run code; expected safetensors; save the "
+                "adapter again with PEFT"
+            ) from error
         raise AdapterError(
             f"{folder} does not fit this model ({one_line(error)}); expected an adapter trained on this base model"
         ) from error
-    # PEFT leaves weights without a place, and places without a weight, at that; embeddings may be stored beside
+    # PEFT ignores weights without a module and modules without a weight; embeddings may be stored with them
     lost = {name for name in stored - expected if ".lora_" in name}
     if absent := sorted((expected - stored) | lost):
         raise AdapterError(
-            f"{folder} does not fit this model: {len(absent)} weight(s) are only on one side, first {absent[0]}; "
+            f"{folder} does not fit this model: {len(absent)} weight(s) are only in one of them, first {absent[0]}; "
             "expected an adapter trained on this base model"
         )
     if is_trainable and (beside := sorted(stored - expected)):
         raise AdapterError(
-            f"{folder} holds {beside[0]} beside its adapter, which would be lost; expected plain LoRA; `fresh` "
-            "merges it"
+            f"{folder} holds {beside[0]} as well as its adapter, which would be lost; expected plain LoRA; set `fresh` "
+            "to merge it"
         )
     if plan is not None:
         _check_plan(adapted, plan, folder, metrics is not None and metrics.settings.quantization_corrected)
@@ -174,41 +182,42 @@ def _put_on(
 
 
 def use_template_of(folder: str | Path, tokenizer: Any) -> None:
-    """Give a tokenizer the chat template that an adapter was trained with, where its folder holds one.
+    """Give a tokenizer the chat template that an adapter was trained with, if its folder holds one.
 
     Raises:
         DataError: the file cannot be read, or holds no template.
+        ModelError: the settings of its tokenizer cannot be read.
     """
     if (file := template_file(Path(folder))) is not None:
         use_template(tokenizer, read_template(file))
 
 
 def template_file(folder: Path) -> Path | None:
-    """The file of an adapter folder that holds its chat template; None where there is none.
+    """The file of an adapter folder that holds its chat template; None if there is none.
 
     Raises:
         ModelError: the settings of its tokenizer cannot be read.
     """
     if (folder / TEMPLATE_FILE).is_file():
         return folder / TEMPLATE_FILE
-    settings = folder / TOKENIZER_CONFIG  # of older releases of transformers
+    settings = folder / TOKENIZER_CONFIG  # where older releases of transformers store it
     return settings if settings.is_file() and read_settings(settings).get("chat_template") else None
 
 
 def _checked_metrics(folder: Path, tokenizer: TokenizerIdentity | None) -> Metrics | None:
-    """The metrics of a run whose files are as it left them; None where only plan and adapter were taken along."""
+    """The metrics of a run, after its files are checked; None if only its plan and adapter were copied."""
     if not (folder / METRICS_FILE).is_file():
         return None
     metrics = Metrics.read(folder / METRICS_FILE)
     if not (folder / MANIFEST_FILE).is_file():
-        raise ArtifactError(f"{folder} has no {MANIFEST_FILE}; expected the run as it was written, put it back")
+        raise ArtifactError(f"{folder} has no {MANIFEST_FILE}; expected all files of the run; restore it")
     check_contents(folder)
     metrics.check_tokenizer(tokenizer)
     return metrics
 
 
 def _check_plan(model: PeftModel, plan: Plan, folder: Path, is_corrected: bool) -> None:
-    """``is_corrected``: the adapters of 4-bit weights have twice the planned rank and alpha."""
+    """Check the adapter against its plan; if ``is_corrected``, it may have twice the planned rank and alpha."""
     planned = {adapter.name: [(adapter.rank, adapter.alpha)] for adapter in plan.adapters}
     if is_corrected:
         planned = {name: [*pairs, *((2 * rank, 2 * alpha) for rank, alpha in pairs)] for name, pairs in planned.items()}
@@ -217,5 +226,5 @@ def _check_plan(model: PeftModel, plan: Plan, folder: Path, is_corrected: bool) 
     if differing:
         raise AdapterError(
             f"{folder}: the adapter differs from its plan.json in {len(differing)} module(s), first {differing[0]}; "
-            "the folder was changed after the run, train again or remove plan.json"
+            "expected the folder as the run wrote it; train again or remove plan.json"
         )

@@ -22,9 +22,9 @@ REPORT_FILE = "report.html"
 class PhaseSeconds(BaseModel):
     """Wall-clock seconds by phase.
 
-    ``cache`` is filling the prefix cache before the first step, where that is done, ``correction`` measuring what
-    takes back the quantization of a 4-bit base, ``race`` trying learning rates, ``train`` the optimizer steps alone,
-    ``eval`` the held-out evaluation, ``other`` all that lies between them, such as writing checkpoints.
+    ``cache`` is the time to fill the prefix cache before the first step, ``correction`` to correct the quantization of
+    a 4-bit base, and ``race`` to try learning rates. ``train`` counts optimizer steps alone, and ``eval`` the held-out
+    evaluation. ``other`` is all time between them, such as writing checkpoints.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,17 +40,17 @@ class PhaseSeconds(BaseModel):
 
     @property
     def total(self) -> float:
-        """All phases: from the start until the run folder is written."""
+        """Seconds of all phases: from the start until the run folder is written."""
         total: float = sum(getattr(self, phase) for phase in PHASES)
         return total
 
 
 Verdict = Literal["learned", "nothing", "worse"]  # "worse": the held-out loss is above the one before training
-PHASES = tuple(PhaseSeconds.model_fields)  # in the order in which they happen
+PHASES = tuple(PhaseSeconds.model_fields)  # in the order in which they run
 
 
 class TrainPoint(BaseModel):
-    """One optimizer step. ``train_seconds`` counts from the first step, without evaluation."""
+    """One optimizer step. ``train_seconds`` is the time since the first step, without evaluation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     step: int
@@ -68,7 +68,7 @@ class HeldOutPoint(BaseModel):
 
 
 class UsedSettings(BaseModel):
-    """What a run was trained with besides its plan, defaults resolved."""
+    """The settings of a run besides its plan, with every default filled in."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     batch_size: int
@@ -78,30 +78,30 @@ class UsedSettings(BaseModel):
     max_length: int
     dtype: str
     device: str
-    machine: str | None = None  # what computed the steps: the GPU's name, or processor and threads
+    machine: str | None = None  # the device that computed the steps: the GPU's name, or CPU and threads
     seed: int
     packing: bool = False  # rows of a batch in one sequence, without padding
     group_by_length: bool = False
     compile_layers: bool = False
-    liger: bool = True  # whether Liger's kernels were allowed; those taken stand in `steps_computed_by`
+    liger: bool = True  # whether Liger's kernels were allowed; `steps_computed_by` lists those that were used
     gradient_checkpointing: Literal["off", "selective", "full"] = "off"
     cache: Literal["memory", "disk", "off"] = "off"
-    loaded_by: str = "AutoModelForCausalLM"  # class of transformers that loads the base
-    quantization: str | None = None  # of the base's matrices
+    loaded_by: str = "AutoModelForCausalLM"  # the class of transformers that loads the base
+    quantization: str | None = None  # quantization of the base's matrices
     quantization_corrected: bool = False  # by a frozen part of the adapters, which doubles their rank
     attention: str | None = None
     keep: Literal["last", "best"] = "last"
-    evaluations: int | None = None  # planned; None: Trainer was told when
-    early_stopping_patience: int | None = None  # None: every planned step is taken
-    rescale: bool = False  # whether less of the kept adapter was tried
-    averaging: Literal["on", "off"] = "off"  # of the weights: held-out losses and the kept adapter are of the average
+    evaluations: int | None = None  # planned evaluations; None: Trainer's own settings decided
+    early_stopping_patience: int | None = None  # None: the run could not stop early
+    rescale: bool = False  # whether weaker versions of the kept adapter were tried
+    averaging: Literal["on", "off"] = "off"  # whether averaged weights were evaluated and kept
 
 
 class RateRace(BaseModel):
-    """Learning rates that were tried over a few ``steps`` each, and the one that the run took.
+    """Learning rates that were tried for a few ``steps`` each, and the one that was chosen.
 
-    ``losses`` are means over ``rows`` held-out rows after the last of these steps, in nats per labelled token of a row;
-    None where one was not finite.
+    ``losses`` are means over ``rows`` held-out rows after these steps, in nats per labelled token of a row; None where
+    a loss was not finite.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -113,7 +113,7 @@ class RateRace(BaseModel):
 
 
 class StartingAdapter(BaseModel):
-    """The adapter that a run went on with: where it lay, and the sha256 of its weights."""
+    """The adapter that a run trained further: its path, and the sha256 of its weights."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -138,9 +138,9 @@ class Metrics(Artifact):
     rows_truncated: int = 0
     rows_skipped: int = 0
     steps: int
-    planned_steps: int | None = None  # what the schedule was laid out for
+    planned_steps: int | None = None  # the length of the learning-rate schedule
     kept_step: int | None = None
-    kept_scale: FiniteFloat = 1.0  # of what the adapters added after that step
+    kept_scale: FiniteFloat = 1.0  # strength of the kept adapter: the factor of every B
     tokens: int
     labelled_tokens: int
     boundary: int
@@ -151,7 +151,7 @@ class Metrics(Artifact):
     cache_bytes: int = 0
     cache_reason: str = ""
     steps_computed_by: tuple[str, ...] = ()
-    compile_seconds: FiniteFloat = 0.0  # of the seconds of training
+    compile_seconds: FiniteFloat = 0.0  # part of the seconds of training
     held_out_loss_before: FiniteFloat
     held_out_loss_after: FiniteFloat
     verdict: Verdict = "learned"
@@ -160,28 +160,28 @@ class Metrics(Artifact):
 
     @property
     def steps_saved(self) -> int:
-        """Planned steps that were not taken, since the held-out loss no longer fell."""
+        """Planned steps that were not taken, because the held-out loss no longer fell."""
         return (self.planned_steps or self.steps) - self.steps
 
     def check_tokenizer(self, tokenizer: TokenizerIdentity | None) -> None:
-        """Refuse another tokenizer than the one that the run learned with; None is not known, and fits.
+        """Check that ``tokenizer`` is the one of the run; None, for an unknown tokenizer, passes.
 
         Raises:
-            AdapterError: vocabularies or chat templates differ; names both tokenizers.
+            AdapterError: vocabularies or chat templates differ. The message names both tokenizers.
         """
         if self.tokenizer and (difference := self.tokenizer.difference(tokenizer)):
             raise AdapterError(
-                f"the adapter was trained with the tokenizer {self.tokenizer}, this one is {tokenizer}: their "
+                f"the adapter was trained with the tokenizer {self.tokenizer}, but this one is {tokenizer}: their "
                 f"{difference} differ; use the tokenizer that it was trained with"
             )
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: where its folder is, what it measured and the plan it followed.
+    """A finished run: its folder, its measurements and its plan.
 
-    ``metrics.verdict`` tells whether it was any good, ``warning`` says so in a line, ``notes`` has a line for each file
-    for people that was changed after the run.
+    ``metrics.verdict`` says whether it learned, and ``warning`` explains a bad verdict in a line. ``notes`` has a line
+    for each model card or report that was changed after the run.
     """
 
     path: Path
@@ -196,12 +196,12 @@ class Run:
 
     @property
     def warning(self) -> str | None:
-        """Why the adapter is of no use, in one line; None where it learned and the held-out loss did not rise."""
+        """Why the adapter is not useful, in one line; None if it learned and the held-out loss did not rise."""
         metrics = self.metrics
         if metrics.verdict == "nothing":
             return (
-                f"nothing was learned: after {metrics.steps} step(s) the adapters, or the held-out loss, are as they "
-                "began; take more `steps`, or a `learning_rate` and a schedule above 0"
+                f"nothing was learned: after {metrics.steps} step(s) the adapters or the held-out loss are unchanged; "
+                "use more `steps`, or a `learning_rate` and a schedule above 0"
             )
         if metrics.verdict == "worse":
             return (
@@ -213,10 +213,10 @@ class Run:
 
     @classmethod
     def read(cls, path: str | Path) -> "Run":
-        """Read a run folder; its files are compared with its manifest, see :mod:`aletheia.runs.contents`.
+        """Read a run folder, and check its files against its manifest, see :mod:`aletheia.runs.contents`.
 
         Raises:
-            ArtifactError: the folder holds no finished run, or a file of it was changed since.
+            ArtifactError: the folder holds no finished run, or one of its files was changed since it was written.
         """
         path = Path(path)
         if (fault := mistaken(path, "the folder of a finished run", "run")) is not None:

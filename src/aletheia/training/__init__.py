@@ -1,1 +1,1 @@
-"""Adapters from a plan, the training loop, and the run it leaves behind."""
+"""Training by a plan: phases, checkpoints, and the measurements of a run."""

@@ -1,4 +1,4 @@
-"""What this project does to a run, attached to a Trainer that somebody made: phases, prefix cache and fast steps."""
+"""Attach a plan to an existing Trainer: phases, prefix cache and fast steps."""
 
 import functools
 import hashlib
@@ -39,21 +39,21 @@ logger = logging.getLogger(__name__)
 
 
 UNFIT = {
-    "torch_compile": "hooks that change from phase to phase break it; `compile_layers` of AttachSettings does as much",
-    "use_liger_kernel": "its loss and ours exclude each other; `liger` of AttachSettings takes its other kernels",
+    "torch_compile": "hooks that change from phase to phase break it; use `compile_layers` of AttachSettings instead",
+    "use_liger_kernel": "its loss replaces the one of fast steps; `liger` of AttachSettings uses its other kernels",
 }
 
 
 class AttachSettings(Settings):
-    """What is attached beside the phases of the plan."""
+    """What :func:`attach` adds besides the phases of the plan."""
 
-    cache: CacheKind = option("auto", "Where what enters the lowest layer that learns is kept.")
-    cache_dir: Path | None = option(None, "For a cache on disk ($ALETHEIA_CACHE, or your cache folder).")
-    fast_steps: bool = option(True, "Cheaper ways to compute a step that leave its result alone up to rounding.")
+    cache: CacheKind = option("auto", "Where to keep the output of the frozen layers: auto, memory, disk or off.")
+    cache_dir: Path | None = option(None, "Folder for a cache on disk. (default: $ALETHEIA_CACHE or your cache folder)")
+    fast_steps: bool = option(True, "Compute steps at less cost, with the same results up to rounding.")
     compile_layers: bool = option(False, "With `fast_steps`: compile the layers that learn.")
-    liger: bool = option(True, "With `fast_steps`, on a GPU: Liger's kernels, where they are installed.")
+    liger: bool = option(True, "With `fast_steps`, on a GPU: use Liger's kernels where they are installed.")
     whole_checkpoints: bool = option(
-        True, "Checkpoints with a manifest, written beside and renamed; resume from these."
+        True, "Write each checkpoint with a manifest, completely or not at all, and resume only from these."
     )
 
 
@@ -65,49 +65,47 @@ def attach(
 ) -> "Attachment":
     """Let ``trainer.train()`` follow ``plan``: its phases, a frozen prefix that is computed once, and fast steps.
 
-    Its checkpoints become whole or absent: each has a manifest, and ``resume_from_checkpoint=True`` takes the newest
-    one that agrees with it.
-
-    For transformers' ``Trainer`` and what derives from it, TRL's ``SFTTrainer`` among them, whose model carries the
-    adapters of the plan (:func:`aletheia.adapt`, or ``peft_config=plan.lora_config(model)``). Losses and gradients stay
-    as they are up to rounding. Nothing is changed before training begins, and the model is as it was when training
-    ends, after an error, too. Everything else is the trainer's: evaluation, checkpoints, loggers, several processes.
+    It works with transformers' ``Trainer`` and its subclasses, such as TRL's ``SFTTrainer``. The model must have the
+    adapters of the plan, from :func:`aletheia.adapt` or ``peft_config=plan.lora_config(model)``. Losses and gradients
+    stay the same up to rounding. Nothing changes before training starts, and the model is restored when it ends, even
+    by an error. All else stays with the trainer: evaluation, checkpoints, loggers, several processes. Checkpoints have
+    a manifest, and ``resume_from_checkpoint=True`` takes the newest one that matches it.
 
     Args:
-        trainer: not yet training.
-        plan: what its model is adapted with.
-        settings: of cache and steps; by default :class:`AttachSettings`.
-        notify: gets a line where something was decided that a user may want to know.
+        trainer: a trainer that is not training yet.
+        plan: the plan that its model is adapted with.
+        settings: settings of cache and steps; by default :class:`AttachSettings`.
+        notify: called with a line for each decision that a user may want to know.
 
     Returns:
-        What was attached, and what it did.
+        The attachment, which also records what it did.
 
     Raises:
         AdapterError: the trainer's model is not adapted as planned.
         PlanError: the trainer has another tokenizer than the plan was made with.
-        TrainingError: the trainer cannot be attached to.
+        TrainingError: this kind of trainer is not supported, or a plan is attached already.
     """
     if getattr(trainer, "is_deepspeed_enabled", False):
         raise TrainingError("the trainer runs under DeepSpeed; expected one process, DDP or FSDP2")
     if trainer.args.n_gpu > 1:
         raise TrainingError(
             f"Trainer would split batches over {trainer.args.n_gpu} GPUs in one process (DataParallel); expected one "
-            "process per GPU by torchrun or accelerate launch, or one GPU by CUDA_VISIBLE_DEVICES=0"
+            "process per GPU; use torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES=0 for one GPU"
         )
     for field, reason in UNFIT.items():
         if getattr(trainer.args, field, False):
-            raise TrainingError(f"the trainer has {field}: {reason}; expected it off")
+            raise TrainingError(f"the trainer has {field} on; expected it off: {reason}")
     if is_sharded(trainer) and not trainer.accelerator.is_fsdp2:
-        raise TrainingError("the trainer runs under FSDP 1; expected FSDP2, by version 2 in fsdp_config")
+        raise TrainingError("the trainer runs under FSDP 1; expected FSDP2; set version 2 in fsdp_config")
     if not isinstance(trainer.model, PeftModel):
         raise TrainingError(
-            f"the trainer's model is a {type(trainer.model).__name__} without adapters; expected one adapted as "
-            "planned, by aletheia.adapt(model, plan) or peft_config=plan.lora_config(model)"
+            f"the trainer's model is a {type(trainer.model).__name__} without adapters; expected the adapters of the "
+            "plan; add them with aletheia.adapt(model, plan) or peft_config=plan.lora_config(model)"
         )
     if any(isinstance(callback, Attachment) for callback in trainer.callback_handler.callbacks):
-        raise TrainingError("a plan is attached to this trainer already; expected one")
+        raise TrainingError("a plan is attached to this trainer already; expected one plan; make a new trainer")
     check_adapters(trainer.model, plan)
-    if hasattr(tokenizer := trainer.processing_class, "get_vocab"):  # rows may be rendered elsewhere: no template
+    if hasattr(tokenizer := trainer.processing_class, "get_vocab"):  # no template: rows may be rendered elsewhere
         plan.check_tokenizer(identify_tokenizer(tokenizer).without_template())
     settings = settings or AttachSettings()
     if settings.whole_checkpoints:
@@ -118,7 +116,7 @@ def attach(
 
 
 class Attachment(TrainerCallback):
-    """Phases, prefix and fast steps of one trainer. It has no state of its own: all follows from ``global_step``."""
+    """Phases, prefix and fast steps of one trainer. A checkpoint needs no state of it: all follows from the step."""
 
     def __init__(
         self,
@@ -131,24 +129,24 @@ class Attachment(TrainerCallback):
         free: bool = False,
         decision: CacheDecision | None = None,
     ) -> None:
-        """See :func:`attach`; the rest is for our own training.
+        """See :func:`attach`; the arguments from ``recompute`` on are for :func:`aletheia.train`.
 
         Args:
             trainer: the trainer.
             plan: its plan.
-            settings: of cache and steps.
-            notify: gets lines for people.
-            recompute: what of a step is computed again in backward.
+            settings: as for :func:`attach`.
+            notify: as for :func:`attach`.
+            recompute: what backward computes again.
             prefix: a cache that holds every row already.
-            free: with ``prefix``, drop the layers below the boundary from memory for good.
-            decision: what is recorded of ``prefix``.
+            free: with ``prefix``, free the layers below the boundary permanently.
+            decision: what to record about ``prefix``.
         """
-        self.decision = decision or CacheDecision("off", "training has not begun")
+        self.decision = decision or CacheDecision("off", "training has not started")
         self._decided = decision
         self.ways: tuple[str, ...] = ()
         self.cache_seconds = 0.0
-        self.packed = False  # whether batches are as :func:`aletheia.data.batches.collate_packed` makes them
-        self.at_end: Callable[[], None] = lambda: None  # steps are over, and the model is still as they computed it
+        self.packed = False  # whether batches come from :func:`aletheia.data.batches.collate_packed`
+        self.at_end: Callable[[], None] = lambda: None  # called after the last step, before the model is restored
         self._trainer, self._plan, self._settings = trainer, plan, settings
         self._notify = notify if trainer.is_world_process_zero() else say_nothing
         self._recompute, self._prefix, self._free = recompute, prefix, free
@@ -156,16 +154,16 @@ class Attachment(TrainerCallback):
         self._phase: Phase | None = None
         self._steps_per_epoch: int | None = None
         self._source: PrefixSource | None = None
-        self._use_for_other_runs: Use = "none"  # of rows that do not come back in this one
+        self._use_for_other_runs: Use = "none"  # what to do with rows that do not come back in this run
         self._stack = ExitStack()
 
     def install(self) -> None:
-        """Add this to the trainer's callbacks, and see to it that an error leaves the model as it was."""
+        """Add this to the trainer's callbacks, and restore the model after ``train()``, even if it fails."""
         trainer = self._trainer
         trainer.add_callback(self)
         ddp = trainer.accelerator.ddp_handler
         if ddp is not None and self._plan.early_layers:
-            ddp.find_unused_parameters = True  # it waits for the gradients of layers that freeze otherwise
+            ddp.find_unused_parameters = True  # otherwise it waits for gradients of layers that are frozen
         train = trainer.train
 
         @functools.wraps(train)
@@ -181,21 +179,21 @@ class Attachment(TrainerCallback):
             finally:
                 self.leave()
 
-        trainer.train = leaving  # type: ignore[method-assign]  # callbacks are not told of an error
+        trainer.train = leaving  # type: ignore[method-assign]  # an error calls no callback
 
     # --- events of the trainer
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin the phase of the step that comes next; a run that goes on may be in its last one already."""
+        """Begin the phase of the next step; a resumed run may be in its last phase already."""
         self.leave()
         self._phases = phases(self._plan, state.max_steps)
         self._steps_per_epoch = _steps_per_epoch(kwargs.get("train_dataloader"), args)
         self._begin(phase_at(self._phases, state.global_step))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Begin the next phase when its time has come."""
+        """Begin the next phase when its first step is next."""
         phase = phase_at(self._phases, state.global_step)
         if phase is not self._phase and state.global_step < state.max_steps:
             self._begin(phase)
@@ -203,8 +201,8 @@ class Attachment(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave the model as it was, after what was to be done in it as it trained."""
-        self._phase = None  # adapters below may be of an earlier step now, so nothing is read from a cache
+        """Call ``at_end``, then restore the model."""
+        self._phase = None  # Trainer may have loaded earlier adapters below, so nothing is read from a cache
         self.at_end()
         self.leave()
 
@@ -217,7 +215,7 @@ class Attachment(TrainerCallback):
         return model
 
     def leave(self) -> None:
-        """Take off everything; may be called twice. A cache on disk that only this run could use is deleted."""
+        """Restore the model; may be called twice. A cache on disk that only this run can use is deleted."""
         self._note_size()
         self._stack.close()
         self._phase = None
@@ -229,7 +227,7 @@ class Attachment(TrainerCallback):
         model = self._model
         self._stack.callback(freeze_below(model, phase.boundary))
         self._source = self._make_source(model, phase)
-        # the stored prefix comes first, so that its look-up sees a batch before other hooks do
+        # the stored prefix comes first, so that it sees a batch before other hooks do
         if self._prefix is not None or self._source is not None:
             context = stored_prefix(model, phase.boundary, self._free and self._prefix is not None, self._source)
             self._stack.enter_context(context)
@@ -245,7 +243,7 @@ class Attachment(TrainerCallback):
         return step_ways(self._model, reads(trainer), self._recompute, self.packed, compiled, self._settings.liger)
 
     def _make_source(self, model: nn.Module, phase: Phase) -> PrefixSource | None:
-        """What looks up a batch in this phase; None where nothing lies below or nothing is kept."""
+        """The source of stored states in this phase; None where there is no prefix or no cache."""
         if self._prefix is not None:
             cache = self._prefix
             self.decision = self._decided or CacheDecision("disk", "filled layer by layer")
@@ -261,7 +259,7 @@ class Attachment(TrainerCallback):
             return None
         self.decision = CacheDecision("off", "no row came back")
         group = group_of(self._trainer)
-        # gathers what is sharded, and leaves it sharded: not from within a forward pass
+        # this gathers sharded weights, which is not possible inside a forward pass
         computed_as = prefix_computed_as(self._trainer, self._settings)
         key = prefix_key(model, phase.boundary, computed_as) if is_sharded(self._trainer) else None
         return PrefixSource(
@@ -275,7 +273,7 @@ class Attachment(TrainerCallback):
         )
 
     def _open(self, phase: Phase, key: str | None, dtype: torch.dtype) -> PrefixCache | None:
-        """The cache of a phase, once the first batch has shown that it is exact."""
+        """The cache of a phase, opened once the first batch has shown that stored states are exact."""
         trainer, model = self._trainer, self._model
         args = trainer.args
         has_own_prefix = any(
@@ -291,7 +289,7 @@ class Attachment(TrainerCallback):
         )
         seconds = functools.partial(_forward_seconds_per_token, model, phase.boundary)
         try:
-            # one folder may be shared by all, or lie on a disk of each machine: its first process makes it
+            # all processes may share one folder, or each machine may have its own: its first process creates it
             with args.main_process_first(local=False), args.main_process_first(local=True):
                 cache, self.decision = open_cache(model, phase.boundary, dtype, place, seconds)
         except CacheError as error:
@@ -311,16 +309,18 @@ class Attachment(TrainerCallback):
             cache.delete()
 
     def _obstacle(self, reason: str) -> None:
-        """Stored states cannot be had: the run goes on without, unless they were asked for and nothing is lost yet."""
+        """Continue without stored states; fail if the user asked for them and no step has been taken."""
         self.decision = CacheDecision("off", reason)
         asked = self._settings.cache in ("memory", "disk")
         is_read_on = self._source is not None and self._source.cache is not None
         if asked and self._trainer.state.global_step == 0 and not is_read_on:
-            raise CacheError(f"`cache` {self._settings.cache} is not possible: {reason}; set `cache` off")
+            raise CacheError(
+                f"`cache` is {self._settings.cache}, which is not possible: {reason}; expected off or auto"
+            )
         self._notify(f"cache  off: {reason}")
 
     def _use(self) -> Use:
-        """Whether the rows that pass now come back: held-out rows do, those of the last epoch do not."""
+        """What to do with the rows that pass now: held-out rows come back, those of the last epoch do not."""
         state, phase = self._trainer.state, self._phase
         if phase is None:
             return "none"
@@ -332,9 +332,9 @@ class Attachment(TrainerCallback):
         return "read" if is_last_epoch(state.global_step, state.max_steps, self._steps_per_epoch) else "keep"
 
     def ahead(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch that is being made, with what enters the boundary layer where all of that is stored already.
+        """A batch that is being assembled, with the inputs of the boundary layer if all are stored.
 
-        In the last phase only: what was made ahead would be of the boundary before.
+        Only in the last phase: before that, a batch made ahead could belong to an earlier boundary.
         """
         if self._source is None or self._phase is not self._phases[-1]:
             return batch
@@ -342,7 +342,7 @@ class Attachment(TrainerCallback):
         return batch if hidden_BTD is None else batch | {PREFIX: hidden_BTD}
 
     def _note_size(self) -> None:
-        """Record what the cache of the phase that ends holds."""
+        """Record the size of the cache of the phase that ends."""
         source = self._source
         if source is not None and source.cache is not None:
             spilled = isinstance(source.cache, SpillingCache) and source.cache.is_spilled
@@ -354,14 +354,14 @@ class Attachment(TrainerCallback):
 
 
 def prefix_computed_as(trainer: Trainer, settings: AttachSettings) -> str:
-    """What the states of a prefix depend on beyond model and dtype: runs that differ in it share no cache."""
+    """What the states of a prefix depend on besides model and dtype; runs that differ in it share no cache."""
     assert trainer.model is not None
     ways = layer_ways(trainer.model, settings.compile_layers, settings.liger)
     return f"{trainer.accelerator.mixed_precision} {sorted(ways) if settings.fast_steps else ''}"
 
 
 def reads(trainer: Trainer) -> Reads:
-    """What the trainer looks at of a model's outputs: where that may be every logit, all are computed."""
+    """What the trainer reads of a model's outputs; where it may read any logit, all are computed."""
     own = type(trainer)
     if (
         trainer.compute_loss_func is not None
@@ -391,7 +391,7 @@ def _private_name(output_dir: str | None) -> str:
 
 
 def _forward_seconds_per_token(model: nn.Module, boundary: int) -> float:
-    """Seconds of the prefix for a token, over a row of 128."""
+    """Seconds that the prefix takes per token, measured on a row of 128."""
     row = Example([0] * 128, [NO_LOSS] * 128, "a trial")
     row_states(model, boundary, [row])  # warms up
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Whole training steps of a few kinds, timed: what each part of a step costs here. Shapes as in ``prefix.py``."""
+"""Time a few kinds of whole training steps, to find what each part of a step costs on this machine."""
 
 import statistics
 import time
@@ -20,8 +20,8 @@ from aletheia.anatomy.schema import Anatomy
 from aletheia.data.batches import collate, collate_packed, labelled_tokens, on_device_of
 from aletheia.data.examples import Examples
 from aletheia.data.order import training_batches
-from aletheia.execution.backend import lean_layers, packing_pays
-from aletheia.execution.lean import adapters_in_bfloat16, bfloat16_autocast
+from aletheia.execution.backend import fast_layers, packing_pays
+from aletheia.execution.fast import adapters_in_bfloat16, bfloat16_autocast
 from aletheia.execution.packed import attention_by_row, why_not_packed
 from aletheia.planning.cost import layer_costs
 from aletheia.prefix.stored import PREFIX, prefix_output
@@ -32,16 +32,16 @@ from aletheia.training.fast_steps import fast_steps
 ROUNDS = 3
 SHORT_SECONDS, MOST_REPEATS = 0.2, 25
 SAMPLED_BATCHES = 200
-RANK, HIGH_RANK = 16, 64  # adapters are timed at both; between and beyond, their time is a line in the parameters
+RANK, HIGH_RANK = 16, 64  # adapters are timed at both; their time is taken to be linear in their parameters
 Batch = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class _Step:
-    """A kind of step and its measured seconds, round by round.
+    """A kind of step and its measured seconds, one per round.
 
-    Our steps start from a stored prefix where there is one. ``way`` is ``fast``, ``plain`` (as PEFT and transformers
-    take it) or ``prefix`` (forward through the layers below the first of ``layers``, and nothing else).
+    ``way`` is ``fast`` (from a stored prefix where there is one), ``plain`` (as PEFT and transformers compute it) or
+    ``prefix`` (only forward through the layers below the first of ``layers``).
     """
 
     layers: Sequence[int]
@@ -58,20 +58,23 @@ def calibrate(
     rounds: int = ROUNDS,
     show_progress: bool | Say = True,
 ) -> Timings:
-    """Time whole training steps of a few kinds on batches of average size, and share their seconds out over the parts.
+    """Time a few kinds of whole training steps on batches of average size, and divide the seconds among their parts.
 
-    Our steps differ in one thing each: how many layers are crossed, how many of them are adapted, the rank. Forward,
-    backward and adapter times, and the rest (head, loss, embedding), are the non-negative least-squares solution over
-    them; layers of other shapes get seconds in proportion to their operations. All is compared with a plain step of
-    uniform LoRA. The model is left as it was.
+    The fast steps differ in one respect each: how many layers backward crosses, how many of them are adapted, or the
+    rank. Forward, backward and adapter times and the rest (head, loss, embedding) are the non-negative least-squares
+    solution over these steps. Layers of different shapes get seconds in proportion to their operations. A plain step of
+    uniform LoRA is the baseline. The model stays as it is.
 
     Args:
         model: the base model, without adapters.
         data: rows to train on.
         batch_size: rows per training step.
-        seed: of the batches.
+        seed: seed of the batches.
         rounds: how often each kind of step is timed; the median counts.
-        show_progress: say on stderr how far it is, or to a function that gets a line now and then.
+        show_progress: print progress on stderr, or call this function with a line now and then.
+
+    Returns:
+        Seconds of each part of a step.
     """
     started = time.perf_counter()
     anatomy = read_anatomy(model)
@@ -82,7 +85,7 @@ def calibrate(
         on_device_of(model, collate([data[row] for row in chosen], data.pad_token_id)) for chosen in (rows, random_rows)
     )
     batch = on_device_of(model, collate_packed([data[row] for row in rows])) if packed else padded
-    batches = {"fast": batch, "plain": random_batch, "prefix": padded}  # what is stored is computed on padded rows
+    batches = {"fast": batch, "plain": random_batch, "prefix": padded}  # stored states are computed on padded rows
     last, middle = anatomy.layer_count - 1, anatomy.layer_count // 2
     upper = range(middle, last + 1)
     baseline = _Step(range(last + 1), way="plain")
@@ -92,9 +95,9 @@ def calibrate(
         with (
             Progress("time", rounds * (1 + len(steps)), "measurements", show_progress) as progress,
             in_mode(model, training=False),
-            torch.random.fork_rng(),  # adapters are drawn
+            torch.random.fork_rng(),  # adapters start at random
         ):
-            for _ in range(rounds):  # every kind in each, so that a machine that slows down slows all of them
+            for _ in range(rounds):  # each round has every kind, so that a slower machine slows all of them
                 for step in (baseline, *steps):
                     with _prepared(model, anatomy, step, batches[step.way], packed) as job:
                         step.seconds.append(_timed(job))
@@ -122,7 +125,7 @@ def calibrate(
 def _average_batch(
     data: Examples, batch_size: int, seed: int, grouped: bool, packed: bool = False
 ) -> tuple[list[int], float]:
-    """Rows of the batch whose size is nearest to the mean, and that mean, in tokens, padding included."""
+    """Rows of the batch whose size is nearest to the mean, and the mean in tokens, padding included."""
     lengths = [len(example) for example in data.examples]
     size = min(batch_size, len(lengths))
 
@@ -140,10 +143,10 @@ def _average_batch(
 def _prepared(
     model: nn.Module, anatomy: Anatomy, step: _Step, batch: Batch, packed: bool
 ) -> Iterator[Callable[[], object]]:
-    """The step as something to call; afterwards the model has no adapters again."""
+    """Yield the step as a function; on leaving, the adapters are removed again."""
     boundary = min(step.layers)
     if step.way == "prefix":
-        with lean_layers(model):
+        with fast_layers(model):
             yield lambda: prefix_output(model, boundary, batch)
         return
     wanted = [module for module in anatomy.adaptable() if module.layer in step.layers]
@@ -171,7 +174,7 @@ def _prepared(
 
 
 def _timed(job: Callable[[], object]) -> float:
-    """Least seconds of a job, which is repeated if it is short: what other work adds is not the job's own."""
+    """Shortest time of a job in seconds, over repeats if it is short: other work only ever adds time."""
     spent: list[float] = []
     while not spent or (sum(spent) < SHORT_SECONDS and len(spent) < MOST_REPEATS):
         _synchronize()
@@ -192,11 +195,12 @@ def _parts(
 ) -> tuple[tuple[LayerTiming, ...], float]:
     """Seconds per layer, and of the head and the rest, for a batch of ``tokens``.
 
-    ``stretched`` is how many times as many tokens the prefix was timed on.
+    ``stretched`` is the ratio of the tokens that the prefix was timed on to those of ``batch``.
 
-    A fast step from boundary k over layers S takes ``rest + sum_{l >= k} (u F_l + v B_l) + sum_{l in S} (p + q r) w_l``
-    with the operations F and B of the cost model and w the in and out features of a layer's modules; a step's row is
-    divided by its seconds, so that relative errors count.
+    A fast step from boundary k over layers S takes
+    ``rest + sum_{l >= k} (u F_l + v B_l) + sum_{l in S} (p + q r) w_l``. F and B are the operations of the cost model,
+    and w is the sum of in and out features of a layer's modules. Each step's equation is divided by its seconds, so
+    that the fit minimizes relative errors.
     """
     count, bounds = batch["input_ids"].numel(), batch.get("cu_seq_lens_q")
     sequence = count / (len(batch["input_ids"]) if bounds is None else len(bounds) - 1)

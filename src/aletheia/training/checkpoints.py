@@ -1,8 +1,8 @@
-"""Trainer's checkpoints, made trustworthy: written beside, synced, described by a manifest, then renamed.
+"""Trainer's checkpoints, made trustworthy: written to another folder, synced, listed in a manifest, then renamed.
 
-What a checkpoint holds, when it is due and which ones are kept stays Trainer's. The private names of Trainer that this
-takes are replaced on the instance, here and nowhere else: ``_save_checkpoint``, ``_get_output_dir``,
-``_push_from_checkpoint`` and ``_run_epoch``.
+Trainer still decides what a checkpoint holds, when it is due, and which ones are kept. This module replaces private
+methods of a Trainer on the instance, and no other module does: ``_save_checkpoint``, ``_get_output_dir``,
+``_push_from_checkpoint``, ``_run_epoch`` and ``_load_best_model``.
 """
 
 import errno
@@ -40,7 +40,7 @@ from aletheia.runs.manifest import (
 )
 from aletheia.training.processes import Launch
 
-BYTES_PER_PARAMETER = 12  # the weight and the two moments of Adam in float32
+BYTES_PER_PARAMETER = 12  # the weight and the two moments of Adam, in float32
 STATE_FILE = "trainer_state.json"
 REPLACED_METHODS = (
     *("_save_checkpoint", "_get_output_dir", "_push_from_checkpoint", "_run_epoch", "_load_best_model", "train"),
@@ -60,17 +60,17 @@ def trustworthy_checkpoints(
     extra: Callable[[], Mapping[str, Any]] | None = None,
     alone: bool = False,
 ) -> "TrustworthyCheckpoints":
-    """Make the checkpoints of ``trainer`` whole or absent, and resume only from whole ones.
+    """Make the checkpoints of ``trainer`` complete or absent, and resume only from complete ones.
 
     Args:
-        trainer: any Trainer, TRL's too.
-        about: the identity of the run, by name; ``trainer.train(resume_from_checkpoint=...)`` refuses a checkpoint
-            of another one.
-        extra: called at each save; its JSON values come back in the manifest of the checkpoint.
-        alone: nobody else writes to ``output_dir``, and earlier runs left nothing there that is wanted.
+        trainer: any Trainer, including those of TRL.
+        about: values that identify the run, by name; ``trainer.train(resume_from_checkpoint=...)`` refuses a checkpoint
+            with other values.
+        extra: called at each save; the manifest of the checkpoint keeps its JSON values.
+        alone: whether only this run uses ``output_dir``, so that checkpoints of later steps may be deleted.
 
     Returns:
-        What was done, with ``undo()``; a context manager that undoes it at its end.
+        An object with ``undo()``; as a context manager, it undoes the changes on leaving.
     """
     present = trainer.__dict__.get("_save_checkpoint")
     if isinstance(owner := getattr(present, "__self__", None), TrustworthyCheckpoints):
@@ -84,25 +84,25 @@ class TrustworthyCheckpoints:
     def __init__(
         self, trainer: Trainer, about: Mapping[str, Any], extra: Callable[[], Mapping[str, Any]], alone: bool
     ) -> None:
-        """Take the place of the methods of ``trainer`` that save, and of ``train``, which resumes."""
-        self.resumed: TrainingCheckpoint | None = None  # what ``train`` went on from
-        self.faults: list[str] = []  # checkpoints that were passed over then, one line each
+        """Replace the methods of ``trainer`` that save, and ``train``, which resumes."""
+        self.resumed: TrainingCheckpoint | None = None  # the checkpoint that ``train`` resumed from
+        self.faults: list[str] = []  # one line for each checkpoint that was skipped then
         self._trainer: Any = trainer
         self._about, self._extra, self._alone = about, extra, alone
-        self._size_bytes = 0  # of the last checkpoint
+        self._size_bytes = 0  # size of the last checkpoint
         self._earlier = {name: trainer.__dict__[name] for name in REPLACED_METHODS if name in trainer.__dict__}
         self._original = {name: getattr(trainer, name) for name in REPLACED_METHODS}
         trainer.__dict__.update(self._own())
 
     def undo(self) -> None:
-        """Give the trainer its own methods back."""
+        """Restore the trainer's own methods."""
         for name in self._own():
             self._trainer.__dict__.pop(name, None)
             if name in self._earlier:
                 setattr(self._trainer, name, self._earlier[name])
 
     def _own(self) -> dict[str, Callable[..., Any]]:
-        """What takes the place of the trainer's methods for as long as this holds."""
+        """The methods that replace those of the trainer."""
         return {
             "_save_checkpoint": self._save,
             "_run_epoch": self._run_epoch,
@@ -111,7 +111,7 @@ class TrustworthyCheckpoints:
         }
 
     def __enter__(self) -> "TrustworthyCheckpoints":
-        """As it is."""
+        """Return itself."""
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -119,13 +119,14 @@ class TrustworthyCheckpoints:
         self.undo()
 
     def resume_path(self, resume: str | os.PathLike[str] | bool | None) -> str | None:
-        """The verified checkpoint that Trainer's ``resume_from_checkpoint`` means, the same in every process.
+        """The verified checkpoint that Trainer's ``resume_from_checkpoint`` refers to, the same in every process.
 
         Args:
-            resume: a checkpoint; or True for the newest whole one in ``output_dir``.
+            resume: a checkpoint, or True for the newest complete one in ``output_dir``.
 
         Raises:
-            TrainingError: it is damaged (names file and fault), belongs to another run, or there is none.
+            TrainingError: the checkpoint is damaged or belongs to another run, or there is none. The message names the
+                file and the fault.
         """
         if resume is None or resume is False:
             return None
@@ -149,7 +150,7 @@ class TrustworthyCheckpoints:
         found = newest_checkpoint(folder, self.faults) if resume is True else verified(Path(str(resume)))
         if found is None:
             raise TrainingError(
-                f"{folder} holds no whole checkpoint; expected one to go on from"
+                f"{folder} holds no complete checkpoint; expected one to resume from"
                 + "".join(f"; {fault}" for fault in self.faults)
             )
         if self._about and found.manifest.about:
@@ -161,10 +162,10 @@ class TrustworthyCheckpoints:
         return Launch.here().processes > 1
 
     def _train(self, resume_from_checkpoint: Any = None, *given: Any, **named: Any) -> Any:
-        """Trainer's ``train``, from a checkpoint that is whole; by itself it takes the highest number.
+        """Trainer's ``train``, from a complete checkpoint; by itself, Trainer takes the one with the highest number.
 
         Raises:
-            TrainingError: a pickle of the checkpoint holds more than tensors and numbers.
+            TrainingError: a pickle in the checkpoint holds more than tensors and numbers.
         """
         path = self.resume_path(resume_from_checkpoint)
         try:
@@ -173,12 +174,12 @@ class TrustworthyCheckpoints:
             if path is None:
                 raise
             raise TrainingError(
-                f"{_refused_pickle(Path(path))} holds more than tensors and numbers; expected a checkpoint that this "
-                "program wrote"
+                f"{_refused_pickle(Path(path))} holds more than tensors and numbers, so it may run code; expected a "
+                "checkpoint that aletheia wrote"
             ) from error
 
     def _run_epoch(self, *given: Any, **named: Any) -> None:
-        """Trainer's epoch, unless all steps are done: resumed after the last step, Trainer takes one more."""
+        """Trainer's epoch, unless all steps are done: Trainer resumed after the last step would take one more."""
         state = self._trainer.state
         if state.global_step >= state.max_steps > 0:
             self._trainer.control.should_training_stop = True
@@ -186,21 +187,21 @@ class TrustworthyCheckpoints:
         self._original["_run_epoch"](*given, **named)
 
     def _load_best_model(self) -> None:
-        """Trainer's, of a checkpoint that is still as it was written.
+        """Trainer's ``_load_best_model``, after the checkpoint is verified.
 
         Raises:
-            TrainingError: it is not; names file and fault.
+            TrainingError: the checkpoint is damaged. The message names the file and the fault.
         """
         best = Path(self._trainer.state.best_model_checkpoint)
-        if (best / MANIFEST_FILE).exists():  # one from before may have none
+        if (best / MANIFEST_FILE).exists():  # a checkpoint of another program has none
             verified(best)
         self._original["_load_best_model"]()
 
     def _save(self, model: nn.Module, trial: Any) -> None:
-        """Write a checkpoint beside, sync it, describe it, rename it, rotate.
+        """Write a checkpoint to a partial folder, sync it, add a manifest, rename it, and rotate.
 
         Raises:
-            TrainingError: it could not be written; earlier ones are as they were.
+            TrainingError: it cannot be written. Earlier checkpoints stay as they are.
         """
         trainer = self._trainer
         folder = Path(self._original["_get_output_dir"](trial))
@@ -226,14 +227,14 @@ class TrustworthyCheckpoints:
             self._rotate(folder)
 
     def _together(self, action: Callable[..., object], *given: Any) -> None:
-        """Do it in every process, and fail in all of them if one cannot write."""
+        """Call ``action`` in every process, and fail in all of them if one cannot write."""
         fault: str | None = None
         try:
             action(*given)
         except Exception as error:
             if not is_write_fault(error):
                 raise
-            fault = told_by_system(error)
+            fault = system_message(error)
         if self._several:
             faults: list[str | None] = [None] * dist.get_world_size()
             dist.all_gather_object(faults, fault)
@@ -242,7 +243,11 @@ class TrustworthyCheckpoints:
             raise _NotWrittenError(fault)
 
     def _make_room(self, folder: Path) -> None:
-        """Clear what a killed save left, and refuse to begin where a checkpoint does not fit."""
+        """Remove what a killed save left.
+
+        Raises:
+            OSError: the disk has no room for a checkpoint.
+        """
         if not self._trainer.args.should_save:
             return
         clear_partial(folder)
@@ -251,7 +256,7 @@ class TrustworthyCheckpoints:
 
     @contextmanager
     def _redirected(self, place: Path) -> Iterator[list[str]]:
-        """Trainer writes into ``place``; what it would push from there waits."""
+        """Let Trainer write into ``place``; yields the pushes that it asks for meanwhile, which wait."""
         pushes: list[str] = []
         self._trainer._get_output_dir = lambda trial: str(place)
         self._trainer._push_from_checkpoint = pushes.append
@@ -264,7 +269,7 @@ class TrustworthyCheckpoints:
                     setattr(self._trainer, name, self._earlier[name])
 
     def _best(self, folder: Path, before: str | None) -> str | None:
-        """Where the best checkpoint will be when this one is in place: Trainer looked for it in the other folder."""
+        """The final path of the best checkpoint: Trainer has looked for it in the partial folder."""
         step = self._trainer.state.best_global_step
         path = folder / f"checkpoint-{step}"
         return str(path) if step and (step == self._trainer.state.global_step or path.is_dir()) else before
@@ -274,7 +279,7 @@ class TrustworthyCheckpoints:
         if not trainer.args.should_save:
             return
         if (partial / STATE_FILE).exists():
-            trainer.state.save_to_json(str(partial / STATE_FILE))  # with the best checkpoint's real place
+            trainer.state.save_to_json(str(partial / STATE_FILE))  # with the final path of the best checkpoint
         manifest = write_manifest(partial, trainer.state.global_step, self._about, self._extra())
         move_in(partial, folder)
         shutil.rmtree(partial.parent, ignore_errors=True)
@@ -283,8 +288,8 @@ class TrustworthyCheckpoints:
     def _rotate(self, folder: Path) -> None:
         """Trainer's rotation.
 
-        Where the folder is ours alone, checkpoints of later steps go first: a run that went back past a damaged one
-        would lose its newest to them.
+        Where only this run uses the folder, checkpoints of later steps are deleted first. Otherwise a run that resumed
+        from before a damaged checkpoint would lose its newest ones to them.
         """
         trainer = self._trainer
         limit, best = trainer.args.save_total_limit, trainer.state.best_model_checkpoint
@@ -293,7 +298,7 @@ class TrustworthyCheckpoints:
         for path in checkpoint_folders(folder) if self._alone else ():
             if step_of(path) > trainer.state.global_step:
                 shutil.rmtree(path, ignore_errors=True)
-        # by number where no later one is left: times of folders change when a file is added
+        # by number where no later checkpoint is left: a folder's time changes when a file is added
         rotate_checkpoints(str(folder), limit, best, use_mtime=not self._alone)
 
     def _needed_bytes(self, folder: Path) -> int:
@@ -309,32 +314,32 @@ class TrustworthyCheckpoints:
 
     def _not_written(self, folder: Path, name: str, fault: str) -> str:
         kept = [path for path in checkpoint_folders(folder) if (path / MANIFEST_FILE).exists()]
-        then = f"the same command goes on from step {max(map(step_of, kept))}" if kept else "there is no earlier one"
+        then = f"the same command resumes from step {max(map(step_of, kept))}" if kept else "there is no earlier one"
         return (
             f"{folder / name} cannot be written ({fault}): a checkpoint needs about "
-            f"{self._needed_bytes(folder):,} bytes, {free_bytes(folder):,} bytes are free; "
-            f"make room or give another `out`; {then}"
+            f"{self._needed_bytes(folder):,} bytes, but {free_bytes(folder):,} bytes are free; "
+            f"free some space or choose another `out`; {then}"
         )
 
 
 class _NotWrittenError(Exception):
-    """A process could not write its part; the text says why."""
+    """A process could not write its part; the message says why."""
 
 
 def is_write_fault(error: BaseException) -> bool:
-    """Whether an error of a save comes from the disk; torch.save and tokenizers have no class of their own for that."""
+    """Whether an error of a save comes from the disk; torch.save and tokenizers have no error class for that."""
     if isinstance(error, OSError | ArtifactError | SafetensorError):
         return True
     return any(words in str(error) for words in WRITER_FAULTS)
 
 
-def told_by_system(error: BaseException) -> str:
-    """What went wrong, in the words of the operating system where it has some."""
+def system_message(error: BaseException) -> str:
+    """The operating system's message for an error, or else the error's own message in one line."""
     return getattr(error, "strerror", None) or one_line(error)
 
 
 def _refused_pickle(checkpoint: Path) -> Path:
-    """The file of a checkpoint that torch will not unpickle, which Trainer leaves unsaid."""
+    """The file of a checkpoint that torch refuses to unpickle; Trainer's error does not name it."""
     random = sorted(checkpoint.glob("rng_state*.pth"))
     for path in sorted({*checkpoint.glob("*.pt"), *checkpoint.glob("*.bin")}):
         if path.name != "training_args.bin":

@@ -1,4 +1,4 @@
-"""All that makes a step cheaper and changes no result beyond rounding, in one context."""
+"""All the ways to compute a step at less cost with the same results up to rounding, in one context."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,25 +20,28 @@ def fast_steps(
     packed: bool = False,
     liger: bool = True,
 ) -> Iterator[None]:
-    """Everything that makes a step cheaper and leaves loss and gradients alone, for a training loop of one's own, too.
+    """Compute steps at less cost, with the same loss and gradients; for your own training loop, too.
 
-    Equal up to the order of sums in float32; float32 adapters beside a bfloat16 base are multiplied in bfloat16, as
-    under autocast, and a processor rounds attention's scores to bfloat16, as ``eager`` attention does. The output's
-    ``logits`` are those of labelled positions only, and hold their gradient after a loss that needs one, which can be
-    differentiated once.
+    In float32, results are equal up to the order of sums. With a bfloat16 base, float32 adapters are multiplied in
+    bfloat16, as under autocast. On a CPU, attention rounds its scores to bfloat16, as ``eager`` attention does.
+
+    The ``logits`` of the output are those of labelled positions only. A loss that needs a gradient overwrites them with
+    their gradient, and can be differentiated once.
 
     Args:
         model: the adapted model.
-        stored_from: the boundary, if every batch will bring its stored prefix.
+        stored_from: the boundary, if every batch will bring its stored prefix; otherwise None.
         free: see :func:`aletheia.prefix.stored.stored_prefix`.
-        recompute: what of a step is computed again in backward, see
-            :func:`aletheia.execution.recompute.recomputation`.
-        packed: whether batches may hold rows one after another, as :func:`aletheia.data.batches.collate_packed` makes
-            them.
-        liger: whether Liger's kernels may be taken, on a GPU, where they are installed.
+        recompute: what is computed again in backward, see :func:`aletheia.execution.recompute.recomputation`.
+        packed: whether batches may come from :func:`aletheia.data.batches.collate_packed`.
+        liger: whether to use Liger's kernels on a GPU where they are installed.
+
+    Raises:
+        AdapterError: no layer is trainable, or something below the boundary is.
+        TrainingError: ``recompute`` is not possible for the model.
     """
     with ExitStack() as stack:
-        if stored_from is not None:  # first, so that nothing else holds the layers that it frees
+        if stored_from is not None:  # first, so that nothing else refers to the layers that it frees
             stack.enter_context(stored_prefix(model, stored_from, free))
         stack.enter_context(frozen_prefix(model))
         stack.enter_context(entered(model, step_ways(model, recompute=recompute, packed=packed, liger=liger)))

@@ -1,4 +1,4 @@
-"""Values that are not finite end a run before they are applied or saved, and are named: step, layer, module."""
+"""Checks that end a run before a value that is not finite is applied or saved, and name its step, layer and module."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,29 +18,29 @@ from aletheia.training.processes import Launch
 
 
 class Finite(TrainerCallback):
-    """Looks at the loss and the gradients before each optimizer step, and at the adapters' weights after it.
+    """Checks the loss and the gradients before each optimizer step, and the adapters' weights after it.
 
-    One number per step is waited for; where it is not finite, a forward pass finds the place. Under float16 the loss
-    scaler skips steps whose gradients overflow, so these are not looked at.
+    The check waits for one number per step. If that is not finite, a forward pass finds the place. In float16 the loss
+    scaler skips steps whose gradients overflow, so gradients are not checked.
 
-    Where the trainer must not wait (``looks_back``), the optimizer leaves out a step with a gradient that is not
-    finite, by itself, and what happened is read a step later, or before anything is evaluated or saved.
+    Where the trainer must not wait (``looks_back``), the optimizer itself skips a step with a gradient that is not
+    finite. The outcome is read one step later, or before anything is evaluated or saved.
     """
 
     def __init__(self, trainer: Trainer, looks_back: bool = False) -> None:
-        """Add it to the callbacks before all that evaluate or save; ``looks_back`` needs torch's fused optimizer."""
+        """Add this to the callbacks before any that evaluate or save; ``looks_back`` needs torch's fused optimizer."""
         self._trainer, self._looks_back = trainer, looks_back
         self._unread: _Unread | None = None
-        self._loss: torch.Tensor | None = None  # of the step so far; a NaN or an infinity stays one in the sum
-        self._batches: list[Mapping[str, Any]] = []  # of the step so far
+        self._loss: torch.Tensor | None = None  # sum of the step so far; it keeps a NaN or an infinity
+        self._batches: list[Mapping[str, Any]] = []  # batches of the step so far
 
     def after_backward(self, loss: torch.Tensor, batch: Mapping[str, Any]) -> Later | None:
-        """Look at a batch, and before the optimizer step at all of its gradients.
+        """Check a batch and, before the optimizer step, all gradients.
 
-        Where the trainer must not wait, returns the loss of a step that is complete, on its way from the device.
+        Where the trainer must not wait, returns the loss of a complete step, on its way from the device.
 
         Raises:
-            TrainingError: something is not finite; nothing was applied.
+            TrainingError: something is not finite. Nothing has been applied.
         """
         self._loss = loss.detach().float() if self._loss is None else self._loss + loss.detach().float()
         self._batches.append(batch)
@@ -54,7 +54,7 @@ class Finite(TrainerCallback):
         if self._looks_back:
             self._read()
             is_left_out = (~are_finite).float()
-            self._optimizer.found_inf = is_left_out  # torch's fused optimizers look at it, for the loss scaler
+            self._optimizer.found_inf = is_left_out  # read by torch's fused optimizers, meant for the loss scaler
             self._unread = _Unread(step, Later(is_left_out), Later(total), batches)
             return self._unread.loss
         if not are_finite:
@@ -66,38 +66,38 @@ class Finite(TrainerCallback):
         return getattr(self._trainer.optimizer, "optimizer", self._trainer.optimizer)  # accelerate's wraps it
 
     def _read(self) -> None:
-        """What became of the step before."""
+        """Check the outcome of the previous step."""
         unread, self._unread = self._unread, None
         if unread is None or not unread.is_left_out.read():
             return
         loss = unread.loss.read()
-        if math.isfinite(loss):  # its gradients are gone: nothing has changed since, so they come again
+        if math.isfinite(loss):  # its gradients are gone; no weight has changed since, so they can be recomputed
             self._model.zero_grad()
             for batch in unread.batches:
                 self._model(**batch).loss.backward()
         self._explain(loss, unread.step, unread.batches)
 
     def _explain(self, loss: float, step: int, batches: Iterable[Mapping[str, Any]]) -> NoReturn:
-        """Why a step was not applied."""
+        """Raise the error that says why a step was not applied."""
         if not math.isfinite(loss):
             self._fail(f"the loss is {loss}", step, batches)
         gradients = dict(_gradients(self._model))
         broken = [name for name, value in gradients.items() if not torch.isfinite(value).all()]
-        # backward goes down, so the last one is nearest to where it began
+        # backward runs from the top down, so the last one is nearest to the source
         place = f" in {self._place(broken[-1])}" if broken else ""
         self._fail(f"the gradient{place} is not finite", step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Look at the weights, before anything is evaluated or saved.
+        """Check the weights before anything is evaluated or saved.
 
         Raises:
-            TrainingError: one is not finite.
+            TrainingError: a weight is not finite.
         """
         if not self._looks_back or state.global_step == state.max_steps:
             self.settle()
 
     def settle(self) -> None:
-        """Look at all that was not looked at yet; to be called before anything is evaluated or saved.
+        """Check everything that is still unchecked; call this before anything is evaluated or saved.
 
         Raises:
             TrainingError: something is not finite.
@@ -108,10 +108,10 @@ class Finite(TrainerCallback):
             self._fail("a weight is not finite", self._trainer.state.global_step)
 
     def held_out(self, loss: float, batches: Iterable[Mapping[str, Any]]) -> None:
-        """Look at a held-out loss; ``batches`` are those it was taken on.
+        """Check a held-out loss that was measured on ``batches``.
 
         Raises:
-            TrainingError: it is not finite.
+            TrainingError: the loss is not finite.
         """
         if not math.isfinite(loss):
             self._fail(f"the held-out loss is {loss}", self._trainer.state.global_step, batches)
@@ -126,18 +126,18 @@ class Finite(TrainerCallback):
         return describe_place(name, find_layers(self._model)[0])
 
     def _fail(self, what: str, step: int, batches: Iterable[Mapping[str, Any]] = ()) -> NoReturn:
-        """Say what is not finite, and where that came from: a weight, else the output of a module in ``batches``."""
+        """Raise an error that names what is not finite, and its source: a weight, else a module's output."""
         model = self._model
         weight = next((name for name, value in model.named_parameters() if not _is_finite(value)), None)
         if weight is not None:
             what = f"{what}: the weight of {self._place(weight)} is not finite"
-        elif Launch.here().processes == 1:  # others would wait for this one
+        elif Launch.here().processes == 1:  # other processes would wait for this one
             outputs = (broken_output(model, dict(batch)) for batch in batches)
             what += next((f": {output} is not finite" for output in outputs if output), "")
         dtype = str(getattr(model, "dtype", "")).removeprefix("torch.")
         remedy = "try a lower `learning_rate`" if step else "check the weights of the model and of the adapter"
         raise TrainingError(
-            f"{what}, at step {step}, computed in {dtype}; it was not saved; {remedy} or `dtype` float32"
+            f"{what}, at step {step}, computed in {dtype}; this step was not saved; {remedy}, or set `dtype` float32"
         )
 
 

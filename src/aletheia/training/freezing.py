@@ -1,4 +1,4 @@
-"""Adapters of lower layers that stop learning, frozen as they are."""
+"""Freeze the adapters of lower layers as they are."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,7 +14,7 @@ def layers_below(model: nn.Module, boundary: int) -> Sequence[nn.Module]:
 
 
 def freeze_below(model: nn.Module, boundary: int) -> Callable[[], None]:
-    """Freeze the adapters below ``boundary`` as they are, dropout included; returns what undoes that."""
+    """Freeze the adapters below ``boundary`` as they are, and switch their dropout off; returns the undo function."""
     frozen = [parameter for layer in layers_below(model, boundary) for parameter in layer.parameters()]
     frozen = [parameter for parameter in frozen if parameter.requires_grad]
     dropouts = [
@@ -40,7 +40,7 @@ def freeze_below(model: nn.Module, boundary: int) -> Callable[[], None]:
 
 
 def adapters_below(model: nn.Module, boundary: int) -> Callable[[], object]:
-    """Tells which adapters count below ``boundary``: a reference pass may switch them off, or others on."""
+    """A function that returns which adapters are active below ``boundary``: a reference pass may switch them."""
     adapted = [
         module for layer in layers_below(model, boundary) for module in layer.modules() if isinstance(module, LoraLayer)
     ]

@@ -23,9 +23,15 @@ def held_out_loss(
 ) -> float:
     """Mean cross-entropy over the labelled tokens of ``examples``, in nats per token.
 
-    The model is evaluated in eval mode; its modules are put back into the modes they were in. Where several processes
-    train it, all must call this: each takes every so many of the batches, and all get the same result. ``collator``
-    makes a batch of rows, by default :func:`aletheia.data.batches.collate`. ``seen`` hears how many batches are done.
+    The model runs in eval mode; afterwards its modules have their earlier modes again. Where several processes train
+    it, all must call this function: they divide the batches among them, and all get the same result.
+
+    Args:
+        model: the model, adapted or not.
+        examples: the held-out rows.
+        batch_size: rows per batch.
+        collator: makes a batch of rows; by default :func:`aletheia.data.batches.collate`.
+        seen: called with how many batches are done, and how many there are.
 
     Raises:
         DataError: the examples hold no labelled token.
@@ -34,7 +40,7 @@ def held_out_loss(
     launch = Launch.here()
     batches = list(length_sorted_batches(examples, batch_size, collator))
     with in_mode(model, training=False):
-        for start in range(0, len(batches), launch.processes):  # sharded layers must run equally often everywhere
+        for start in range(0, len(batches), launch.processes):  # all processes must run sharded layers equally often
             own = start + launch.rank < len(batches)
             batch = batches[start + launch.rank] if own else batches[0]
             labelled = int(labelled_tokens(batch["labels"]))

@@ -1,4 +1,4 @@
-"""When to save besides Trainer's own steps: in time, and when a signal asks the run to end."""
+"""Checkpoints besides those of Trainer's settings: at intervals of time, and when a signal ends the run."""
 
 import os
 import signal
@@ -16,22 +16,22 @@ from aletheia.errors import Interrupted
 from aletheia.runs.manifest import checkpoint_folders, step_of
 from aletheia.training.processes import Agreement
 
-AT_MOST_SECONDS = 600.0  # of work that a killed run loses
+AT_MOST_SECONDS = 600.0  # most work that a killed run loses
 AT_LEAST_SECONDS = 60.0
-SAVES_PER_TIME = 100  # a save may take a hundredth of the time
+SAVES_PER_TIME = 100  # saves may take a hundredth of the time
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class SaveInTime(TrainerCallback):
-    """Ask for a checkpoint by time: a killed run loses ten minutes at most, and a hundredth of the time goes to saves.
+    """Asks for checkpoints by time: a killed run loses at most ten minutes, and saves take a hundredth of the time.
 
-    The interval is 100 times what a save takes and at least a minute, unless that is more than ten minutes less the
-    longest step. Nothing is asked for after the last step. Add it after other callbacks: what they do when a step is
-    logged would count as saving.
+    The interval is 100 times the duration of a save and at least a minute, but at most ten minutes minus the longest
+    step. It asks for none after the last step. Add this after other callbacks: their work when a step is logged would
+    count as saving.
     """
 
     def __init__(self, at_most_seconds: float = AT_MOST_SECONDS, clock: Callable[[], float] = time.monotonic) -> None:
-        """``clock`` tells the time in seconds; of several processes, that of the first counts."""
+        """``clock`` returns the time in seconds; with several processes, the first one's clock counts."""
         self._at_most, self._clock = at_most_seconds, clock
         self._saved_at = self._step_began = self._step_done = clock()
         self._longest_step = self._save_seconds = 0.0
@@ -39,11 +39,11 @@ class SaveInTime(TrainerCallback):
 
     @property
     def interval_seconds(self) -> float:
-        """Time between two checkpoints, by what was measured so far."""
+        """Seconds between two checkpoints, from the measurements so far."""
         return min(self._at_most - self._longest_step, max(AT_LEAST_SECONDS, SAVES_PER_TIME * self._save_seconds))
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Nothing is learned yet that could be lost."""
+        """Start the interval: there is nothing to lose yet."""
         self._agreement.open()
         self._saved_at = self._clock()
 
@@ -74,10 +74,10 @@ class SaveInTime(TrainerCallback):
 
 
 class Interrupts(TrainerCallback):
-    """A signal that came: during training the step is ended and saved first. See :func:`interrupts`.
+    """Handles signals: during training, the step is completed and saved first. See :func:`interrupts`.
 
-    ``signal`` is its number, or None. ``saved_step`` is that of the newest checkpoint; set it where a run goes on from
-    an earlier one, or set ``checkpoints``, the folder in which there may be one.
+    ``signal`` is the number of the signal that came, or None. ``saved_step`` is the step of the newest checkpoint. Set
+    it where a run resumes, or set ``checkpoints``, the folder where there may be one.
     """
 
     def __init__(self) -> None:
@@ -91,20 +91,20 @@ class Interrupts(TrainerCallback):
         self._agreement = Agreement()
 
     def error(self, more: str = "") -> Interrupted:
-        """The error to raise after ``trainer.train()`` has returned and ``signal`` is set; says how to go on."""
+        """The error to raise if ``signal`` is set after ``trainer.train()``; its message says how to resume."""
         if self.saved_step is None and self.checkpoints is not None:
             self.saved_step = max(map(step_of, checkpoint_folders(self.checkpoints)), default=None)
         where = f"interrupted after step {self._step} of {self._steps}" if self._step else "interrupted"
         if self.saved_step is None:
-            text = f"{where} before the first checkpoint; the same command begins anew"
+            text = f"{where} before the first checkpoint; the same command starts again from the beginning"
         else:
             there = "there" if self.saved_step == self._step > 0 else f"step {self.saved_step}"
-            text = f"{where}; the same command goes on from {there}"
+            text = f"{where}; the same command resumes from {there}"
         return Interrupted(text + more, self.signal or signal.SIGINT)
 
     @contextmanager
     def put_off(self) -> Iterator[None]:
-        """While what is done is being written, a signal is only noted: that takes moments, and stopping it more."""
+        """Only note a signal within this context, while results are written: that takes a moment and should finish."""
         self._is_training = True
         try:
             yield
@@ -112,8 +112,8 @@ class Interrupts(TrainerCallback):
             self._is_training = False
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
-        """Take a signal."""
-        if os.getpid() != self._owner:  # a forked worker: Ctrl-C reaches it too, and is its parent's affair
+        """Handle a signal."""
+        if os.getpid() != self._owner:  # a forked worker: it also receives Ctrl-C, which its parent handles
             if signum != signal.SIGINT:
                 signal.signal(signum, signal.SIG_DFL)
                 os.kill(os.getpid(), signum)
@@ -126,34 +126,34 @@ class Interrupts(TrainerCallback):
                 raise self.error()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """From now on there are steps to end."""
+        """From now on, a signal lets the step finish."""
         self._agreement.open()
         self._is_training = True
         self._step, self._steps = state.global_step, state.max_steps
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Save and stop if any process got a signal; after the last step there is nothing to stop."""
+        """Save and stop if any process received a signal, unless this was the last step."""
         self._step, self._steps = state.global_step, state.max_steps
         self.signal = self._agreement.largest(self.signal or 0) or None
         if self.signal is not None and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """There is a checkpoint to go on from."""
+        """Note the step of the new checkpoint."""
         self.saved_step = state.global_step
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """From now on a signal ends the run at once."""
+        """From now on, a signal ends the run at once."""
         self._is_training = False
 
 
 @contextmanager
 def interrupts() -> Iterator[Interrupts]:
-    """Take SIGTERM and Ctrl-C while a run goes on; add what it yields to the callbacks of the Trainer.
+    """Handle SIGTERM and Ctrl-C during a run; add the object it yields to the callbacks of the Trainer.
 
-    During training the first signal lets the step end, saves and stops; ``train()`` returns, and ``signal`` says so.
-    Outside of training it raises :class:`~aletheia.errors.Interrupted` at once. A second Ctrl-C raises
-    KeyboardInterrupt. Away from the main thread signals are left as they are.
+    During training, the first signal lets the step finish, saves a checkpoint and stops. ``train()`` then returns, and
+    ``signal`` is set. Outside training, a signal raises :class:`~aletheia.errors.Interrupted` at once. A second Ctrl-C
+    raises KeyboardInterrupt. Outside the main thread, signals are not handled.
     """
     interrupted = Interrupts()
     if threading.current_thread() is not threading.main_thread():
@@ -164,7 +164,7 @@ def interrupts() -> Iterator[Interrupts]:
         yield interrupted
     except Interrupted:
         raise
-    except Exception as error:  # a library may wrap what was raised inside it
+    except Exception as error:  # a library may wrap the Interrupted that was raised inside it
         if interrupted.signal is not None and not interrupted._is_training:
             raise interrupted.error() from error
         raise

@@ -1,4 +1,4 @@
-"""transformers' Trainer over tokenised rows: our order of rows, and the held-out loss as its evaluation."""
+"""transformers' Trainer over tokenised rows, with a fixed order of rows and the held-out loss as its evaluation."""
 
 import math
 import time
@@ -31,7 +31,7 @@ from aletheia.training.settings import EVALUATIONS, TrainSettings
 from aletheia.training.sharded import is_sharded
 
 NEVER = 10**9  # steps
-LOOKED_AT_EVERY = 10  # steps, by loggers, where no step waits for its own results
+LOOKED_AT_EVERY = 10  # steps between two logs, where no step waits for its own results
 
 
 def steps_per_epoch(rows: int, settings: TrainSettings, processes: int = 1) -> int:
@@ -41,19 +41,19 @@ def steps_per_epoch(rows: int, settings: TrainSettings, processes: int = 1) -> i
 
 
 def planned_steps(rows: int, settings: TrainSettings, processes: int = 1) -> int:
-    """Optimizer steps that a run over ``rows`` is laid out for; it may end before."""
+    """Optimizer steps planned for a run over ``rows``; it may end earlier."""
     return settings.steps or math.ceil((settings.epochs or 1.0) * steps_per_epoch(rows, settings, processes))
 
 
 def planned_passes(rows: int, settings: TrainSettings, processes: int = 1) -> float:
-    """Passes over ``rows`` that a run is laid out for."""
+    """Passes over ``rows`` planned for a run."""
     if settings.steps is None:
         return settings.epochs or 1.0
     return settings.steps * rows_per_step(settings, processes) / rows
 
 
 def evaluations_of(rows: int, settings: TrainSettings, processes: int = 1) -> int:
-    """How often the held-out loss is taken in all, evenly, the last time after the last step; 0: Trainer decides."""
+    """How often the held-out loss is measured: evenly, the last time after the last step. 0: Trainer decides."""
     if evaluates_by_itself(settings):
         return 0
     return settings.evaluations or max(1, round(EVALUATIONS * planned_passes(rows, settings, processes)))
@@ -72,7 +72,7 @@ def rows_per_step(settings: TrainSettings, processes: int = 1) -> int:
 
 
 def rows_of_steps(data: Examples, settings: TrainSettings, steps: int, processes: int = 1) -> list[list[Example]]:
-    """The rows of each of the first ``steps`` of a run."""
+    """The rows of each of the first ``steps`` steps of a run."""
     lengths = [len(row) for row in data.examples]
     per_step = rows_per_step(settings, processes)
     batches = training_batches(lengths, per_step, steps, settings.seed, settings.groups_by_length)
@@ -80,21 +80,21 @@ def rows_of_steps(data: Examples, settings: TrainSettings, steps: int, processes
 
 
 def training_arguments(settings: TrainSettings, output_dir: str, **given: Any) -> TrainingArguments:
-    """Trainer's arguments for our settings; ``given`` are those that are known once the model is.
+    """Trainer's arguments for ``settings``; ``given`` are those that depend on the model.
 
     Raises:
-        SettingsError: a field that Trainer does not have, or a value that it does not take.
+        SettingsError: Trainer does not know a field, or refuses a value.
     """
     extra = dict(settings.model_extra or {})
     if unknown := sorted(set(extra) - {field.name for field in fields(TrainingArguments)}):
         raise SettingsError(
-            f"unknown setting `{unknown[0]}`; expected one of ours or a field of transformers' TrainingArguments"
+            f"unknown setting `{unknown[0]}`; expected one of aletheia or a field of transformers' TrainingArguments"
         )
     by_steps = settings.save_steps is not None
     by_trainer = by_steps or settings.keep == "best"  # it then saves after the last step, too
     ours: dict[str, Any] = {
         "output_dir": output_dir,
-        "use_cpu": not torch.accelerator.is_available(),  # or several processes on processors do not find each other
+        "use_cpu": not torch.accelerator.is_available(),  # otherwise several processes on CPUs do not find each other
         "per_device_train_batch_size": settings.batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
         "lr_scheduler_type": settings.lr_scheduler_type,
@@ -111,24 +111,24 @@ def training_arguments(settings: TrainSettings, output_dir: str, **given: Any) -
         "save_steps": settings.save_steps if by_steps else NEVER,
         "save_total_limit": settings.save_total_limit,
         "report_to": list(settings.report_to) or "none",
-        "push_to_hub": False,  # the finished run is, not its checkpoints
+        "push_to_hub": False,  # the finished run is uploaded, not its checkpoints
         "remove_unused_columns": False,
         "disable_tqdm": True,
     }
     try:
         arguments = TrainingArguments(**ours | extra | given)
     except (ValueError, TypeError, ImportError) as error:
-        raise SettingsError(f"Trainer does not take these settings: {one_line(error, 2000)}") from error
+        raise SettingsError(f"Trainer refuses these settings: {one_line(error, 2000)}") from error
     _check_loggers(settings.report_to)
     arguments.metric_for_best_model, arguments.greater_is_better = "loss", False
     arguments.load_best_model_at_end = settings.keep == "best"
     arguments.restore_callback_states_from_checkpoint = settings.early_stop
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # or Trainer splits every batch over all GPUs it sees
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise Trainer splits every batch over all GPUs it sees
     return arguments
 
 
 def _check_loggers(names: Sequence[str]) -> None:
-    """Whether every logger is known and installed."""
+    """Check that every logger is known and installed."""
     try:
         for callback in get_reporting_integration_callbacks(list(names)):
             callback()
@@ -137,17 +137,17 @@ def _check_loggers(names: Sequence[str]) -> None:
 
 
 def evaluates_by_itself(settings: TrainSettings) -> bool:
-    """Whether the user said when to evaluate in Trainer's own words."""
+    """Whether the user set Trainer's own fields for when to evaluate."""
     return bool({"eval_strategy", "eval_steps"} & set(settings.model_extra or {}))
 
 
 def collator_of(settings: TrainSettings, pad_token_id: int) -> Collator:
-    """What makes a batch of rows: packed where the settings say ``on``, else padded."""
+    """The function that makes a batch of rows: packed where ``packing`` is ``on``, otherwise padded."""
     return collate_packed if settings.packing == "on" else partial(collate, pad_token_id=pad_token_id)
 
 
 def _looks_back(arguments: TrainingArguments) -> bool:
-    """Whether no step waits for its own results, which are then read a step later."""
+    """Whether steps do not wait for their own results, which are then read one step later."""
     plain = arguments.optim == "adamw_torch_fused" and not arguments.fp16 and arguments.world_size == 1
     return plain and is_behind(arguments.device)
 
@@ -156,7 +156,7 @@ class EpochOrder(Sampler[int]):
     """Row indices of the epoch that the run is in."""
 
     def __init__(self, data: Examples, settings: TrainSettings, trainer: Trainer) -> None:
-        """The epoch follows from the steps done, so that a run that goes on needs nothing else."""
+        """The epoch follows from the number of steps done, so a resumed run needs nothing else."""
         self._lengths = [len(row) for row in data.examples]
         self._settings, self._trainer = settings, trainer
         processes = trainer.args.world_size
@@ -164,11 +164,11 @@ class EpochOrder(Sampler[int]):
         self._batch_size = rows_per_step(settings, processes)
 
     def __len__(self) -> int:
-        """All rows."""
+        """The number of rows."""
         return len(self._lengths)
 
     def __iter__(self) -> Iterator[int]:
-        """In the order of this epoch."""
+        """Indices of all rows, in the order of the present epoch."""
         epoch = self._trainer.state.global_step // self._per_epoch
         settings = self._settings
         return iter(epoch_order(self._lengths, self._batch_size, settings.seed, epoch, settings.groups_by_length))
@@ -186,10 +186,12 @@ class RowTrainer(Trainer):
         arguments: TrainingArguments,
         recorder: Recorder,
     ) -> None:
-        """Callbacks other than ``recorder`` are added afterwards."""
+        """Make the trainer; callbacks other than ``recorder`` are added afterwards."""
         self._rows, self._held_out = data, held_out
         self._settings, self._recorder = settings, recorder
-        self.before_training: Callable[[], AbstractContextManager[None]] = nullcontext  # for the loss at the start
+        self.before_training: Callable[[], AbstractContextManager[None]] = (
+            nullcontext  # context of the first evaluation
+        )
         self.average: WeightAverage | None = None
         callbacks: list[TrainerCallback] = [recorder]
         if settings.patience is not None:
@@ -207,28 +209,28 @@ class RowTrainer(Trainer):
         self.add_callback(self._finite)
 
     def begin_average(self) -> None:
-        """Average the weights, if the settings say so; to be called once what freezes layers is attached.
+        """Average the weights if the settings say so; call this after the attachment, which freezes layers.
 
         Raises:
-            SettingsError: that is asked for, and layers are sharded over processes.
+            SettingsError: ``averaging`` is on, but layers are sharded over processes.
         """
         assert self.model is not None
         if is_sharded(self):
             if self._settings.averaging == "on":
-                raise SettingsError("`averaging` is on, and layers are sharded over processes; expected auto or off")
+                raise SettingsError("`averaging` is on, but layers are sharded over processes; expected auto or off")
         elif takes_average(len(self._rows), self._settings, self.args.world_size):
             self.average = WeightAverage(self.model)
             self.add_callback(self.average)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, of the weights that learn, and beside them the average."""
+        """Trainer's ``save_model``, with the averages in a second file."""
         self._finite.settle()
         super().save_model(output_dir, _internal_call)
         if self.average is not None and output_dir is not None and self.args.should_save:
             self.average.save(Path(output_dir))
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        """Trainer's, and a look at what came of it before it is applied."""
+        """Trainer's ``training_step``, and a check of its results before they are applied."""
         loss: torch.Tensor = super().training_step(model, inputs, num_items_in_batch)
         of_step = self._finite.after_backward(loss, inputs)
         if of_step is not None:
@@ -236,7 +238,7 @@ class RowTrainer(Trainer):
         return loss
 
     def _batch(self, rows: Sequence[Example]) -> dict[str, Any]:
-        """A batch of rows; with what a step would have to wait for, where it must not."""
+        """A batch of rows; where a step must not wait, with everything it would wait for."""
         batch = self.collator(rows)
         if not self.looks_back:
             return batch
@@ -249,11 +251,11 @@ class RowTrainer(Trainer):
 
     @property
     def kept_step(self) -> int:
-        """The step whose adapter is kept once training is over."""
+        """The step whose adapter is kept after training."""
         return (self._settings.keep == "best" and self.state.best_global_step) or self.state.global_step
 
     def held_out_loss(self) -> float:
-        """Of the model as it is."""
+        """The held-out loss of the model with its present weights, in nats per token."""
         assert self.model is not None
         seen = self._recorder.evaluating
         return held_out_loss(self.model, self._held_out, self._settings.batch_size, self.collator, seen)
@@ -261,9 +263,9 @@ class RowTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The held-out loss, recorded, logged and told to callbacks; ``keep`` best saves a new lowest one.
+        """Measure the held-out loss, record and log it, and call callbacks; with ``keep`` best, save a new lowest one.
 
-        It is that of the averaged weights where there are some.
+        It is the loss of the averaged weights, where weights are averaged.
         """
         started = time.perf_counter()
         self._finite.settle()

@@ -1,4 +1,4 @@
-"""The record of a run: what it was trained with, what it took and what it came to."""
+"""The record of a run: its settings, what it took, and its results."""
 
 import time
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def metrics_of(job: "Job", trainer: RowTrainer, attachment: Attachment) -> Metrics:
-    """Everything measured in a run that is over."""
+    """All measurements of a finished run."""
     model, data, recorder = job.model, job.data, job.recorder
     steps = trainer.state.global_step
     seen = job.batches(steps)
@@ -65,14 +65,14 @@ def metrics_of(job: "Job", trainer: RowTrainer, attachment: Attachment) -> Metri
 
 
 def _seconds(job: "Job") -> PhaseSeconds:
-    """By phase; ``other`` is what no phase counted."""
+    """Seconds by phase; ``other`` is the time that no phase counted."""
     seconds = {"other": 0.0, **job.seconds, **job.recorder.seconds}
     seconds["other"] += max(0.0, time.perf_counter() - job.started - sum(seconds.values()))
     return PhaseSeconds(**seconds)
 
 
 def used_settings(job: "Job", trainer: RowTrainer, attachment: Attachment) -> UsedSettings:
-    """What the run was trained with besides its plan."""
+    """The settings of the run besides its plan."""
     model, data, settings = job.model, job.data, job.settings
     return UsedSettings(
         batch_size=settings.batch_size,
@@ -103,6 +103,6 @@ def used_settings(job: "Job", trainer: RowTrainer, attachment: Attachment) -> Us
 
 
 def _machine(device: torch.device) -> str:
-    """What computes the steps: the GPU's name, or the kind of processor and the threads in use."""
+    """The device that computes the steps: the GPU's name, or the kind of CPU and the threads in use."""
     name, threads = processor(device), torch.get_num_threads()
     return f"{name} with {threads} thread{'s' if threads > 1 else ''}" if device.type == "cpu" else name

@@ -1,4 +1,4 @@
-"""What came of a run: the adapter as a whole, whether it learned anything, and whether that did harm."""
+"""The outcome of a run: the whole adapter, whether it learned anything, and whether the loss rose."""
 
 import hashlib
 
@@ -10,7 +10,10 @@ from aletheia.runs.schema import Verdict
 
 
 def whole_adapter(model: PeftModel) -> dict[str, torch.Tensor] | None:
-    """The adapter's weights, gathered where they are sharded: all processes must call this; None: they are whole."""
+    """The adapter's weights by name, gathered from all processes; None where they are not sharded.
+
+    All processes must call this function.
+    """
     own = {name: value for name, value in model.named_parameters() if "lora_" in name}
     if not any(isinstance(value, DTensor) for value in own.values()):
         return None
@@ -18,7 +21,10 @@ def whole_adapter(model: PeftModel) -> dict[str, torch.Tensor] | None:
 
 
 def digest_of_b(model: PeftModel) -> str:
-    """A hash of every B: as it was at the start, a run has learned nothing. All processes must call this."""
+    """A hash of every B: if it is the same as at the start, the run has learned nothing.
+
+    All processes must call this function.
+    """
     state = whole_adapter(model) or dict(model.named_parameters())
     digest = hashlib.sha256()
     for value in (value for name, value in state.items() if "lora_B" in name):
@@ -27,7 +33,7 @@ def digest_of_b(model: PeftModel) -> str:
 
 
 def verdict(learned: bool, before: float, after: float) -> Verdict:
-    """What a run came to: ``before`` and ``after`` are its held-out losses, which a rate near 0 leaves the same."""
+    """The verdict on a run by its held-out losses; with a learning rate near 0, the loss may stay the same."""
     if not learned or after == before:
         return "nothing"
     return "worse" if after > before else "learned"

@@ -1,4 +1,4 @@
-"""What is known of the steps of a run before they are taken: the tokens of each, and how long it takes. No torch."""
+"""What is known about the steps of a run in advance: the tokens of each, and its predicted time. No torch."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from aletheia.planning.plan import Plan, layer_ranges
 
 @dataclass(frozen=True)
 class Outlook:
-    """Tokens of each step, without padding, and the time of each as the plan predicts it, in a unit of its own.
+    """Tokens of each step, without padding, and its predicted time relative to a step of the baseline.
 
-    After ``early_steps`` of them layers freeze, as ``freezes`` says in words.
+    After ``early_steps`` steps, layers freeze; ``freezes`` says which.
     """
 
     tokens: Sequence[int]
@@ -21,7 +21,7 @@ class Outlook:
 
     @property
     def times_so_far(self) -> list[float]:
-        """The time of all steps up to each, 0 at first."""
+        """The time of all steps before each step, starting with 0."""
         return list(accumulate(self.times, initial=0.0))
 
 
@@ -30,10 +30,10 @@ def outlook(plan: Plan, tokens: Iterable[int], steps_per_epoch: int, reads_cache
 
     Args:
         plan: what learns, and when it freezes.
-        tokens: of each step.
-        steps_per_epoch: after so many steps behind a frozen prefix its states are stored, if ``reads_cache``.
-        reads_cache: whether stored states are read.
-        is_filled: whether they are all there before the first step.
+        tokens: tokens of each step.
+        steps_per_epoch: steps of one pass, after which the states of a frozen prefix are stored.
+        reads_cache: whether stored states are used.
+        is_filled: whether all of them are stored before the first step.
     """
     counted = list(tokens)
     early, predicted = plan.early_steps(len(counted)), plan.predicted
@@ -44,5 +44,5 @@ def outlook(plan: Plan, tokens: Iterable[int], steps_per_epoch: int, reads_cache
         (predicted.relative_early_step_time or step) if at < early else stored if at >= stored_from else step
         for at in range(len(counted))
     ]
-    freezes = f"layers {layer_ranges(plan.early_layers)} are frozen from here on, {layer_ranges(plan.layers)} learn"
+    freezes = f"layers {layer_ranges(plan.early_layers)} are frozen from here on; {layer_ranges(plan.layers)} learn"
     return Outlook(counted, times, early, freezes if early else "")

@@ -1,4 +1,4 @@
-"""Whether the batches of a run are packed."""
+"""The choice of whether the batches of a run are packed."""
 
 from torch import nn
 
@@ -12,16 +12,16 @@ from aletheia.training.settings import TrainSettings
 def packs(
     model: nn.Module, data: Examples, settings: TrainSettings, is_streamed: bool = False
 ) -> tuple[bool, str | None]:
-    """Whether they are, and why not where that could be expected.
+    """Whether batches are packed; and the reason if they are not, where one would expect it.
 
     Args:
-        model: the adapted model, which is tried.
+        model: the adapted model, on which packing is tried.
         data: rows to train on.
-        settings: what was asked for.
+        settings: settings of the run.
         is_streamed: whether layers below the boundary are not in memory.
 
     Raises:
-        SettingsError: it is asked for and not possible.
+        SettingsError: ``packing`` is on, but not possible.
     """
     asked = settings.packing == "on"
     if settings.packing == "off" or not (asked or packing_pays(model)):
@@ -31,5 +31,5 @@ def packs(
     else:
         reason = why_not_packed(model, data.examples, data.pad_token_id)
     if asked and reason is not None:
-        raise SettingsError(f"`packing` is on, and {reason}; expected auto or off for this model")
+        raise SettingsError(f"`packing` is on, but {reason}; expected auto or off for this model")
     return reason is None, reason

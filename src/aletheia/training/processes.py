@@ -1,4 +1,4 @@
-"""The processes of a run: who is first, and what they agree on; alone, what this one says."""
+"""The processes of a run, which one is first, and how they agree on values."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -13,14 +13,14 @@ import torch.distributed as dist
 from aletheia.errors import AletheiaError
 from aletheia.runs.folder import RunFolder
 
-Told = TypeVar("Told")
+Value = TypeVar("Value")
 
 
 class Agreement:
-    """A group of its own on the CPU, opened by every process at the same time; no cost in a run of one process."""
+    """A separate process group on the CPU. Every process opens it at the same time; one process needs none."""
 
     def __init__(self) -> None:
-        """Not open yet."""
+        """Start without a group."""
         self._group: dist.ProcessGroup | None = None
 
     def open(self) -> None:
@@ -29,20 +29,20 @@ class Agreement:
             self._group = dist.new_group(backend="gloo")
 
     def largest(self, number: int) -> int:
-        """The largest number that a process says."""
+        """The largest ``number`` of all processes."""
         if self._group is None:
             return number
-        told = torch.tensor([number])
-        dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._group)
-        return int(told.item())
+        found = torch.tensor([number])
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._group)
+        return int(found.item())
 
     def of_first(self, flag: bool) -> bool:
-        """What the first process says."""
+        """The ``flag`` of the first process."""
         if self._group is None:
             return flag
-        told = torch.tensor([int(flag)])
-        dist.broadcast(told, src=0, group=self._group)
-        return bool(told.item())
+        found = torch.tensor([int(flag)])
+        dist.broadcast(found, src=0, group=self._group)
+        return bool(found.item())
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Launch:
     @classmethod
     @contextmanager
     def join(cls) -> Iterator["Launch"]:
-        """Join the other processes, where a launcher says that there are some."""
+        """Join the other processes, if a launcher has started several."""
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
             yield cls()
             return
@@ -66,30 +66,30 @@ class Launch:
 
     @classmethod
     def here(cls) -> "Launch":
-        """The launch as it is, joined or of one process."""
+        """The present launch: the processes that have joined, or this process alone."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes the folder and talks."""
+        """Whether this process writes the run folder and prints."""
         return self.rank == 0
 
-    def from_first(self, value: Told) -> Told:
-        """What the first process has, in every process."""
+    def from_first(self, value: Value) -> Value:
+        """The ``value`` of the first process, in every process."""
         if self.processes == 1:
             return value
-        told = [value]
-        dist.broadcast_object_list(told, src=0)
-        return told[0]
+        values = [value]
+        dist.broadcast_object_list(values, src=0)
+        return values[0]
 
     @contextmanager
     def claim(self, out: str | Path, overwrite: bool, resume: Literal["auto", "never"]) -> Iterator[RunFolder]:
         """The run folder, claimed by the first process for all.
 
         Raises:
-            AletheiaError: in every process, what the first one found.
+            AletheiaError: in every process, the error of the first one.
         """
         folder: RunFolder | None = None
         fault: AletheiaError | None = None
@@ -104,15 +104,15 @@ class Launch:
         with folder or RunFolder.of_another_process(Path(out), resumes) as claimed:
             yield claimed
 
-    def computed_by_first(self, compute: Callable[[], Told]) -> Told:
-        """What the first process computes, in every process; its error is everyone's.
+    def computed_by_first(self, compute: Callable[[], Value]) -> Value:
+        """The result of ``compute`` in the first process, in every process.
 
         Raises:
-            AletheiaError: what ``compute`` raised.
+            AletheiaError: in every process, the error of ``compute``.
         """
         if self.processes == 1:
             return compute()
-        found: Told | None = None
+        found: Value | None = None
         fault: AletheiaError | None = None
         if self.is_first:
             try:
@@ -122,4 +122,4 @@ class Launch:
         found, fault = self.from_first((found, fault))
         if fault is not None:
             raise fault
-        return cast(Told, found)
+        return cast(Value, found)

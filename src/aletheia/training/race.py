@@ -1,7 +1,6 @@
-"""The learning rate that ``learning_rate`` auto takes: a few rates go the same first steps, and held-out rows judge.
+"""The choice of ``learning_rate`` auto: a few rates take the same first steps, and the held-out loss decides.
 
-The adapters and the random state are afterwards as they were, so the run that follows is the one that the chosen rate,
-given as a number, would have.
+Afterwards the adapters and the random state are restored, so the run is the same as with the chosen rate as a number.
 """
 
 import math
@@ -26,12 +25,12 @@ from aletheia.training.fast_steps import fast_steps
 from aletheia.training.settings import Recompute
 from aletheia.training.sharded import is_sharded
 
-FACTORS = (1 / 3, 1.0, 3.0)  # of the default rate: within a factor of two rates cost little
-STEPS = 8  # of each rate; after 4 a rate looked best that is three times too high (docs/log.md, 2026-11-27)
-MOST_ROWS = 32  # that judge
-FEWEST_ROWS = 8  # whose differences say how sure a mean is
+FACTORS = (1 / 3, 1.0, 3.0)  # multiples of the default rate: a rate wrong by a factor of two costs little
+STEPS = 8  # per rate; after 4, a rate that is three times too high looked best (docs/log.md, 2026-11-27)
+MOST_ROWS = 32  # held-out rows that decide
+FEWEST_ROWS = 8  # rows needed for a standard error of the mean
 STANDARD_ERRORS = 2.0
-HALF_SCALE = 2.0**10  # of a float16 loss: torch's first one would skip several of so few steps
+HALF_SCALE = 2.0**10  # initial scale of a float16 loss: torch's default would skip several of so few steps
 
 MakeBatch = Callable[[Sequence[Example]], dict[str, torch.Tensor]]
 
@@ -42,7 +41,7 @@ def race_steps(run_steps: int) -> int:
 
 
 def share_of_rate(step: int, steps: int) -> float:
-    """The part of the rate that ``step`` of a race has: a short warm-up, then down in a line towards zero."""
+    """The share of the rate at ``step`` of a race: a short warm-up, then a linear decay towards zero."""
     warm_up = 1 if steps < 6 else 2
     return (step + 1) / (warm_up + 1) if step < warm_up else (steps - step) / (steps - warm_up)
 
@@ -50,22 +49,22 @@ def share_of_rate(step: int, steps: int) -> float:
 def choose(losses: Mapping[float, Sequence[float] | None], default: float) -> float:
     """The rate to take: that of the lowest mean loss if it is clearly better than the default, else the default.
 
-    Clearly better means that the paired differences of the rows have a mean beyond two standard errors, over at least
-    eight rows. Where the default dropped out, the lowest rate that is left takes its place.
+    Clearly better means that the mean of the paired differences between rows is below minus two standard errors, over
+    at least eight rows. If the loss of the default was not finite, the lowest remaining rate replaces it.
 
     Args:
-        losses: by rate, the loss of each row, the same rows for all; None for a rate that dropped out.
+        losses: by rate, the loss of each row, the same rows for all; None if one was not finite.
         default: one of the rates.
 
     Raises:
-        TrainingError: all dropped out.
+        TrainingError: no rate has finite losses.
     """
     left = {rate: rows for rate, rows in losses.items() if rows is not None}
     if not left:
         tried = ", ".join(f"{rate:.1e}" for rate in losses)
         raise TrainingError(
-            f"`learning_rate` auto tried {tried}, and no loss was finite; expected one that is: give a lower rate as a "
-            "number, or `dtype` float32"
+            f"`learning_rate` auto tried {tried}, but no loss was finite; expected at least one; give a lower rate as "
+            "a number, or set `dtype` float32"
         )
     fallback = default if default in left else min(left)
     clear = [rate for rate in left if _is_clearly_lower(left[rate], left[fallback])]
@@ -89,20 +88,23 @@ def race_rates(
     liger: bool = True,
     show_progress: bool | Say = False,
 ) -> RateRace:
-    """Train a little at a third of the trainer's rate, at it and at three times it, and choose.
+    """Train a few steps at a third of the trainer's rate, at that rate, and at three times that rate, and choose one.
 
-    Each starts from the adapters as they are, with the run's seed, optimizer and clipping. Then its loss is taken on up
-    to 32 held-out rows, in nats per labelled token of a row.
+    Each rate starts from the present adapters, with the run's seed, optimizer and clipping. Its loss is then measured
+    on up to 32 held-out rows, in nats per labelled token of a row.
 
     Args:
-        trainer: not yet training; its ``learning_rate`` is the default rate.
+        trainer: a trainer that is not training yet; its ``learning_rate`` is the default rate.
         steps: the rows of each optimizer step.
-        held_out: rows that judge.
+        held_out: the rows that decide.
         boundary: with ``prefix``, the layer at which stored states enter.
         prefix: a cache that holds every row; the layers below may not be in memory.
-        recompute: what of a step is computed again in backward.
-        liger: whether Liger's kernels may be taken.
-        show_progress: say on stderr how far it is, or to a function that gets a line now and then.
+        recompute: what is computed again in backward.
+        liger: whether to use Liger's kernels on a GPU where they are installed.
+        show_progress: print progress on stderr, or call this function with a line now and then.
+
+    Returns:
+        The rates, their mean losses, and the chosen rate.
 
     Raises:
         SettingsError: layers are sharded over processes.
@@ -111,7 +113,7 @@ def race_rates(
     model, default, pad = trainer.model, trainer.args.learning_rate, held_out.pad_token_id
     assert isinstance(model, PeftModel)
     if is_sharded(trainer):
-        raise SettingsError("`learning_rate` auto is not possible where layers are sharded; give a number")
+        raise SettingsError("`learning_rate` is auto, but layers are sharded over processes; expected a number")
     make: MakeBatch = partial(collate, pad_token_id=pad)
     if prefix is not None:
         make = partial(collate_with_prefix, pad_token_id=pad, cache=prefix)
@@ -134,7 +136,7 @@ def race_rates(
 
 @contextmanager
 def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Adapters and random state are put back on the way out, bit for bit."""
+    """Restore adapters and random state on leaving, bit for bit."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     start = [parameter.detach().clone() for parameter in learning]
     devices = range(torch.cuda.device_count()) if learning[0].device.type == "cuda" else ()
@@ -149,7 +151,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def _optimizer(trainer: Trainer, rate: float) -> torch.optim.Optimizer:
-    """The run's optimizer at another rate; the trainer makes its own later."""
+    """The run's optimizer at another rate; the trainer creates its own later."""
     default = trainer.args.learning_rate
     try:
         trainer.args.learning_rate = rate
@@ -208,10 +210,10 @@ def _loss(trainer: Trainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return loss
 
 
-def told(race: RateRace) -> str:
-    """The rate that is taken and what it was taken for, in one line."""
+def summary(race: RateRace) -> str:
+    """The chosen rate and the losses of all rates, in one line."""
     tried = ", ".join(
         f"{'not finite' if loss is None else f'{loss:.3f}'} at {rate:.1e}"
         for rate, loss in zip(race.rates, race.losses, strict=True)
     )
-    return f"rate   {race.chosen:.1e} is taken; held-out loss {tried}"
+    return f"rate   {race.chosen:.1e} chosen; held-out loss {tried}"

@@ -1,4 +1,4 @@
-"""What a run leaves behind beside its adapter: losses and times of every step, held-out losses; and how far it is."""
+"""Records the losses and times of a run's steps and its held-out losses, and reports its progress."""
 
 import time
 from collections import deque
@@ -13,16 +13,17 @@ from aletheia.progress import Progress, Say, say_as_asked, say_nothing
 from aletheia.runs.schema import HeldOutPoint, RateRace, TrainPoint
 from aletheia.training.outlook import Outlook
 
-RECENT = 20  # steps whose time tells that of the steps to come
+RECENT = 20  # steps from whose time the time left is predicted
 
 
 class Recorder(TrainerCallback):
-    """Record the loss and time of every logged step and every held-out loss; say how far the run is.
+    """Records the loss and time of every logged step and every held-out loss, and reports progress.
 
-    The clock stands still during evaluation, logging and saving, so ``train_seconds`` is optimizer steps alone. A run
-    that goes on takes up the curves of the one before (:meth:`restore`). With ``looks_back`` nothing waits for the
-    device but where a held-out loss is due: losses come by :meth:`stepped`, and a step's time is that between its ends
-    as the host sees them, which is at most one step ahead.
+    The clock stops during evaluation, logging and saving, so ``train_seconds`` covers optimizer steps alone. A resumed
+    run continues the curves of the interrupted one (:meth:`restore`).
+
+    With ``looks_back``, nothing waits for the device except where a held-out loss is due. Losses then come through
+    :meth:`stepped`. The time of a step is measured on the host, which is at most one step ahead of the device.
     """
 
     def __init__(self, evaluations: int, show_progress: bool | Say) -> None:
@@ -34,7 +35,7 @@ class Recorder(TrainerCallback):
         self.eval_seconds = 0.0
         self.race: RateRace | None = None
         self.race_seconds = 0.0
-        self.start = ""  # a hash of where the adapters began
+        self.start = ""  # a hash of the adapters before training
         self._evaluations, self._say = evaluations, say_as_asked(show_progress)
         self._due: set[int] = set()
         self._resumed_at = 0.0
@@ -43,15 +44,15 @@ class Recorder(TrainerCallback):
         self._progress: Progress | None = None
         self._rate: float | None = None
         self._times: list[float] = []
-        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)  # steps done, and training seconds by then
+        self._recent: deque[tuple[int, float]] = deque(maxlen=RECENT)  # steps done, and training seconds so far
 
     @property
     def seconds(self) -> dict[str, float]:
-        """What was spent, by phase."""
+        """Seconds spent, by phase."""
         return {"race": self.race_seconds, "train": self.train_seconds, "eval": self.eval_seconds}
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps for :meth:`restore`."""
+        """The values that a checkpoint keeps for :meth:`restore`."""
         self._read(0)
         return {
             "train_curve": [point.model_dump() for point in self.train_curve],
@@ -64,7 +65,7 @@ class Recorder(TrainerCallback):
         }
 
     def restore(self, kept: Mapping[str, Any]) -> None:
-        """Go on from what a checkpoint kept."""
+        """Continue from the values that a checkpoint kept."""
         self.train_curve = [TrainPoint(**point) for point in kept["train_curve"]]
         self.held_out_curve = [HeldOutPoint(**point) for point in kept["held_out_curve"]]
         self.train_seconds, self.eval_seconds = kept["train_seconds"], kept["eval_seconds"]
@@ -74,11 +75,11 @@ class Recorder(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock, and to say how far it is; the held-out loss before the first step comes now."""
+        """Start the clock and the progress report; the held-out loss before the first step comes next."""
         self._due = due_steps(state.max_steps, self._evaluations) if self._evaluations else {state.max_steps}
         self._times = self.outlook.times_so_far
         self._recent.append((state.global_step, self.train_seconds))
-        self.close()  # a trainer that begins again did not end
+        self.close()  # a trainer that starts again may not have ended
         say = self._say if state.is_world_process_zero else say_nothing
         self._progress = Progress("train", state.max_steps, "steps", say, state.global_step).__enter__()
         self._resumed_at = time.perf_counter()
@@ -92,10 +93,10 @@ class Recorder(TrainerCallback):
         self._resumed_at = time.perf_counter()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stop the clock; ask for the held-out loss when an interval is over."""
+        """Stop the clock; ask for the held-out loss where it is due."""
         is_due = state.global_step in self._due
         if args.device.type != "cpu" and (is_due or not self.looks_back):
-            torch.accelerator.synchronize()  # or the clock would stop before the device does
+            torch.accelerator.synchronize()  # otherwise the clock would stop before the device does
         self.train_seconds += time.perf_counter() - self._resumed_at
         if is_due:
             control.should_evaluate = True
@@ -104,11 +105,11 @@ class Recorder(TrainerCallback):
             self._say(f"freeze {self.outlook.freezes}")
 
     def stepped(self, step: int, loss: Later) -> None:
-        """With ``looks_back``: the loss of a step, on its way from the device."""
+        """With ``looks_back``: take the loss of a step, which is on its way from the device."""
         self._unread.append((step, loss))
 
     def _read(self, left: int) -> None:
-        """Record the steps whose loss is known by now, all but the last ``left``."""
+        """Record the steps whose loss has not been read, except the last ``left``."""
         while len(self._unread) > left:
             step, loss = self._unread.popleft()
             self._record(step, loss.read())
@@ -132,7 +133,7 @@ class Recorder(TrainerCallback):
             self._progress.advance(step - self._progress.done, self._note(), self._seconds_left(step))
 
     def evaluating(self, done: int, of: int) -> None:
-        """So many batches of held-out rows are done."""
+        """Report that ``done`` ``of`` so many batches of held-out rows are done."""
         if self._progress is not None:
             self._progress.advance(0, f"held-out loss: batch {done:,} of {of:,}")
 
@@ -145,24 +146,24 @@ class Recorder(TrainerCallback):
             self._progress.say(f"held-out loss {loss:.4f}")
 
     def loss_at(self, step: int) -> float:
-        """The held-out loss after ``step``, or the last one that was taken."""
+        """The held-out loss after ``step``, or else the last one that was measured."""
         return next((point.loss for point in self.held_out_curve if point.step == step), self.held_out_curve[-1].loss)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """The last step is done."""
+        """Record the remaining losses and end the progress report."""
         self._read(0)
         self.close()
 
     def close(self) -> None:
-        """Say no more of how far it is, after an error too."""
+        """End the progress report; also called after an error."""
         if self._progress is not None:
             self._progress.__exit__(None, None, None)
             self._progress = None
 
     def _note(self) -> str:
-        """Loss, learning rate and speed by now."""
+        """The present loss, learning rate and speed."""
         known = [f"loss {self.train_curve[-1].loss:.3f}"] if self.train_curve else []
         if self._rate is not None:
             known.append(f"rate {self._rate:.1e}")
@@ -172,7 +173,7 @@ class Recorder(TrainerCallback):
         return ", ".join(known)
 
     def _seconds_left(self, step: int) -> float | None:
-        """Of training by the last steps and what the plan predicts, and of the evaluations to come."""
+        """Seconds of training left, from the last steps and the plan's prediction, and of the evaluations to come."""
         if len(self._recent) < 2 or self._progress is None:
             return None
         (first, before), (last, now) = self._recent[0], self._recent[-1]
@@ -186,6 +187,6 @@ class Recorder(TrainerCallback):
 
 
 def due_steps(steps: int, evaluations: int) -> set[int]:
-    """The steps after which the held-out loss is taken: evenly spaced, the last step among them."""
+    """The steps after which the held-out loss is measured: evenly spaced, the last step included."""
     count = min(evaluations, steps)
     return {round(steps * number / count) for number in range(1, count + 1)}

@@ -1,4 +1,4 @@
-"""How strong the adapter that is kept should be: held-out rows judge whether less of it is better."""
+"""The strength of the adapter that is kept: weaken it if that lowers the held-out loss."""
 
 from collections.abc import Callable
 
@@ -7,28 +7,27 @@ from torch import nn
 
 from aletheia.progress import Progress, Say
 
-SCALES = (0.8, 0.6, 0.4)  # of what the adapters add, tried one after the other while the loss falls
+SCALES = (0.8, 0.6, 0.4)  # factors of B, tried one after the other while the loss falls
 
 
 @torch.no_grad()
 def rescale(
     model: nn.Module, loss_of: Callable[[], float], loss: float, show_progress: bool | Say = False
 ) -> tuple[float, float]:
-    """Weaken the adapters, if that lowers the held-out loss: every B is multiplied by one number.
+    """Weaken the adapters if that lowers the held-out loss: every B is multiplied by one number.
 
-    A rate that is too high for the data moves the weights too far along a direction that is right: in 40 steps of three
-    tasks at twice the best rate, 0.6 or 0.8 of the adapter took back most of what the rate had cost on two of them
-    (docs/results/defaults). Wortsman et al. 2022 [arXiv:2109.01903] likewise go part of the way from a model to its
-    fine-tuned one.
+    A learning rate that is too high moves the weights too far in the right direction. In 40 steps at twice the best
+    rate, 0.6 or 0.8 of the adapter recovered most of the lost quality on two of three tasks (docs/results/defaults).
+    Wortsman et al. 2022 [arXiv:2109.01903] likewise interpolate between a model and its fine-tuned weights.
 
     Args:
-        model: with its adapters as they are to be kept.
-        loss_of: the held-out loss of ``model`` as it is.
-        loss: that loss now.
-        show_progress: say on stderr how far it is, or to a function that gets a line now and then.
+        model: the adapted model with the weights to keep; its B change in place.
+        loss_of: measures the held-out loss of ``model`` with its present weights.
+        loss: the held-out loss at full strength.
+        show_progress: print progress on stderr, or call this function with a line now and then.
 
     Returns:
-        The scale that was taken, 1 where no other was better, and its loss.
+        The chosen scale, 1 if no other was better, and its loss.
     """
     factors = [value for name, value in model.named_parameters() if "lora_B" in name]
     full = [value.detach().clone() for value in factors]

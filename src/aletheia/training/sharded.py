@@ -1,4 +1,4 @@
-"""A trainer whose layers are sharded over processes (FSDP2), and what its processes agree on."""
+"""Trainers whose layers are sharded over processes (FSDP2)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,7 +34,7 @@ def group_of(trainer: Trainer) -> Group | None:
 
 
 def load_frozen(trainer: Trainer, resume: str | bool | None) -> None:
-    """Load the adapters of a checkpoint as a whole: what FSDP saves of it leaves out the ones that are frozen."""
+    """Load all adapters of a checkpoint: FSDP's own files leave out frozen parameters."""
     folder = get_last_checkpoint(str(trainer.args.output_dir)) if resume is True else resume
     file = Path(str(folder)) / SAFETENSORS_WEIGHTS_NAME
     if folder and file.is_file():

@@ -1,4 +1,4 @@
-"""Our own training: a Trainer with everything attached runs, a run folder is left."""
+"""Training with a Trainer that has everything attached, and the run folder it writes."""
 
 import math
 import time
@@ -50,7 +50,7 @@ from aletheia.training.outcome import digest_of_b, whole_adapter
 from aletheia.training.outlook import outlook
 from aletheia.training.packing import packs
 from aletheia.training.processes import Launch
-from aletheia.training.race import FACTORS, race_rates, race_steps, told
+from aletheia.training.race import FACTORS, race_rates, race_steps, summary
 from aletheia.training.recorder import Recorder
 from aletheia.training.rescale import rescale
 from aletheia.training.settings import WITHOUT_INFLUENCE, TrainSettings
@@ -59,17 +59,17 @@ from aletheia.training.sharded import is_sharded
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a job has ready for its training.
+    """What is ready before training starts.
 
     Attributes:
-        prefix: a cache that holds every row already, for a model of which only the upper layers are there
+        prefix: a cache that holds every row already, for a model of which only the upper layers are loaded
             (:meth:`aletheia.Checkpoint.suffix`).
         unquantized: the checkpoint that a 4-bit base was made from, for ``correct_quantization``.
         seconds: time already spent, by phase (``load``, ``probe``, ``plan``, ``cache``).
-        about: what tells this run from others, by name, beyond what :func:`train` knows: a run that was interrupted
-            goes on only if all of it is the same.
-        went_on_from: the adapter that ``model`` was loaded with, whose weights are where training starts.
-        checkpoint: the one to go on from; by default the newest whole one where the folder holds an interrupted run.
+        about: values that identify this run, by name, beyond those that :func:`train` knows. An interrupted run
+            resumes only if all of them are the same.
+        went_on_from: the adapter that ``model`` was loaded with, from whose weights training starts.
+        checkpoint: the checkpoint to resume from; by default the newest complete one of an interrupted run in ``out``.
     """
 
     prefix: PrefixCache | None = None
@@ -93,22 +93,22 @@ def train(
 ) -> Run:
     """Train the adapters of ``model`` and leave a run folder: a standard PEFT adapter, the plan and the metrics.
 
-    transformers' Trainer with the plan attached (:func:`aletheia.attach`). Only adapters are trained; where the plan
-    has early layers they learn first, then freeze as they are, and the boundary rises. The held-out loss is taken
-    before training and ``evaluations`` times from then on. The run ends when it no longer falls, with the adapter of
-    its lowest point. A run that was stopped goes on from its last checkpoint, and on a CPU ends with the same bytes.
+    It runs transformers' Trainer with the plan attached (:func:`aletheia.attach`). Only adapters learn. Where the plan
+    has early layers, they learn first and then freeze as they are. The held-out loss is measured before training and
+    ``evaluations`` times during training. The run stops when the loss no longer falls, and keeps the adapter of its
+    lowest point. An interrupted run resumes from its last checkpoint, and on a CPU ends with the same bytes.
     Sets the global random seeds, as Trainer does.
 
     Args:
         model: the adapted model, from :func:`aletheia.adapt`.
         data: rows to train on; their order depends on the seed alone.
         plan: the plan the model was adapted with.
-        out: the run folder, or one that was claimed already.
+        out: path of the run folder, or a folder that is claimed already.
         held_out: rows for the held-out loss.
         settings: how to train; or give its fields by name.
-        prepared: what was computed before.
-        show_progress: say on stderr what is done and how far it is, or to a function that gets the lines.
-        options: fields of :class:`aletheia.TrainSettings`, where ``settings`` is not given.
+        prepared: what was computed before training.
+        show_progress: print progress on stderr, or call this function with each line.
+        options: fields of :class:`aletheia.TrainSettings`, in place of ``settings``.
 
     Raises:
         AdapterError: the model is not adapted as planned.
@@ -124,7 +124,7 @@ def train(
     settings = settings or TrainSettings(**options)
     training_arguments(settings, "")  # refuses what Trainer does not take, before anything else
     if not len(data):
-        raise TrainingError(f"{data.identity.name}: found no rows to train on, expected at least one")
+        raise TrainingError(f"{data.identity.name}: found no rows to train on; expected at least one")
     plan.check_tokenizer(data.tokenizer)
     check_adapters(model, plan)
     bytes_needed = 4 * plan.trainable_parameters * (2 if settings.correct_quantization else 1)
@@ -154,25 +154,25 @@ class Job:
         folder: RunFolder,
         show_progress: bool | Say,
     ) -> None:
-        """Nothing is computed yet."""
+        """Keep the arguments; nothing is computed yet."""
         self.model, self.data, self.plan, self.held_out = model, data, plan, held_out
         self.settings, self.prepared, self.folder = settings, prepared, folder
         self.say = say_as_asked(show_progress) if Launch.here().is_first else say_nothing
-        probe = plan.probe.seconds if plan.uses_scores else 0.0  # a plan that looked at scores owes it, whenever it was
+        probe = plan.probe.seconds if plan.uses_scores else 0.0  # a plan that uses scores counts it, whenever it ran
         self.seconds = {"load": 0.0, "probe": probe, "plan": 0.0} | dict(prepared.seconds)
         self.started = time.perf_counter() - sum(self.seconds.values())
         self.processes = Launch.here().processes
         self.steps = planned_steps(len(data), settings, self.processes)
         self.recorder = Recorder(evaluations_of(len(data), settings, self.processes), self.say)
         self.correction = Correction()
-        self.scale = 1.0  # of the kept adapter
+        self.scale = 1.0  # strength of the kept adapter
         self.scaled_loss: float | None = None
         self.stack = ExitStack()  # closed when the run is over
         self.has_learned = False
-        self.compiled_before = compile_seconds()  # of this process before this run
+        self.compiled_before = compile_seconds()  # seconds that this process spent before this run
 
     def run(self) -> Run:
-        """From adapters at their start to a folder that is written."""
+        """Train, and write the run folder."""
         trainer, attachment = self._trainer()
         found = self.prepared.checkpoint
         if found is None and self.folder.resumes:
@@ -193,7 +193,7 @@ class Job:
         raise interrupted.error(so_far)
 
     def _train(self, trainer: RowTrainer, found: TrainingCheckpoint | None, interrupted: Interrupts) -> None:
-        """From the start, or from the checkpoint ``found``, to the last step or a signal."""
+        """Train from the start, or from the checkpoint ``found``, to the last step or a signal."""
         trainer.add_callback(interrupted)
         trainer.add_callback(SaveInTime())
         if found is not None:
@@ -207,7 +207,7 @@ class Job:
             self._correct(self.prepared.unquantized, trainer.args.max_steps)
         self.recorder.start = self.recorder.start or digest_of_b(self.model)
         if self.settings.learning_rate == "auto":
-            kept = found and found.manifest.about["peak_learning_rate"]  # a run that goes on does not race again
+            kept = found and found.manifest.about["peak_learning_rate"]  # a resumed run keeps the rate it chose
             trainer.args.learning_rate = kept or self._raced(trainer)
         trustworthy_checkpoints(trainer, self._about(trainer), self.recorder.state, alone=True)
         trainer.args.eval_on_start = found is None
@@ -224,7 +224,7 @@ class Job:
             )
 
     def _announce(self, trainer: RowTrainer) -> None:
-        """Say what the steps will be, and let the recorder know what is known of them."""
+        """Say what the steps will be, and give the recorder their outlook."""
         steps, settings = trainer.args.max_steps, self.settings
         per_epoch = steps_per_epoch(len(self.data), settings, self.processes)
         is_filled = self.prepared.prefix is not None
@@ -243,7 +243,7 @@ class Job:
         )
 
     def _at_end(self, trainer: RowTrainer, interrupted: Interrupts) -> None:
-        """Leave in the model what is kept: the average, and less of it where that is better."""
+        """Put the weights to keep into the model: the average, weakened if that is better."""
         state, settings = trainer.state, self.settings
         if trainer.average is not None:
             trainer.average.leave(state.best_model_checkpoint if settings.keep == "best" else None)
@@ -261,7 +261,7 @@ class Job:
             )
 
     def _keep_so_far(self, trainer: RowTrainer) -> str:
-        """Leave the adapter of an interrupted run where it can be used; what is said of it."""
+        """Save the adapter of an interrupted run in its folder; returns what the error message adds about it."""
         state = whole_adapter(self.model)
         is_kept = trainer.is_world_process_zero() and save_so_far(self.model, self.folder, state)
         return f"; {self.folder.path} holds the adapter so far" if is_kept else ""
@@ -271,13 +271,13 @@ class Job:
         steps = self.steps
         if plan.early_steps(steps) and (self.prepared.prefix is not None or settings.free_prefix):
             raise TrainingError(
-                f"the plan adapts layers {layer_ranges(plan.early_layers)} at first, which are not in memory; "
+                f"the plan adapts layers {layer_ranges(plan.early_layers)} at first, but they are not in memory; "
                 "expected a plan made with `freeze_after` 0"
             )
         if model.device.type == "cuda" and model.device.index and self.processes == 1:
             raise TrainingError(
-                f"the model is on {model.device}, and Trainer takes the first GPU it sees; expected it on cuda:0, "
-                f"started with CUDA_VISIBLE_DEVICES={model.device.index}"
+                f"the model is on {model.device}, but Trainer uses the first GPU it sees; expected it on cuda:0; "
+                f"set CUDA_VISIBLE_DEVICES={model.device.index}"
             )
         if len(self.data) < (needed := rows_per_step(settings, self.processes)):
             self.say(f"note: {len(self.data)} rows do not fill a step of {needed}; each pass over them is one step")
@@ -289,7 +289,7 @@ class Job:
             fp16=model.dtype == torch.float16,
             use_cpu=model.device.type == "cpu",
             dataloader_pin_memory=model.device.type == "cuda",
-            accelerator_config={"non_blocking": model.device.type == "cuda"},  # a copy waits for no step before it
+            accelerator_config={"non_blocking": model.device.type == "cuda"},  # a copy does not wait for earlier steps
         )
         trainer = RowTrainer(model, self.data, self.held_out, settings, arguments, self.recorder)
         attached = AttachSettings(
@@ -319,7 +319,7 @@ class Job:
     def _filled(
         self, steps: int, trainer: RowTrainer, attached: AttachSettings
     ) -> tuple[PrefixCache | None, CacheDecision]:
-        """A full cache for a prefix that leaves memory, there or on disk; None where that cannot be, and why."""
+        """A full cache, in memory or on disk, for a prefix that is freed; None if that is not possible; the reason."""
         rows = [row for batch in self.batches(steps) for row in batch] + [*self.held_out.examples]
         started = time.perf_counter()
         with entered(self.model, layer_ways(self.model, attached.compile_layers, attached.liger)):
@@ -335,17 +335,17 @@ class Job:
                 for note in cache.notes:
                     self.say(f"note: {note}")
             below = layer_ranges(range(self.plan.boundary))
-            self.say(f"cache  what layers {below} compute, once for each of {len(cache.missing(rows)):,} rows")
+            self.say(f"cache  computes layers {below} once for each of {len(cache.missing(rows)):,} rows")
             fill(self.model, self.plan.boundary, rows, cache, self.settings.batch_size, self.say)
         self.seconds["cache"] = time.perf_counter() - started
         return cache, CacheDecision(kind, "filled before the first step", cache.size_bytes)
 
     def batches(self, steps: int) -> list[list[Example]]:
-        """The rows of each of the first steps."""
+        """The rows of each of the first ``steps`` steps."""
         return rows_of_steps(self.data, self.settings, steps, self.processes)
 
     def _correct(self, unquantized: Checkpoint, steps: int) -> None:
-        """Measure what takes back quantization; a run that goes on measures the same again."""
+        """Compute the correction of quantization; a resumed run computes the same one again."""
         started = time.perf_counter()
         layers = unquantized.read_layers(sorted({adapter.layer for adapter in self.plan.adapters}))
         first = chain.from_iterable(self.batches(min(math.ceil(ROWS / self.settings.batch_size), steps)))
@@ -354,7 +354,7 @@ class Job:
         self.seconds["correction"] = time.perf_counter() - started
 
     def _raced(self, trainer: RowTrainer) -> float:
-        """The rate that ``auto`` takes; of several processes, the first finds it for all."""
+        """The rate that ``auto`` chooses; with several processes, the first one chooses for all."""
         started = time.perf_counter()
         steps = self.batches(race_steps(trainer.args.max_steps))
         self.say(f"rate   tries {len(FACTORS)} learning rates for {len(steps)} steps each")
@@ -363,11 +363,11 @@ class Job:
             partial(race_rates, *given, self.settings.recompute, self.settings.liger, self.say)
         )
         self.recorder.race, self.recorder.race_seconds = race, time.perf_counter() - started
-        self.say(told(race))
+        self.say(summary(race))
         return race.chosen
 
     def _about(self, trainer: RowTrainer) -> dict[str, Any]:
-        """What must be the same for an interrupted run to go on."""
+        """What must be the same for an interrupted run to resume."""
         return {
             **self.settings.model_dump(mode="json", exclude=set(WITHOUT_INFLUENCE)),
             **self.prepared.about,
@@ -385,7 +385,7 @@ class Job:
         }
 
     def _finish(self, trainer: RowTrainer, attachment: Attachment) -> Run:
-        """Write the folder; the checkpoints that were kept in time only are no longer needed."""
+        """Write the run folder; remove checkpoints, unless the user asked for them with ``save_steps``."""
         metrics = metrics_of(self, trainer, attachment)
         run = Run(self.folder.path, metrics, self.plan)
         state = whole_adapter(self.model)

@@ -1,1 +1,1 @@
-"""What is quicker on a processor."""
+"""Ways to compute a step that are faster on a CPU."""

@@ -1,4 +1,4 @@
-"""Attention by plain matrix products, where the processor's fused kernel is the slower one. Exact up to rounding.
+"""Attention by plain matrix products, where they are faster than the CPU's fused kernel. Exact up to rounding.
 
 Shapes: B batch, H query heads, K key heads, G = H/K query heads that share a key head, T queries, S keys, D and E sizes
 of a head; N = BK key heads of all samples.
@@ -13,10 +13,10 @@ from torch import library, nn
 
 from aletheia.execution.attention import OTHER_WAYS, Attention, attention_by, sees_backward_only
 
-SCORES_AT_ONCE = 2**20  # 2 MB of bfloat16, which stay in the processor's cache
-# Measured on 2 cores, heads of 64 and 128: quicker than the fused kernel up to here, slower at 2,048 tokens.
+SCORES_AT_ONCE = 2**20  # 2 MB of bfloat16, which fit in the processor's cache
+# measured on 2 cores with heads of 64 and 128: faster than the fused kernel up to here, slower at 2,048 tokens
 LONGEST, MOST_SCORES = 1024, 2**22  # tokens, and scores GTS of a key head
-MOST_KEPT = 2**16  # scores TS of a head that backward keeps; of SmolLM2 a fifth of what a layer keeps anyway
+MOST_KEPT = 2**16  # most scores TS of a head to keep for backward; in SmolLM2, a fifth of what a layer keeps anyway
 
 
 @library.custom_op("aletheia::attention", mutates_args=())
@@ -28,12 +28,13 @@ def attention(
     scale: float,
     keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``softmax(scale q kt) v`` [B, H, T, E] over the keys that are seen; these may be the same for all of the batch.
+    """``softmax(scale q kt) v`` [B, H, T, E] over the keys seen; a ``seen`` of batch size 1 holds for all samples.
 
-    A few heads at a time, so that most scores stay in the processor's cache. Keys are not repeated for the queries that
-    share them. A query that sees no key gets the mean of the values, as with ``eager`` attention. The second result is
-    the softmax [N, GT, S] if backward is to ``keep`` it, else empty: backward then computes it again, as in Dao et al.
-    2022 [arXiv:2205.14135].
+    It takes a few heads at a time, so that most scores fit in the processor's cache. Keys are not repeated for the
+    queries that share them. A query that sees no key gets the mean of the values, as with ``eager`` attention.
+
+    The second result is the softmax [N, GT, S] if ``keep`` is set, else empty. Backward then computes it again, as in
+    Dao et al. 2022 [arXiv:2205.14135].
     """
     query, key, value = _by_key_head(query_BHTD, key_BKSD, value_BKSE)
     output = value.new_empty(*query.shape[:2], value.shape[2])
@@ -86,13 +87,13 @@ attention.register_autograd(_attention_backward, setup_context=_keep)
 
 
 def _by_key_head(query_BHTD: torch.Tensor, key_BKSD: torch.Tensor, value_BKSE: torch.Tensor) -> list[torch.Tensor]:
-    """The same as [N, GT, D], [N, S, D] and [N, S, E]."""
+    """Queries, keys and values grouped by key head: [N, GT, D], [N, S, D] and [N, S, E]."""
     number = key_BKSD.shape[0] * key_BKSD.shape[1]
     return [tensor.reshape(number, -1, tensor.shape[-1]) for tensor in (query_BHTD, key_BKSD, value_BKSE)]
 
 
 def _parts(query: torch.Tensor, key_BKSD: torch.Tensor, seen_BTS: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Key heads to take together, those of several samples or some of one, and what their samples see."""
+    """Slices of key heads to compute together, of several samples or of part of one, and what their samples see."""
     samples, heads, keys, _ = key_BKSD.shape
     at_once = max(1, SCORES_AT_ONCE // (query.shape[1] * keys))
     if at_once >= heads:
@@ -107,7 +108,7 @@ def _parts(query: torch.Tensor, key_BKSD: torch.Tensor, seen_BTS: torch.Tensor) 
 def _weights(
     query: torch.Tensor, key: torch.Tensor, seen: torch.Tensor, scale: float, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """[n, GT, S] for n key heads."""
+    """The softmax [n, GT, S] of n key heads."""
     scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.mT, beta=0, alpha=scale)
     bias = query.new_zeros(seen.shape).masked_fill_(~seen, torch.finfo(query.dtype).min)
     scores.view(len(seen), -1, *seen.shape[1:]).add_(bias[:, None])
@@ -119,7 +120,7 @@ _repeating: list[None] = []
 
 @contextmanager
 def repeated_weights() -> Iterator[None]:
-    """Let backward compute all attention weights again, where memory is worth more than time."""
+    """Let backward compute all attention weights again, which saves memory and takes time."""
     _repeating.append(None)
     try:
         yield
@@ -128,11 +129,11 @@ def repeated_weights() -> Iterator[None]:
 
 
 @contextmanager
-def lean_attention(model: nn.Module) -> Iterator[None]:
-    """Compute the ``sdpa`` attention of ``model`` by :func:`attention` where that is the quicker way.
+def fast_attention(model: nn.Module) -> Iterator[None]:
+    """Compute the ``sdpa`` attention of ``model`` by :func:`attention` where that is faster.
 
-    That is in bfloat16 on a processor, up to LONGEST tokens, without dropout or a bias. Equal up to bfloat16's rounding
-    of the scores, which ``eager`` attention rounds, too.
+    It is faster in bfloat16 on a CPU, up to LONGEST tokens, without dropout or a bias. Results are equal up to
+    bfloat16's rounding of the scores, which ``eager`` attention rounds, too.
     """
     with attention_by(model, _forward):
         yield
@@ -175,7 +176,7 @@ def _is_quicker(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> 
 
 
 def _is_plain(mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, causal: bool) -> bool:
-    """Whether every head has the same mask of true and false, or none."""
+    """Whether all heads share one boolean mask, or there is no mask."""
     square = [query.shape[2], key.shape[2]]
     if mask is None:
         return not causal or square[0] == square[1]

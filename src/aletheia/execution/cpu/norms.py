@@ -1,6 +1,6 @@
 """RMSNorm in fewer passes over its activations; exact up to the order of sums.
 
-Shapes: N tokens (or heads), D values that are normalized together.
+Shapes: N tokens (or heads), D values normalized together.
 """
 
 from collections.abc import Iterator
@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from aletheia.execution.lean import Forward, replaced_forwards
+from aletheia.execution.fast import Forward, replaced_forwards
 
 
-class _LeanRMSNorm(torch.autograd.Function):
-    """``w x / sqrt(mean(x^2) + eps)`` [N, D] for a frozen w, rounded once before w as models do.
+class _FastRMSNorm(torch.autograd.Function):
+    """``w x / sqrt(mean(x^2) + eps)`` [N, D] for a frozen w, rounded once before w, as models do.
 
-    Of the plain formula autograd keeps three tensors [N, D], two of them float32, and passes over them many times.
+    For the plain formula autograd keeps three tensors [N, D], two of them float32, and passes over them many times.
     """
 
     @staticmethod
     def forward(ctx: Any, x_ND: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
         wide_ND = x_ND.float()
-        inverse_N1 = wide_ND.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()  # the sum that models take
+        inverse_N1 = wide_ND.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()  # summed in the order of models
         normed_ND = (wide_ND * inverse_N1 if wide_ND is x_ND else wide_ND.mul_(inverse_N1)).to(x_ND.dtype)
         ctx.save_for_backward(normed_ND, inverse_N1, weight_D)
         return weight_D * normed_ND
@@ -37,11 +37,11 @@ class _LeanRMSNorm(torch.autograd.Function):
 
 
 @contextmanager
-def lean_norms(model: nn.Module) -> Iterator[int]:
-    """Compute the frozen RMSNorms of ``model`` in fewer passes on a processor; yields how many modules that covers.
+def fast_norms(model: nn.Module) -> Iterator[int]:
+    """Compute the frozen RMSNorms of ``model`` in fewer passes on a CPU; yields how many modules it covers.
 
-    Covered is what is called RMSNorm, has a weight and nothing else, and returns on random values what the formula
-    does; the others (Gemma's ``1 + w``) keep their forward.
+    It covers modules that are called RMSNorm, have only a weight, and agree with the formula on random values. Others,
+    such as Gemma's with ``1 + w``, keep their forward.
     """
     covered = [module for module in model.modules() if _is_plain(module)]
     with replaced_forwards(covered, _forward):
@@ -51,10 +51,10 @@ def lean_norms(model: nn.Module) -> Iterator[int]:
 def _forward(module: nn.Module, plain: Forward, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     weight = module.weight
     usual = x.device.type == "cpu" and x.dtype == weight.dtype and not (args or kwargs or weight.requires_grad)
-    usual = usual and x.shape[-1:] == weight.shape  # some take other widths, and leave their weight alone
+    usual = usual and x.shape[-1:] == weight.shape  # some accept other widths, for which they skip their weight
     if not usual or torch.is_autocast_enabled("cpu"):
         return plain(x, *args, **kwargs)
-    normed: torch.Tensor = _LeanRMSNorm.apply(x, weight, _eps(module))
+    normed: torch.Tensor = _FastRMSNorm.apply(x, weight, _eps(module))
     return normed
 
 
@@ -74,9 +74,9 @@ def _is_plain(module: nn.Module) -> bool:
     x_ND = torch.randn(8, len(weight), generator=generator).to(weight.dtype)
     try:
         expected_ND = module.forward(x_ND)
-    except Exception:  # it wants more than one argument, or a shape of its own
+    except Exception:  # it needs more than one argument, or another shape
         return False
-    found_ND = _LeanRMSNorm.apply(x_ND, weight, _eps(module))
+    found_ND = _FastRMSNorm.apply(x_ND, weight, _eps(module))
     if not isinstance(expected_ND, torch.Tensor) or expected_ND.dtype != found_ND.dtype:
         return False
     difference = (found_ND - expected_ND).float().norm() / expected_ND.float().norm()

@@ -1,1 +1,1 @@
-"""Ways to compute a step that pay on a GPU."""
+"""Ways to compute a step that are faster on a GPU."""

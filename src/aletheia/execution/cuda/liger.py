@@ -1,9 +1,9 @@
 """Liger's kernels for norms and gated activations, with the extra ``gpu``. Exact up to rounding.
 
-Each is tried on random values where the model lies, against what the model itself computes; what it does not equal, or
-what fails, stays as it is.
+Each kernel is tried on random values on the model's device and compared with the model's own code. Where it differs or
+fails, the model's code stays.
 
-Shapes: N tokens (or heads), D values that are normalized together, I values within an MLP.
+Shapes: N tokens (or heads), D values normalized together, I values inside an MLP.
 """
 
 import copy
@@ -18,14 +18,14 @@ from torch import nn
 
 from aletheia.errors import TrainingError
 from aletheia.execution.cuda.trial import agree, dtype_of, not_taken, random_values
-from aletheia.execution.lean import Forward, replaced_forwards
+from aletheia.execution.fast import Forward, replaced_forwards
 
-TRIAL_ROWS = (8, 2**15)  # of many short rows, Liger takes several at a time: another kernel
+TRIAL_ROWS = (8, 2**15)  # for many short rows Liger uses another kernel, which takes several at a time
 SHORT = 256
 
 
 def has_liger() -> bool:
-    """Whether Liger's kernels are installed, and what compiles them."""
+    """Whether Liger's kernels are installed, and Triton, which compiles them."""
     return find_spec("liger_kernel") is not None and find_spec("triton") is not None
 
 
@@ -34,10 +34,10 @@ def has_liger() -> bool:
 
 @contextmanager
 def liger_norms(model: nn.Module) -> Iterator[int]:
-    """Compute the frozen RMSNorms of ``model`` by Liger's kernels; yields how many modules that covers.
+    """Compute the frozen RMSNorms of ``model`` by Liger's kernels; yields how many modules it covers.
 
-    Covered is what is called RMSNorm, has a weight and nothing else, and returns what the formula does, with ``w`` or
-    Gemma's ``1 + w``.
+    It covers modules that are called RMSNorm, have only a weight, and agree with the formula for ``w`` or Gemma's
+    ``1 + w``.
     """
     covered: dict[Forward, list[nn.Module]] = {forward: [] for forward in _NORMS}
     for module in model.modules():
@@ -50,7 +50,7 @@ def liger_norms(model: nn.Module) -> Iterator[int]:
 
 
 def _norm(rounds_as: str, offset: float, module: nn.Module, plain: Forward, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """The norm of a tensor: Llama rounds before the weight, Gemma after it and adds an offset to it."""
+    """The norm of a tensor: Llama rounds before the weight; Gemma rounds after it, and adds an offset to it."""
     weight = module.weight
     if not _is_alone(args, kwargs) or weight.requires_grad:
         return plain(*args, **kwargs)
@@ -59,13 +59,13 @@ def _norm(rounds_as: str, offset: float, module: nn.Module, plain: Forward, *arg
         return plain(x)
     from liger_kernel.ops import LigerRMSNormFunction
 
-    in_place = False  # a residual may need the same gradient
+    in_place = False  # a residual connection may need the same gradient
     normed: torch.Tensor = LigerRMSNormFunction.apply(x, weight, _eps(module), offset, rounds_as, in_place)
     return normed
 
 
 def _is_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call has one tensor and nothing else; a compiler fuses by itself."""
+    """Whether a call has one tensor and no other argument, outside a compiler, which fuses by itself."""
     return len(args) == 1 and not kwargs and args[0].numel() > 0 and not torch.compiler.is_compiling()
 
 
@@ -77,7 +77,7 @@ def _eps(module: nn.Module) -> float | None:
 
 
 def _norm_of(module: Any) -> Forward | None:
-    """The forward that equals the norm's, if there is one."""
+    """The forward that agrees with the norm's, if there is one."""
     own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     if "RMSNorm" not in type(module).__name__ or own != {"weight"} or not isinstance(_eps(module), float):
         return None
@@ -97,11 +97,14 @@ def _norm_of(module: Any) -> Forward | None:
 
 @contextmanager
 def liger_gates(model: nn.Module) -> Iterator[int]:
-    """Compute ``silu(gate) * up`` of the MLPs of ``model`` by one kernel; yields how many modules that covers.
+    """Compute ``silu(gate) * up`` of the MLPs of ``model`` by one kernel; yields how many modules it covers.
 
-    Covered is what has a ``gate_proj``, an ``up_proj`` and a ``down_proj``, or a ``gate_up_proj`` and a ``down_proj``,
-    and computes no more around them than that. Gradients take the place of what the projections returned: there is one
-    backward pass.
+    It covers modules with a ``down_proj`` and either a ``gate_proj`` and an ``up_proj`` or a ``gate_up_proj``, which
+    compute nothing else around them. Gradients overwrite the outputs of the projections, so only one backward pass is
+    possible.
+
+    Raises:
+        TrainingError: from a second backward pass.
     """
     gated: dict[Forward, list[nn.Module]] = {_gated_mlp: [], _fused_mlp: []}
     dtype = dtype_of(model)
@@ -131,8 +134,8 @@ class _Gated(torch.autograd.Function):
 
         if ctx.is_spent:
             raise TrainingError(
-                "a loss was differentiated twice, which the buffers of Liger's kernels do not outlast; expected one "
-                "backward pass; set `liger` off for more"
+                "a loss was differentiated twice, but the buffers of Liger's kernels serve one backward pass; expected "
+                "one; for more, set `liger` off"
             )
         ctx.is_spent = True
         gate_NI, up_NI = ctx.saved_tensors
@@ -154,19 +157,19 @@ def _fused_mlp(module: Any, plain: Forward, *args: Any, **kwargs: Any) -> torch.
 
     both = module.gate_up_proj(*args)
     with torch.cuda.device_of(both):
-        # in one row of tokens: its gradient has no other shape
+        # as one row of tokens: its gradient supports no other shape
         product = LigerFusedGateUpSiLUMulFunction.apply(both.view(-1, both.shape[-1]))
     output: torch.Tensor = module.down_proj(product.view(*both.shape[:-1], -1))
     return output
 
 
 def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody sees what it returns, and may keep it for longer than a backward pass."""
+    """Whether a hook sees what it returns, and may keep it longer than a backward pass."""
     return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _mlp_of(module: nn.Module, dtype: torch.dtype) -> Forward | None:
-    """The forward that equals the module's, if there is one; its projections stay out of the trial."""
+    """The forward that agrees with the module's, if there is one; the trial leaves out its projections."""
     parts = dict(module.named_children())
     stand_ins: dict[str, nn.Module] = {"down_proj": nn.Identity()}
     if {"gate_proj", "up_proj", "down_proj"} <= parts.keys():

@@ -1,6 +1,6 @@
 """Rotary positions by Liger's kernel, with the extra ``gpu``. Exact up to rounding.
 
-Shapes: B rows, H heads, T tokens, D of a head.
+Shapes: B rows, H heads, T tokens, D size of a head.
 """
 
 import copy
@@ -21,10 +21,10 @@ ROTARY = "apply_rotary_pos_emb"
 
 @contextmanager
 def liger_rotary(model: nn.Module) -> Iterator[int]:
-    """Rotate queries and keys of ``model`` by one kernel; yields in how many modeling files.
+    """Rotate queries and keys of ``model`` by one kernel; yields the number of modeling files it covers.
 
-    Attention calls a function of its modeling file, so that is replaced there for a while. Models of the same family on
-    another kind of device keep theirs. Covered are families whose halves rotate by the same angles, as in Llama.
+    Attention calls a function of its modeling file, so the context replaces that function. Models of the same family on
+    another kind of device keep theirs. It covers families whose halves rotate by the same angles, as in Llama.
     """
     files = {type(module).__module__ for module in model.modules()}
     found = [sys.modules[name] for name in sorted(files) if hasattr(sys.modules.get(name), ROTARY)]
@@ -37,7 +37,7 @@ def liger_rotary(model: nn.Module) -> Iterator[int]:
 
 
 class _Rotary(torch.autograd.Function):
-    """Queries and keys [B, H, T, D] rotated by angles [B or 1, T, D], without a write to what came in."""
+    """Queries and keys [B, H, T, D] rotated by angles [B or 1, T, D]; the inputs stay as they are."""
 
     @staticmethod
     def forward(
@@ -60,7 +60,7 @@ class _Rotary(torch.autograd.Function):
 
 
 def _copied(x_BHTD: torch.Tensor) -> torch.Tensor:
-    """A copy laid out token by token, in which Liger rotates in place: recomputation reads the original again."""
+    """A copy laid out token by token, which Liger rotates in place; recomputation still needs the original."""
     return x_BHTD.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
 
 
@@ -75,7 +75,7 @@ def _rotated(
 
 
 def _is_usual(device_type: str, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    """Whether all of a head is rotated, and nothing is on another kind of device or in another dtype."""
+    """Whether the whole head is rotated, and all tensors have one dtype, on the expected kind of device."""
     return (
         query.device.type == device_type
         and query.ndim == key.ndim == 4
@@ -87,7 +87,7 @@ def _is_usual(device_type: str, query: torch.Tensor, key: torch.Tensor, cos: tor
     )
 
 
-_replaced: dict[str, tuple[Callable[..., Any], int]] = {}  # by file: its own function, and how many replace it
+_replaced: dict[str, tuple[Callable[..., Any], int]] = {}  # by file: its own function, and how many contexts replace it
 
 
 @contextmanager
@@ -107,7 +107,7 @@ def _rotated_by_liger(file: ModuleType, device_type: str) -> Iterator[None]:
 
 
 def _rotates_halves(model: nn.Module, file: ModuleType, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the function of ``file`` does what Liger's does, for the angles of each of its rotary modules."""
+    """Whether the function of ``file`` agrees with Liger's, for the angles of each of its rotary modules."""
     own, _ = _replaced.get(file.__name__, (getattr(file, ROTARY), 0))
     of_file = [module for module in model.modules() if type(module).__module__ == file.__name__]
     rotary = [module for module in of_file if "RotaryEmbedding" in type(module).__name__]
@@ -118,7 +118,7 @@ def _rotates_halves(model: nn.Module, file: ModuleType, device: torch.device, dt
             cos_BTD, sin_BTD = copy.deepcopy(module)(like[None, None].expand(2, 5, 0), positions_BT)
             halves = [part for angles in (cos_BTD, sin_BTD) for part in angles.chunk(2, dim=-1)]
             same = torch.equal(halves[0], halves[1]) and torch.equal(halves[2], halves[3])
-        except Exception:  # it wants other arguments, or returns other things
+        except Exception:  # it needs other arguments, or returns something else
             return False
         states = [random_values(2, 5, heads, cos_BTD.shape[-1], like=like).transpose(1, 2) for heads in (4, 2)]
         plain, rotated = (

@@ -1,4 +1,4 @@
-"""Whether a kernel does what a model does: both are run on random values, where the model lies."""
+"""Trials of kernels: a kernel and the model's own code run on the same random values, on the model's device."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +13,14 @@ def dtype_of(model: nn.Module) -> torch.dtype:
 
 
 def random_values(*shape: int, like: torch.Tensor, seed: int = 0) -> torch.Tensor:
-    """Random values, from row to row a tenth of to ten times the usual; the same for a seed."""
+    """Normal random values of ``shape``, with scales from 0.1 in the first row to 10 in the last; fixed by ``seed``."""
     generator = torch.Generator().manual_seed(seed)
     scales = torch.logspace(-1, 1, shape[0]).view(-1, *(1 for _ in shape[1:]))
     return (torch.randn(shape, generator=generator) * scales).to(like.device, like.dtype)
 
 
 def agree(plain: Callable[..., Any], ours: Callable[..., Any], *inputs: torch.Tensor, rounded: float = 1 / 8) -> bool:
-    """Whether both return the same and have the same gradients; values may differ by ``rounded`` times the epsilon."""
+    """Whether both return equal values and gradients, up to ``rounded`` times the dtype's epsilon for values."""
     try:
         with torch.enable_grad():
             expected, found = _results(plain, inputs), _results(ours, inputs)
@@ -28,12 +28,12 @@ def agree(plain: Callable[..., Any], ours: Callable[..., Any], *inputs: torch.Te
         epsilon = torch.finfo(inputs[0].dtype).eps
         bounds = [rounded * epsilon] * (len(expected) - len(inputs)) + [epsilon] * len(inputs)
         return all(_is_near(*pair, max(bound, 1e-5)) for pair, bound in zip(pairs, bounds, strict=True))
-    except Exception:  # no compiler, a shape of its own, not a tensor: then the model's own way it is
+    except Exception:  # no compiler, another shape, not a tensor: the model's own code stays
         return False
 
 
 def _results(function: Callable[..., Any], inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    """What it returns, and the gradients of its inputs."""
+    """What ``function`` returns, and the gradients of its inputs."""
     given = [x.detach().clone().requires_grad_() for x in inputs]
     returned = function(*given)
     values = [returned] if isinstance(returned, torch.Tensor) else list(returned)
@@ -48,5 +48,5 @@ def _is_near(found: torch.Tensor, expected: torch.Tensor, bound: float) -> bool:
 
 
 def not_taken(*_: Any) -> torch.Tensor:
-    """Stands where a kernel falls back on the model's own way, which a trial would compare with itself."""
+    """A fallback that fails, so that a trial does not compare the model's own code with itself."""
     raise TypeError("the kernel was not taken, so there is nothing to compare")

@@ -67,12 +67,12 @@ def _kinds(arm: Arm, made: Plan, cacheable: set[int]) -> list[StepKind]:
     """The kinds of steps in the run of an arm; ``cacheable`` holds the boundaries at which a cache is exact."""
     if arm.execution == "plain":
         return [StepKind(arm.name, made)]
-    risen = bool(made.early_layers)
+    early_frozen = bool(made.early_layers)
     cached = made.boundary in cacheable
-    kinds = [replace(StepKind.fast(arm.name, made, cached), risen=risen)]
+    kinds = [replace(StepKind.fast(arm.name, made, cached), early_frozen=early_frozen)]
     if cached:
-        kinds.append(StepKind.prefix(f"{arm.name} prefix", made, risen))
-    if risen:
+        kinds.append(StepKind.prefix(f"{arm.name} prefix", made, early_frozen))
+    if early_frozen:
         kinds.append(StepKind.fast(f"{arm.name} early", made))
     return kinds
 

@@ -18,9 +18,9 @@ from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate, on_device_of
 from aletheia.data.examples import Example, Examples
 from aletheia.data.order import training_batches
-from aletheia.execution.cpu.attention import lean_attention
-from aletheia.execution.cpu.norms import lean_norms
-from aletheia.execution.lean import adapters_in_bfloat16, bfloat16_autocast, lean_adapters, lean_loss
+from aletheia.execution.cpu.attention import fast_attention
+from aletheia.execution.cpu.norms import fast_norms
+from aletheia.execution.fast import adapters_in_bfloat16, bfloat16_autocast, fast_adapters, fast_loss
 from aletheia.execution.recompute import Recompute, recomputation
 from aletheia.planning.plan import Plan
 from aletheia.prefix.boundary import frozen_prefix
@@ -30,59 +30,59 @@ from aletheia.prefix.stored import prefix_output, stored_prefix
 from aletheia.probing.logits import labelled_logits
 
 ATTEMPTS = 4
-OTHERS = 0.1  # share of the processors that other work may use during a counted step
+OTHERS = 0.1  # share of the CPUs that other work may use during a step that counts
 
 
 @dataclass(frozen=True)
 class StepKind:
-    """One way to take a step; a plain one, as PEFT and transformers' Trainer take it, has every switch off.
+    """One way to take a step. With every switch off, it is the plain step of PEFT and transformers' Trainer.
 
-    Beside a bfloat16 base that is with Trainer's ``bf16=True``, see :func:`aletheia.execution.lean.bfloat16_autocast`.
+    For a bfloat16 base, that is Trainer with ``bf16=True``, see :func:`aletheia.execution.fast.bfloat16_autocast`.
     """
 
     name: str
     plan: Plan
-    truncated: bool = False  # plain autograd stops at the boundary anyway; matters with checkpointing
-    labelled: bool = False
-    grouped: bool = False
-    lean: bool = False  # adapters, norms and loss
-    attention: bool = False  # by matrix products
+    truncated: bool = False  # stop at the boundary; without checkpointing, plain autograd does so by itself
+    labelled: bool = False  # logits at labelled positions only
+    grouped: bool = False  # batches of rows of similar length
+    in_place: bool = False  # adapters, norms and loss in place
+    attention: bool = False  # attention by matrix products
     cached: bool = False
     recompute: Recompute = "off"
-    risen: bool = False  # the plan's early layers have learnt and are frozen as they are, adapters and all
-    only_prefix: bool = False  # nothing but the layers below the boundary
+    early_frozen: bool = False  # the plan's early layers are frozen, with their adapters
+    only_prefix: bool = False  # run only the layers below the boundary
 
     @classmethod
     def fast(cls, name: str, plan: Plan, cached: bool = False, recompute: Recompute = "off") -> "StepKind":
         """Everything that ``aletheia train`` does."""
-        every = dict.fromkeys(("truncated", "labelled", "grouped", "lean", "attention"), True)
+        every = dict.fromkeys(("truncated", "labelled", "grouped", "in_place", "attention"), True)
         return cls(name, plan, **every, cached=cached, recompute=recompute)
 
     @classmethod
-    def prefix(cls, name: str, plan: Plan, risen: bool) -> "StepKind":
-        """What filling the cache takes: the layers below the boundary as the fast steps compute them."""
-        return cls(name, plan, grouped=True, lean=True, attention=True, risen=risen, only_prefix=True)
+    def prefix(cls, name: str, plan: Plan, early_frozen: bool) -> "StepKind":
+        """The step that fills the cache: the layers below the boundary, computed as in fast steps."""
+        return cls(name, plan, grouped=True, in_place=True, attention=True, early_frozen=early_frozen, only_prefix=True)
 
 
 @contextmanager
 def prepared(model: nn.Module, kind: StepKind) -> Iterator[PeftModel]:
-    """The base model, adapted and set up for a kind of step; afterwards without adapters again."""
+    """The base model, adapted and set up for a kind of step; on leaving, the adapters are removed."""
     with ExitStack() as stack:
         adapted = adapt(model, kind.plan)
-        stack.callback(adapted.unload)  # after an error, too; otherwise the next kind would start with these adapters
+        stack.callback(adapted.unload)  # after an error, too, or the next kind would start with these adapters
         adapted.train()
-        if kind.risen:
+        if kind.early_frozen:
             _, layers = find_layers(adapted)
             for index in kind.plan.early_layers:
                 layers[index].requires_grad_(False)
         contexts: list[tuple[bool, Callable[[PeftModel], AbstractContextManager[object]]]] = [
             (kind.truncated, frozen_prefix),
             (kind.labelled, labelled_logits),
-            (kind.lean, adapters_in_bfloat16),
-            (kind.lean, lean_adapters),
-            (kind.lean, lean_norms),
-            (kind.lean, lean_loss),
-            (kind.attention, lean_attention),
+            (kind.in_place, adapters_in_bfloat16),
+            (kind.in_place, fast_adapters),
+            (kind.in_place, fast_norms),
+            (kind.in_place, fast_loss),
+            (kind.attention, fast_attention),
             (kind.cached, partial(stored_prefix, boundary=kind.plan.boundary)),
             (True, partial(recomputation, kind=kind.recompute)),
         ]
@@ -93,7 +93,7 @@ def prepared(model: nn.Module, kind: StepKind) -> Iterator[PeftModel]:
 
 
 def building_seconds(model: nn.Module, plan: Plan, data: Examples, batch_size: int) -> float:
-    """Seconds of filling a cache in memory with every row, early layers frozen with their adapters."""
+    """Seconds that it takes to fill a cache in memory with every row, with early layers and their adapters frozen."""
     with prepared(model, StepKind.prefix("fill", plan, bool(plan.early_layers))) as adapted:
         started = time.perf_counter()
         fill(adapted, plan.boundary, data.examples, MemoryCache(), batch_size, show_progress=False)
@@ -103,9 +103,9 @@ def building_seconds(model: nn.Module, plan: Plan, data: Examples, batch_size: i
 def interleaved_steps(
     model: nn.Module, kinds: Sequence[StepKind], data: Examples, batch_size: int, rounds: int, seed: int = 0
 ) -> dict[str, list[float]]:
-    """Seconds of ``rounds`` steps of each kind: forward, backward, clipping, AdamW; after one step that is not counted.
+    """Seconds of ``rounds`` steps of each kind: forward, backward, clipping, AdamW. A first step is not counted.
 
-    Every kind takes batches of one epoch, random or grouped by length, at the same quantiles of size, so that the sums
+    Every kind takes batches of one epoch, formed at random or by length, at the same quantiles of size. So the sums
     represent the epoch. Steps that other work disturbed are repeated.
     """
     orders = {grouped: _spread(data, batch_size, rounds, grouped, seed) for grouped in (True, False)}
@@ -122,9 +122,9 @@ def interleaved_steps(
 
 
 def undisturbed(step: Callable[[], float]) -> float:
-    """Seconds that ``step`` returns; on a processor that other work uses, those of the best of a few attempts.
+    """The seconds that ``step`` returns. On a CPU that other work uses, it takes a few attempts.
 
-    The best attempt is the least disturbed one, not the fastest.
+    The attempt with the least disturbance counts, not the fastest one.
     """
     if torch.accelerator.is_available():
         return step()
@@ -141,7 +141,7 @@ def undisturbed(step: Callable[[], float]) -> float:
 
 
 def _busy_seconds() -> float:
-    """Busy seconds of all processors since the machine started, including those that its host took away."""
+    """Busy seconds of all CPUs since the machine started, including the time that its host took away."""
     times = psutil.cpu_times()
     return sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq", "steal"))
 
@@ -155,7 +155,7 @@ def _filled(
     for kind in kinds:
         boundary = kind.plan.boundary
         if kind.cached and boundary not in caches:
-            with prepared(model, StepKind.prefix("fill", kind.plan, kind.risen)) as adapted:
+            with prepared(model, StepKind.prefix("fill", kind.plan, kind.early_frozen)) as adapted:
                 caches[boundary] = MemoryCache()
                 fill(adapted, boundary, wanted, caches[boundary], batch_size, show_progress=False)
     return caches
@@ -164,7 +164,7 @@ def _filled(
 def _seconds(
     model: nn.Module, kind: StepKind, rows: list[Example], pad_token_id: int, caches: dict[int, MemoryCache]
 ) -> float:
-    """Seconds of one step; adapting and restoring the model are not counted."""
+    """Seconds of one step, without the time to adapt the model and to restore it."""
     with prepared(model, kind) as adapted:
         parameters = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
@@ -178,7 +178,7 @@ def _seconds(
         if kind.only_prefix:
             prefix_output(adapted, kind.plan.boundary, batch)
         else:
-            with nullcontext() if kind.lean else bfloat16_autocast(adapted):
+            with nullcontext() if kind.in_place else bfloat16_autocast(adapted):
                 loss = adapted(**batch, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -193,7 +193,7 @@ def _synchronize() -> None:
 
 
 def _spread(data: Examples, batch_size: int, rounds: int, grouped: bool, seed: int) -> list[list[int]]:
-    """Batches of an epoch at ``rounds`` evenly spaced quantiles of padded size, shuffled, after one to warm up."""
+    """Batches of an epoch at ``rounds`` evenly spaced quantiles of padded size, shuffled, after one for warm-up."""
     lengths = [len(example) for example in data.examples]
     epoch = training_batches(lengths, batch_size, len(lengths) // batch_size, seed, grouped)
     by_size = sorted(epoch, key=lambda batch: max(lengths[row] for row in batch))

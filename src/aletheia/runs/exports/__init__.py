@@ -1,1 +1,1 @@
-"""Ways out: a run, an adapter or a plan in the forms that other programs serve or train."""
+"""Exports: a run, an adapter or a plan in the formats that other programs serve or train."""

@@ -1,6 +1,6 @@
-"""The PEFT adapter folder that other trainers go on from: as a run left it, or as a plan begins, with B = 0.
+"""The PEFT adapter folder that other trainers start from: the adapter of a run, or the initial one of a plan (B = 0).
 
-Each module keeps its own rank and alpha there, whatever the trainer's settings can say.
+Each module keeps its own rank and alpha in it, even where the trainer's settings know only one.
 """
 
 import math
@@ -18,7 +18,7 @@ from aletheia.runs.exports.written import Task, copy_tokenizer
 from aletheia.runs.folder import CARD_FILE
 
 FOLDER = "adapter"
-SEED = 0  # of the A matrices that a plan begins with
+SEED = 0  # seed of the initial A matrices of a plan
 
 
 def write_bridge(task: Task) -> None:
@@ -26,7 +26,7 @@ def write_bridge(task: Task) -> None:
 
     Raises:
         AdapterError: the adapter cannot be read, or holds a correction of its quantized base.
-        ModelError: the base is a GGUF file, which these trainers do not read, or cannot be found.
+        ModelError: the base cannot be found, or is a GGUF file, which these trainers do not read.
         PlanError: the plan does not fit the base.
     """
     task.origin.check_no_gguf("these trainers read")
@@ -46,7 +46,7 @@ def write_bridge(task: Task) -> None:
 
 
 def _begin(plan: Plan, task: Task, folder: Path) -> None:
-    """The adapter that a plan begins with: A as PEFT draws it, B = 0."""
+    """Write the initial adapter of a plan: A as PEFT initializes it, B = 0."""
     model = load_without_weights(task.origin.base, task.trust_remote_code).model
     adapted = adapt(model, plan, identity=plan.model)
     drawn = torch.Generator().manual_seed(SEED)
@@ -57,7 +57,7 @@ def _begin(plan: Plan, task: Task, folder: Path) -> None:
 
 
 def _start(name: str, shape: Tensor, drawn: torch.Generator) -> Tensor:
-    """A as PEFT's ``reset_lora_parameters`` has it, B = 0."""
+    """The initial value of a factor: A as in PEFT's ``reset_lora_parameters``, B = 0."""
     value = torch.zeros(shape.shape)
     if ".lora_A." in name:
         torch.nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=drawn)

@@ -1,4 +1,4 @@
-"""``aletheia.export``: a run, an adapter or a plan for another program, written whole or not at all."""
+"""``aletheia.export``: a run, an adapter or a plan for another program, written completely or not at all."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ _HOMES = {"gguf": "llama_cpp", "ollama": "llama_cpp", **dict.fromkeys(FROM_A_PLA
 
 
 class ExportRecord(Artifact):
-    """What an export was made from: ``export.json``, which also marks a folder that may be replaced."""
+    """``export.json``: what an export was made from. It also marks a folder that may be replaced."""
 
     FORMAT: ClassVar[str] = "aletheia-export"
 
@@ -35,7 +35,7 @@ class ExportRecord(Artifact):
 
 @dataclass(frozen=True)
 class Exported:
-    """A finished export: its folder, the files in it, the ``command`` that uses it, and what to know."""
+    """A finished export: its folder and files, the ``command`` that uses it, and notes for the user."""
 
     path: Path
     to: Target
@@ -54,24 +54,24 @@ def export(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> Exported:
-    """Write a run, an adapter or a plan in the form that another program reads.
+    """Write a run, an adapter or a plan in the format that another program reads.
 
     Args:
         source: a run folder or any PEFT adapter folder; for the trainers ``axolotl``, ``llama-factory``, ``unsloth``
             and ``trl`` also a plan file.
         to: the program, or ``merged`` for a model folder of transformers.
-        out: the folder to write; by default ``<source>-<to>`` beside the source.
-        base: the base model instead of the one that the source names: hub id, folder or ``.gguf`` file.
-        dtype: of ``merged``: ``auto`` (that of the base checkpoint), ``bfloat16``, ``float16`` or ``float32``.
+        out: the folder to write; by default ``<source>-<to>`` next to the source.
+        base: the base model, in place of the one that the source names: hub id, folder or ``.gguf`` file.
+        dtype: dtype of ``merged``: ``auto`` (as the base checkpoint), ``bfloat16``, ``float16`` or ``float32``.
         overwrite: replace an earlier export in ``out``.
         trust_remote_code: run code that comes with the model.
         allow_pickle: read weights from ``.bin`` and other pickles, with torch's ``weights_only``.
 
     Raises:
-        SettingsError: there is no such ``to``.
+        SettingsError: ``to`` is unknown.
         ArtifactError: ``out`` holds something else or cannot be written, or a file of the run was changed.
-        AdapterError: the adapter cannot be expressed in that form.
-        ModelError: the base model cannot be found or read, or does not fit the memory.
+        AdapterError: the adapter cannot be expressed in that format.
+        ModelError: the base model cannot be found or read, or does not fit in memory.
         PlanError: the run or plan was made on another base model.
     """
     if to not in get_args(Target):
@@ -97,28 +97,28 @@ def export(
 
 
 def _writer(to: Target) -> Callable[[Task], Written]:
-    """What writes a target, imported when it is asked for."""
+    """The function that writes a target, imported only when needed."""
     home = import_module(f"aletheia.runs.exports.{_HOMES.get(to, to)}")
     writer: Callable[[Task], Written] = getattr(home, f"write_{to.replace('-', '_')}")
     return writer
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
-    """Refuse a place that holds something, unless it is an earlier export that may be replaced."""
+    """Check that ``out`` is new, empty, or an earlier export that may be replaced."""
     check_writable(out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists() and not out.is_dir():
-        raise ArtifactError(f"{out} is a file; expected a folder for the export, choose another `out`")
+        raise ArtifactError(f"{out} is a file; expected a folder for the export; choose another `out`")
     if not out.is_dir() or not any(out.iterdir()):
         return
     if artifact_format(out / RECORD_FILE) != ExportRecord.FORMAT:
-        raise ArtifactError(f"{out} holds other files; expected a new or empty folder, choose another `out`")
+        raise ArtifactError(f"{out} holds other files; expected a new or empty folder; choose another `out`")
     if not overwrite:
-        raise ArtifactError(f"{out} holds an earlier export; choose another `out` or pass `overwrite`")
+        raise ArtifactError(f"{out} holds an earlier export; choose another `out` or set `overwrite`")
 
 
 def _move(folder: Path, out: Path) -> None:
-    """Put a finished export in its place; an earlier one goes only when the new one is on the disk."""
+    """Move a finished export to its place; an earlier one is removed only when the new one is on the disk."""
     for file in folder.rglob("*"):
         if file.is_file():
             follow_umask(file)

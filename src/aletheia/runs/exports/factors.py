@@ -1,7 +1,7 @@
 """The low-rank factors of an adapter folder, and the same adapter at one rank and one scale.
 
-vLLM and mlx-lm know one rank and one scale, llama.cpp divides one alpha by the rank of each tensor. Zeros beside the
-factors and the scale multiplied into B give every one of them the same product as PEFT.
+vLLM and mlx-lm know one rank and one scale; llama.cpp divides one alpha by the rank of each tensor. Padding the factors
+with zeros and multiplying the scale into B gives all of them the same product as PEFT.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from aletheia.data.sources import one_line
 from aletheia.errors import AdapterError
 
 _PREFIX = "base_model.model."
-_PLAIN = "expected plain LoRA on matrices of the layers; export it with `to` merged instead"
+_PLAIN = "expected plain LoRA on matrices of the layers; set `to` merged instead"
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Pair:
         return int(self.A_RI.shape[0])
 
     def at(self, rank: int) -> "Pair":
-        """The same product in float32 with scale 1 at a rank that is no smaller."""
+        """The same product in float32 with scale 1, padded to ``rank``, which must not be smaller."""
         more = rank - self.rank
         assert more >= 0, "a rank is only padded"
         A_RI = pad(self.A_RI.float(), (0, 0, 0, more)).contiguous()
@@ -56,7 +56,7 @@ class Factors:
         return max(pair.rank for pair in self.pairs.values())
 
     def at(self, rank: int) -> dict[str, Pair]:
-        """All of them at one rank, with scale 1."""
+        """All pairs at one rank, with scale 1."""
         return {name: pair.at(rank) for name, pair in self.pairs.items()}
 
 
@@ -65,11 +65,11 @@ def read_factors(folder: Path, reader: str, allow_pickle: bool = False) -> Facto
 
     Args:
         folder: a run folder or any PEFT adapter folder.
-        reader: the program that is to load it, for messages.
+        reader: the program that will load it, for messages.
         allow_pickle: read ``adapter_model.bin``, with torch's ``weights_only``.
 
     Raises:
-        AdapterError: the folder cannot be read, or holds more than such a program takes.
+        AdapterError: the folder cannot be read, or holds more than such a program can load.
     """
     config = read_lora_config(folder, allow_pickle)
     if beside := not_trained_here(config):
@@ -78,8 +78,8 @@ def read_factors(folder: Path, reader: str, allow_pickle: bool = False) -> Facto
         raise AdapterError(f"{folder} adapts {config.target_parameters[0]}, which {reader} cannot load; {_PLAIN}")
     try:
         stored = load_peft_weights(str(folder), device="cpu")
-    except Exception as error:  # a foreign file: PEFT raises whatever its parts raise
-        raise AdapterError(f"{folder}: its weights cannot be read ({one_line(error)}); fetch it again") from error
+    except Exception as error:  # a foreign file: PEFT may raise anything
+        raise AdapterError(f"{folder}: its weights cannot be read ({one_line(error)}); download it again") from error
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in stored.items():
         name, _, factor = key.removeprefix(_PREFIX).rpartition(".lora_")
@@ -92,7 +92,7 @@ def read_factors(folder: Path, reader: str, allow_pickle: bool = False) -> Facto
 def _pairs(folder: Path, config: LoraConfig, found: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Pair]:
     for name, both in found.items():
         if both.keys() != {"A", "B"} or both["A"].dim() != 2 or both["A"].shape[0] != both["B"].shape[-1]:
-            raise AdapterError(f"{folder}: A and B of {name} do not fit each other; fetch it again")
+            raise AdapterError(f"{folder}: A and B of {name} do not fit each other; download it again")
         if not all(torch.isfinite(factor).all() for factor in both.values()):
             raise AdapterError(f"{folder}: {name} has weights that are not finite; train it again")
     if not found:

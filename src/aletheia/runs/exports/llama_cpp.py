@@ -1,8 +1,8 @@
 """A LoRA in GGUF for llama.cpp, and the same with a Modelfile for Ollama.
 
-llama.cpp's converters store some rows in another order than transformers: of q and k where it rotates neighbours, and
-of fused q, k and v that transformers keeps head by head (llama.cpp's conversion/, ``permute`` and ``modify_tensors``;
-as in llama-cpp-python 0.3.36). An adapter's B has the rows of its matrix, so it is reordered alike; A is not touched.
+llama.cpp's converters store some rows in another order than transformers: those of q and k where it rotates neighbours,
+and those of fused q, k and v that transformers keeps head by head (``permute`` and ``modify_tensors`` in llama.cpp's
+conversion/, as in llama-cpp-python 0.3.36). B has the rows of its matrix, so it is reordered in the same way. A is not.
 """
 
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ADAPTER_FILE, MODELFILE = "adapter.gguf", "Modelfile"
 Order = Literal["as here", "rotary", "by head"]
-FAMILIES: dict[str, tuple[str, Order]] = {  # transformers' model_type -> gguf's architecture, and the order of rows
+FAMILIES: dict[str, tuple[str, Order]] = {  # transformers' model_type: gguf's architecture, and the order of rows
     "llama": ("LLAMA", "rotary"),
     "mistral": ("LLAMA", "rotary"),
     "mixtral": ("LLAMA", "rotary"),
@@ -53,14 +53,14 @@ def write_gguf(task: Task) -> Written:
     """Write ``adapter.gguf`` at one rank with an alpha that makes every scale 1.
 
     Raises:
-        AdapterError: it is no plain LoRA, fits its quantized base alone, or llama.cpp cannot take its family.
+        AdapterError: it is not plain LoRA, fits only its quantized base, or its family is not supported.
         ModelError: the base's configuration cannot be read, or the package gguf is missing.
     """
     _write_adapter(task)
     base = task.origin.base if task.origin.base.endswith(".gguf") else "BASE.gguf"
     notes = other_weights(task.origin)
     if base == "BASE.gguf":
-        notes = (f"BASE.gguf is {task.origin.base} as llama.cpp's convert_hf_to_gguf.py writes it", *notes)
+        notes = (f"make BASE.gguf from {task.origin.base} with llama.cpp's convert_hf_to_gguf.py", *notes)
     options = ["-m", base, "--lora", task.out / ADAPTER_FILE]
     if template := copy_template(task):
         options += ["--jinja", "--chat-template-file", template]
@@ -68,16 +68,16 @@ def write_gguf(task: Task) -> Written:
 
 
 def write_ollama(task: Task) -> Written:
-    """The same, and a ``Modelfile`` that puts it on its base.
+    """Write ``adapter.gguf``, and a ``Modelfile`` that applies it to its base.
 
     Raises:
-        AdapterError: as :func:`write_gguf`.
-        ModelError: as there, or the base's weights are not on this machine.
+        AdapterError: as in :func:`write_gguf`.
+        ModelError: as in :func:`write_gguf`, or the base's weights are not on this machine.
     """
     _write_adapter(task)
     template = (
-        "# Ollama takes the chat template from the base. If its answers look wrong, write a TEMPLATE in Ollama's own\n"
-        f"# syntax: it cannot read the template of transformers that {task.source.name} was trained with.\n"
+        "# Ollama takes the chat template from the base. If answers look wrong, write a TEMPLATE in Ollama's own\n"
+        f"# syntax: it cannot read the transformers template that {task.source.name} was trained with.\n"
     )
     text = f"FROM {_weights_of(task.origin.base)}\nADAPTER ./{ADAPTER_FILE}\n{template}"
     write_text(task.folder / MODELFILE, text)
@@ -88,18 +88,21 @@ def write_ollama(task: Task) -> Written:
 
 
 def _weights_of(base: str) -> str:
-    """What ``FROM`` names: a ``.gguf`` file or a folder; of a hub id, where it was downloaded to."""
+    """The value of ``FROM``: a ``.gguf`` file or a folder; for a hub id, its folder in the download cache."""
     if Path(base).exists():
         return base
     config = found_file(base, CONFIG)
     if config is None or not any(config.parent.glob("*.safetensors")):
-        raise ModelError(f"the weights of {base} are not on this machine; give a .gguf file or a folder as `base`")
+        raise ModelError(
+            f"the weights of {base} are not on this machine; expected a local model; set `base` to a .gguf file or a "
+            "folder"
+        )
     return str(config.parent)
 
 
 def _write_adapter(task: Task) -> None:
     if find_spec("gguf") is None:
-        raise ModelError("this export needs the package gguf; add it with: pip install 'aletheia-tune[gguf]'")
+        raise ModelError("this export needs the package gguf; install it with: pip install 'aletheia-tune[gguf]'")
     import gguf
 
     task.origin.check_fits_any_base()
@@ -107,8 +110,8 @@ def _write_adapter(task: Task) -> None:
     config = load_config(task.origin.base, task.trust_remote_code)
     if config.model_type not in FAMILIES:
         raise AdapterError(
-            f"the rows of {config.model_type} in llama.cpp are not known here; expected one of {', '.join(FAMILIES)}; "
-            "export it with `to` merged and convert that with llama.cpp's convert_hf_to_gguf.py"
+            f"exporting the family {config.model_type} to llama.cpp is not supported; expected one of "
+            f"{', '.join(FAMILIES)}; set `to` merged and convert that with llama.cpp's convert_hf_to_gguf.py"
         )
     name, order = FAMILIES[config.model_type]
     architecture = gguf.MODEL_ARCH[name]
@@ -127,21 +130,21 @@ def _write_adapter(task: Task) -> None:
 
 
 def _tensors(factors: Factors, rank: int, config: "PretrainedConfig", names: Any) -> list[tuple[str, Tensor, Tensor]]:
-    """The name of each matrix in llama.cpp, with its factors."""
+    """Each matrix's name in llama.cpp and its factors A and B."""
     found = []
     for name, pair in factors.at(rank).items():
         place = names.get_name(f"{name}.weight", try_suffixes=(".weight",))
         if place is None:
             raise AdapterError(
                 f"llama.cpp has no name for {name} of {config.model_type}; expected matrices of its layers; "
-                "export it with `to` merged instead"
+                "set `to` merged instead"
             )
         found.append((place, pair.A_RI, pair.B_OR))
     return found
 
 
 def _as_stored(B_OR: Tensor, place: str, order: Order, config: "PretrainedConfig") -> Tensor:
-    """B with its rows as llama.cpp stores those of the matrix."""
+    """B with its rows in the order in which llama.cpp stores those of the matrix."""
     heads = config.num_attention_heads
     kind = place.split(".")[-2]
     if order == "rotary" and kind in ("attn_q", "attn_k"):

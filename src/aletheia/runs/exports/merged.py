@@ -1,4 +1,4 @@
-"""A complete model folder: the base with the adapter added to its weights, tokenizer and chat template beside."""
+"""A complete model folder: the base with the adapter added to its weights, with tokenizer and chat template."""
 
 from dataclasses import replace
 
@@ -14,14 +14,14 @@ from aletheia.runs.exports.origin import Origin
 from aletheia.runs.exports.written import Task, Written
 from aletheia.runs.saved import merge_adapter, use_template_of
 
-SPARE = 1.1  # of the weights: what merging one matrix takes beside them
+SPARE = 1.1  # memory that merging takes, as a multiple of the weights
 
 
 def write_merged(task: Task) -> Written:
     """Write config, weights, tokenizer, chat template and generation settings.
 
-    Weights that were quantized in training are quantized again and kept as plain numbers of those values: what the
-    adapter learned on.
+    Weights that were quantized in training are quantized again and stored as plain numbers, because the adapter learned
+    on these values.
 
     Raises:
         ModelError: the base cannot be loaded, takes more memory than is free, or cannot be dequantized.
@@ -35,14 +35,14 @@ def write_merged(task: Task) -> Written:
     use_template_of(task.source, base.tokenizer)
     tokenizer = identify_tokenizer(base.tokenizer)
     model = merge_adapter(base.model, task.source, task.allow_pickle, tokenizer, identity)
-    model.config._name_or_path = ""  # it is a model of its own
+    model.config._name_or_path = ""  # the merged model no longer depends on the base
     model.save_pretrained(task.folder)
     base.tokenizer.save_pretrained(task.folder)
     return Written(f"transformers.{type(model).__name__}.from_pretrained({str(task.out)!r})", notes)
 
 
 def _dtype(task: Task) -> str:
-    """Name of the dtype to merge and save in: the one asked for, else the checkpoint's, else the run's."""
+    """Name of the dtype to merge and save in: the requested one, else the checkpoint's, else the run's."""
     if task.dtype != "auto":
         if task.dtype not in DTYPES:
             raise ModelError(f"unknown dtype {task.dtype!r}; expected auto, {', '.join(DTYPES)}")
@@ -58,8 +58,8 @@ def _check_memory(task: Task, value_bytes: int) -> None:
     available = psutil.virtual_memory().available
     if needed > available:
         raise ModelError(
-            f"merging into {task.origin.base} takes {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are "
-            "free; give a smaller `dtype`, or merge on a larger machine"
+            f"merging into {task.origin.base} takes {needed / 1e9:.1f} GB of memory, but {available / 1e9:.1f} GB are "
+            "free; set a smaller `dtype`, or merge on a larger machine"
         )
 
 
@@ -77,7 +77,7 @@ def _load(task: Task, dtype: str) -> Loaded:
 
 
 def _plain(base: Loaded, origin: Origin) -> tuple[Loaded, tuple[str, ...]]:
-    """The base without packed weights, and what to say of it."""
+    """The base with plain weights, and notes about it."""
     kind = quantization_of(base.model)
     if kind is None:
         return base, ()
@@ -86,7 +86,7 @@ def _plain(base: Loaded, origin: Origin) -> tuple[Loaded, tuple[str, ...]]:
         model: PreTrainedModel = base.model.dequantize().to(dtype)
     except (NotImplementedError, ValueError, RuntimeError) as error:
         raise ModelError(
-            f"{origin.base} is quantized ({kind}) and cannot be made plain here ({one_line(error)}); expected "
-            "bitsandbytes or plain weights; give the plain model as `base`"
+            f"{origin.base} is quantized ({kind}) and cannot be dequantized ({one_line(error)}); expected "
+            "bitsandbytes or plain weights; set `base` to the plain model"
         ) from error
     return replace(base, model=model), (f"the weights hold the {kind} values that the adapter learned on, as {dtype}",)

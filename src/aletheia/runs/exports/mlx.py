@@ -1,7 +1,7 @@
-"""An adapter for mlx-lm: ``adapters.safetensors`` beside its own ``adapter_config.json``.
+"""An adapter for mlx-lm: ``adapters.safetensors`` and an ``adapter_config.json`` in mlx-lm's format.
 
-mlx-lm adapts the same matrices in the last ``num_layers`` layers; one without stored weights begins with B = 0 and
-changes nothing (mlx_lm/tuner/utils.py, ``load_adapters``, and mlx_lm/tuner/lora.py; read in 0.32).
+mlx-lm adapts the same matrices in all of the last ``num_layers`` layers. A matrix without stored weights has B = 0, so
+it changes nothing (``load_adapters`` in mlx_lm/tuner/utils.py, and mlx_lm/tuner/lora.py, in version 0.32).
 """
 
 import json
@@ -18,14 +18,14 @@ _AS_HERE = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "olmo2", "olmo3"),
     *("cohere", "cohere2", "stablelm", "starcoder2", "granite", "smollm3", "helium", "glm4"),
 )
-LAYERS = dict.fromkeys(_AS_HERE, "model.layers") | {"gpt2": "model.h", "gpt_neox": "model.h"}  # where mlx-lm has them
+LAYERS = dict.fromkeys(_AS_HERE, "model.layers") | {"gpt2": "model.h", "gpt_neox": "model.h"}  # path in mlx-lm
 
 
 def write_mlx(task: Task) -> Written:
-    """Write the adapter at its largest rank with scale 1; A is in x rank there, B is rank x out.
+    """Write the adapter at its largest rank with scale 1. In mlx-lm, A is in x rank and B is rank x out.
 
     Raises:
-        AdapterError: it is no plain LoRA, fits its quantized base alone, or the family has other names in mlx-lm.
+        AdapterError: it is not plain LoRA, fits only its quantized base, or its family is not supported.
         ModelError: the base's configuration cannot be read, or it is a GGUF file.
     """
     task.origin.check_fits_any_base()
@@ -34,14 +34,17 @@ def write_mlx(task: Task) -> Written:
     anatomy = inspect(task.origin.base, task.trust_remote_code)
     if anatomy.model_type not in LAYERS:
         raise AdapterError(
-            f"mlx-lm may name the matrices of {anatomy.model_type} otherwise; expected one of {', '.join(LAYERS)}; "
-            "export it with `to` merged and convert that with mlx_lm.convert"
+            f"exporting the family {anatomy.model_type} to mlx-lm is not supported; expected one of "
+            f"{', '.join(LAYERS)}; set `to` merged and convert that with mlx_lm.convert"
         )
     rank, lowest, keys, weights = factors.largest_rank, anatomy.layer_count, set(), {}
     for name, pair in factors.at(rank).items():
         layer, _, key = name.removeprefix(f"{anatomy.layer_path}.").partition(".")
         if not layer.isdigit() or int(layer) >= anatomy.layer_count:
-            raise AdapterError(f"{task.source} adapts {name}, which {task.origin.base} has not; give its own `base`")
+            raise AdapterError(
+                f"{task.source} adapts {name}, but {task.origin.base} has no such module; expected the base of the "
+                "adapter; set `base` to it"
+            )
         lowest = min(lowest, int(layer))
         keys.add(key)
         place = f"{LAYERS[anatomy.model_type]}.{layer}.{key}"

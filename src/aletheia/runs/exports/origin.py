@@ -1,4 +1,4 @@
-"""What is exported: a run folder, an adapter folder of another program, or a plan file; and its base model."""
+"""The source of an export: a run folder, an adapter folder of another program, or a plan file; and its base model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,9 @@ from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, Run, UsedSettings
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an export comes from. ``base`` is a hub id, or the absolute path of a folder or ``.gguf`` file.
+    """The source of an export. ``base`` is a hub id, or the absolute path of a folder or ``.gguf`` file.
 
-    ``run`` is None for an adapter of another program and for a plan file; ``plan`` is None for such an adapter.
+    ``run`` is None for an adapter of another program and for a plan file. ``plan`` is None for such an adapter.
     """
 
     path: Path
@@ -25,7 +25,7 @@ class Origin:
 
     @classmethod
     def of(cls, path: Path, base: str | None = None) -> "Origin":
-        """Read what lies at ``path``; ``base`` overrides the base model that it names.
+        """Read the source at ``path``; ``base`` overrides the base model that it names.
 
         Raises:
             AdapterError: there is neither an adapter nor a plan, or it names no base model.
@@ -36,12 +36,12 @@ class Origin:
             alone = Plan.read(path)
             return cls(path, _absolute(base or alone.model.name), plan=alone)
         if not (path / ADAPTER_CONFIG).is_file():
-            found = "is no plan" if path.is_file() else "holds no adapter" if path.is_dir() else "is not there"
+            found = "is not a plan" if path.is_file() else "holds no adapter" if path.is_dir() else "does not exist"
             raise AdapterError(f"{path} {found}; expected a run folder, a PEFT adapter folder or a plan file")
         run = Run.read(path) if (path / METRICS_FILE).is_file() else None
         named = base or read_settings(path / ADAPTER_CONFIG).get("base_model_name_or_path")
         if not isinstance(named, str) or not named:
-            raise AdapterError(f"{path / ADAPTER_CONFIG} names no base model; give it as `base`")
+            raise AdapterError(f"{path / ADAPTER_CONFIG} names no base model; expected one; set `base` to it")
         plan = Plan.read(path / PLAN_FILE) if (path / PLAN_FILE).is_file() else None
         return cls(path, _absolute(named), run, plan)
 
@@ -52,47 +52,47 @@ class Origin:
 
     @property
     def settings(self) -> UsedSettings | None:
-        """What the run was trained with."""
+        """The settings of the run, if it is one."""
         return self.run.metrics.settings if self.run else None
 
     @property
     def quantization(self) -> str | None:
-        """How the base was quantized in training, such as ``nf4``; None: not at all, or not known."""
+        """How the base was quantized in training, such as ``nf4``; None if it was not, or if that is not known."""
         return self.settings.quantization if self.settings else None
 
     @property
     def data(self) -> DataIdentity | None:
-        """The rows that it was trained on, or planned for."""
+        """The rows that it was trained on, or that the plan was made from."""
         if self.run is not None:
             return self.run.metrics.data
         return self.plan.data if self.plan else None
 
     def check_fits_any_base(self) -> None:
-        """Refuse an adapter that holds a correction of the quantized base: on other weights it is wrong.
+        """Check that the adapter holds no correction of a quantized base, which would be wrong on other weights.
 
         Raises:
-            AdapterError: it does.
+            AdapterError: it holds one.
         """
         if self.settings is not None and self.settings.quantization_corrected:
             raise AdapterError(
                 f"half of each rank of {self.path} corrects its {self.quantization} base, so it fits no other weights; "
-                "export it with `to` merged, which keeps the quantized values"
+                "set `to` merged, which keeps the quantized values"
             )
 
     def check_no_gguf(self, who_reads: str) -> None:
-        """Refuse a GGUF base; ``who_reads`` is such as "mlx-lm reads".
+        """Check that the base is not a GGUF file; ``who_reads`` is for example "mlx-lm reads".
 
         Raises:
-            ModelError: it is one.
+            ModelError: the base is a GGUF file.
         """
         if self.base.endswith(".gguf"):
             raise ModelError(
-                f"the base is {self.base}, and {who_reads} no GGUF files; give the hub id or folder of the same model "
-                "as `base`"
+                f"the base is {self.base}, but {who_reads} no GGUF files; expected a hub id or a folder; set `base` to "
+                "that of the same model"
             )
 
     def check_trained(self, to: str) -> None:
-        """Refuse a plan where learned weights are needed.
+        """Check that the source has learned weights.
 
         Raises:
             ArtifactError: it is a plan.

@@ -1,4 +1,4 @@
-"""What a trainer's settings are filled with: those of the run, or our defaults for a plan and a foreign adapter."""
+"""The values for another trainer's settings: those of the run, or defaults for a plan and a foreign adapter."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +9,14 @@ from aletheia.runs.exports.bridge import FOLDER
 from aletheia.runs.exports.origin import Origin
 from aletheia.runs.exports.written import Task
 
-NO_ROWS = "train.jsonl"  # named where the rows are not known; a note says so
+NO_ROWS = "train.jsonl"  # a placeholder where the rows are not known; a note says so
 
 _TOKENIZER = "tokenizer_config.json"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How training goes on elsewhere. ``columns`` are those of question and answer; None: rows are conversations."""
+    """How another trainer trains the adapter. ``columns`` name question and answer; None: rows are conversations."""
 
     base: str
     adapter: str
@@ -60,16 +60,16 @@ class Recipe:
 
 
 def notes_on(task: Task) -> tuple[str, ...]:
-    """What to know before training goes on elsewhere."""
+    """Notes for the user before another trainer trains the adapter."""
     origin = task.origin
     notes = []
     if _files(origin) == (NO_ROWS,):
-        notes.append(f"the rows are not on this machine; put yours where {NO_ROWS} stands")
+        notes.append(f"the training rows are not on this machine; replace {NO_ROWS} by the path of yours")
     elif _columns(origin) is None and origin.data is not None and origin.data.form != "messages":
         notes.append(f"the rows have the form `{origin.data.form}`; the settings expect a column `messages`")
     if origin.plan is not None and origin.plan.early_layers:
         early = layer_ranges(origin.plan.early_layers)
-        notes.append(f"layers {early} train to the end there; only Aletheia freezes them part of the way")
+        notes.append(f"the other trainer trains layers {early} to the end; only Aletheia freezes them midway")
     return tuple(notes)
 
 

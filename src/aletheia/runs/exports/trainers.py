@@ -1,8 +1,8 @@
-"""Settings files and scripts with which Axolotl, LLaMA-Factory, Unsloth and TRL train an adapter on.
+"""Settings files and scripts with which Axolotl, LLaMA-Factory, Unsloth and TRL train an adapter further.
 
-Names as in axolotl 0.19 (utils/schemas), llamafactory 0.9.5 (hparams), unsloth 2026.10 (models/loader.py) and TRL 1.16.
-All four read the folder ``adapter/``, which keeps rank and alpha of every module: Unsloth's ``get_peft_model`` and
-LLaMA-Factory's settings know one rank only.
+Names are those of axolotl 0.19 (utils/schemas), llamafactory 0.9.5 (hparams), unsloth 2026.10 (models/loader.py) and
+TRL 1.16. All four read the folder ``adapter/``, which keeps rank and alpha of every module. Unsloth's
+``get_peft_model`` and LLaMA-Factory's settings know only one rank.
 """
 
 import json
@@ -16,11 +16,11 @@ from aletheia.runs.exports.recipe import Recipe, notes_on
 from aletheia.runs.exports.written import Task, Written, shell
 
 ROWS = "rows"  # the name of the rows in LLaMA-Factory's list of data sets
-_HEAD = "# Rank and alpha of every module come from the folder adapter/; there are no settings for them here.\n"
+_HEAD = "# Rank and alpha of every module come from the folder adapter/, so this file has no settings for them.\n"
 
 
 def write_axolotl(task: Task) -> Written:
-    """Write ``axolotl.yaml`` beside ``adapter/``.
+    """Write ``axolotl.yaml`` next to ``adapter/``.
 
     Raises:
         AletheiaError: as :func:`~aletheia.runs.exports.bridge.write_bridge`.
@@ -58,7 +58,7 @@ def _axolotl_rows(file: str, columns: tuple[str, str] | None) -> dict[str, Any]:
 
 
 def write_llama_factory(task: Task) -> Written:
-    """Write ``llama_factory.yaml`` and ``dataset_info.json`` beside ``adapter/``.
+    """Write ``llama_factory.yaml`` and ``dataset_info.json`` next to ``adapter/``.
 
     Raises:
         AletheiaError: as :func:`~aletheia.runs.exports.bridge.write_bridge`.
@@ -102,7 +102,7 @@ def _llama_factory_rows(columns: tuple[str, str] | None) -> dict[str, Any]:
 
 
 def write_trl(task: Task) -> Written:
-    """Write ``train_trl.py`` beside ``adapter/``.
+    """Write ``train_trl.py`` next to ``adapter/``.
 
     Raises:
         AletheiaError: as :func:`~aletheia.runs.exports.bridge.write_bridge`.
@@ -113,7 +113,7 @@ def write_trl(task: Task) -> Written:
     quantized = packed.get(recipe.quantization or "")
     how = f", quantization_config=BitsAndBytesConfig({quantized})" if quantized else ""
     names = "AutoModelForCausalLM, AutoTokenizer" + (", BitsAndBytesConfig" if quantized else "")
-    head = f'''"""Train the adapter in adapter/ on with TRL; every module keeps its rank and alpha."""
+    head = f'''"""Train the adapter in adapter/ further with TRL; every module keeps its rank and alpha."""
 
 from datasets import load_dataset
 from peft import PeftModel
@@ -129,14 +129,14 @@ tokenizer = AutoTokenizer.from_pretrained({_text(recipe.tokenizer)})
 
 
 def write_unsloth(task: Task) -> Written:
-    """Write ``train_unsloth.py`` beside ``adapter/``.
+    """Write ``train_unsloth.py`` next to ``adapter/``.
 
     Raises:
         AletheiaError: as :func:`~aletheia.runs.exports.bridge.write_bridge`.
     """
     write_bridge(task)
     recipe = Recipe.of(task)
-    head = f'''"""Train the adapter in adapter/ on with Unsloth; every module keeps its rank and alpha.
+    head = f'''"""Train the adapter in adapter/ further with Unsloth; every module keeps its rank and alpha.
 
 FastLanguageModel.get_peft_model knows one rank for all modules, so the adapter is loaded instead.
 """
@@ -158,7 +158,7 @@ model, tokenizer = FastLanguageModel.from_pretrained(
 
 
 def _sft(recipe: Recipe) -> str:
-    """The part that both scripts have: rows, settings, the trainer."""
+    """The part that both scripts share: rows, settings and the trainer."""
     kind = next((kind for kind in ("csv", "parquet") if f".{kind}" in recipe.data_files[0]), "json")
     mapped = ""
     if recipe.columns is not None:
@@ -194,5 +194,5 @@ def _write_yaml(task: Task, name: str, settings: dict[str, Any]) -> None:
 
 
 def _text(value: Any) -> str:
-    """A text, or a list of texts, as Python writes it."""
+    """A string, or a list of strings, as a Python literal."""
     return json.dumps(value, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""A PEFT adapter folder of one rank and one alpha, for vLLM and whatever else reads only those two."""
+"""A PEFT adapter folder with one rank and one alpha, for vLLM and other programs that read only those."""
 
 from safetensors.torch import save_file
 
@@ -7,22 +7,22 @@ from aletheia.errors import AdapterError
 from aletheia.runs.exports.factors import read_factors
 from aletheia.runs.exports.written import Task, Written, copy_template, other_weights, shell
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # of --max-lora-rank: MaxLoRARanks in vllm/config/lora.py
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # values of --max-lora-rank: MaxLoRARanks in vllm/config/lora.py
 
 
 def write_vllm(task: Task) -> Written:
-    """Write the adapter padded to the next rank of ``RANKS``, each scale multiplied into its B.
+    """Write the adapter padded to the next rank of ``RANKS``, with each scale multiplied into its B.
 
     Raises:
-        AdapterError: it is no plain LoRA, its rank is above all of ``RANKS``, or it fits its quantized base alone.
+        AdapterError: it is not plain LoRA, its rank is above all of ``RANKS``, or it fits only its quantized base.
     """
     task.origin.check_fits_any_base()
     factors = read_factors(task.source, "vLLM", task.allow_pickle)
     rank = next((rank for rank in RANKS if rank >= factors.largest_rank), None)
     if rank is None:
         raise AdapterError(
-            f"{task.source} has rank {factors.largest_rank}; vLLM takes at most {RANKS[-1]}; "
-            "export it with `to` merged instead"
+            f"{task.source} has rank {factors.largest_rank}; expected at most {RANKS[-1]} for vLLM; "
+            "set `to` merged instead"
         )
     weights = {}
     for name, pair in factors.at(rank).items():
@@ -39,7 +39,9 @@ def write_vllm(task: Task) -> Written:
     options = ["--enable-lora", "--max-lora-rank", rank, "--lora-modules", f"tuned={task.out}"]
     if template := copy_template(task):
         options += ["--chat-template", template]
-    notes = ["ask for the model named tuned; vLLM loads adapters for some model families only, see its documentation"]
+    notes = [
+        "request the model named tuned; vLLM supports adapters only for some model families, see its documentation"
+    ]
     if task.origin.base.endswith(".gguf"):
-        notes.append("vLLM's support of GGUF files is experimental; a model folder as `base` is the safer way")
+        notes.append("vLLM's support for GGUF files is experimental; a model folder as `base` is safer")
     return Written(shell("vllm", "serve", task.origin.base, *options), (*notes, *other_weights(task.origin)))

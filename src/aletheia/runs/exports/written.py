@@ -1,4 +1,4 @@
-"""What an export is made of: what goes in, and what the person is told."""
+"""The input of an export's writer, and its result."""
 
 import shlex
 import shutil
@@ -13,7 +13,7 @@ _TOKENIZER = (TEMPLATE_FILE, "tokenizer*", "special_tokens_map.json", "added_tok
 
 @dataclass(frozen=True)
 class Task:
-    """One export. Files are written to ``folder``, which is moved to ``out`` when all are there."""
+    """One export. Files are written to ``folder``, which is moved to ``out`` when it is complete."""
 
     origin: Origin
     folder: Path
@@ -30,14 +30,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: the ``command`` that uses it, and a line for each thing to know."""
+    """The result of an export: the ``command`` that uses it, and notes for the user, one line each."""
 
     command: str
     notes: tuple[str, ...] = ()
 
 
 def copy_tokenizer(task: Task, folder: Path) -> None:
-    """Put what the adapter's folder holds of its tokenizer, chat template included, into a folder."""
+    """Copy the tokenizer files in the adapter's folder, chat template included, to ``folder``."""
     for pattern in _TOKENIZER:
         for file in task.source.glob(pattern):
             if file.is_file():
@@ -45,7 +45,7 @@ def copy_tokenizer(task: Task, folder: Path) -> None:
 
 
 def copy_template(task: Task) -> Path | None:
-    """Put the adapter's chat template into the export, where there is one; its place when the export is finished."""
+    """Copy the adapter's chat template into the export; returns its final path, or None if there is no template."""
     if not (task.source / TEMPLATE_FILE).is_file():
         return None
     shutil.copyfile(task.source / TEMPLATE_FILE, task.folder / TEMPLATE_FILE)
@@ -53,15 +53,15 @@ def copy_template(task: Task) -> Path | None:
 
 
 def shell(*words: object) -> str:
-    """A command line of these words; ``...`` stands for what the person fills in."""
+    """A command line of these words; ``...`` stands for what the user fills in."""
     return " ".join('"..."' if word == "..." else shlex.quote(str(word)) for word in words)
 
 
 def other_weights(origin: Origin) -> tuple[str, ...]:
-    """A note where the adapter learned on quantized weights, and may be put on others."""
+    """A note for an adapter that was trained on quantized weights and may be used with others."""
     if origin.quantization is None:
         return ()
     return (
-        f"the adapter was trained on {origin.quantization} weights; on others its answers differ slightly; `to` merged "
-        "keeps the quantized values",
+        f"the adapter was trained on {origin.quantization} weights, and on others its answers differ slightly; `to` "
+        "merged keeps the quantized values",
     )

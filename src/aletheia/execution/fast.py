@@ -1,4 +1,6 @@
-"""The step without needless copies: LoRA added by the matrix product, the loss in one buffer. Exact up to rounding.
+"""Training steps without needless copies: the matrix product adds LoRA, and the loss uses one buffer.
+
+Results are exact up to rounding.
 
 Shapes: N tokens, I inputs, O outputs, R rank, V vocabulary.
 """
@@ -32,17 +34,17 @@ def _lora_linear(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``x Wt + b + s (x At) Bt`` [N, O] for a frozen W, and the low-rank ``x At`` [N, R].
 
-    PEFT computes the low-rank output, its scaled copy and the sum, each [N, O], and as many gradients. Here the
-    low-rank products are added by the matrix product itself, and the scale is applied to [N, R]. A and B may be float32
-    beside a bfloat16 W: they are rounded for the products, as under autocast, and their gradients are float32 again.
+    PEFT computes the low-rank output, its scaled copy and the sum, each [N, O], and as many gradients. Here the matrix
+    product itself adds the low-rank products, and the scale is applied to [N, R]. A and B may be float32 with a
+    bfloat16 W. They are then rounded for the products, as under autocast, and their gradients are float32.
     """
     reduced_NR = x_NI @ a_RI.to(x_NI.dtype).T
     y_NO = nn.functional.linear(x_NI, weight_OI, bias_O)
     return y_NO.addmm_(reduced_NR, b_OR.to(x_NI.dtype).T, alpha=scale), reduced_NR
 
 
-# one operator, whose result selective recomputation can keep; elsewhere its dispatch would take as long as three small
-# kernels on a GPU
+# a single operator, so that selective recomputation can keep its result. It is not used elsewhere: on a GPU its
+# dispatch takes as long as three small kernels
 lora_linear = library.custom_op("aletheia::lora_linear", _lora_linear, mutates_args=())
 
 
@@ -74,7 +76,7 @@ def _lora_linear_backward(ctx: Any, grad_NO: torch.Tensor, _: object) -> tuple[t
     grad_a_RI = grad_b_OR = None
     if ctx.needs_input_grad[3]:
         grad_a_RI = (grad_reduced_NR.T @ x_NI).to(a_RI.dtype)
-    if ctx.needs_input_grad[4]:  # the quicker order
+    if ctx.needs_input_grad[4]:  # this order of factors is faster
         grad_b_OR = (reduced_NR.T @ grad_NO).to(b_OR.dtype).mul_(ctx.scale).T
     return grad_x_NI, None, None, grad_a_RI, grad_b_OR, None
 
@@ -83,7 +85,7 @@ lora_linear.register_autograd(_lora_linear_backward, setup_context=_keep)
 
 
 class _LoraLinear(torch.autograd.Function):
-    """The same without an operator's dispatch."""
+    """:func:`_lora_linear` without the dispatch of an operator."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
@@ -97,12 +99,12 @@ class _LoraLinear(torch.autograd.Function):
 
 
 @contextmanager
-def lean_adapters(model: nn.Module) -> Iterator[int]:
-    """Compute the adapters of ``model`` with fewer copies; yields how many modules that covers.
+def fast_adapters(model: nn.Module) -> Iterator[int]:
+    """Compute the adapters of ``model`` with fewer copies, within this context; yields how many modules it covers.
 
-    Covered are plain Linear modules with one adapter and without dropout, DoRA, hooks or a bias of its own, the adapter
-    in the dtype of the weight or in float32 beside bfloat16; the others keep PEFT's forward. The sums are the same up
-    to the order of rounding; beside bfloat16, up to bfloat16's rounding of the low-rank products, as under autocast.
+    It covers plain Linear modules that have one adapter without dropout, DoRA, hooks or bias. The adapter has the
+    dtype of the weight, or float32 with a bfloat16 weight. Other modules keep PEFT's forward. Results are the same up
+    to the order of rounding. With a bfloat16 weight, the low-rank products are rounded to bfloat16, as under autocast.
     """
     covered = [module for module in model.modules() if isinstance(module, LoraLinear) and _is_plain(module)]
     with replaced_forwards(covered, _forward):
@@ -113,8 +115,8 @@ def lean_adapters(model: nn.Module) -> Iterator[int]:
 def adapters_in_bfloat16(model: nn.Module) -> Iterator[None]:
     """Run adapted modules under autocast where activations are bfloat16, as Trainer's ``bf16=True`` does.
 
-    For what :func:`lean_adapters` does not cover (4-bit layers, Conv1D) in a loop without autocast: PEFT by itself
-    multiplies float32 adapters in float32. Adapters of experts stay as they are.
+    It is for modules that :func:`fast_adapters` does not cover (4-bit layers, Conv1D), in a loop without autocast:
+    there PEFT multiplies float32 adapters in float32. Adapters of experts stay as they are.
     """
     adapted = [module for module in model.modules() if isinstance(module, LoraLayer)]
     with replaced_forwards([module for module in adapted if not isinstance(module, ParamWrapper)], _in_bfloat16):
@@ -123,10 +125,10 @@ def adapters_in_bfloat16(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def replaced_forwards(modules: Sequence[nn.Module], forward: Forward) -> Iterator[None]:
-    """Put ``forward(module, its own forward, ...)`` in the place of each module's forward.
+    """Replace the forward of each module by ``forward(module, plain, ...)``, where ``plain`` is its own forward.
 
-    By a class of the same name: to a compiler all modules of a kind then run one function. A forward that somebody set
-    on a module itself, as accelerate's hooks do, is wrapped where it is.
+    Each module gets a class of the same name, so that a compiler sees one function for all modules of a kind. A forward
+    that is set on the module itself, as accelerate's hooks do, is wrapped in place.
     """
     own = [(module, type(module), module.__dict__.get("forward")) for module in modules]
     for module, kind, hooked in own:
@@ -154,16 +156,17 @@ def _with_forward(kind: type[nn.Module], forward: Forward) -> type[nn.Module]:
 
 
 def bfloat16_autocast(model: nn.Module) -> torch.autocast:
-    """What Trainer's ``bf16=True`` puts around the forward pass of a bfloat16 model; around others, nothing.
+    """The autocast of Trainer's ``bf16=True`` around a bfloat16 model's forward pass; disabled for other dtypes.
 
-    PEFT keeps adapters in float32 beside a bfloat16 base, and multiplies them so; under autocast it does not. This is
-    the quicker of the two plain ways.
+    PEFT keeps adapters in float32 on a bfloat16 base, and multiplies them in float32 unless autocast is on. With
+    autocast is the faster of these two plain ways.
     """
     dtype = next(model.parameters()).dtype
     return torch.autocast(next(model.parameters()).device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-ALSO_BESIDE = {torch.bfloat16: (torch.float32,)}  # a weight: PEFT's default for adapters of a bfloat16 model
+# adapter dtypes that are covered besides the dtype of the weight: float32 is PEFT's default for a bfloat16 model
+OTHER_ADAPTER_DTYPES = {torch.bfloat16: (torch.float32,)}
 
 
 def _is_plain(module: LoraLinear) -> bool:
@@ -178,13 +181,13 @@ def _is_plain(module: LoraLinear) -> bool:
         and a.bias is None
         and b.bias is None
         and a.weight.dtype == b.weight.dtype
-        and a.weight.dtype in (base.weight.dtype, *ALSO_BESIDE.get(base.weight.dtype, ()))
+        and a.weight.dtype in (base.weight.dtype, *OTHER_ADAPTER_DTYPES.get(base.weight.dtype, ()))
         and not any(part.requires_grad for part in base.parameters())
     )
 
 
 def _is_bare(linear: nn.Module) -> bool:
-    """Whether it is its weight and bias alone: nothing looks at its calls, or brings the weight for them."""
+    """Whether it is a plain Linear: no hook or replaced forward watches its calls or loads its weight for them."""
     watched = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
     return type(linear) is nn.Linear and not watched and "forward" not in linear.__dict__
 
@@ -194,7 +197,7 @@ _as_operators: list[None] = []
 
 @contextmanager
 def adapters_as_operators() -> Iterator[None]:
-    """Let every adapted module be one operator, whose result recomputation can keep."""
+    """Run every adapted module as one operator, so that recomputation can keep its result."""
     _as_operators.append(None)
     try:
         yield
@@ -212,7 +215,7 @@ def _forward(module: LoraLinear, plain: Forward, x: torch.Tensor, *args: Any, **
         return plain(x)
     a, b = module.lora_A[name].weight, module.lora_B[name].weight
     inputs: Any = x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, module.scaling[name]
-    if torch.compiler.is_compiling():  # which likes every product in sight
+    if torch.compiler.is_compiling():  # the compiler fuses better when it sees every product
         y_NO = _lora_linear(*inputs)[0]
     else:
         y_NO = lora_linear(*inputs)[0] if _as_operators else _LoraLinear.apply(*inputs)
@@ -224,12 +227,12 @@ def _in_bfloat16(_: nn.Module, plain: Forward, x: torch.Tensor, *args: Any, **kw
         return plain(x, *args, **kwargs)
 
 
-ROWS_AT_ONCE = {"cpu": 32}  # of the softmax: a few megabytes, which stay in the processor's cache
+ROWS_AT_ONCE = {"cpu": 32}  # rows of the softmax: a few megabytes, which fit in the processor's cache
 ROWS_ON_DEVICE = 4096
 
 
-class _LeanCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy that turns the logits into their own gradient, so both share one buffer [N, V]."""
+class _FastCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy that overwrites the logits with their gradient, so both share one buffer [N, V]."""
 
     @staticmethod
     def forward(ctx: Any, logits_NV: torch.Tensor, target_N: torch.Tensor, ignore_index: int) -> torch.Tensor:
@@ -261,13 +264,13 @@ class _LeanCrossEntropy(torch.autograd.Function):
         grad_NV, ctx.grad_NV = ctx.grad_NV, None
         if grad_NV is None:
             raise TrainingError(
-                "the loss of fast steps was differentiated twice, which its buffer does not outlast; expected one "
-                "backward pass; take aletheia.frozen_prefix alone for more"
+                "the loss of fast steps was differentiated twice, but its buffer serves one backward pass; expected "
+                "one; for more, use aletheia.frozen_prefix alone"
             )
         return grad_NV.mul_(grad), None, None
 
 
-def lean_causal_loss(
+def fast_causal_loss(
     logits: torch.Tensor,
     labels: torch.Tensor,
     vocab_size: int,
@@ -278,30 +281,43 @@ def lean_causal_loss(
 ) -> torch.Tensor:
     """transformers' ``ForCausalLMLoss`` in one buffer: position t predicts label t + 1.
 
-    float16 logits take the plain way: small probabilities would be lost in a buffer that is scaled only afterwards.
+    For float16 logits it calls ``ForCausalLMLoss``: small probabilities would underflow in a buffer that is scaled only
+    afterwards.
+
+    Args:
+        logits: logits of every position [..., V]; afterwards they hold their gradient.
+        labels: token ids [..., T], not shifted.
+        vocab_size: V.
+        num_items_in_batch: what to divide the summed loss by; None: the number of labels that count.
+        ignore_index: label of positions that do not count.
+        shift_labels: labels that are shifted already, in place of ``labels``.
+        kwargs: passed to ``ForCausalLMLoss``.
+
+    Returns:
+        The loss, a float32 scalar.
     """
     if logits.dtype == torch.float16:
         return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
     if shift_labels is None:
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target_N = shift_labels.reshape(-1).to(logits.device)
-    summed: torch.Tensor = _LeanCrossEntropy.apply(logits.view(-1, vocab_size), target_N, ignore_index)
+    summed: torch.Tensor = _FastCrossEntropy.apply(logits.view(-1, vocab_size), target_N, ignore_index)
     items = (target_N != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
     return summed / (items.to(summed.device) if torch.is_tensor(items) else items)
 
 
 @contextmanager
-def lean_loss(model: nn.Module) -> Iterator[bool]:
-    """Compute the causal loss of ``model`` in the buffer of its logits, which hold their gradient afterwards.
+def fast_loss(model: nn.Module) -> Iterator[bool]:
+    """Compute the causal loss of ``model`` in the buffer of its logits, which then hold their gradient.
 
-    Yields whether it applies: models with a loss of their own keep it. The sums are the same up to the order of
+    Yields whether it applies: models with a different loss keep theirs. Results are the same up to the order of
     rounding.
     """
     base = base_of(model)
     plain = getattr(base, "loss_function", None)
     applies = plain is ForCausalLMLoss and not hasattr(base, "_loss_function")
     if applies:
-        base.loss_function = lean_causal_loss
+        base.loss_function = fast_causal_loss
     try:
         yield applies
     finally:
