@@ -172,7 +172,7 @@ def test_an_explicit_checkpoint_is_verified_and_trainer_alone_would_not(copy):
 def test_another_run_is_refused_with_both_values(copy):
     trainer = make_trainer(copy)
     trustworthy_checkpoints(trainer, ABOUT | {"learning_rate": 0.02})
-    with pytest.raises(TrainingError, match=r"`learning_rate` 0\.01, this one has 0\.02; expected"):
+    with pytest.raises(TrainingError, match=r"`learning_rate` 0\.01, but this one has 0\.02; expected"):
         trainer.train(resume_from_checkpoint=True)
 
 
@@ -183,9 +183,9 @@ def test_the_first_difference_is_named_and_hashes_are_short():
         TrainingError, match=r"^run holds .* `data` rows\.jsonl aaaaaaaaaaaa, .* rows\.jsonl bbbbbbbbbbbb;"
     ):
         check_same_run({"data": f"rows.jsonl {one}", "x": 1}, {"data": f"rows.jsonl {other}", "x": 2}, "run")
-    with pytest.raises(TrainingError, match="`seed` absent, this one has 0"):
+    with pytest.raises(TrainingError, match="`seed` absent, but this one has 0"):
         check_same_run({}, {"seed": 0})
-    with pytest.raises(TrainingError, match="`seed` 0, this one has absent"):
+    with pytest.raises(TrainingError, match="`seed` 0, but this one has absent"):
         check_same_run({"seed": 0}, {})
 
 

@@ -84,9 +84,9 @@ def test_an_interrupted_job_goes_on_only_with_its_own_settings(job, tmp_path, mo
             job(tmp_path / "run", plan, training)
     assert not (tmp_path / "run" / "metrics.json").exists()
     for other, told in (
-        ((plan, training | {"learning_rate": 0.02}), r"`learning_rate` 0\.01, this one has 0\.02"),
-        ((plan, training | {"adam_beta2": 0.9}), r"`adam_beta2` 0\.99, this one has 0\.9"),
-        ((plan | {"rank": 8}, training), "`rank` 4, this one has 8"),
+        ((plan, training | {"learning_rate": 0.02}), r"`learning_rate` 0\.01, but this one has 0\.02"),
+        ((plan, training | {"adam_beta2": 0.9}), r"`adam_beta2` 0\.99, but this one has 0\.9"),
+        ((plan | {"rank": 8}, training), "`rank` 4, but this one has 8"),
     ):
         with pytest.raises(TrainingError, match=rf"holds an interrupted run with {told}; .*`resume` never"):
             job(tmp_path / "run", *other)
