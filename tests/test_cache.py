@@ -476,6 +476,6 @@ def test_a_run_of_one_epoch_shares_its_cache_on_disk(examples, scores, tmp_path,
 def test_a_cache_leaves_the_disk_room(tmp_path, rows, monkeypatch):
     cache = disk(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**9))
-    with pytest.raises(CacheError, match="1 GB stays unused"):
+    with pytest.raises(CacheError, match="1 GB must stay free"):
         filled(cache, adapted(), rows)
     assert not list(cache.folder.glob("*.bin"))
