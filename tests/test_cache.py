@@ -221,7 +221,7 @@ def test_two_writers_may_share_a_cache(tmp_path, rows):
 
 def test_a_full_disk_is_not_begun_to_be_filled(tmp_path, rows, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10_000))
-    with pytest.raises(CacheError, match=r"needs 5.00 GB in .*there, 0.00 GB are free.*choose another `cache_dir`"):
+    with pytest.raises(CacheError, match=r"needs 5.00 GB in .*there, but 0.00 GB are free.*choose another `cache_dir`"):
         check_space(tmp_path / "not" / "there", 5 * 10**9)
     assert not choose._disk_pays(tmp_path, token_bytes=128, forward_seconds=1e9)
     assert not list(tmp_path.iterdir())
@@ -476,6 +476,6 @@ def test_a_run_of_one_epoch_shares_its_cache_on_disk(examples, scores, tmp_path,
 def test_a_cache_leaves_the_disk_room(tmp_path, rows, monkeypatch):
     cache = disk(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**9))
-    with pytest.raises(CacheError, match="1 GB stays unused"):
+    with pytest.raises(CacheError, match="1 GB must stay free"):
         filled(cache, adapted(), rows)
     assert not list(cache.folder.glob("*.bin"))

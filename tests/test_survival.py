@@ -283,7 +283,7 @@ def test_a_full_disk_names_the_bytes_and_the_run_goes_on_later(place, model_fold
     done = command(place, model_folder, "full", patch=FULL)
     assert done.returncode == 2
     line = done.stderr.strip().splitlines()[-1]
-    assert re.search(r"a checkpoint needs about [\d,]+ bytes, 10,000 bytes are free", line), done.stderr
+    assert re.search(r"a checkpoint needs about [\d,]+ bytes, but 10,000 bytes are free", line), done.stderr
     saved = steps_saved(place, "full")
     assert saved >= 3
     done = command(place, model_folder, "full")

@@ -330,8 +330,8 @@ def check_space(folder: Path, needed_bytes: int) -> None:
     free = free_bytes(folder)
     if needed_bytes + KEPT_FREE_BYTES > free:
         raise CacheError(
-            f"the prefix cache needs {needed_bytes / 1e9:.2f} GB in {folder}, but {free / 1e9:.2f} GB are free, of "
-            "which 1 GB stays unused; choose another `cache_dir`, use fewer rows, or set `cache` off"
+            f"the prefix cache needs {needed_bytes / 1e9:.2f} GB in {folder}, but {free / 1e9:.2f} GB are free and "
+            "1 GB must stay free; choose another `cache_dir`, use fewer rows, or set `cache` off"
         )
 
 
