@@ -156,9 +156,9 @@ def test_a_speedup_counts_the_early_steps(scores):
 
 
 def test_what_cannot_be_is_refused(plan, examples, tmp_path):
-    with pytest.raises(TrainingError, match="layers 0-1 at first, and a streamed model"):
+    with pytest.raises(TrainingError, match="layers 0-1 at first, but they are not in memory"):
         trained(plan, examples, tmp_path / "run", Prepared(prefix=object()))
-    with pytest.raises(TrainingError, match="layers 0-1 at first, which are not in memory"):
+    with pytest.raises(TrainingError, match="layers 0-1 at first, but they are not in memory"):
         trained(plan, examples, tmp_path / "run", free_prefix=True)
     text = plan.to_json().replace('"early_layers": [\n  0,\n  1\n ]', '"early_layers": [0]')
     text = "".join(line for line in text.splitlines(keepends=True) if '"sha256"' not in line)  # as edited by hand
