@@ -107,7 +107,7 @@ def test_the_card_of_a_merged_start_has_code_that_loads_it(foreign, model_folder
     data = {"data": str(data_file), "max_length": 64}
     model = {"model": str(foreign), "dtype": "float32", "fresh": True}
     run = aletheia.fine_tune(model, data, tmp_path / "run", {"policy": "last", "rank": 2}, TRAINING, say=said.append)
-    notes = [line for line in said if f"fits {model_folder} with {foreign} merged into it" in line]
+    notes = [line for line in said if f"needs {model_folder} with {foreign} merged into it" in line]
     assert len(notes) == 1
     code = (run.path / "README.md").read_text().split("```python\n")[1].split("```")[0]
     names = {}

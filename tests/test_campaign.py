@@ -695,7 +695,7 @@ def test_pages_open_in_a_browser_without_overflow_errors_or_requests(tmp_path, s
         assert opened.errors == []
 
 
-@pytest.mark.parametrize("match", ["steps", "compute"])
+@pytest.mark.parametrize("match", [pytest.param("steps", marks=pytest.mark.slow), "compute"])
 def test_a_behaviour_campaign_on_a_tiny_model(tmp_path, data_file, match):
     arms = ["uniform", {"name": "depth-aware", "freeze_after": 0}, {"name": "last", "execution": "fast"}]
     changes = {"arms": arms, "tasks": {}, "comparisons": [["depth-aware", "last"]], "match": match, "steps": 6}

@@ -379,7 +379,7 @@ def test_bad_data_is_named(benchmark_data, tmp_path):
         local_splits("mmlu", tmp_path)
     write_rows(tmp_path / "gsm8k/test.jsonl", [{"question": "?"}])
     write_rows(tmp_path / "gsm8k/train.jsonl", [{"question": "?", "answer": "1"}])
-    with pytest.raises(DataError, match=r"test.jsonl:1: found the columns 'question'; expected 'answer' too"):
+    with pytest.raises(DataError, match=r"test.jsonl:1: found the columns 'question'; expected 'answer', too"):
         local_splits("gsm8k", tmp_path)
 
 

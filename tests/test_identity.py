@@ -112,7 +112,7 @@ def test_a_run_does_not_go_on_with_another_tokenizer(job, folder_with, tmp_path,
 
 
 def test_an_adapter_is_evaluated_with_its_tokenizer(job, model_folder, data_file, tmp_path):
-    """The chat template counts where the evaluation renders messages: on held-out rows, or with ``chat``."""
+    """Another vocabulary is refused; the chat template is that of the run folder."""
     run = job(str(model_folder), out=tmp_path / "run", training=TRAINING)
     adapter, shown = run.path, str(run.metrics.tokenizer)
     held_out = eval_settings(None, adapter, model="tiny", tasks=["heldout"], eval_data=str(data_file), limit=2)
@@ -120,15 +120,14 @@ def test_an_adapter_is_evaluated_with_its_tokenizer(job, model_folder, data_file
     for tokenizer, settings, told in (
         (other_vocabulary(), plain, VOCABULARIES),
         (other_vocabulary(), held_out, VOCABULARIES),
-        (make_tokenizer(OTHER_TEMPLATE), held_out, TEMPLATES),
-        (make_tokenizer(OTHER_TEMPLATE), plain.model_copy(update={"chat": True}), TEMPLATES),
     ):
         with pytest.raises(AdapterError, match=told) as caught:
             with_adapter(Loaded(make_model(), tokenizer, None), adapter, settings)
         assert shown in str(caught.value)
         assert "\n" not in str(caught.value)
-    for tokenizer, settings in ((make_tokenizer(), held_out), (make_tokenizer(OTHER_TEMPLATE), plain)):
+    for tokenizer, settings in ((make_tokenizer(), held_out), (make_tokenizer(OTHER_TEMPLATE), held_out)):
         with_adapter(Loaded(make_model(), tokenizer, None), adapter, settings)
+        assert tokenizer.chat_template == make_tokenizer().chat_template  # the run folder holds it
 
 
 def test_evaluations_with_different_tokenizers_are_not_compared(data_file, tmp_path):

@@ -294,7 +294,7 @@ def test_a_wrong_value_of_the_file_is_named_with_its_section():
     for settings, text, given, words in (
         (TrainSettings, "training: {steps: 0}", {}, "`training.steps` is 0"),
         (TrainSettings, "training: {steps: 5}", {"training": {"steps": 0}}, "`steps` is 0"),
-        (TrainSettings, "training: {fp16: true}", {}, "`training.fp16` is given"),
+        (TrainSettings, "training: {fp16: true}", {}, "`training.fp16` cannot be set"),
         (LoadSettings, "model: {dtype: int3}", {"model": {"model": "m"}}, "`model.dtype` is 'int3'"),
     ):
         with pytest.raises(SettingsError) as caught:

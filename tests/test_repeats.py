@@ -94,7 +94,7 @@ def test_a_run_says_what_is_duplicated_and_shared_once(model_folder, data_file, 
     data = {"data": str(train), "eval_data": str(held_out)}
     plan = {"policy": "last", "rank": 4, "freeze_after": 0}
     aletheia.fine_tune(str(model_folder), data, tmp_path / "run", plan, {"steps": 1, "cache": "off"}, say=said.append)
-    notes = [line for line in said if "duplicates" in line or "held-out rows" in line]
+    notes = [line for line in said if line.startswith("note: ") and ("duplicates" in line or "held-out rows" in line)]
     assert notes == [
         f"note: 3 of 15 rows are duplicates of an earlier one ({train})",
         "note: 2 of the 3 held-out rows are also among the training rows",

@@ -81,7 +81,7 @@ def test_layers_that_do_not_fit_do_not_learn_and_the_figures_are_told(
     )
     assert not run.plan.early_layers
     told = next(line for line in lines if "do not learn" in line)
-    assert f"do not learn{unlike}: every layer is predicted to take 1.2 GB, more than 0.0 GB" in told
+    assert f"do not learn{unlike}: training every layer is predicted to take 1.2 GB, more than 0.0 GB" in told
 
 
 @pytest.mark.parametrize("limit", [{}, {"max_memory": "8GB"}])

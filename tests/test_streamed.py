@@ -434,7 +434,7 @@ def test_a_fill_that_cannot_be_exact_is_refused(saved, examples, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
     checkpoint = Checkpoint(str(folder), "float32")
     cache = streamed_cache(checkpoint, 2, tmp_path / "cache")
-    with pytest.raises(CacheError, match="draws at random"):
+    with pytest.raises(CacheError, match="is random"):
         fill_streamed(checkpoint, 2, examples.examples[:4], cache, 2, PAD, show_progress=False)
     with pytest.raises(CacheError, match="layer 0 is adapted"):
         streamed_cache(checkpoint, 0, tmp_path / "cache")

@@ -138,7 +138,7 @@ def killed(folder, model_folder, seeds, in_save):
     return out
 
 
-@pytest.mark.parametrize("in_save", [False, True])
+@pytest.mark.parametrize("in_save", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_killed_and_called_again_ends_the_same(place, model_folder, in_save):
     ends_the_same(place, killed(place, model_folder, [1], in_save))
 
@@ -182,7 +182,7 @@ def stops_and_goes_on(place, model_folder, signum, seed):
     ends_the_same(place, out)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_says_how_to_go_on(place, model_folder, signum):
     stops_and_goes_on(place, model_folder, signum, 0)
 

@@ -38,6 +38,12 @@ def demo(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune a small model twice, with a plan for speed and with uniform LoRA, and compare the two."""
+    from aletheia.files import check_writable
+    from aletheia.runs.folder import check_out
+
+    check_writable(out)  # before torch is loaded, which takes a while
+    for arm in ("uniform", "plan"):
+        check_out(out / arm, overwrite)
     say("start  loading torch and transformers takes some seconds")
     from aletheia.job.demo import demo as run_demo
     from aletheia.reporting.terminal import comparison_table

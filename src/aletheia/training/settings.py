@@ -194,8 +194,8 @@ class TrainSettings(Settings):
     )
     averaging: Averaging = option(
         "auto",
-        "Evaluate and keep the average of the weights over the steps. auto: on in runs of more than one pass over the "
-        "data, unless layers are sharded.",
+        "Evaluate and keep the average of the weights over the steps: on, off, or auto, which is on in runs of more "
+        "than one pass over the data, unless layers are sharded.",
         SAVING,
     )
     rescale: bool = option(
