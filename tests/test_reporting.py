@@ -365,6 +365,7 @@ def test_provenance_counts_training_and_held_out_rows(tmp_path):
         ([[1.43, 0.9, 0.8]], [1.3], False, False),
         ([[1.43, 0.5, 0.1]], [], True, False),
         ([[5.6, 5.13, 5.12, 5.10], [5.6, 5.12, 5.11, 5.09]], [], False, True),  # else they differ by a pixel
+        ([[5.6, 5.13, 5.12, 5.10], [5.6, 5.12, 5.11, 5.09]], [5.07], False, True),  # a line across below all
         ([[5.6, 5.12], [5.6, 5.09]], [], False, False),  # two steep lines say nothing
         ([[1.4, 1.2, 0.6], [1.4, 1.1, 0.7]], [], False, False),
     ],

@@ -40,19 +40,19 @@ class LossWindow:
         return "axis cut at the bottom" if self.cut_bottom else ""
 
 
-def loss_window(held_out: Sequence[Sequence[float]], train: Sequence[float] = ()) -> LossWindow:
-    """The range to show for held-out curves and training losses.
+def loss_window(held_out: Sequence[Sequence[float]], others: Sequence[float] = ()) -> LossWindow:
+    """The range to show for held-out curves and for ``others``: training losses, or a line across.
 
     Several curves share their first loss. If it is far above all later ones, it is left out, so that the curves can be
     distinguished.
     """
     later = [loss for curve in held_out for loss in curve[1:]] or [loss for curve in held_out for loss in curve]
-    every = [*train, *(loss for curve in held_out for loss in curve)]
+    every = [*others, *(loss for curve in held_out for loss in curve)]
     low, high = min(every), max(every)
     spread = max(later) - min(later)
     cut_top = len(held_out) > 1 and max(map(len, held_out)) > MANY and high - max(later) > 1.5 * spread > 0
     if cut_top:
-        low, high = min(later), max(later) + 0.35 * spread
+        low, high = min(*later, *others), max(later) + 0.35 * spread
     margin = 0.08 * ((high - low) or high)
     return LossWindow(0.0 if low < 0.3 * high else low - margin, high if cut_top else high + margin, cut_top)
 
@@ -66,7 +66,9 @@ def loss_figure(
     """
     held_out = [[point.loss for point in held_out_points(run.metrics)] for run in runs]
     train = smoothed(runs[0].metrics.train_curve) if len(runs) == 1 and not by_seconds else []
-    window = loss_window(held_out, [loss for _, loss in train])
+    has_goal = by_seconds and len(runs) > 1 and not differences(runs, SAME_LOSS)
+    goal = runs[0].metrics.held_out_loss_after
+    window = loss_window(held_out, [goal] if has_goal else [loss for _, loss in train])
     unit, size = (1.0, "s") if not by_seconds or _longest(runs) < 600 else (60.0, "min")
     end = _longest(runs) / unit if by_seconds else max(run.metrics.steps for run in runs)
     title = f"Loss by {f'training time ({size})' if by_seconds else 'optimizer step'}"
@@ -90,9 +92,8 @@ def loss_figure(
             drawing.unclipped()
             _marks(drawing, run, points, index, y.end)
             drawing.closed()
-        if by_seconds and len(runs) > 1 and not differences(runs, SAME_LOSS):
-            goal = y(runs[0].metrics.held_out_loss_after)
-            drawing.curve([(x.start, goal), (x.end, goal)], "goal", "2 4")
+        if has_goal:
+            drawing.curve([(x.start, y(goal)), (x.end, y(goal))], "goal", "2 4")
         return drawing
 
     return figure(identifier, title, f"{words}. {window.words}".strip(), draw, wide)

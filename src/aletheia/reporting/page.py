@@ -27,7 +27,15 @@ from aletheia.reporting.comparison import (
     repeat_command,
     run_labels,
 )
-from aletheia.reporting.format import NOTHING, alpha_summary, human_percent, human_ratio, human_seconds, rank_summary
+from aletheia.reporting.format import (
+    NOTHING,
+    alpha_summary,
+    human_percent,
+    human_ratio,
+    human_seconds,
+    model_name,
+    rank_summary,
+)
 from aletheia.reporting.summary import against, alone, cards, chosen_words, warning
 from aletheia.reporting.svg import DESK, HALF, line_key, run_class
 from aletheia.reporting.times import learning_layers, time_table
@@ -86,6 +94,7 @@ def page_environment() -> Environment:
         finalize=lambda value: printable(value) if type(value) is str else value,
     )
     environment.filters["lines"] = _lines
+    environment.filters["model_name"] = lambda name: printable(model_name(name))
     environment.filters["seconds"] = lambda seconds: NOTHING if seconds is None else human_seconds(seconds)
     return environment
 
