@@ -503,6 +503,7 @@ def test_the_csv_has_a_line_per_row():
     )
 
 
+@pytest.mark.slow
 def test_a_speed_campaign_on_tiny_models(tmp_path, data_file):
     models = [SPEC["models"][0], {"name": "neox", "config": {**LLAMA, "model_type": "gpt_neox"}}]
     spec = campaign(models=models, seeds=[0], arms=["uniform", "paper-asym", "depth-aware", "random", "last"])

@@ -372,6 +372,7 @@ for limit in (100, 1_000, 5_000, 9_000, 14_600):
 """
 
 
+@pytest.mark.slow
 def test_a_real_short_write(tmp_path):
     """The operating system refuses files above a limit: Python, torch and safetensors each fail in their own way."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(PROGRAM.parent), *sys.path])}
