@@ -173,10 +173,15 @@ def check_writable(folder: Path) -> None:
 
 def free_bytes(folder: Path) -> int:
     """Free bytes on the disk where ``folder`` is, or would be created."""
+    return shutil.disk_usage(nearest_existing(folder)).free
+
+
+def nearest_existing(folder: Path) -> Path:
+    """``folder``, or the lowest folder above it that exists."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return folder
 
 
 def sealed_json(content: Mapping[str, Any], head: Mapping[str, Any] | None = None) -> str:

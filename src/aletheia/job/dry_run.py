@@ -18,7 +18,7 @@ from aletheia.anatomy.settings import LoadSettings
 from aletheia.data.preview import shown_row
 from aletheia.data.settings import DataSettings
 from aletheia.errors import ArtifactError, ModelError
-from aletheia.files import free_bytes
+from aletheia.files import free_bytes, nearest_existing
 from aletheia.job.fine_tune import Job
 from aletheia.job.ready import Ready
 from aletheia.job.room import bytes_by, room_for
@@ -116,9 +116,7 @@ def _tokenizer_files(tokenizer: Any) -> list[str]:
 
 def _check_rights(out: Path) -> None:
     """Raise ArtifactError for a folder that cannot be written, without writing to it."""
-    place = out.absolute()
-    while not place.exists():
-        place = place.parent
+    place = nearest_existing(out)
     if not os.access(place, os.W_OK):
         raise ArtifactError(f"cannot write to {place}: permission denied; choose another `out`")
 

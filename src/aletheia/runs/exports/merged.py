@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
-import psutil
 from transformers import PreTrainedModel
 
+from aletheia.anatomy.device_memory import free_memory_bytes
 from aletheia.anatomy.fingerprint import identify
 from aletheia.anatomy.load import DTYPES, Loaded, inspect, load, load_config, quantization_of
 from aletheia.data.sources import one_line
@@ -55,7 +55,7 @@ def _dtype(task: Task) -> str:
 
 def _check_memory(task: Task, value_bytes: int) -> None:
     needed = int(inspect(task.origin.base, task.trust_remote_code).parameters * value_bytes * SPARE)
-    available = psutil.virtual_memory().available
+    available = free_memory_bytes()
     if needed > available:
         raise ModelError(
             f"merging into {task.origin.base} takes {needed / 1e9:.1f} GB of memory, but {available / 1e9:.1f} GB are "

@@ -6,7 +6,7 @@ from pathlib import Path
 from aletheia.anatomy.foreign import ADAPTER_CONFIG, read_settings
 from aletheia.anatomy.schema import DataIdentity
 from aletheia.errors import AdapterError, ArtifactError, ModelError
-from aletheia.files import artifact_format
+from aletheia.files import artifact_format, whole_path
 from aletheia.planning.plan import Plan
 from aletheia.runs.schema import METRICS_FILE, PLAN_FILE, Run, UsedSettings
 
@@ -34,7 +34,7 @@ class Origin:
         """
         if path.is_file() and artifact_format(path) == Plan.FORMAT:
             alone = Plan.read(path)
-            return cls(path, _absolute(base or alone.model.name), plan=alone)
+            return cls(path, whole_path(base or alone.model.name), plan=alone)
         if not (path / ADAPTER_CONFIG).is_file():
             found = "is not a plan" if path.is_file() else "holds no adapter" if path.is_dir() else "does not exist"
             raise AdapterError(f"{path} {found}; expected a run folder, a PEFT adapter folder or a plan file")
@@ -43,7 +43,7 @@ class Origin:
         if not isinstance(named, str) or not named:
             raise AdapterError(f"{path / ADAPTER_CONFIG} names no base model; expected one; set `base` to it")
         plan = Plan.read(path / PLAN_FILE) if (path / PLAN_FILE).is_file() else None
-        return cls(path, _absolute(named), run, plan)
+        return cls(path, whole_path(named), run, plan)
 
     @property
     def is_plan(self) -> bool:
@@ -99,8 +99,3 @@ class Origin:
         """
         if self.is_plan:
             raise ArtifactError(f"{self.path} is a plan, which has no weights; expected a run folder for `to` {to}")
-
-
-def _absolute(base: str) -> str:
-    path = Path(base)
-    return str(path.absolute()) if path.exists() else base
