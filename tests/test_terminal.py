@@ -12,7 +12,7 @@ import aletheia
 from aletheia.job.source import FEW_HELD_OUT_ROWS, few_held_out
 from aletheia.prefix.cache import MemoryCache
 from aletheia.progress import EVERY_SECONDS, Progress, Stderr, human_duration, say_nothing
-from aletheia.training.outlook import Outlook, outlook
+from aletheia.training.forecast import Outlook, outlook
 
 
 class Clock:

@@ -23,8 +23,8 @@ def adapter_facts(folder: AdapterFolder) -> dict[str, str]:
         "Besides LoRA": ", ".join(folder.beside) or NOTHING,
         "Parameters": human_count(folder.parameters),
         "Steps": _steps(folder),
-        "Training loss": _ends(folder.train_curve),
-        "Held-out loss": _ends(folder.held_out_curve),
+        "Training loss": curve_ends(folder.train_curve),
+        "Held-out loss": curve_ends(folder.held_out_curve),
         "PEFT": folder.made_with or NOTHING,
     }
 
@@ -39,7 +39,7 @@ def _steps(folder: AdapterFolder) -> str:
     return NOTHING if last is None else f"{last:,}"
 
 
-def _ends(curve: Sequence[tuple[int, float]]) -> str:
+def curve_ends(curve: Sequence[tuple[int, float]]) -> str:
     """First and last loss of a curve, in words."""
     if not curve:
         return NOTHING

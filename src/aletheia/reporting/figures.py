@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from aletheia.planning.plan import Adapter, Plan, layer_ranges
+from aletheia.reporting.adapter_facts import curve_ends
 from aletheia.reporting.comparison import SAME_LOSS, differences, held_out_points
 from aletheia.reporting.format import human_loss, human_seconds, rank_summary, shorten
 from aletheia.reporting.svg import DESK, PHONE, Axis, Drawing, Point, figure, run_class, run_dash, tick_texts, ticks
@@ -344,8 +345,7 @@ def adapter_losses_figure(folders: Sequence[AdapterFolder], labels: Sequence[str
 def _adapter_words(label: str, folder: AdapterFolder) -> str:
     for kind, curve in (("held-out", folder.held_out_curve), ("training", folder.train_curve)):
         if curve:
-            (first, before), (last, after) = curve[0], curve[-1]
-            return f"{label}: {kind} loss {human_loss(before)} (step {first}) to {human_loss(after)} (step {last})"
+            return f"{label}: {kind} loss {curve_ends(curve)}"
     return f"{label}: no losses"
 
 

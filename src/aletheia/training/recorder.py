@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from aletheia.execution.later import Later
 from aletheia.progress import Progress, Say, say_as_asked, say_nothing
 from aletheia.runs.schema import HeldOutPoint, RateRace, TrainPoint
-from aletheia.training.outlook import Outlook
+from aletheia.training.forecast import Outlook
 
 RECENT = 20  # steps from whose time the time left is predicted
 

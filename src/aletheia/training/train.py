@@ -33,6 +33,7 @@ from aletheia.runs.manifest import TrainingCheckpoint, newest_checkpoint
 from aletheia.runs.schema import Run, StartingAdapter
 from aletheia.training.attach import Attachment, AttachSettings, prefix_computed_as
 from aletheia.training.checkpoints import trustworthy_checkpoints
+from aletheia.training.forecast import outlook
 from aletheia.training.interrupts import Interrupts, SaveInTime, interrupts
 from aletheia.training.learning_rate import default_learning_rate, warm_up_steps
 from aletheia.training.loop import (
@@ -47,7 +48,6 @@ from aletheia.training.loop import (
 )
 from aletheia.training.measured import metrics_of
 from aletheia.training.outcome import digest_of_b, whole_adapter
-from aletheia.training.outlook import outlook
 from aletheia.training.packing import packs
 from aletheia.training.processes import Launch
 from aletheia.training.race import FACTORS, race_rates, race_steps, summary
