@@ -1,0 +1,273 @@
+"""Layers as recorded graphs learn what the layers learn; calls that are not like the recorded one run as ever."""
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from tape import TapeRecorder
+from test_packed import row
+from test_prefix import adapted, difference, gradients
+
+from aletheia.anatomy.read import find_layers
+from aletheia.data.batches import collate, collate_packed
+from aletheia.errors import TrainingError
+from aletheia.execution import packed
+from aletheia.execution.backend import entered, step_ways
+from aletheia.execution.cuda.graphs import graphed_layers
+from aletheia.prefix.boundary import frozen_prefix
+from aletheia.prefix.stored import PREFIX, prefix_output, stored_prefix
+
+LENGTHS = ([20, 14, 30], [31, 12, 21], [17, 28, 19], [22, 22, 20])  # as many tokens each, and the longest below 32
+BATCHES = [[row(length, 10 * at + length) for length in lengths] for at, lengths in enumerate(LENGTHS)]
+SHAPE = (1, 64)
+
+
+@pytest.fixture(autouse=True)
+def one_kernel(monkeypatch):
+    """Attention by rows as operations that do not depend on the lengths, as on a GPU."""
+
+    def attend(plain, module, query_1HND, key_1KND, value_1KND, bounds_S1, **kwargs):
+        row_of_N = torch.searchsorted(bounds_S1, torch.arange(query_1HND.shape[2]), right=True)
+        seen_NN = (row_of_N[:, None] == row_of_N) & torch.ones(len(row_of_N), len(row_of_N), dtype=torch.bool).tril()
+        if (window := kwargs.get("sliding_window")) is not None:
+            seen_NN = seen_NN.triu(1 - window)
+        attend = torch.nn.functional.scaled_dot_product_attention
+        output = attend(query_1HND, key_1KND, value_1KND, seen_NN, scale=kwargs.get("scaling"), enable_gqa=True)
+        return output.transpose(1, 2)
+
+    monkeypatch.setattr(packed, "_one_by_one", attend)
+
+
+@pytest.fixture
+def said():
+    return []
+
+
+@pytest.fixture
+def graphed(said):
+    return lambda model, shape=SHAPE, recorder=TapeRecorder: graphed_layers(model, shape, said.append, recorder)
+
+
+def own_calls(model, monkeypatch):
+    """How often each layer's own attention runs."""
+    counts = [0] * len(find_layers(model)[1])
+    for index, layer in enumerate(find_layers(model)[1]):
+        attention = next(module for name, module in layer.named_children() if "attn" in name)
+        forward = type(attention).forward
+
+        def counted(self, *args, index=index, forward=forward, **kwargs):
+            counts[index] += 1
+            return forward(self, *args, **kwargs)
+
+        attention.__class__ = type(type(attention).__name__, (type(attention),), {"forward": counted})
+    return counts
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "phi3"])
+def test_steps_with_an_optimizer_are_the_same(family, graphed, said, monkeypatch):
+    runs = []
+    for uses in (False, True):
+        model = adapted(family)
+        calls = own_calls(model, monkeypatch)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        steps = []
+        with frozen_prefix(model), entered(model, step_ways(model, packed=True)):
+            for rows in 2 * BATCHES if not uses else ():
+                steps.append(gradients(model, collate_packed(rows)))
+                optimizer.step()
+            if uses:
+                with graphed(model):
+                    for rows in 2 * BATCHES:
+                        steps.append(gradients(model, collate_packed(rows)))
+                        optimizer.step()
+        runs.append(steps)
+    assert calls == [3] * 4  # seen, compared, recorded; then never again
+    assert [line.split(" in ")[0] for line in said] == [
+        "graphs  2 frozen layers recorded for 64 tokens",
+        "graphs  2 layers that learn recorded for 64 tokens",
+    ]
+    for plain, ours in zip(*runs, strict=True):
+        assert difference(ours, plain) < 1e-4
+
+
+def test_from_stored_states(graphed, said):
+    model = adapted()
+    with entered(model, step_ways(model, packed=True)):
+        batches = [collate_packed(rows) for rows in BATCHES]
+        with frozen_prefix(model):
+            expected = [gradients(model, batch) for batch in batches]
+            for batch in batches:
+                batch[PREFIX] = prefix_output(model, 2, batch)
+        with stored_prefix(model, 2), frozen_prefix(model), graphed(model):
+            found = [gradients(model, batch) for batch in 2 * batches]
+    assert [line for line in said if "frozen" in line] == []
+    assert "2 layers that learn recorded" in said[0]
+    for ours, plain in zip(found, 2 * expected, strict=True):
+        assert difference(ours, plain) < 1e-5
+
+
+def test_padded_batches_of_one_shape(graphed, said):
+    model = adapted(boundary=0)
+    batches = [collate([row(length, length) for length in (24, 9, 15 + at)], 0) for at in range(4)]
+    expected = [gradients(model, batch) for batch in batches]
+    with graphed(model, (3, 24)):
+        for batch, plain in zip(2 * batches, 2 * expected, strict=True):
+            assert difference(gradients(model, batch), plain) < 1e-5
+    assert "4 layers that learn recorded" in said[0]
+
+
+@pytest.fixture
+def recorded(graphed, said):
+    """A model whose layers are recorded, and its batches."""
+    model = adapted()
+    batches = [collate_packed(rows) for rows in BATCHES]
+    with frozen_prefix(model), entered(model, step_ways(model, packed=True)), graphed(model):
+        for batch in batches[:2]:
+            gradients(model, batch)
+        assert len(said) == 2
+        yield model, batches
+
+
+def plain_gradients(model, *batches):
+    """The sum over batches of gradients without graphs, from the layers' own forwards."""
+    own = {layer: layer.__dict__.pop("forward") for layer in find_layers(model)[1]}
+    try:
+        model.zero_grad()
+        losses = []
+        for batch in batches:
+            loss = model(**batch, use_cache=False).loss
+            loss.backward()
+            losses.append(loss.item())
+        grads = [parameter.grad.flatten().clone() for parameter in model.parameters() if parameter.requires_grad]
+        model.zero_grad()
+        return sum(losses), torch.cat(grads)
+    finally:
+        for layer, forward in own.items():
+            layer.forward = forward
+
+
+def grads_of(model):
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.requires_grad])
+
+
+def test_gradients_add_up_over_batches(recorded):
+    model, batches = recorded
+    wanted = plain_gradients(model, *batches[:3])
+    losses = 0.0
+    for batch in batches[:3]:
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+        losses += loss.item()
+    assert difference((losses, grads_of(model)), wanted) < 1e-5
+
+
+def test_two_forwards_before_a_backward(recorded):
+    model, batches = recorded
+    wanted = plain_gradients(model, *batches[:2])
+    loss = model(**batches[0], use_cache=False).loss + model(**batches[1], use_cache=False).loss
+    loss.backward()
+    assert difference((loss.item(), grads_of(model)), wanted) < 1e-5
+
+
+def test_a_forward_without_backward_is_forgotten(recorded, monkeypatch):
+    model, batches = recorded
+    calls = own_calls(model, monkeypatch)
+    model(**batches[0], use_cache=False)
+    wanted = plain_gradients(model, batches[1])
+    before = list(calls)
+    assert difference(gradients(model, batches[1]), wanted) < 1e-5
+    assert calls == before  # a replay
+
+
+def test_a_second_backward_is_refused(recorded):
+    model, batches = recorded
+    model.zero_grad()
+    output = model(**batches[0], use_cache=False)
+    grad = torch.ones_like(output.logits)
+    output.logits.backward(grad, retain_graph=True)
+    with pytest.raises(TrainingError, match="differentiated twice"):
+        output.logits.backward(grad)
+
+
+def another_shape(model, batches):
+    return collate_packed([row(40, 1), row(9, 2)])
+
+
+def weights_elsewhere(model, batches):
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return batches[2]
+
+
+def other_strength(model, batches):
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling = {name: 3 * scale for name, scale in module.scaling.items()}
+    return batches[2]
+
+
+@pytest.mark.parametrize("change", [another_shape, weights_elsewhere, other_strength])
+def test_whatever_is_not_like_the_recording_runs_as_it_is(change, recorded):
+    model, batches = recorded
+    batch = change(model, batches)
+    wanted = plain_gradients(model, batch)
+    assert difference(gradients(model, batch), wanted) < 1e-5
+
+
+def test_evaluation_runs_as_it_is(recorded):
+    model, batches = recorded
+    model.eval()
+    found = model(**batches[2], use_cache=False).logits
+    with model.disable_adapter():
+        without = model(**batches[2], use_cache=False).logits
+    plain_gradients(model, batches[2])
+    own = {layer: layer.__dict__.pop("forward") for layer in find_layers(model)[1]}
+    torch.testing.assert_close(found, model(**batches[2], use_cache=False).logits)
+    with model.disable_adapter():
+        torch.testing.assert_close(without, model(**batches[2], use_cache=False).logits)
+    for layer, forward in own.items():
+        layer.forward = forward
+
+
+class Broken(TapeRecorder):
+    def record(self, run):
+        raise RuntimeError("operation not permitted\nwhile it records")
+
+
+class Wrong(TapeRecorder):
+    def record(self, run):
+        returned, _ = super().record(run)
+        return returned, lambda: [tensor.mul_(2) for tensor in [returned] if isinstance(tensor, torch.Tensor)]
+
+
+@pytest.mark.parametrize(
+    ("recorder", "reason"),
+    [(Broken, "operation not permitted while it records"), (Wrong, "a replay differs from the layers' own results")],
+)
+def test_without_a_true_recording_layers_run_as_they_are(recorder, reason, graphed, said):
+    model = adapted(boundary=0)
+    batches = [collate_packed(rows) for rows in BATCHES]
+    with entered(model, step_ways(model, packed=True)):
+        expected = [gradients(model, batch) for batch in batches]
+        with graphed(model, recorder=recorder):
+            found = [gradients(model, batch) for batch in batches]
+    assert said == [f"graphs  off for 4 layers that learn: {reason}"]
+    for ours, plain in zip(found, expected, strict=True):
+        assert difference(ours, plain) < 1e-6
+
+
+def test_hooks_inside_layers_keep_being_called(graphed, said):
+    model = adapted(boundary=0)
+    seen = []
+    find_layers(model)[1][1].mlp.register_forward_hook(lambda *_: seen.append(None))
+    with entered(model, step_ways(model, packed=True)), graphed(model):
+        for rows in BATCHES:
+            gradients(model, collate_packed(rows))
+    assert len(seen) == len(BATCHES)
+    assert "hooks inside" in said[0]
+
+
+def test_layers_are_as_before_afterwards(graphed):
+    model = adapted()
+    with graphed(model):
+        assert all("forward" in layer.__dict__ for layer in find_layers(model)[1])
+    assert not any("forward" in layer.__dict__ for layer in find_layers(model)[1])
