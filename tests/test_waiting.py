@@ -7,8 +7,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 
 import aletheia
+from aletheia.prefix import source
 from aletheia.prefix.source import PrefixSource
-from aletheia.prefix.stored import PREFIX
+from aletheia.prefix.stored import PREFIX, SPANS
 from aletheia.training import loop
 from aletheia.training.loop import LOOKED_AT_EVERY, RowTrainer
 
@@ -31,7 +32,12 @@ def plan(examples):
 @pytest.fixture
 def behind(monkeypatch):
     """As on a GPU."""
-    monkeypatch.setattr(loop, "is_behind", lambda device: True)
+    as_on_a_gpu(monkeypatch)
+
+
+def as_on_a_gpu(patch):
+    for module in (loop, source):
+        patch.setattr(module, "is_behind", lambda device: True)
 
 
 class Watched(TorchDispatchMode):
@@ -77,14 +83,14 @@ def watched_run(monkeypatch, plan, examples, out, **settings):
 
 
 @pytest.mark.parametrize("averaging", ["on", "off"])
-def test_no_step_that_reads_the_cache_waits(behind, monkeypatch, plan, examples, tmp_path, averaging):
-    """Five steps a pass: from the eleventh on, all that enters the boundary layer is stored. The last one is judged."""
+def test_no_step_waits(behind, monkeypatch, plan, examples, tmp_path, averaging):
+    """Every layer learns at first, then the cache is filled, from the eleventh step on it is read."""
     found, metrics = watched_run(
         monkeypatch, plan, examples, tmp_path / "run", packing="on", steps=15, averaging=averaging, cache="memory"
     )
     assert metrics.settings.cache == "memory"
-    assert not [entry for entry in found if 10 < entry[0] < metrics.steps]
-    assert not [entry for entry in found if entry[0] <= 3]  # every layer learns
+    tried = {4, 5, metrics.steps}  # the phase ends, stored states are tried, the run ends
+    assert not [entry for entry in found if entry[0] not in tried]
 
 
 def test_a_step_that_waits_is_seen(monkeypatch, plan, examples, tmp_path):
@@ -96,7 +102,7 @@ def test_a_step_that_waits_is_seen(monkeypatch, plan, examples, tmp_path):
 @pytest.mark.parametrize("settings", [{}, {"packing": "on"}, {"gradient_accumulation_steps": 2, "batch_size": 2}])
 def test_nothing_else_is_different(monkeypatch, plan, examples, tmp_path, settings):
     waiting = trained(plan, examples, tmp_path / "waiting", steps=15, **settings).metrics
-    monkeypatch.setattr(loop, "is_behind", lambda device: True)
+    as_on_a_gpu(monkeypatch)
     looking_back = trained(plan, examples, tmp_path / "behind", steps=15, **settings).metrics
     assert [point.step for point in looking_back.train_curve] == list(range(1, 16))
     expected = [point.loss for point in waiting.train_curve]
@@ -105,20 +111,30 @@ def test_nothing_else_is_different(monkeypatch, plan, examples, tmp_path, settin
     assert looking_back.seconds.train > 0
 
 
-def test_stored_states_come_with_the_batch(behind, monkeypatch, plan, examples, tmp_path):
-    looked_up, own = [], PrefixSource.__call__
-    monkeypatch.setattr(PrefixSource, "__call__", lambda source, batch: looked_up.append(1) or own(source, batch))
+def test_stored_states_or_rows_come_with_the_batch(behind, monkeypatch, plan, examples, tmp_path):
     came, batch_of = [], RowTrainer._batch
 
     def seen(trainer, rows):
         batch = batch_of(trainer, rows)
-        came.append((trainer.state.global_step, PREFIX in batch))
+        came.append((trainer.state.global_step, PREFIX in batch, SPANS in batch))
         return batch
 
     monkeypatch.setattr(RowTrainer, "_batch", seen)
     trained(plan, examples, tmp_path / "run", steps=15, evaluations=1, cache="memory")
-    assert all(has_states for step, has_states in came if step >= 10)
-    assert not any(has_states for step, has_states in came if step < 4)
+    assert all(has_states for step, has_states, _ in came if step >= 10)
+    assert not any(has_states for step, has_states, _ in came if step < 4)
+    assert all(has_rows for step, has_states, has_rows in came if step >= 4 and not has_states)
+
+
+def test_the_first_pass_runs_the_frozen_layers_once_a_step(behind, monkeypatch, plan, examples, tmp_path):
+    """On packed rows as they are, which is the shape that is recorded; later passes do not run them."""
+    ran, own = [], source.prefix_output
+    monkeypatch.setattr(
+        source, "prefix_output", lambda model, boundary, batch: ran.append(batch) or own(model, boundary, batch)
+    )
+    trained(plan, examples, tmp_path / "run", steps=15, packing="on", evaluations=1, cache="memory")
+    assert all("cu_seq_lens_q" in batch for batch in ran)
+    assert len(ran) <= 15 - 3
 
 
 def test_a_run_that_goes_on_is_whole(behind, plan, examples, tmp_path):

@@ -14,10 +14,12 @@ from torch import nn
 from aletheia.data.batches import collate, on_device_of
 from aletheia.data.examples import Example
 from aletheia.errors import CacheError
+from aletheia.execution.backend import is_behind
+from aletheia.execution.later import Later
 from aletheia.prefix.cache import PrefixCache, row_key
 from aletheia.prefix.exact import packs_differ, positions_vary, why_not_exact
 from aletheia.prefix.spans import Span, find_spans, is_packed
-from aletheia.prefix.stored import prefix_output
+from aletheia.prefix.stored import PREFIX, SPANS, prefix_output
 
 
 def row_states(
@@ -40,7 +42,7 @@ def row_states(
 
 def _groups(model: nn.Module, rows: Sequence[Example], at_once: int | None) -> list[list[int]]:
     """Indices of the rows that run through the prefix together: on a CPU each alone, elsewhere by similar length."""
-    if next(model.parameters()).device.type == "cpu":
+    if _one_by_one(model):
         return [[at] for at in range(len(rows))]
     groups: list[list[int]] = []
     for at in sorted(range(len(rows)), key=lambda at: -len(rows[at])):
@@ -50,6 +52,10 @@ def _groups(model: nn.Module, rows: Sequence[Example], at_once: int | None) -> l
         else:
             groups.append([at])
     return groups
+
+
+def _one_by_one(model: nn.Module) -> bool:
+    return not is_behind(next(model.parameters()).device)
 
 
 Use = Literal["keep", "read", "none"]
@@ -64,6 +70,15 @@ class Group:
 
     largest: Callable[[Sequence[int]], Sequence[int]] = lambda numbers: numbers
     sharded: bool = False
+
+
+@dataclass(frozen=True)
+class _InFlight:
+    """States that are on their way from the device to the cache: those of all rows, and whether each row is finite."""
+
+    rows: Sequence[Example]
+    states: Later
+    are_finite: Later
 
 
 class PrefixSource:
@@ -109,6 +124,8 @@ class PrefixSource:
         if trusted:
             self.cache = open_cache(next(model.parameters()).dtype)
         self._writes = True
+        self._in_flight: list[_InFlight] = []
+        self._pins = next(model.parameters()).device.type == "cuda"  # a copy from such memory is not waited for
 
     def __call__(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
         """The states of a batch; None where all layers must run."""
@@ -121,25 +138,37 @@ class PrefixSource:
         unusable, packed = map(bool, self._agreed([int(unusable), int(is_packed(spans))]))
         found = None
         if not unusable and self._is_exact(batch, spans, packed):
-            found = self._states(batch["input_ids"], spans)
+            found = self._states(batch, spans)
         self.seconds += time.perf_counter() - started
         return found
 
-    def ahead(self, batch: Mapping[str, Any]) -> torch.Tensor | None:
-        """The states of a batch that is being assembled, on the device of its tokens; None unless all are stored.
+    def ahead(self, batch: Mapping[str, Any], with_states: bool = True) -> dict[str, Any]:
+        """What a batch that is being assembled should bring along: its states if all are stored, else its rows.
 
         They travel with the batch while the previous step runs, so no step waits to read its own tokens.
         """
         cache = self.cache
-        if self._given_up or cache is None or self._group.sharded or self._use() == "none":
-            return None
+        if self._given_up or self._group.sharded or self._use() == "none":
+            return {}
         started = time.perf_counter()
-        spans = find_spans(batch) or []
-        usable = bool(spans) and (self._packs_checked or not is_packed(spans))
-        usable = usable and not cache.missing([span.row for span in spans])
-        found = self._assembled(cache, batch["input_ids"], spans, {}) if usable else None
+        spans = find_spans(batch)
+        found: dict[str, Any] = {} if spans is None else {SPANS: spans}
+        if with_states and cache is not None and spans and (self._packs_checked or not is_packed(spans)):
+            self.settle()
+            if not cache.missing([span.row for span in spans]):
+                found = {PREFIX: self._assembled(cache, batch["input_ids"], spans, {})}
         self.seconds += time.perf_counter() - started
         return found
+
+    def settle(self) -> None:
+        """Store the finite states that were computed so far; once the cache cannot be written, it is only read."""
+        while self._in_flight:
+            computed = self._in_flight.pop(0)
+            states = torch.split(computed.states.tensor(), [len(row) for row in computed.rows])
+            are_finite = computed.are_finite.tensor().numpy()  # read as numbers of the host
+            for row, hidden_TD, is_finite in zip(computed.rows, states, are_finite, strict=True):
+                if is_finite and self._writes:
+                    self._put(row, hidden_TD)
 
     def _agreed(self, numbers: Sequence[int]) -> Sequence[int]:
         """The largest over all processes until the cache is open; after that, each process's own unless sharded."""
@@ -165,10 +194,15 @@ class PrefixSource:
         self._checked = True
         return self.cache is not None
 
-    def _states(self, ids_BT: torch.Tensor, spans: list[Span]) -> torch.Tensor | None:
+    def _states(self, batch: Mapping[str, Any], spans: list[Span]) -> torch.Tensor | None:
         cache = self.cache
         assert cache is not None
+        self.settle()
         missing = cache.missing([span.row for span in spans])
+        are_most = 2 * sum(map(len, missing)) >= sum(span.stop - span.start for span in spans)
+        if missing and are_most and not self._group.sharded and not _one_by_one(self._model):
+            return self._of_batch(batch, spans, missing)
+        ids_BT = batch["input_ids"]
         at_once = ids_BT.numel()
         passes = len(_groups(self._model, missing, at_once))
         # agreed on before any pass, since each pass waits for the other processes
@@ -177,9 +211,16 @@ class PrefixSource:
         for _ in range(idle):
             row_states(self._model, self._boundary, [spans[0].row])
         by_key = {row_key(row.input_ids): hidden_TD for row, hidden_TD in zip(missing, computed, strict=True)}
-        if by_key and self._writes and self._use() == "keep":
-            self._store(cache, missing, computed)
+        self._keep(missing, computed)
         return self._assembled(cache, ids_BT, spans, by_key)
+
+    def _of_batch(self, batch: Mapping[str, Any], spans: list[Span], missing: list[Example]) -> torch.Tensor:
+        """The states of a batch from one pass over it as it is; begins to store those of ``missing`` rows."""
+        hidden_BTD = prefix_output(self._model, self._boundary, batch)
+        place = {row_key(span.row.input_ids): span for span in spans}
+        found = [place[row_key(row.input_ids)] for row in missing]
+        self._keep(missing, [hidden_BTD[span.sample, span.start : span.stop] for span in found])
+        return hidden_BTD
 
     def _assembled(
         self, cache: PrefixCache, ids_BT: torch.Tensor, spans: list[Span], by_key: Mapping[str, torch.Tensor]
@@ -191,8 +232,13 @@ class PrefixSource:
             if hidden_TD is None:
                 hidden_TD = self._read(cache, span.row)
             if hidden_BTD is None:
-                hidden_BTD = torch.zeros(*ids_BT.shape, hidden_TD.shape[1], dtype=hidden_TD.dtype, device=ids_BT.device)
-            hidden_BTD[span.sample, span.start : span.start + len(span.row)] = hidden_TD
+                hidden_BTD = torch.zeros(
+                    *(*ids_BT.shape, hidden_TD.shape[1]),
+                    dtype=hidden_TD.dtype,
+                    device=ids_BT.device,
+                    pin_memory=self._pins and ids_BT.device.type == "cpu",
+                )
+            hidden_BTD[span.sample, span.start : span.stop] = hidden_TD
         return hidden_BTD
 
     def _read(self, cache: PrefixCache, row: Example) -> torch.Tensor:
@@ -204,14 +250,19 @@ class PrefixSource:
                 raise
             return row_states(self._model, self._boundary, [row])[0]
 
-    def _store(self, cache: PrefixCache, rows: Sequence[Example], states: Sequence[torch.Tensor]) -> None:
-        """Store the finite states; once the cache cannot be written, it is only read."""
-        are_finite = torch.stack([torch.isfinite(hidden_TD).all() for hidden_TD in states]).tolist()  # waits once
-        for row, hidden_TD, is_finite in zip(rows, states, are_finite, strict=True):
-            if is_finite:
-                try:
-                    cache.put(row, hidden_TD)
-                except CacheError as error:
-                    self._writes = False
-                    self._on_obstacle(f"no more states are stored: {error}")
-                    return
+    def _keep(self, rows: Sequence[Example], states: Sequence[torch.Tensor]) -> None:
+        """Begin to copy the states of rows that come back; :meth:`settle` stores them, at the latest before a read."""
+        if not rows or not self._writes or self._use() != "keep":
+            return
+        are_finite = torch.stack([torch.isfinite(hidden_TD).all() for hidden_TD in states])
+        self._in_flight.append(_InFlight(rows, Later(torch.cat(list(states))), Later(are_finite)))
+        if _one_by_one(self._model):
+            self.settle()
+
+    def _put(self, row: Example, hidden_TD: torch.Tensor) -> None:
+        assert self.cache is not None
+        try:
+            self.cache.put(row, hidden_TD)
+        except CacheError as error:
+            self._writes = False
+            self._on_obstacle(f"no more states are stored: {error}")

@@ -11,7 +11,7 @@ import torch
 
 from aletheia.data.batches import LABELLED
 from aletheia.data.examples import NO_LOSS, Example
-from aletheia.prefix.stored import INPUTS, OF_PACKS
+from aletheia.prefix.stored import INPUTS, OF_PACKS, SPANS
 
 # arguments of a forward pass that do not change hidden states, or that repeat what positions say
 WITHOUT_INFLUENCE = {
@@ -30,6 +30,11 @@ class Span:
     start: int
     row: Example
 
+    @property
+    def stop(self) -> int:
+        """The token after its last one."""
+        return self.start + len(self.row)
+
 
 def find_spans(batch: Mapping[str, Any]) -> list[Span] | None:
     """The rows of a batch, from the arguments of a forward pass; None if it is not made of rows that start at 0.
@@ -37,7 +42,12 @@ def find_spans(batch: Mapping[str, Any]) -> list[Span] | None:
     A row is the part of a sample that the attention mask shows. In packed samples, it runs from one position 0 to the
     next. The result is also None with padding on the left, masks of more than two dimensions, embeddings instead of
     tokens, a key-value cache, or unknown arguments: the layers themselves must run.
+
+    A batch may bring them along, so that no step waits to read its own tokens.
     """
+    if SPANS in batch:
+        found: list[Span] = batch[SPANS]
+        return found
     ids_BT = batch.get("input_ids")
     if not isinstance(ids_BT, torch.Tensor) or ids_BT.dim() != 2:
         return None
@@ -47,8 +57,8 @@ def find_spans(batch: Mapping[str, Any]) -> list[Span] | None:
     mask_BT, positions_BT = batch.get("attention_mask"), batch.get("position_ids")
     if "cu_seq_lens_q" in given and isinstance(mask_BT, torch.Tensor) and mask_BT.numel() == 1:
         mask_BT = None  # it marks packed rows and is not a mask
-    for found in (mask_BT, positions_BT):
-        if found is not None and not (isinstance(found, torch.Tensor) and found.dim() == 2):
+    for given_BT in (mask_BT, positions_BT):
+        if given_BT is not None and not (isinstance(given_BT, torch.Tensor) and given_BT.dim() == 2):
             return None
     tokens = ids_BT.tolist()
     masks = [None] * len(tokens) if mask_BT is None else mask_BT.expand_as(ids_BT).tolist()

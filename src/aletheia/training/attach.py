@@ -26,7 +26,7 @@ from aletheia.prefix.boundary import frozen_prefix
 from aletheia.prefix.cache import DiskCache, PrefixCache, SpillingCache
 from aletheia.prefix.choose import CacheDecision, CachePlace, open_cache, prefix_key
 from aletheia.prefix.source import PrefixSource, Use, row_states
-from aletheia.prefix.stored import PREFIX, stored_prefix
+from aletheia.prefix.stored import stored_prefix
 from aletheia.progress import say_nothing
 from aletheia.settings import Settings, option
 from aletheia.training.checkpoints import TrustworthyCheckpoints, trustworthy_checkpoints
@@ -332,19 +332,19 @@ class Attachment(TrainerCallback):
         return "read" if is_last_epoch(state.global_step, state.max_steps, self._steps_per_epoch) else "keep"
 
     def ahead(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch that is being assembled, with the inputs of the boundary layer if all are stored.
+        """A batch that is being assembled, with its rows or, if all are stored, the inputs of the boundary layer.
 
-        Only in the last phase: before that, a batch made ahead could belong to an earlier boundary.
+        States come along only in the last phase: before that, a batch made ahead could belong to an earlier boundary.
         """
-        if self._source is None or self._phase is not self._phases[-1]:
+        if self._source is None:
             return batch
-        hidden_BTD = self._source.ahead(batch)
-        return batch if hidden_BTD is None else batch | {PREFIX: hidden_BTD}
+        return batch | self._source.ahead(batch, with_states=self._phase is self._phases[-1])
 
     def _note_size(self) -> None:
         """Record the size of the cache of the phase that ends."""
         source = self._source
         if source is not None and source.cache is not None:
+            source.settle()
             spilled = isinstance(source.cache, SpillingCache) and source.cache.is_spilled
             kind = "disk" if spilled else self.decision.kind
             self.decision = CacheDecision(kind, self.decision.reason, source.cache.size_bytes)
