@@ -8,7 +8,6 @@ from transformers import TrainerCallback
 
 import aletheia
 from aletheia.prefix import source
-from aletheia.prefix.source import PrefixSource
 from aletheia.prefix.stored import PREFIX, SPANS
 from aletheia.training import loop
 from aletheia.training.loop import LOOKED_AT_EVERY, RowTrainer
