@@ -85,7 +85,7 @@ def used_settings(job: "Job", trainer: RowTrainer, attachment: Attachment) -> Us
         machine=_machine(model.device),
         seed=settings.seed,
         packing=settings.packing == "on",
-        group_by_length=settings.groups_by_length,
+        order=settings.order,
         compile_layers=settings.compile_layers,
         liger=settings.liger,
         gradient_checkpointing=settings.recompute,

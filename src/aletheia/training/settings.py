@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from aletheia.data.order import Order
 from aletheia.settings import (
     LENGTH,
     MOST_EPOCHS,
@@ -155,7 +156,10 @@ class TrainSettings(Settings):
         SPEED,
     )
     group_by_length: bool | None = option(
-        None, "Make batches of rows of similar length, which saves padding. (default: on if batches are padded)", SPEED
+        None,
+        "Make batches of rows of similar length, which saves padding. Without it, rows are drawn at random. (default: "
+        "on if batches are padded; packed batches get nearly equal numbers of tokens)",
+        SPEED,
     )
     compile_layers: bool = option(
         False,
@@ -245,9 +249,11 @@ class TrainSettings(Settings):
     )
 
     @property
-    def groups_by_length(self) -> bool:
-        """Whether the rows of a batch have similar lengths, which saves padding."""
-        return self.packing != "on" if self.group_by_length is None else self.group_by_length
+    def order(self) -> Order:
+        """How rows are put into batches: grouped where batches are padded, balanced where they are packed."""
+        if self.group_by_length is None:
+            return "balanced" if self.packing == "on" else "grouped"
+        return "grouped" if self.group_by_length else "random"
 
     @property
     def recompute(self) -> Recompute:

@@ -371,6 +371,7 @@ class Job:
         return {
             **self.settings.model_dump(mode="json", exclude=set(WITHOUT_INFLUENCE)),
             **self.prepared.about,
+            "order": self.settings.order,
             "tokenizer_vocabulary": str(self.data.tokenizer and self.data.tokenizer.vocabulary),
             "tokenizer_template": str(self.data.tokenizer and self.data.tokenizer.chat_template),
             "model_fingerprint": self.plan.model.fingerprint,
