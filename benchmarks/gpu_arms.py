@@ -295,7 +295,7 @@ def bare(work: Work, kind: StepKind) -> Measured:
     """Batch to the device, forward, backward, clipping, fused AdamW."""
     model, data, size = work.model(), work.data, work.shape.batch_size
     lengths = [len(row) for row in data.examples]
-    epoch = training_batches(lengths, size, work.steps, 0, kind.grouped)
+    epoch = training_batches(lengths, size, work.steps, 0, "grouped" if kind.grouped else "random")
     cache = MemoryCache()
     if kind.cached:
         with prepared(model, StepKind.prefix("fill", kind.plan, False)) as adapted:

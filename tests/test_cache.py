@@ -21,7 +21,6 @@ from aletheia.adapters.adapt import adapt
 from aletheia.anatomy.device_memory import free_memory_bytes
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate
-from aletheia.data.order import training_batches
 from aletheia.errors import CacheError, SettingsError, TrainingError
 from aletheia.planning.make import plan as make_plan
 from aletheia.prefix import choose
@@ -443,25 +442,6 @@ def test_a_prefix_that_leaves_memory_may_be_kept_on_disk(examples, scores, tmp_p
         _, run = trained(examples, scores, out, cache="disk", free_prefix=free_prefix, **settings)
         assert torch.equal(curve(run), curve(first))
     stored.delete()  # nobody holds it any more
-
-
-# --- order
-
-
-@pytest.mark.parametrize("grouped", [True, False])
-def test_an_epoch_holds_every_row_once(grouped):
-    draw = random.Random(0)
-    lengths = [draw.randint(1, 100) for _ in range(1003)]
-    batches = training_batches(lengths, 8, 260, seed=1, group_by_length=grouped)
-    assert len(batches) == 260
-    epoch = batches[:126]
-    assert sorted(row for batch in epoch for row in batch) == list(range(1003))
-    assert list(map(len, epoch)) == [8] * 125 + [3]
-    assert epoch != batches[126:252]
-    assert batches[:100] == training_batches(lengths, 8, 100, seed=1, group_by_length=grouped)
-    assert batches != training_batches(lengths, 8, 260, seed=2, group_by_length=grouped)
-    padded = sum(max(lengths[row] for row in batch) * len(batch) for batch in epoch) / sum(lengths)
-    assert (padded < 1.1) == grouped
 
 
 def test_a_run_of_one_epoch_shares_its_cache_on_disk(examples, scores, tmp_path, monkeypatch):

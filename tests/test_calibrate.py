@@ -98,8 +98,10 @@ def test_the_smallest_models_are_calibrated_too(layers, examples):
 def test_batches_are_of_average_size(examples):
     lengths = [len(example) for example in examples.examples]
     mean = {}
-    for grouped in (True, False):
-        rows, mean[grouped] = _average_batch(examples, 4, 0, grouped)
+    for order in ("grouped", "random"):
+        rows, mean[order] = _average_batch(examples, 4, 0, order)
         assert len(rows) == 4
-        assert 4 * max(lengths[row] for row in rows) == pytest.approx(mean[grouped], rel=0.25)
-    assert mean[False] > 1.02 * mean[True]
+        assert 4 * max(lengths[row] for row in rows) == pytest.approx(mean[order], rel=0.25)
+    assert mean["random"] > 1.02 * mean["grouped"]
+    rows, mean["packed"] = _average_batch(examples, 4, 0, "balanced", packed=True)
+    assert sum(lengths[row] for row in rows) == pytest.approx(mean["packed"], rel=0.05)

@@ -1,20 +1,27 @@
 """Layers as recorded graphs learn what the layers learn; calls that are not like the recorded one run as ever."""
 
+from functools import partial
+
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
 from tape import TapeRecorder
-from test_packed import row
+from test_packed import row, trained
 from test_prefix import adapted, difference, gradients
+from test_waiting import as_on_a_gpu
+from tiny import make_model
 
+import aletheia
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate, collate_packed
-from aletheia.errors import TrainingError
-from aletheia.execution import packed
+from aletheia.errors import SettingsError, TrainingError
+from aletheia.execution import backend, packed
 from aletheia.execution.backend import entered, step_ways
 from aletheia.execution.cuda.graphs import graphed_layers
 from aletheia.prefix.boundary import frozen_prefix
 from aletheia.prefix.stored import PREFIX, prefix_output, stored_prefix
+from aletheia.reporting.comparison import repeat_command
+from aletheia.training import packing
 
 LENGTHS = ([20, 14, 30], [31, 12, 21], [17, 28, 19], [22, 22, 20])  # as many tokens each, and the longest below 32
 BATCHES = [[row(length, 10 * at + length) for length in lengths] for at, lengths in enumerate(LENGTHS)]
@@ -271,3 +278,60 @@ def test_layers_are_as_before_afterwards(graphed):
     with graphed(model):
         assert all("forward" in layer.__dict__ for layer in find_layers(model)[1])
     assert not any("forward" in layer.__dict__ for layer in find_layers(model)[1])
+
+
+# --- in a run
+
+
+@pytest.fixture(scope="module")
+def plan(examples):
+    """Layers 2 and 3 to the end, 0 and 1 for the first quarter of the steps."""
+    return aletheia.plan(aletheia.probe(make_model("llama"), examples, batches=2), policy="last", freeze_after=0.25)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """As on a GPU, with replays by the tape."""
+    as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(packing, "is_behind", lambda device: True)
+    monkeypatch.setattr(backend, "graphed_layers", partial(graphed_layers, recorder=TapeRecorder))
+
+
+SETTINGS = {"steps": 15, "packing": "on", "evaluations": 3, "cache": "memory"}
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2, "batch_size": 2, "averaging": "on"}])
+def test_a_run_with_graphs_is_the_run_without(settings, on_a_gpu, plan, examples, tmp_path):
+    wanted = trained(plan, examples, tmp_path / "without", **SETTINGS | settings).metrics
+    lines = []
+    run = trained(plan, examples, tmp_path / "with", lines.append, cuda_graphs=True, **SETTINGS | settings)
+    found = [line.split(" in ")[0] for line in lines if "graphs" in line]
+    tokens = found[0].split(" for ")[1]
+    assert found == [
+        f"graphs  4 layers that learn recorded for {tokens}",
+        f"graphs  2 frozen layers recorded for {tokens}",
+        f"graphs  2 layers that learn recorded for {tokens}",
+    ]
+    assert "layers as CUDA graphs" in run.metrics.steps_computed_by
+    assert "--cuda-graphs" in repeat_command(run.metrics)
+    expected = [point.loss for point in wanted.train_curve]
+    assert [point.loss for point in run.metrics.train_curve] == pytest.approx(expected, rel=1e-4)
+    assert [point.loss for point in run.metrics.held_out_curve] == pytest.approx(
+        [point.loss for point in wanted.held_out_curve], rel=1e-4
+    )
+
+
+def test_a_cpu_has_no_graphs(plan, examples, tmp_path):
+    with pytest.raises(SettingsError, match="`cuda_graphs` is on, but the model is on cpu; expected a GPU"):
+        trained(plan, examples, tmp_path / "run", packing="on", cuda_graphs=True)
+
+
+def test_padded_batches_are_not_recorded(on_a_gpu, plan, examples, tmp_path):
+    with pytest.raises(SettingsError, match="`cuda_graphs` is on, but batches are padded"):
+        trained(plan, examples, tmp_path / "run", cuda_graphs=True)
+
+
+@pytest.mark.parametrize("given", [{"packing": "off"}, {"gradient_checkpointing": "full"}])
+def test_settings_that_exclude_graphs(given):
+    with pytest.raises(SettingsError, match=f"`cuda_graphs` is given with `{next(iter(given))}`"):
+        aletheia.TrainSettings(cuda_graphs=True, **given)

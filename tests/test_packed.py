@@ -9,17 +9,19 @@ from transformers import AutoModelForCausalLM
 
 import aletheia
 from aletheia.anatomy.access import text_config
-from aletheia.data.batches import collate, collate_packed
+from aletheia.data.batches import PackSize, collate, collate_packed, labelled_tokens
 from aletheia.data.examples import NO_LOSS, Example
-from aletheia.errors import SettingsError
+from aletheia.errors import DataError, SettingsError
 from aletheia.execution import packed
 from aletheia.execution.attention import WAYS
 from aletheia.execution.backend import entered, step_ways
 from aletheia.execution.packed import attention_by_row, why_not_packed
 from aletheia.prefix.boundary import frozen_prefix
+from aletheia.prefix.cache import MemoryCache
+from aletheia.prefix.source import PrefixSource
 from aletheia.prefix.spans import find_spans
+from aletheia.prefix.stored import PREFIX, stored_prefix
 from aletheia.reporting.comparison import repeat_command
-from aletheia.training.settings import TrainSettings
 
 PACKED = ("llama", "qwen2", "qwen3_moe", "gpt2", "gpt_neox", "phi3", "olmo2", "deepseek_v3", "granite")
 WINDOWED = ("gemma3", "gemma3_text", "olmo3", "cohere2")  # layers that see a part of a row, shorter than ROWS[2]
@@ -95,6 +97,69 @@ def test_with_everything_else_that_makes_steps_cheap(dtype, recompute):
         assert difference(found, expected) < 1.5 * difference(padded, expected)
 
 
+# --- batches of a fixed size
+
+SIZES = [PackSize(128, 4), PackSize(99, 4), PackSize(98, 4), PackSize(192, 6)]  # filler of 30, 1, 0 and 94 tokens
+
+
+@pytest.mark.parametrize("rows", [ROWS, ROWS[:2], ROWS[3:]])
+def test_a_batch_of_a_fixed_size_has_the_same_shapes_whatever_its_rows(rows):
+    tokens = sum(map(len, rows))
+    batch = collate_packed(rows, PackSize(128, 4), pad_token_id=7)
+    assert batch["input_ids"][0, tokens:].tolist() == [7] * (128 - tokens)
+    assert batch["cu_seq_lens_q"].tolist()[len(rows) :] == [tokens] + [128] * (5 - len(rows))
+    assert batch["max_length_q"] == batch["max_length_k"] == 128
+    for name in ("input_ids", "position_ids", "labels"):
+        assert torch.equal(batch[name][:, :tokens], collate_packed(rows)[name])
+        assert batch[name].shape == (1, 128)
+    assert labelled_tokens(batch["labels"]) == labelled_tokens(collate_packed(rows)["labels"])
+
+
+@pytest.mark.parametrize("size", [PackSize(97, 4), PackSize(128, 3)])
+def test_rows_that_do_not_fit_are_refused(size):
+    with pytest.raises(DataError, match=f"found a batch of 4 rows and 98 tokens, expected at most {size.rows} rows"):
+        collate_packed(ROWS, size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [4, 3, 1])
+def test_a_filler_is_not_a_row(size, count):
+    """Not even a filler of one token, nor one after a row of one token."""
+    rows = [*ROWS[: count - 1], Example([5], [NO_LOSS], "one token")] if count == 3 else ROWS[:count]
+    batch = collate_packed(rows, size)
+    spans = find_spans({name: value for name, value in batch.items() if name != "labels"})
+    assert [span.row.input_ids for span in spans] == [example.input_ids for example in rows]
+    assert [span.start for span in spans] == collate_packed(rows)["cu_seq_lens_q"][:-1].tolist()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt2", "deepseek_v3", "gemma3_text"])
+def test_a_filler_changes_neither_loss_nor_gradients(family, size):
+    model = adapted(family)
+    with attention_by_row(model):
+        for rows in (ROWS, ROWS[:3]):
+            expected = gradients(model, collate_packed(rows))
+            assert difference(gradients(model, collate_packed(rows, size)), expected) < 1e-5
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("recompute", ["off", "selective", "full"])
+def test_nor_with_everything_else_and_stored_states(recompute, size):
+    model, cache = adapted(), MemoryCache()
+    source = PrefixSource(model, 2, lambda dtype: cache, on_obstacle=pytest.fail)
+    ways = step_ways(model, recompute=recompute, packed=True)
+    with frozen_prefix(model), entered(model, ways):
+        expected = gradients(model, collate_packed(ROWS))
+        assert difference(gradients(model, collate_packed(ROWS, size)), expected) < 1e-5
+    with stored_prefix(model, 2, source=source), frozen_prefix(model), entered(model, ways):
+        for _ in range(2):  # stores, then reads
+            assert difference(gradients(model, collate_packed(ROWS, size)), expected) < 1e-5
+        ahead = source.ahead({**collate_packed(ROWS, size), "labels": None})[PREFIX]
+    assert cache.size_bytes == 98 * 32 * 4  # of the rows alone
+    assert ahead.shape == (1, size.tokens, 32)
+    assert not ahead[0, 98:].any()
+
+
 def test_rows_that_see_each_other_differ():
     """What the trial looks for: without attention by rows, a packed batch is one long row."""
     model = adapted()
@@ -144,36 +209,35 @@ def plan(examples):
     return aletheia.plan(aletheia.probe(make_model("llama"), examples, batches=2), policy="last", freeze_after=0.25)
 
 
-def trained(plan, examples, out, **settings):
+def trained(plan, examples, out, say=False, **settings):
     settings = {"steps": 12, "learning_rate": 1e-2, "evaluations": 3, "early_stop": False} | settings
     model = aletheia.adapt(make_model("llama"), plan)
     data, held_out = examples.subset(range(20)), examples.subset(range(20, 26))
-    return aletheia.train(model, data, plan, out, held_out, show_progress=False, **settings)
+    return aletheia.train(model, data, plan, out, held_out, show_progress=say, **settings)
 
 
 @pytest.mark.parametrize("cache", ["memory", "off"])
 def test_a_packed_run_is_a_padded_one(cache, plan, examples, tmp_path):
     plain = trained(plan, examples, tmp_path / "padded", packing="off", cache=cache, group_by_length=False)
-    run = trained(plan, examples, tmp_path / "packed", packing="on", cache=cache)
+    run = trained(plan, examples, tmp_path / "packed", packing="on", cache=cache, group_by_length=False)
     padded, packed = plain.metrics, run.metrics
     assert [point.loss for point in packed.train_curve] == pytest.approx([point.loss for point in padded.train_curve])
     assert packed.held_out_loss_after == pytest.approx(padded.held_out_loss_after, rel=1e-4)
     assert packed.tokens == padded.tokens
     assert packed.settings.cache == cache
     assert "rows packed without padding" in packed.steps_computed_by
-    assert not packed.settings.group_by_length  # saves padding, of which there is none
+    assert (padded.settings.order, packed.settings.order) == ("random", "random")
     assert "rows packed without padding" not in padded.steps_computed_by
     assert "--packing on" in " ".join(repeat_command(run))
     assert "--packing" not in " ".join(repeat_command(plain))
     assert "--no-group-by-length" in repeat_command(plain)
-    assert not {"--group-by-length", "--no-group-by-length"} & set(repeat_command(run))
+    assert "--no-group-by-length" in repeat_command(run)
 
 
 def test_a_processor_pads_by_default_and_groups_rows(plan, examples, tmp_path):
     metrics = trained(plan, examples, tmp_path / "run").metrics
     assert not metrics.settings.packing
-    assert metrics.settings.group_by_length
-    assert TrainSettings(packing="on", group_by_length=True).groups_by_length
+    assert metrics.settings.order == "grouped"
 
 
 def test_asked_for_where_it_cannot_be(examples, tmp_path):

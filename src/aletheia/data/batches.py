@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from aletheia.data.examples import NO_LOSS, Example, Examples
 from aletheia.errors import DataError
 
 Collator = Callable[[Sequence[Example]], dict[str, Any]]
+FILLER = 1  # position of every token of a filler: a row starts at 0, so none can be taken for a row
 LABELLED = "labelled_tokens"  # key for their number, for code that must not wait for the labels' device
 
 
@@ -32,24 +34,53 @@ def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.T
     return {"input_ids": input_ids_BT, "attention_mask": attention_mask_BT, "labels": labels_BT}
 
 
-def collate_packed(examples: Sequence[Example]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class PackSize:
+    """The size that packed batches are filled up to: ``tokens`` tokens in all, in at most ``rows`` rows."""
+
+    tokens: int
+    rows: int
+
+
+def collate_packed(examples: Sequence[Example], size: PackSize | None = None, pad_token_id: int = 0) -> dict[str, Any]:
     """One row after another in one sequence, without padding: ``input_ids``, ``position_ids`` and ``labels`` [1, N].
 
     ``cu_seq_lens_q`` and ``cu_seq_lens_k`` (int32 [S + 1]) give the starts of the S rows. ``max_length_q`` and
     ``max_length_k`` are the longest length, rounded up to a power of two: few values, so compiled code is reused.
     Attention needs only these; the ``attention_mask`` [1, 1, 1, 1] merely keeps models from making another one. The
     first token of a row has no label, because nothing predicts it.
+
+    With ``size``, every batch has the same shapes. N is ``size.tokens``: one segment of filler follows the rows, all
+    ``pad_token_id`` without labels, at position ``FILLER``. The starts are [``size.rows`` + 2]: missing rows are empty
+    segments after the filler. The longest length is taken to be ``size.tokens``.
+
+    Raises:
+        DataError: the rows do not fit into ``size``.
     """
     lengths = [len(example) for example in examples]
-    input_ids_1N = torch.tensor([[token for example in examples for token in example.input_ids]])
-    labels_1N = torch.tensor([[label for example in examples for label in (NO_LOSS, *example.labels[1:])]])
-    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    ids = [token for example in examples for token in example.input_ids]
+    labels = [label for example in examples for label in (NO_LOSS, *example.labels[1:])]
+    positions = [position for length in lengths for position in range(length)]
+    starts = [0, *itertools.accumulate(lengths)]
     longest = 1 << (max(lengths) - 1).bit_length()
+    if size is not None:
+        missing = size.tokens - len(ids)
+        if missing < 0 or len(examples) > size.rows:
+            raise DataError(
+                f"found a batch of {len(examples)} rows and {len(ids):,} tokens, expected at most {size.rows} rows and "
+                f"{size.tokens:,} tokens; raise the size that batches are filled up to"
+            )
+        ids += [pad_token_id] * missing
+        labels += [NO_LOSS] * missing
+        positions += [FILLER] * missing
+        starts += [size.tokens] * (size.rows + 1 - len(examples))
+        longest = size.tokens
+    bounds = torch.tensor(starts, dtype=torch.int32)
     return {
-        "input_ids": input_ids_1N,
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "input_ids": torch.tensor([ids]),
+        "position_ids": torch.tensor([positions]),
         "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
-        "labels": labels_1N,
+        "labels": torch.tensor([labels]),
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
         "max_length_q": longest,

@@ -11,6 +11,7 @@ from torch import nn
 
 from aletheia.execution.cpu.attention import fast_attention
 from aletheia.execution.cpu.norms import fast_norms
+from aletheia.execution.cuda.graphs import graphed_layers
 from aletheia.execution.cuda.liger import has_liger, liger_gates, liger_norms
 from aletheia.execution.cuda.rotary import liger_rotary
 from aletheia.execution.fast import adapters_in_bfloat16, fast_adapters, fast_loss
@@ -57,6 +58,8 @@ def step_ways(
     packed: bool = False,
     compiled: bool = False,
     liger: bool = True,
+    graphed: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Way]:
     """The ways, by name, to compute a whole training step at less cost.
 
@@ -67,6 +70,8 @@ def step_ways(
         packed: whether batches hold rows one after another, without padding.
         compiled: whether layers that learn will be compiled.
         liger: whether to use Liger's kernels on a GPU where they are installed.
+        graphed: the tokens of packed batches whose layers are replayed as CUDA graphs; None: no layers are.
+        say: called with a line when layers are recorded, or cannot be.
     """
     ways: dict[str, Way] = {"adapters in the dtype of the base": adapters_in_bfloat16}
     if reads == "loss":
@@ -82,6 +87,8 @@ def step_ways(
         ways[f"{recompute} recomputation"] = partial(recomputation, kind=recompute)
     if compiled:
         ways["compiled layers"] = _compiled_layers
+    if graphed is not None:
+        ways["layers as CUDA graphs"] = partial(graphed_layers, shape=(1, graphed), say=say)
     return ways
 
 

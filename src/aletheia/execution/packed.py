@@ -115,7 +115,8 @@ def _one_by_one(
     rows = zip(*(torch.split(tensor, lengths, 2) for tensor in (query_1HND, key_1KND, value_1KND)), strict=True)
     outputs = []
     for query, key, value in rows:
-        length = query.shape[2]
+        if not (length := query.shape[2]):  # a row that is missing in a batch of fixed size
+            continue
         seen_11TT = _window(length, window, query.device) if window is not None and length > window else None
         outputs.append(plain(module, query, key, value, seen_11TT, **kwargs)[0])
     return torch.cat(outputs, 1)

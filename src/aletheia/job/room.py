@@ -17,7 +17,6 @@ from aletheia.anatomy.device_memory import (
 )
 from aletheia.anatomy.read import read_anatomy
 from aletheia.data.examples import Examples
-from aletheia.data.order import training_batches
 from aletheia.execution.recompute import recomputations
 from aletheia.job.settings import JobSettings
 from aletheia.job.source import Source
@@ -26,8 +25,9 @@ from aletheia.planning.memory import training_bytes
 from aletheia.planning.plan import Plan
 from aletheia.probing import resident
 from aletheia.probing import streamed as by_layer
-from aletheia.training.loop import planned_steps
+from aletheia.training.loop import fixed_size, largest_batch_tokens
 from aletheia.training.packing import packs
+from aletheia.training.processes import Launch
 from aletheia.training.settings import Recompute, TrainSettings
 
 
@@ -124,16 +124,16 @@ def largest_step(
 ) -> Step:
     """The largest batch, with the largest share of a row that is labelled.
 
-    With padding, that is a batch of the longest rows. With packing and random batches, it is the largest batch of the
-    run.
+    With padding, that is a batch of the longest rows. With packing, it is the largest batch of the run, filled up if
+    layers are recorded.
     """
     lengths = [len(row) for row in data.examples]
     longest = max(lengths)
+    processes = Launch.here().processes
     tokens = training.batch_size * longest
-    if training.packing == "on" and not training.groups_by_length:
-        steps = planned_steps(len(data), training) * training.gradient_accumulation_steps
-        batches = training_batches(lengths, training.batch_size, steps, training.seed, group_by_length=False)
-        tokens = max(sum(lengths[row] for row in batch) for batch in batches)
+    if training.packing == "on":
+        tokens = largest_batch_tokens(data, training, processes)
+        tokens = fixed_size(data, training, processes).tokens if training.cuda_graphs else tokens
     return Step(
         tokens=tokens,
         row_tokens=longest,

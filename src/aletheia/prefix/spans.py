@@ -1,15 +1,16 @@
 """The rows that a batch holds, and their places: padded on the right, or packed into one sequence.
 
-Shapes: B samples of the batch, T tokens of each.
+Shapes: B samples of the batch, T tokens of each, S rows of a packed sample.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 
-from aletheia.data.batches import LABELLED
+from aletheia.data.batches import FILLER, LABELLED
 from aletheia.data.examples import NO_LOSS, Example
 from aletheia.prefix.stored import INPUTS, OF_PACKS, SPANS
 
@@ -40,8 +41,9 @@ def find_spans(batch: Mapping[str, Any]) -> list[Span] | None:
     """The rows of a batch, from the arguments of a forward pass; None if it is not made of rows that start at 0.
 
     A row is the part of a sample that the attention mask shows. In packed samples, it runs from one position 0 to the
-    next. The result is also None with padding on the left, masks of more than two dimensions, embeddings instead of
-    tokens, a key-value cache, or unknown arguments: the layers themselves must run.
+    next, or to the filler of a batch of fixed size. The result is also None with padding on the left, masks of more
+    than two dimensions, embeddings instead of tokens, a key-value cache, or unknown arguments: the layers themselves
+    must run.
 
     A batch may bring them along, so that no step waits to read its own tokens.
     """
@@ -63,11 +65,15 @@ def find_spans(batch: Mapping[str, Any]) -> list[Span] | None:
     tokens = ids_BT.tolist()
     masks = [None] * len(tokens) if mask_BT is None else mask_BT.expand_as(ids_BT).tolist()
     positions = [None] * len(tokens) if positions_BT is None else positions_BT.expand_as(ids_BT).tolist()
+    bounds_S1 = batch.get("cu_seq_lens_q")
+    bounds = bounds_S1.tolist() if isinstance(bounds_S1, torch.Tensor) and bounds_S1.dim() == len(tokens) == 1 else []
     spans: list[Span] = []
     for sample, (ids_T, mask_T, positions_T) in enumerate(zip(tokens, masks, positions, strict=True)):
         length = len(ids_T) if mask_T is None else sum(map(bool, mask_T))
         if mask_T is not None and not all(mask_T[:length]):
             return None
+        if positions_T is not None:
+            length = _without_filler(positions_T, bounds, length)
         starts = [0] if positions_T is None else _starts(positions_T[:length])
         if starts is None:
             return None
@@ -81,6 +87,12 @@ def find_spans(batch: Mapping[str, Any]) -> list[Span] | None:
 def is_packed(spans: list[Span]) -> bool:
     """Whether a sample holds several rows."""
     return len({span.sample for span in spans}) < len(spans)
+
+
+def _without_filler(positions_T: list[int], bounds: list[int], length: int) -> int:
+    """Where the rows of a packed sample end: a segment that begins at ``FILLER`` holds no row."""
+    starts = (start for start, stop in pairwise(bounds) if start < stop <= length)
+    return next((start for start in starts if positions_T[start] == FILLER), length)
 
 
 def _starts(positions_T: list[int]) -> list[int] | None:

@@ -150,9 +150,7 @@ def _conditions(runs: Sequence[Run]) -> dict[str, list[tuple[object, str]]]:
             (setting.gradient_accumulation_steps, str(setting.gradient_accumulation_steps)) for setting in settings
         ],
         "max length": [(setting.max_length, str(setting.max_length)) for setting in settings],
-        "length grouping": [
-            (setting.group_by_length, "on" if setting.group_by_length else "off") for setting in settings
-        ],
+        "batches": [(setting.order, setting.order) for setting in settings],
         "packing": [(setting.packing, "on" if setting.packing else "off") for setting in settings],
         "averaging": [(setting.averaging, setting.averaging) for setting in settings],
         "rescaling": [(setting.rescale, "on" if setting.rescale else "off") for setting in settings],
@@ -361,10 +359,12 @@ def repeat_command(run: Run) -> tuple[str, ...]:
     if settings.packing or settings.device != "cpu":  # a CPU packs only on request
         options.append(("--packing", "on" if settings.packing else "off"))
     switches = []
-    if settings.group_by_length == settings.packing:  # by default, exactly one of them is on
-        switches.append("--group-by-length" if settings.group_by_length else "--no-group-by-length")
+    if settings.order != ("balanced" if settings.packing else "grouped"):
+        switches.append("--group-by-length" if settings.order == "grouped" else "--no-group-by-length")
     if settings.compile_layers:
         switches.append("--compile-layers")
+    if settings.cuda_graphs:
+        switches.append("--cuda-graphs")
     if not settings.liger:
         switches.append("--no-liger")
     if settings.early_stopping_patience is None:

@@ -2,11 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, FiniteFloat
+from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
 
 from aletheia.anatomy.schema import DataIdentity, ModelIdentity, TokenizerIdentity
+from aletheia.data.order import Order
 from aletheia.errors import AdapterError, ArtifactError
 from aletheia.files import Artifact
 from aletheia.kinds import mistaken, near
@@ -81,8 +82,9 @@ class UsedSettings(BaseModel):
     machine: str | None = None  # the device that computed the steps: the GPU's name, or CPU and threads
     seed: int
     packing: bool = False  # rows of a batch in one sequence, without padding
-    group_by_length: bool = False
+    order: Order = "random"  # how rows were put into batches
     compile_layers: bool = False
+    cuda_graphs: bool = False
     liger: bool = True  # whether Liger's kernels were allowed; `steps_computed_by` lists those that were used
     gradient_checkpointing: Literal["off", "selective", "full"] = "off"
     cache: Literal["memory", "disk", "off"] = "off"
@@ -95,6 +97,15 @@ class UsedSettings(BaseModel):
     early_stopping_patience: int | None = None  # None: the run could not stop early
     rescale: bool = False  # whether weaker versions of the kept adapter were tried
     averaging: Literal["on", "off"] = "off"  # whether averaged weights were evaluated and kept
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_earlier_releases(cls, given: Any) -> Any:
+        """Read records from before there were balanced batches."""
+        if isinstance(given, dict) and "group_by_length" in given:
+            given = dict(given)
+            given["order"] = "grouped" if given.pop("group_by_length") else "random"
+        return given
 
 
 class RateRace(BaseModel):

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from aletheia.adapters.adapt import check_adapters
+from aletheia.data.batches import PackSize
 from aletheia.data.examples import NO_LOSS, Example
 from aletheia.data.tokenizer import identify_tokenizer
 from aletheia.errors import CacheError, TrainingError
@@ -145,6 +146,7 @@ class Attachment(TrainerCallback):
         self._decided = decision
         self.ways: tuple[str, ...] = ()
         self.cache_seconds = 0.0
+        self.size: PackSize | None = None  # what packed batches are filled up to, if layers are to be recorded
         self.packed = False  # whether batches come from :func:`aletheia.data.batches.collate_packed`
         self.at_end: Callable[[], None] = lambda: None  # called after the last step, before the model is restored
         self._trainer, self._plan, self._settings = trainer, plan, settings
@@ -240,7 +242,16 @@ class Attachment(TrainerCallback):
         trainer, compiled = self._trainer, self._settings.compile_layers
         if compiled:
             self._notify("compile  the layers that learn; the first steps take longer")
-        return step_ways(self._model, reads(trainer), self._recompute, self.packed, compiled, self._settings.liger)
+        graphed = self.size.tokens if self.size is not None else None
+        if graphed is not None and (is_sharded(trainer) or self._recompute != "off"):
+            reason = "layers are sharded over processes" if is_sharded(trainer) else "activations are computed again"
+            self._notify(f"graphs  off: {reason}")
+            graphed = None
+        return step_ways(
+            *(self._model, reads(trainer), self._recompute, self.packed, compiled, self._settings.liger),
+            graphed=graphed,
+            say=self._notify,
+        )
 
     def _make_source(self, model: nn.Module, phase: Phase) -> PrefixSource | None:
         """The source of stored states in this phase; None where there is no prefix or no cache."""

@@ -19,7 +19,7 @@ from aletheia.anatomy.read import read_anatomy
 from aletheia.anatomy.schema import Anatomy
 from aletheia.data.batches import collate, collate_packed, labelled_tokens, on_device_of
 from aletheia.data.examples import Examples
-from aletheia.data.order import training_batches
+from aletheia.data.order import Order, training_batches
 from aletheia.execution.backend import fast_layers, packing_pays
 from aletheia.execution.fast import adapters_in_bfloat16, bfloat16_autocast
 from aletheia.execution.packed import attention_by_row, why_not_packed
@@ -79,8 +79,8 @@ def calibrate(
     started = time.perf_counter()
     anatomy = read_anatomy(model)
     packed = packing_pays(model) and why_not_packed(model, data.examples, data.pad_token_id) is None
-    rows, tokens = _average_batch(data, batch_size, seed, grouped=not packed, packed=packed)
-    random_rows, random_tokens = _average_batch(data, batch_size, seed, grouped=False)
+    rows, tokens = _average_batch(data, batch_size, seed, "balanced" if packed else "grouped", packed)
+    random_rows, random_tokens = _average_batch(data, batch_size, seed, "random")
     padded, random_batch = (
         on_device_of(model, collate([data[row] for row in chosen], data.pad_token_id)) for chosen in (rows, random_rows)
     )
@@ -123,7 +123,7 @@ def calibrate(
 
 
 def _average_batch(
-    data: Examples, batch_size: int, seed: int, grouped: bool, packed: bool = False
+    data: Examples, batch_size: int, seed: int, order: Order, packed: bool = False
 ) -> tuple[list[int], float]:
     """Rows of the batch whose size is nearest to the mean, and the mean in tokens, padding included."""
     lengths = [len(example) for example in data.examples]
@@ -134,7 +134,7 @@ def _average_batch(
         return sum(own) if packed else max(own) * len(own)
 
     count = min(SAMPLED_BATCHES, max(1, len(lengths) // size))
-    batches = training_batches(lengths, size, count, seed, grouped)
+    batches = training_batches(lengths, size, count, seed, order)
     mean = statistics.fmean(map(size_of, batches))
     return min(batches, key=lambda batch: abs(size_of(batch) - mean)), mean
 

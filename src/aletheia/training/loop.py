@@ -6,18 +6,28 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import Sampler, get_worker_info
+from torch.utils.data import BatchSampler, Sampler, get_worker_info
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from aletheia.data.batches import LABELLED, Collator, collate, collate_packed, labelled_tokens, length_sorted_batches
+from aletheia.data.batches import (
+    LABELLED,
+    Collator,
+    PackSize,
+    collate,
+    collate_packed,
+    labelled_tokens,
+    length_sorted_batches,
+)
 from aletheia.data.examples import Example, Examples
 from aletheia.data.order import epoch_order, training_batches
 from aletheia.data.sources import one_line
@@ -31,6 +41,7 @@ from aletheia.training.settings import EVALUATIONS, TrainSettings
 from aletheia.training.sharded import is_sharded
 
 NEVER = 10**9  # steps
+FIXED_MULTIPLE = 64  # tokens: packed batches of a fixed size are rounded up to it
 LOOKED_AT_EVERY = 10  # steps between two logs, where no step waits for its own results
 
 
@@ -74,9 +85,31 @@ def rows_per_step(settings: TrainSettings, processes: int = 1) -> int:
 def rows_of_steps(data: Examples, settings: TrainSettings, steps: int, processes: int = 1) -> list[list[Example]]:
     """The rows of each of the first ``steps`` steps of a run."""
     lengths = [len(row) for row in data.examples]
-    per_step = rows_per_step(settings, processes)
-    batches = training_batches(lengths, per_step, steps, settings.seed, settings.groups_by_length)
+    per_step = settings.gradient_accumulation_steps * processes
+    batches = training_batches(lengths, settings.batch_size, steps, settings.seed, settings.order, per_step)
     return [[data[row] for row in batch] for batch in batches]
+
+
+def largest_batch_tokens(data: Examples, settings: TrainSettings, processes: int = 1) -> int:
+    """Tokens of the rows of the largest batch that any process sees in a run."""
+    lengths = [len(row) for row in data.examples]
+    per_step, per_epoch = settings.gradient_accumulation_steps, steps_per_epoch(len(data), settings, processes)
+    left, epoch, largest = planned_steps(len(data), settings, processes), 0, 0
+    while left > 0:
+        rows = epoch_order(lengths, settings.batch_size, settings.seed, epoch, settings.order, per_step * processes)
+        whole = BatchSampler(rows, settings.batch_size, drop_last=False)
+        # accelerate fills the last batches up with rows of the first ones
+        shards = [BatchSamplerShard(whole, processes, rank) for rank in range(processes)] if processes > 1 else [whole]
+        seen = (batch for shard in shards for batch in islice(shard, left * per_step))
+        largest = max(largest, *(sum(lengths[row] for row in batch) for batch in seen))
+        left, epoch = left - per_epoch, epoch + 1
+    return largest
+
+
+def fixed_size(data: Examples, settings: TrainSettings, processes: int = 1) -> PackSize:
+    """The size that every packed batch of a run fits into, in tokens a multiple of 64."""
+    tokens = math.ceil(largest_batch_tokens(data, settings, processes) / FIXED_MULTIPLE) * FIXED_MULTIPLE
+    return PackSize(tokens, settings.batch_size)
 
 
 def training_arguments(settings: TrainSettings, output_dir: str, **given: Any) -> TrainingArguments:
@@ -141,9 +174,14 @@ def evaluates_by_itself(settings: TrainSettings) -> bool:
     return bool({"eval_strategy", "eval_steps"} & set(settings.model_extra or {}))
 
 
-def collator_of(settings: TrainSettings, pad_token_id: int) -> Collator:
-    """The function that makes a batch of rows: packed where ``packing`` is ``on``, otherwise padded."""
-    return collate_packed if settings.packing == "on" else partial(collate, pad_token_id=pad_token_id)
+def collator_of(settings: TrainSettings, pad_token_id: int, size: PackSize | None = None) -> Collator:
+    """The function that makes a batch of rows: packed where ``packing`` is ``on``, otherwise padded.
+
+    Packed batches are filled up to ``size``, if it is given.
+    """
+    if settings.packing == "on":
+        return partial(collate_packed, size=size, pad_token_id=pad_token_id)
+    return partial(collate, pad_token_id=pad_token_id)
 
 
 def _looks_back(arguments: TrainingArguments) -> bool:
@@ -161,7 +199,7 @@ class EpochOrder(Sampler[int]):
         self._settings, self._trainer = settings, trainer
         processes = trainer.args.world_size
         self._per_epoch = steps_per_epoch(len(data), settings, processes)
-        self._batch_size = rows_per_step(settings, processes)
+        self._per_step = settings.gradient_accumulation_steps * processes
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -170,8 +208,8 @@ class EpochOrder(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         """Indices of all rows, in the order of the present epoch."""
         epoch = self._trainer.state.global_step // self._per_epoch
-        settings = self._settings
-        return iter(epoch_order(self._lengths, self._batch_size, settings.seed, epoch, settings.groups_by_length))
+        size, seed, order = self._settings.batch_size, self._settings.seed, self._settings.order
+        return iter(epoch_order(self._lengths, size, seed, epoch, order, self._per_step))
 
 
 class RowTrainer(Trainer):
@@ -197,6 +235,9 @@ class RowTrainer(Trainer):
         if settings.patience is not None:
             callbacks.append(EarlyStoppingCallback(settings.patience))
         self.collator = collator_of(settings, data.pad_token_id)
+        # graphs need batches of one size
+        self.size = fixed_size(data, settings, arguments.world_size) if settings.cuda_graphs else None
+        self._training_collator = collator_of(settings, data.pad_token_id, self.size)
         self.ahead: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # puts stored states into a batch
         self.looks_back = _looks_back(arguments)
         recorder.looks_back = self.looks_back
@@ -239,7 +280,7 @@ class RowTrainer(Trainer):
 
     def _batch(self, rows: Sequence[Example]) -> dict[str, Any]:
         """A batch of rows; where a step must not wait, with everything it would wait for."""
-        batch = self.collator(rows)
+        batch = self._training_collator(rows)
         if not self.looks_back:
             return batch
         if self.ahead is not None and get_worker_info() is None:  # workers have no cache

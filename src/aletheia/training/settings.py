@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from aletheia.data.order import Order
 from aletheia.settings import (
     LENGTH,
     MOST_EPOCHS,
@@ -155,11 +156,20 @@ class TrainSettings(Settings):
         SPEED,
     )
     group_by_length: bool | None = option(
-        None, "Make batches of rows of similar length, which saves padding. (default: on if batches are padded)", SPEED
+        None,
+        "Make batches of rows of similar length, which saves padding. Without it, rows are drawn at random. (default: "
+        "on if batches are padded; packed batches get nearly equal numbers of tokens)",
+        SPEED,
     )
     compile_layers: bool = option(
         False,
         "Compile the layers that learn with torch.compile. The first steps take longer, all others less time.",
+        SPEED,
+    )
+    cuda_graphs: bool = option(
+        False,
+        "On a GPU, with packed rows: record the layers as CUDA graphs and replay them, which takes far fewer launches. "
+        "Batches are filled up to one size.",
         SPEED,
     )
     liger: bool = option(
@@ -245,9 +255,11 @@ class TrainSettings(Settings):
     )
 
     @property
-    def groups_by_length(self) -> bool:
-        """Whether the rows of a batch have similar lengths, which saves padding."""
-        return self.packing != "on" if self.group_by_length is None else self.group_by_length
+    def order(self) -> Order:
+        """How rows are put into batches: grouped where batches are padded, balanced where they are packed."""
+        if self.group_by_length is None:
+            return "balanced" if self.packing == "on" else "grouped"
+        return "grouped" if self.group_by_length else "random"
 
     @property
     def recompute(self) -> Recompute:
@@ -279,6 +291,13 @@ class TrainSettings(Settings):
                 "`compile_layers` is given with `gradient_checkpointing` selective, which needs to see every matrix "
                 "product; expected full or off"
             )
+        if self.cuda_graphs and self.gradient_checkpointing in ("selective", "full"):
+            raise ValueError(
+                f"`cuda_graphs` is given with `gradient_checkpointing` {self.gradient_checkpointing}, but recorded "
+                "layers keep their activations; expected off or auto"
+            )
+        if self.cuda_graphs and self.packing == "off":
+            raise ValueError("`cuda_graphs` is given with `packing` off, but only packed batches have one size")
         if self.free_prefix and self.cache == "off":
             raise ValueError("`free_prefix` is given with `cache` off; expected a cache to train from")
         if (self.model_extra or {}).get("eval_strategy") == "no":

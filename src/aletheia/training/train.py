@@ -48,7 +48,7 @@ from aletheia.training.loop import (
 )
 from aletheia.training.measured import metrics_of
 from aletheia.training.outcome import digest_of_b, whole_adapter
-from aletheia.training.packing import packs
+from aletheia.training.packing import check_graphs, packs
 from aletheia.training.processes import Launch
 from aletheia.training.race import FACTORS, race_rates, race_steps, summary
 from aletheia.training.recorder import Recorder
@@ -133,6 +133,8 @@ def train(
         folder.check_room(bytes_needed)
         prepared = prepared or Prepared()
         packed, reason = packs(model, data, settings, prepared.prefix is not None)
+        if settings.cuda_graphs:
+            check_graphs(model, packed, reason)
         settings = settings.model_copy(update={"packing": "on" if packed else "off"})
         job = Job(model, data, plan, held_out, settings, prepared, folder, show_progress)
         if reason is not None:
@@ -304,7 +306,7 @@ class Job:
             prefix, decision = self._filled(steps, trainer, attached)
             free = prefix is not None
         attachment = Attachment(trainer, plan, attached, self.say, settings.recompute, prefix, free, decision)
-        attachment.packed = settings.packing == "on"
+        attachment.packed, attachment.size = settings.packing == "on", trainer.size
         attachment.install()
         trainer.ahead = attachment.ahead
         trainer.begin_average()
@@ -371,6 +373,7 @@ class Job:
         return {
             **self.settings.model_dump(mode="json", exclude=set(WITHOUT_INFLUENCE)),
             **self.prepared.about,
+            "order": self.settings.order,
             "tokenizer_vocabulary": str(self.data.tokenizer and self.data.tokenizer.vocabulary),
             "tokenizer_template": str(self.data.tokenizer and self.data.tokenizer.chat_template),
             "model_fingerprint": self.plan.model.fingerprint,

@@ -17,7 +17,7 @@ from aletheia.adapters.adapt import adapt
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate, on_device_of
 from aletheia.data.examples import Example, Examples
-from aletheia.data.order import training_batches
+from aletheia.data.order import Order, training_batches
 from aletheia.execution.cpu.attention import fast_attention
 from aletheia.execution.cpu.norms import fast_norms
 from aletheia.execution.fast import adapters_in_bfloat16, bfloat16_autocast, fast_adapters, fast_loss
@@ -195,7 +195,8 @@ def _synchronize() -> None:
 def _spread(data: Examples, batch_size: int, rounds: int, grouped: bool, seed: int) -> list[list[int]]:
     """Batches of an epoch at ``rounds`` evenly spaced quantiles of padded size, shuffled, after one for warm-up."""
     lengths = [len(example) for example in data.examples]
-    epoch = training_batches(lengths, batch_size, len(lengths) // batch_size, seed, grouped)
+    order: Order = "grouped" if grouped else "random"
+    epoch = training_batches(lengths, batch_size, len(lengths) // batch_size, seed, order)
     by_size = sorted(epoch, key=lambda batch: max(lengths[row] for row in batch))
     chosen = [by_size[int((number + 0.5) / rounds * len(by_size))] for number in range(rounds)]
     random.Random(seed).shuffle(chosen)
