@@ -89,8 +89,8 @@ def test_steps_with_an_optimizer_are_the_same(family, graphed, said, monkeypatch
         runs.append(steps)
     assert calls == [3] * 4  # seen, compared, recorded; then never again
     assert [line.split(" in ")[0] for line in said] == [
-        "graphs  2 frozen layers recorded for 64 tokens",
-        "graphs  2 layers that learn recorded for 64 tokens",
+        "graphs 2 frozen layers recorded for 64 tokens",
+        "graphs 2 layers that learn recorded for 64 tokens",
     ]
     for plain, ours in zip(*runs, strict=True):
         assert difference(ours, plain) < 1e-4
@@ -257,7 +257,7 @@ def test_without_a_true_recording_layers_run_as_they_are(recorder, reason, graph
         expected = [gradients(model, batch) for batch in batches]
         with graphed(model, recorder=recorder):
             found = [gradients(model, batch) for batch in batches]
-    assert said == [f"graphs  off for 4 layers that learn: {reason}"]
+    assert said == [f"graphs off for 4 layers that learn: {reason}"]
     for ours, plain in zip(found, expected, strict=True):
         assert difference(ours, plain) < 1e-6
 
@@ -308,12 +308,12 @@ def test_a_run_with_graphs_is_the_run_without(settings, on_a_gpu, plan, examples
     found = [line.split(" in ")[0] for line in lines if "graphs" in line]
     tokens = found[0].split(" for ")[1]
     assert found == [
-        f"graphs  4 layers that learn recorded for {tokens}",
-        f"graphs  2 frozen layers recorded for {tokens}",
-        f"graphs  2 layers that learn recorded for {tokens}",
+        f"graphs 4 layers that learn recorded for {tokens}",
+        f"graphs 2 frozen layers recorded for {tokens}",
+        f"graphs 2 layers that learn recorded for {tokens}",
     ]
     assert "layers as CUDA graphs" in run.metrics.steps_computed_by
-    assert "--cuda-graphs" in repeat_command(run.metrics)
+    assert "--cuda-graphs" in repeat_command(run)
     expected = [point.loss for point in wanted.train_curve]
     assert [point.loss for point in run.metrics.train_curve] == pytest.approx(expected, rel=1e-4)
     assert [point.loss for point in run.metrics.held_out_curve] == pytest.approx(

@@ -17,7 +17,6 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from aletheia.adapters.adapt import check_adapters
-from aletheia.data.batches import PackSize
 from aletheia.data.examples import NO_LOSS, Example
 from aletheia.data.tokenizer import identify_tokenizer
 from aletheia.errors import CacheError, TrainingError
@@ -146,7 +145,7 @@ class Attachment(TrainerCallback):
         self._decided = decision
         self.ways: tuple[str, ...] = ()
         self.cache_seconds = 0.0
-        self.size: PackSize | None = None  # what packed batches are filled up to, if layers are to be recorded
+        self.graphed: int | None = None  # tokens of packed batches whose layers are recorded
         self.packed = False  # whether batches come from :func:`aletheia.data.batches.collate_packed`
         self.at_end: Callable[[], None] = lambda: None  # called after the last step, before the model is restored
         self._trainer, self._plan, self._settings = trainer, plan, settings
@@ -239,19 +238,11 @@ class Attachment(TrainerCallback):
         self.ways = tuple(ways)
 
     def _fast_ways(self) -> dict[str, Way]:
-        trainer, compiled = self._trainer, self._settings.compile_layers
+        compiled = self._settings.compile_layers
         if compiled:
             self._notify("compile  the layers that learn; the first steps take longer")
-        graphed = self.size.tokens if self.size is not None else None
-        if graphed is not None and (is_sharded(trainer) or self._recompute != "off"):
-            reason = "layers are sharded over processes" if is_sharded(trainer) else "activations are computed again"
-            self._notify(f"graphs  off: {reason}")
-            graphed = None
-        return step_ways(
-            *(self._model, reads(trainer), self._recompute, self.packed, compiled, self._settings.liger),
-            graphed=graphed,
-            say=self._notify,
-        )
+        given = (self._model, reads(self._trainer), self._recompute, self.packed, compiled, self._settings.liger)
+        return step_ways(*given, self.graphed, self._notify)
 
     def _make_source(self, model: nn.Module, phase: Phase) -> PrefixSource | None:
         """The source of stored states in this phase; None where there is no prefix or no cache."""
@@ -347,9 +338,8 @@ class Attachment(TrainerCallback):
 
         States come along only in the last phase: before that, a batch made ahead could belong to an earlier boundary.
         """
-        if self._source is None:
-            return batch
-        return batch | self._source.ahead(batch, with_states=self._phase is self._phases[-1])
+        is_last = self._phase is self._phases[-1]
+        return batch if self._source is None else batch | self._source.ahead(batch, with_states=is_last)
 
     def _note_size(self) -> None:
         """Record the size of the cache of the phase that ends."""

@@ -1,14 +1,15 @@
 """The choice of whether the batches of a run are packed, and of one size."""
 
-from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
 
 from aletheia.data.examples import Examples
 from aletheia.errors import SettingsError
 from aletheia.execution.backend import is_behind, packing_pays
 from aletheia.execution.packed import why_not_packed
+from aletheia.progress import Say
+from aletheia.training.loop import RowTrainer
 from aletheia.training.settings import TrainSettings
+from aletheia.training.sharded import is_sharded
 
 
 def packs(
@@ -37,15 +38,22 @@ def packs(
     return reason is None, reason
 
 
-def check_graphs(model: PreTrainedModel | PeftModel, packed: bool, reason: str | None) -> None:
-    """Check that layers can be recorded: on a device that works off a queue, for packed batches.
+def recorded_tokens(trainer: RowTrainer, settings: TrainSettings, say: Say) -> int | None:
+    """The tokens of the batches whose layers are recorded as CUDA graphs; None if none are.
 
     Raises:
-        SettingsError: they cannot.
+        SettingsError: ``cuda_graphs`` is on, but the run is on a CPU or pads its batches.
     """
-    if not is_behind(model.device):
-        raise SettingsError(f"`cuda_graphs` is on, but the model is on {model.device}; expected a GPU; leave it out")
-    if not packed:
+    if trainer.size is None:
+        return None
+    if not is_behind(trainer.args.device):
         raise SettingsError(
-            f"`cuda_graphs` is on, but batches are padded: {reason}; expected packed rows; leave it out"
+            f"`cuda_graphs` is on, but the model is on {trainer.args.device}; expected a GPU; leave it out"
         )
+    if settings.packing == "off":
+        raise SettingsError("`cuda_graphs` is on, but batches are padded; expected packed rows; leave it out")
+    if is_sharded(trainer) or settings.recompute != "off":
+        reason = "layers are sharded over processes" if is_sharded(trainer) else "activations are computed again"
+        say(f"graphs off: {reason}")
+        return None
+    return trainer.size.tokens

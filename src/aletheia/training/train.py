@@ -48,7 +48,7 @@ from aletheia.training.loop import (
 )
 from aletheia.training.measured import metrics_of
 from aletheia.training.outcome import digest_of_b, whole_adapter
-from aletheia.training.packing import check_graphs, packs
+from aletheia.training.packing import packs, recorded_tokens
 from aletheia.training.processes import Launch
 from aletheia.training.race import FACTORS, race_rates, race_steps, summary
 from aletheia.training.recorder import Recorder
@@ -133,8 +133,6 @@ def train(
         folder.check_room(bytes_needed)
         prepared = prepared or Prepared()
         packed, reason = packs(model, data, settings, prepared.prefix is not None)
-        if settings.cuda_graphs:
-            check_graphs(model, packed, reason)
         settings = settings.model_copy(update={"packing": "on" if packed else "off"})
         job = Job(model, data, plan, held_out, settings, prepared, folder, show_progress)
         if reason is not None:
@@ -306,7 +304,8 @@ class Job:
             prefix, decision = self._filled(steps, trainer, attached)
             free = prefix is not None
         attachment = Attachment(trainer, plan, attached, self.say, settings.recompute, prefix, free, decision)
-        attachment.packed, attachment.size = settings.packing == "on", trainer.size
+        attachment.packed = settings.packing == "on"
+        attachment.graphed = recorded_tokens(trainer, settings, self.say)
         attachment.install()
         trainer.ahead = attachment.ahead
         trainer.begin_average()

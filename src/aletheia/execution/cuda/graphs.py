@@ -210,7 +210,7 @@ class _Chain:
 
     def _give_up(self, reason: str) -> None:
         self._is_off, self._passed, self._seen = True, None, []
-        self._say(f"graphs  off for {self._name}: {reason}")
+        self._say(f"graphs off for {self._name}: {reason}")
 
     @property
     def _name(self) -> str:
@@ -228,7 +228,7 @@ class _Chain:
             self._give_up(one_line(error))
         else:
             seconds = time.perf_counter() - started
-            self._say(f"graphs  {self._name} recorded for {math.prod(self._shape):,} tokens in {seconds:.1f} s")
+            self._say(f"graphs {self._name} recorded for {math.prod(self._shape):,} tokens in {seconds:.1f} s")
 
     def _record(self, seen: list[_Call], sample_BTD: torch.Tensor) -> list[Recorded]:
         """Record all layers, and compare a replay with their own results on ``sample_BTD``, the first one's input."""
