@@ -37,18 +37,26 @@ class Stopped(SaveInTime):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "packing"),
-    [(torch.float32, "off"), (torch.bfloat16, "off"), (torch.bfloat16, "auto")],
-    ids=["float32", "bfloat16", "bfloat16-packed"],
+    ("dtype", "packing", "graphs"),
+    [
+        (torch.float32, "off", False),
+        (torch.bfloat16, "off", False),
+        (torch.bfloat16, "auto", False),
+        (torch.bfloat16, "auto", True),
+    ],
+    ids=["float32", "bfloat16", "bfloat16-packed", "bfloat16-graphs"],
 )
-def test_a_run_that_was_stopped_ends_as_one_that_was_not(dtype, packing, device, examples, tmp_path, monkeypatch):
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(
+    dtype, packing, graphs, device, examples, tmp_path, monkeypatch
+):
+    graphs = graphs and device.type == "cuda"
     data, held_out = examples.subset(range(24)), examples.subset(range(24, 34))
     scores = aletheia.probe(base(dtype, device), examples, batches=2)
     plan = aletheia.plan(scores, policy="last", rank=RANK, freeze_after=0.25)
 
     def trained(out):
         settings = {"steps": 16, "save_steps": 3, "learning_rate": 3e-3, "evaluations": 4, "early_stop": False}
-        settings |= {"packing": packing, "cache": "memory", "show_progress": False}
+        settings |= {"packing": packing, "cache": "memory", "cuda_graphs": graphs, "show_progress": False}
         adapted = aletheia.adapt(base(dtype, device), plan)
         return aletheia.train(adapted, data, plan, tmp_path / out, held_out, **settings).metrics
 
@@ -68,6 +76,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(dtype, packing, device,
     packs = device.type == "cuda" and packing == "auto"
     assert whole.settings.packing == again.settings.packing == packs
     assert ("rows packed without padding" in again.steps_computed_by) == packs
+    assert ("layers as CUDA graphs" in again.steps_computed_by) == graphs
 
 
 def test_a_plan_for_less_memory_is_trained_in_it(device, examples, tmp_path):

@@ -5,15 +5,18 @@ from functools import partial
 import pytest
 import torch
 from on_device import DTYPES, WIDE, standard, step, wide
+from tape import TapeRecorder
 from test_packed import ROWS, row
 from test_prefix import BOUNDARY, adapters_on, difference, stored
 from tiny import make_model, make_tokenizer
 
 import aletheia
 from aletheia.anatomy.read import find_layers
-from aletheia.data.batches import collate, collate_packed
+from aletheia.data.batches import PackSize, collate, collate_packed
 from aletheia.execution import packed
 from aletheia.execution.backend import compile_seconds, entered, step_ways
+from aletheia.execution.cuda.graphs import graphed_layers
+from aletheia.execution.cuda.recorded import CudaRecorder
 from aletheia.prefix.boundary import frozen_prefix
 from aletheia.prefix.cache import MemoryCache
 from aletheia.prefix.source import PrefixSource
@@ -26,7 +29,7 @@ WAYS = (
     *("adapters in the dtype of the base", "logits at labelled positions", "low-rank products in place"),
     *("loss in the buffer of its logits", "selective recomputation", "full recomputation"),
 )
-APART = {"rows packed without padding", "compiled layers"}  # have tests of their own
+APART = {"rows packed without padding", "compiled layers", "layers as CUDA graphs"}  # have tests of their own
 OF_PROCESSORS = {"attention by matrix products", "norms in fewer passes"}
 NEEDS = {"selective recomputation": ("low-rank products in place",)}  # PEFT adds to a product that is to be kept
 PADDED = collate(ROWS, 0)
@@ -61,7 +64,7 @@ class Spy:
 
 
 def all_ways(model):
-    both = (step_ways(model, recompute=kind, packed=True, compiled=True) for kind in ("selective", "full"))
+    both = (step_ways(model, recompute=kind, packed=True, compiled=True, graphed=98) for kind in ("selective", "full"))
     return {name: way for ways in both for name, way in ways.items()}
 
 
@@ -125,6 +128,29 @@ def test_compiled_layers_are_plain_peft(alone, dtype, device):
             assert difference(step(model, make(rows)), expected) < limit
     assert metrics.generated_kernel_count > 0
     assert compile_seconds() > before
+
+
+@in_each_dtype
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["as they are", "compiled"])
+def test_recorded_layers_are_plain_peft(compiled, family, dtype, device):
+    """By graphs, on a GPU: batches of one size, packed where attention by rows is one kernel."""
+    model, lines = wide(dtype, device, family), []
+    batches = [ROWS, ROWS[::-1], [row(70, 5), row(12, 6), row(3, 7), row(14, 8)]]  # padded, of one size, too
+    wanted = [standard(model, collate(rows, 0)) for rows in batches]
+    packs, is_cuda = packed.has_kernel(model), device.type == "cuda"
+    make, shape = partial(collate, pad_token_id=0), (4, 70)
+    if packs:
+        make, shape = partial(collate_packed, size=PackSize(128, 4)), (1, 128)
+    ways = step_ways(model, packed=packs, compiled=compiled and is_cuda)
+    graphs = graphed_layers(model, shape, lines.append, CudaRecorder if is_cuda else TapeRecorder)
+    with frozen_prefix(model), entered(model, ways), graphs:
+        for rows, (expected, limit) in 2 * list(zip(batches, wanted, strict=True)):
+            assert difference(step(model, make(rows)), expected) < limit
+    assert [line.split(" for ")[0] for line in lines] == [
+        "graphs 2 frozen layers recorded",
+        "graphs 2 layers that learn recorded",
+    ]
 
 
 @in_each_dtype
