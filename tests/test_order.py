@@ -198,18 +198,29 @@ def trained(plan, examples: Examples, out, **settings):
     return run, shapes
 
 
-@pytest.mark.parametrize("cache", ["memory", "off"])
-def test_batches_of_a_fixed_size_change_nothing_but_their_shape(cache, plan, examples, tmp_path):
+@pytest.mark.parametrize("grouped", [None, True, False])
+def test_a_run_takes_its_batches_from_that_order(grouped, plan, examples, tmp_path):
+    given = {"gradient_accumulation_steps": 2, "epochs": 2, "group_by_length": grouped}
+    _, shapes = trained(plan, examples, tmp_path / "run", **given)
+    steps = rows_of_steps(examples.subset(range(22)), TrainSettings(packing="on", batch_size=4, **given), 6)
+    batches = [rows[at : at + 4] for rows in steps for at in range(0, len(rows), 4)]
+    assert [tokens for tokens, *_ in shapes] == [sum(map(len, batch)) for batch in batches]
+
+
+@pytest.mark.parametrize("settings", [{"cache": "memory"}, {"cache": "off"}, {"cache": "memory", "free_prefix": True}])
+def test_batches_of_a_fixed_size_change_nothing_but_their_shape(settings, plan, examples, tmp_path):
     """The last batch of each epoch is incomplete."""
-    plain, shapes = trained(plan, examples, tmp_path / "plain", cache=cache)
-    fixed, fixed_shapes = trained(plan, examples, tmp_path / "fixed", cache=cache, given={"is_fixed": True})
+    if "free_prefix" in settings:  # then no layer learns at first
+        plan = aletheia.plan(aletheia.probe(make_model("llama"), examples, batches=2), policy="last", freeze_after=0)
+    plain, shapes = trained(plan, examples, tmp_path / "plain", **settings)
+    fixed, fixed_shapes = trained(plan, examples, tmp_path / "fixed", **settings, given={"is_fixed": True})
     assert len(set(shapes)) > 2
     assert set(fixed_shapes) == {(fixed_shapes[0][0], 4 + 2, fixed_shapes[0][0])}
     assert max(shape[0] for shape in shapes) <= fixed_shapes[0][0]
     before, after = plain.metrics, fixed.metrics
     assert after.settings.order == "balanced"
     assert not {"--group-by-length", "--no-group-by-length"} & set(repeat_command(fixed))
-    assert after.settings.cache == cache
+    assert after.settings.cache == settings["cache"]
     assert [point.loss for point in after.train_curve] == pytest.approx(
         [point.loss for point in before.train_curve], rel=1e-5
     )

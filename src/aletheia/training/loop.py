@@ -101,7 +101,7 @@ def largest_batch_tokens(data: Examples, settings: TrainSettings, processes: int
         # accelerate fills the last batches up with rows of the first ones
         shards = [BatchSamplerShard(whole, processes, rank) for rank in range(processes)] if processes > 1 else [whole]
         seen = (batch for shard in shards for batch in islice(shard, left * per_step))
-        largest = max(largest, *(sum(lengths[row] for row in batch) for batch in seen))
+        largest = max(largest, max(sum(lengths[row] for row in batch) for batch in seen))
         left, epoch = left - per_epoch, epoch + 1
     return largest
 

@@ -157,8 +157,8 @@ class TrainSettings(Settings):
     )
     group_by_length: bool | None = option(
         None,
-        "Make batches of rows of similar length, which saves padding. Without it, rows are drawn at random. (default: "
-        "on if batches are padded; packed batches get nearly equal numbers of tokens)",
+        "Make batches of rows of similar length, which saves padding; off: of random rows. (default: on where batches "
+        "are padded; where they are packed, all get nearly the same number of tokens)",
         SPEED,
     )
     compile_layers: bool = option(
