@@ -17,7 +17,8 @@ from aletheia.data.batches import collate
 from aletheia.errors import AdapterError, TrainingError
 from aletheia.execution import fast
 from aletheia.execution.cpu.norms import fast_norms
-from aletheia.execution.fast import bfloat16_autocast, fast_adapters, fast_causal_loss, fast_loss
+from aletheia.execution.fast import bfloat16_autocast, fast_adapters
+from aletheia.execution.loss import fast_causal_loss, fast_loss
 from aletheia.execution.recompute import recomputation
 from aletheia.prefix.boundary import frozen_prefix
 from aletheia.prefix.cache import MemoryCache, collate_with_prefix

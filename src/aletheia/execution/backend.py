@@ -13,7 +13,8 @@ from aletheia.execution.cpu.attention import fast_attention
 from aletheia.execution.cpu.norms import fast_norms
 from aletheia.execution.cuda.liger import has_liger, liger_gates, liger_norms
 from aletheia.execution.cuda.rotary import liger_rotary
-from aletheia.execution.fast import adapters_in_bfloat16, fast_adapters, fast_loss
+from aletheia.execution.fast import adapters_in_bfloat16, fast_adapters
+from aletheia.execution.loss import fast_loss
 from aletheia.execution.packed import attention_by_row, has_kernel
 from aletheia.execution.recompute import Recompute, recomputation
 from aletheia.probing.logits import labelled_logits, labelled_states
