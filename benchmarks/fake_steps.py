@@ -122,7 +122,8 @@ def peak_of(kind: Kind, real: bool = False) -> Peak:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             _make_fake(model)
             stack.enter_context(patch.object(torch, "is_autocast_enabled", _casts))
-            stack.enter_context(patch.dict(losses.ROWS_AT_ONCE, cpu=losses.ROWS_ON_DEVICE))
+            rows = losses.rows_at_once("cuda", kind.config.get_text_config().vocab_size)
+            stack.enter_context(patch.object(losses, "ROWS_ON_CPU", rows))
             if kind.rows == 1:  # masks are made from values, and fake tensors have none
                 stack.enter_context(patch.object(transformers.masking_utils, "find_packed_sequence_indices", _none))
         live = LiveBytes()

@@ -12,7 +12,9 @@ from torch import nn
 from aletheia.execution.cpu.attention import fast_attention
 from aletheia.execution.cpu.norms import fast_norms
 from aletheia.execution.cuda.liger import has_liger, liger_gates, liger_norms
+from aletheia.execution.cuda.loss import kernel_loss
 from aletheia.execution.cuda.rotary import liger_rotary
+from aletheia.execution.cuda.trial import has_triton
 from aletheia.execution.fast import adapters_in_bfloat16, fast_adapters
 from aletheia.execution.loss import fast_loss
 from aletheia.execution.packed import attention_by_row, has_kernel
@@ -76,7 +78,10 @@ def step_ways(
         ways["hidden states at labelled positions"] = labelled_states
     ways |= layer_ways(model, compiled, liger)
     if reads == "loss":
-        ways["loss in the buffer of its logits"] = fast_loss
+        if _is_cuda(next(model.parameters())) and has_triton():
+            ways["loss by two kernels"] = kernel_loss
+        else:
+            ways["loss in the buffer of its logits"] = fast_loss
     if packed:
         ways["rows packed without padding"] = attention_by_row
     if recompute != "off":

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from aletheia.errors import TrainingError
-from aletheia.execution.cuda.trial import agree, dtype_of, not_taken, random_values
+from aletheia.execution.cuda.trial import agree, dtype_of, has_triton, not_taken, random_values
 from aletheia.execution.fast import Forward, replaced_forwards
 
 TRIAL_ROWS = (8, 2**15)  # for many short rows Liger uses another kernel, which takes several at a time
@@ -26,7 +26,7 @@ SHORT = 256
 
 def has_liger() -> bool:
     """Whether Liger's kernels are installed, and Triton, which compiles them."""
-    return find_spec("liger_kernel") is not None and find_spec("triton") is not None
+    return find_spec("liger_kernel") is not None and has_triton()
 
 
 # --- norms

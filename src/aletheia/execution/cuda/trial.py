@@ -1,10 +1,16 @@
 """Trials of kernels: a kernel and the model's own code run on the same random values, on the model's device."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed, which compiles kernels. It comes with torch for CUDA on Linux."""
+    return find_spec("triton") is not None
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
