@@ -16,7 +16,7 @@ from aletheia.execution.loss import only_once
 BLOCK, WARPS = 2**15, 32  # logits of a row at a time: Liger's choice for its kernel on an H100
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["targets"])  # shifted labels start inside their buffer
 def _losses(logits, stride, targets, ignored, kept, V, BLOCK: tl.constexpr):
     """The loss of a row, its largest logit and the sum of exponentials relative to that; nothing if it is ignored."""
     row = tl.program_id(0).to(tl.int64)
@@ -37,7 +37,7 @@ def _losses(logits, stride, targets, ignored, kept, V, BLOCK: tl.constexpr):
         tl.store(kept + 2, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["targets"])  # shifted labels start inside their buffer
 def _to_gradients(logits, stride, targets, ignored, kept, grad, V, BLOCK: tl.constexpr):
     """Overwrite a block of a row by ``grad`` times its softmax, less 1 at the target; by zeros if it is ignored."""
     row = tl.program_id(0).to(tl.int64)

@@ -22,7 +22,7 @@ SHORT = 256
 
 # a norm of x [N, D] by weight [D] and eps; the last two say what is added to the weight and when x is rounded
 Norm = Callable[[torch.Tensor, torch.Tensor, float, float, str], torch.Tensor]
-FORMULAS = ((0.0, "gemma"), (0.0, "llama"), (1.0, "gemma"))  # Llama rounds before the weight, Gemma after it
+FORMULAS = ((0.0, "llama"), (1.0, "gemma"), (0.0, "gemma"))  # Llama rounds before the weight, Gemma after it
 
 
 def liger_norms(model: nn.Module) -> AbstractContextManager[int]:
@@ -50,7 +50,7 @@ def _by_liger(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, 
 def _by_torch(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, rounds_as: str) -> torch.Tensor:
     casts = torch.is_autocast_enabled(x.device.type)  # to float32, where a model rounds
     with torch.autocast(x.device.type, enabled=False) if casts else nullcontext():
-        if rounds_as == "llama":
+        if rounds_as == "llama" and x.dtype != torch.float32:
             return weight * nn.functional.rms_norm(x, weight.shape, None, eps)
         if offset:  # the sum would lose digits in bfloat16
             return nn.functional.rms_norm(x.float(), weight.shape, offset + weight.float(), eps).to(x.dtype)
