@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from interpreted import INSTALLED, complete_interpreter, interpreted
+from interpreted import complete_interpreter, interpreted
 from test_prefix import adapted, difference, gradients
 from tiny import make_model
 
@@ -132,7 +132,7 @@ def test_logits_that_lie_apart_take_the_buffer(summed):
 
 
 @pytest.mark.skipif(
-    not INSTALLED or os.environ.get("TRITON_INTERPRET") == "1", reason="needs triton, without TRITON_INTERPRET"
+    not has_triton() or os.environ.get("TRITON_INTERPRET") == "1", reason="needs triton, without TRITON_INTERPRET"
 )
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 @pytest.mark.parametrize("logits", ["*bf16", "*fp32"])

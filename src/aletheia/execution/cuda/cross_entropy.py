@@ -23,7 +23,7 @@ def _losses(logits, stride, targets, ignored, kept, V, BLOCK: tl.constexpr):
     target = tl.load(targets + row)
     if target != ignored:
         logits += row * stride
-        largest, total = -3.4e38, 0.0  # kept relative to the largest so far: Milakov and Gimelshein 2018
+        largest, total = -3.4e38, 0.0  # the sum is relative to the largest so far: Milakov and Gimelshein 2018
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)
             x = tl.load(logits + column, mask=column < V, other=float("-inf")).to(tl.float32)
@@ -39,7 +39,7 @@ def _losses(logits, stride, targets, ignored, kept, V, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize_on_alignment=["targets"])  # shifted labels start inside their buffer
 def _to_gradients(logits, stride, targets, ignored, kept, grad, V, BLOCK: tl.constexpr):
-    """Overwrite a block of a row by ``grad`` times its softmax, less 1 at the target; by zeros if it is ignored."""
+    """Overwrite a block of a row by ``grad`` times (softmax - 1 at the target); by zeros if the row is ignored."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
     counted = tl.where(target == ignored, 0, V)

@@ -20,7 +20,7 @@ from aletheia.execution.fast import Forward, replaced_forwards
 TRIAL_ROWS = (8, 2**15)  # for many short rows Liger uses another kernel, which takes several at a time
 SHORT = 256
 
-# a norm of x [N, D] by weight [D] and eps; the last two say what is added to the weight and when x is rounded
+# arguments: x [N, D], weight [D], eps, what is added to the weight, and whose rounding it follows
 Norm = Callable[[torch.Tensor, torch.Tensor, float, float, str], torch.Tensor]
 FORMULAS = ((0.0, "llama"), (1.0, "gemma"), (0.0, "gemma"))  # Llama rounds before the weight, Gemma after it
 
