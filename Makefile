@@ -38,7 +38,8 @@ test-slow: venv
 
 # a test that hangs says where after two minutes
 test-gpu: venv
-	$(BIN)/python -m pytest -m gpu -o faulthandler_timeout=120 tests/test_gpu_steps.py tests/test_gpu_runs.py tests/test_liger.py
+	$(BIN)/python -m pytest -m gpu -o faulthandler_timeout=120 tests/test_gpu_steps.py tests/test_gpu_runs.py tests/test_liger.py tests/test_kernel_loss.py \
+		tests/test_torch_norms.py
 
 # the lower bounds of pyproject.toml, in an environment of their own: the lock first, then what is older than it;
 # import-linter is left out, as it asks for a newer rich

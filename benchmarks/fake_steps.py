@@ -28,7 +28,7 @@ from aletheia.anatomy.read import find_layers, read_anatomy
 from aletheia.anatomy.schema import Anatomy
 from aletheia.data.batches import LABELLED
 from aletheia.data.examples import NO_LOSS
-from aletheia.execution import fast
+from aletheia.execution import loss as losses
 from aletheia.execution.backend import entered, step_ways
 from aletheia.planning.activations import Step
 from aletheia.planning.memory import GPU_BYTES, PROCESS_BYTES, training_bytes
@@ -122,7 +122,8 @@ def peak_of(kind: Kind, real: bool = False) -> Peak:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             _make_fake(model)
             stack.enter_context(patch.object(torch, "is_autocast_enabled", _casts))
-            stack.enter_context(patch.dict(fast.ROWS_AT_ONCE, cpu=fast.ROWS_ON_DEVICE))
+            rows = losses.rows_at_once("cuda", kind.config.get_text_config().vocab_size)
+            stack.enter_context(patch.object(losses, "ROWS_ON_CPU", rows))
             if kind.rows == 1:  # masks are made from values, and fake tensors have none
                 stack.enter_context(patch.object(transformers.masking_utils, "find_packed_sequence_indices", _none))
         live = LiveBytes()

@@ -20,7 +20,8 @@ from aletheia.data.batches import collate
 from aletheia.data.rows import load_rows
 from aletheia.data.settings import DataSettings
 from aletheia.errors import ModelError
-from aletheia.execution.fast import adapters_in_bfloat16, bfloat16_autocast, fast_adapters, fast_loss
+from aletheia.execution.fast import adapters_in_bfloat16, bfloat16_autocast, fast_adapters
+from aletheia.execution.loss import fast_loss
 from aletheia.job.source import load_for
 from aletheia.prefix.fill_streamed import fill_streamed, streamed_cache
 from aletheia.probing.passes import check_passes

@@ -17,6 +17,7 @@ from aletheia.execution import packed
 from aletheia.execution.backend import compile_seconds, entered, step_ways
 from aletheia.execution.cuda.graphs import graphed_layers
 from aletheia.execution.cuda.recorded import CudaRecorder
+from aletheia.execution.cuda.trial import has_triton
 from aletheia.prefix.boundary import frozen_prefix
 from aletheia.prefix.cache import MemoryCache
 from aletheia.prefix.source import PrefixSource
@@ -25,9 +26,10 @@ from aletheia.training.fast_steps import fast_steps
 
 pytestmark = pytest.mark.gpu
 
+LOSS = "loss by two kernels" if torch.cuda.is_available() and has_triton() else "loss in the buffer of its logits"
 WAYS = (
     *("adapters in the dtype of the base", "logits at labelled positions", "low-rank products in place"),
-    *("loss in the buffer of its logits", "selective recomputation", "full recomputation"),
+    *(LOSS, "selective recomputation", "full recomputation"),
 )
 APART = {"rows packed without padding", "compiled layers", "layers as CUDA graphs"}  # have tests of their own
 OF_PROCESSORS = {"attention by matrix products", "norms in fewer passes"}

@@ -20,7 +20,9 @@ from aletheia.errors import TrainingError
 from aletheia.execution import backend
 from aletheia.execution.backend import entered, layer_ways, step_ways
 from aletheia.execution.cuda import liger
-from aletheia.execution.cuda.liger import liger_gates, liger_norms
+from aletheia.execution.cuda import norms as cuda_norms
+from aletheia.execution.cuda.liger import liger_gates
+from aletheia.execution.cuda.norms import liger_norms
 from aletheia.execution.cuda.rotary import liger_rotary
 from aletheia.prefix.boundary import frozen_prefix
 from aletheia.reporting.comparison import repeat_command
@@ -34,7 +36,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.fixture
 def kernels(monkeypatch):
     complete_interpreter(monkeypatch)
-    monkeypatch.setattr(liger, "TRIAL_ROWS", (8, 10))  # the interpreter takes a second for many rows
+    monkeypatch.setattr(cuda_norms, "TRIAL_ROWS", (8, 10))  # the interpreter takes a second for many rows
 
 
 def random(*shape, dtype=torch.float32, seed=0):
@@ -102,7 +104,7 @@ def test_many_short_rows_take_another_kernel(dtype, kernels, monkeypatch):
     import liger_kernel.ops.rms_norm as kernels_of_norms
 
     module, launched = norm(size=8, dtype=dtype), []
-    monkeypatch.setattr(liger, "TRIAL_ROWS", (8, 2**15))
+    monkeypatch.setattr(cuda_norms, "TRIAL_ROWS", (8, 2**15))
     for name in ("_rms_norm_forward_kernel", "_block_rms_norm_forward_kernel"):
         plain = getattr(kernels_of_norms, name)
         counted = type("Counted", (), {"__getitem__": lambda _, grid, n=name, p=plain: launched.append(n) or p[grid]})()

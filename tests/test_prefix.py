@@ -13,11 +13,12 @@ import aletheia
 from aletheia.adapters.adapt import lora_config
 from aletheia.anatomy.layerwise import PassThrough
 from aletheia.anatomy.read import find_layers, is_matrix, read_anatomy
-from aletheia.data.batches import collate
+from aletheia.data.batches import LABELLED, collate, labelled_tokens
 from aletheia.errors import AdapterError, TrainingError
 from aletheia.execution import fast
 from aletheia.execution.cpu.norms import fast_norms
-from aletheia.execution.fast import bfloat16_autocast, fast_adapters, fast_causal_loss, fast_loss
+from aletheia.execution.fast import bfloat16_autocast, fast_adapters
+from aletheia.execution.loss import fast_causal_loss, fast_loss
 from aletheia.execution.recompute import recomputation
 from aletheia.prefix.boundary import frozen_prefix
 from aletheia.prefix.cache import MemoryCache, collate_with_prefix
@@ -143,6 +144,15 @@ def test_the_paths_are_taken(rows):
     assert model(**batch).logits.shape == (*batch["input_ids"].shape, 259)
     with labelled_logits(model):  # no labels, no gathering
         assert model(input_ids=batch["input_ids"]).logits.shape[:2] == batch["input_ids"].shape
+
+
+def test_a_batch_with_the_number_of_its_labels_is_not_counted(rows, monkeypatch):
+    model, batch = adapted(), collate(rows, 0)
+    plain = gradients(model, batch)
+    monkeypatch.setattr(torch.Tensor, "nonzero", pytest.fail)  # on a GPU it waits
+    with labelled_logits(model):
+        found = gradients(model, batch | {LABELLED: int(labelled_tokens(batch["labels"]))})
+    assert difference(found, plain) < 1e-6
 
 
 @pytest.mark.parametrize("items", [None, 7, torch.tensor(7)])

@@ -12,9 +12,13 @@ from torch import nn
 from aletheia.execution.cpu.attention import fast_attention
 from aletheia.execution.cpu.norms import fast_norms
 from aletheia.execution.cuda.graphs import graphed_layers
-from aletheia.execution.cuda.liger import has_liger, liger_gates, liger_norms
+from aletheia.execution.cuda.liger import has_liger, liger_gates
+from aletheia.execution.cuda.loss import kernel_loss
+from aletheia.execution.cuda.norms import liger_norms, torch_norms
 from aletheia.execution.cuda.rotary import liger_rotary
-from aletheia.execution.fast import adapters_in_bfloat16, fast_adapters, fast_loss
+from aletheia.execution.cuda.trial import has_triton
+from aletheia.execution.fast import adapters_in_bfloat16, fast_adapters
+from aletheia.execution.loss import fast_loss
 from aletheia.execution.packed import attention_by_row, has_kernel
 from aletheia.execution.recompute import Recompute, recomputation
 from aletheia.probing.logits import labelled_logits, labelled_states
@@ -40,11 +44,15 @@ def layer_ways(model: nn.Module, compiled: bool = False, liger: bool = True) -> 
         ways["attention by matrix products"] = fast_attention
     if parameter.device.type == "cpu":
         ways["norms in fewer passes"] = fast_norms
-    if _is_cuda(parameter) and liger and not compiled and has_liger():
-        ways["norms by Liger"] = liger_norms
-        ways["gates by Liger"] = liger_gates
-        ways["rotary positions by Liger"] = liger_rotary
-    return ways
+    if not _is_cuda(parameter) or compiled:
+        return ways
+    if liger and has_liger():
+        return ways | {
+            "norms by Liger": liger_norms,
+            "gates by Liger": liger_gates,
+            "rotary positions by Liger": liger_rotary,
+        }
+    return ways | {"norms by torch's kernel": torch_norms}
 
 
 def _is_cuda(parameter: torch.Tensor) -> bool:
@@ -80,7 +88,10 @@ def step_ways(
         ways["hidden states at labelled positions"] = labelled_states
     ways |= layer_ways(model, compiled, liger)
     if reads == "loss":
-        ways["loss in the buffer of its logits"] = fast_loss
+        if _is_cuda(next(model.parameters())) and has_triton():
+            ways["loss by two kernels"] = kernel_loss
+        else:
+            ways["loss in the buffer of its logits"] = fast_loss
     if packed:
         ways["rows packed without padding"] = attention_by_row
     if recompute != "off":

@@ -1,8 +1,6 @@
-"""Training steps without needless copies: the matrix product adds LoRA, and the loss uses one buffer.
+"""Adapters without needless copies: the matrix product adds LoRA. Results are exact up to rounding.
 
-Results are exact up to rounding.
-
-Shapes: N tokens, I inputs, O outputs, R rank, V vocabulary.
+Shapes: N tokens, I inputs, O outputs, R rank.
 """
 
 import functools
@@ -16,10 +14,6 @@ from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import library, nn
-from transformers.loss.loss_utils import ForCausalLMLoss
-
-from aletheia.anatomy.access import base_of
-from aletheia.errors import TrainingError
 
 Forward = Callable[..., torch.Tensor]
 
@@ -225,101 +219,3 @@ def _forward(module: LoraLinear, plain: Forward, x: torch.Tensor, *args: Any, **
 def _in_bfloat16(_: nn.Module, plain: Forward, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     with torch.autocast(x.device.type, torch.bfloat16) if x.dtype == torch.bfloat16 else nullcontext():
         return plain(x, *args, **kwargs)
-
-
-ROWS_AT_ONCE = {"cpu": 32}  # rows of the softmax: a few megabytes, which fit in the processor's cache
-ROWS_ON_DEVICE = 4096
-
-
-class _FastCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy that overwrites the logits with their gradient, so both share one buffer [N, V]."""
-
-    @staticmethod
-    def forward(ctx: Any, logits_NV: torch.Tensor, target_N: torch.Tensor, ignore_index: int) -> torch.Tensor:
-        wants_grad = ctx.needs_input_grad[0]
-        in_place = wants_grad and logits_NV.dtype == torch.float32
-        summed = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
-        at_once = min(ROWS_AT_ONCE.get(logits_NV.device.type, ROWS_ON_DEVICE), len(target_N))
-        buffer = None if in_place else logits_NV.new_empty(at_once, logits_NV.shape[1], dtype=torch.float32)
-        for start in range(0, len(target_N), at_once):
-            chunk, target = logits_NV[start : start + at_once], target_N[start : start + at_once]
-            counted = target != ignore_index
-            column = torch.where(counted, target, 0)[:, None]
-            own = chunk.gather(1, column).float()
-            largest = chunk.amax(dim=1, keepdim=True).float()
-            softmax = (chunk if buffer is None else buffer[: len(chunk)].copy_(chunk)).sub_(largest).exp_()
-            total = softmax.sum(dim=1, keepdim=True)
-            summed += torch.where(counted, (largest + total.log() - own).squeeze(1), 0.0).sum()
-            if wants_grad:
-                softmax.div_(total).scatter_add_(1, column, torch.full_like(own, -1.0))
-                softmax *= counted[:, None]
-                if buffer is not None:
-                    chunk.copy_(softmax)
-        ctx.grad_NV = logits_NV if wants_grad else None
-        return summed
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        grad_NV: torch.Tensor | None
-        grad_NV, ctx.grad_NV = ctx.grad_NV, None
-        if grad_NV is None:
-            raise TrainingError(
-                "the loss of fast steps was differentiated twice, but its buffer serves one backward pass; expected "
-                "one; for more, use aletheia.frozen_prefix alone"
-            )
-        return grad_NV.mul_(grad), None, None
-
-
-def fast_causal_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    vocab_size: int,
-    num_items_in_batch: torch.Tensor | None = None,
-    ignore_index: int = -100,
-    shift_labels: torch.Tensor | None = None,
-    **kwargs: Any,
-) -> torch.Tensor:
-    """transformers' ``ForCausalLMLoss`` in one buffer: position t predicts label t + 1.
-
-    For float16 logits it calls ``ForCausalLMLoss``: small probabilities would underflow in a buffer that is scaled only
-    afterwards.
-
-    Args:
-        logits: logits of every position [..., V]; afterwards they hold their gradient.
-        labels: token ids [..., T], not shifted.
-        vocab_size: V.
-        num_items_in_batch: what to divide the summed loss by; None: the number of labels that count.
-        ignore_index: label of positions that do not count.
-        shift_labels: labels that are shifted already, in place of ``labels``.
-        kwargs: passed to ``ForCausalLMLoss``.
-
-    Returns:
-        The loss, a float32 scalar.
-    """
-    if logits.dtype == torch.float16:
-        return ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **kwargs)
-    if shift_labels is None:
-        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    target_N = shift_labels.reshape(-1).to(logits.device)
-    summed: torch.Tensor = _FastCrossEntropy.apply(logits.view(-1, vocab_size), target_N, ignore_index)
-    items = (target_N != ignore_index).sum() if num_items_in_batch is None else num_items_in_batch
-    return summed / (items.to(summed.device) if torch.is_tensor(items) else items)
-
-
-@contextmanager
-def fast_loss(model: nn.Module) -> Iterator[bool]:
-    """Compute the causal loss of ``model`` in the buffer of its logits, which then hold their gradient.
-
-    Yields whether it applies: models with a different loss keep theirs. Results are the same up to the order of
-    rounding.
-    """
-    base = base_of(model)
-    plain = getattr(base, "loss_function", None)
-    applies = plain is ForCausalLMLoss and not hasattr(base, "_loss_function")
-    if applies:
-        base.loss_function = fast_causal_loss
-    try:
-        yield applies
-    finally:
-        if applies:
-            del base._loss_function

@@ -20,7 +20,8 @@ PLAIN_HALF = 2.25  # ratio of gradient bytes: PEFT adding its own products in ha
 PLAIN_INPUTS = 3  # extra copies of the hidden states: on a CPU, PEFT rounds a shared input once per matrix
 NORM_GRADIENTS = 4  # hidden states in float32 that the backward pass of a norm holds
 MOST_SCORES_KEPT = 2**16  # per head, in attention on a CPU: aletheia.execution.cpu.attention.MOST_KEPT
-LOSS_ROWS = {True: 4096, False: 32}  # rows of logits in float32 at once; the key is "on a GPU": aletheia.execution.fast
+# logits in float32 at once, where Triton computes no loss: BUFFER_ON_DEVICE and ROWS_ON_CPU of aletheia.execution.loss
+LOSS_BUFFER_BYTES, LOSS_ROWS = 2**29, 32
 HALF_LOSS_BYTES = 12  # per float16 logit: the logit, its logarithm and its gradient in float32
 SCANNED = 2  # multiple of the inputs and outputs of a layer without attention: its states are not counted one by one
 STATE_GRADIENTS = 3  # copies of a state space's largest tensor that backward holds at once
@@ -207,8 +208,9 @@ def loss_bytes(anatomy: Anatomy, step: Step) -> float:
     rows = step.tokens * step.labelled_share
     copies = anatomy.kept.logit_copies if anatomy.kept else 1
     element = copies * step.item_bytes + (HALF_LOSS_BYTES if step.dtype == "float16" else 0)
-    buffer = FLOAT32_BYTES * min(LOSS_ROWS[step.on_gpu], rows) if step.dtype != "float32" else 0
-    return anatomy.vocab_size * (rows * element + buffer) + 2 * step.item_bytes * rows * anatomy.hidden_size
+    row = FLOAT32_BYTES * anatomy.vocab_size
+    buffer = min(rows * row, LOSS_BUFFER_BYTES if step.on_gpu else LOSS_ROWS * row) if step.dtype != "float32" else 0
+    return anatomy.vocab_size * rows * element + buffer + 2 * step.item_bytes * rows * anatomy.hidden_size
 
 
 def _feed_forward(modules: Sequence[Module]) -> float:

@@ -114,8 +114,8 @@ def _labelled(labels_BT: torch.Tensor, count: int | None = None) -> tuple[torch.
     """
     targets_BT = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=NO_LOSS)
     is_labelled = targets_BT.reshape(-1) != NO_LOSS
-    found_N = is_labelled.nonzero().squeeze(1) if count is None else torch.argsort(~is_labelled, stable=True)
-    keep_N = found_N[:count]
+    found_N1 = is_labelled.nonzero() if count is None else torch.nonzero_static(is_labelled, size=count)
+    keep_N = found_N1.squeeze(1)
     last = keep_N[-1:] if len(keep_N) else keep_N.new_zeros(1)
     moved = nn.functional.pad(targets_BT.reshape(-1)[keep_N], (1, 0), value=NO_LOSS)
     return torch.cat([keep_N, last]), moved[None]

@@ -1,14 +1,14 @@
-"""Liger's kernels for norms and gated activations, with the extra ``gpu``. Exact up to rounding.
+"""Liger's kernels for gated activations, with the extra ``gpu``. Exact up to rounding.
 
 Each kernel is tried on random values on the model's device and compared with the model's own code. Where it differs or
 fails, the model's code stays.
 
-Shapes: N tokens (or heads), D values normalized together, I values inside an MLP.
+Shapes: N tokens, I values inside an MLP.
 """
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -17,82 +17,13 @@ import torch
 from torch import nn
 
 from aletheia.errors import TrainingError
-from aletheia.execution.cuda.trial import agree, dtype_of, not_taken, random_values
+from aletheia.execution.cuda.trial import agree, dtype_of, has_triton, is_alone, not_taken, random_values
 from aletheia.execution.fast import Forward, replaced_forwards
-
-TRIAL_ROWS = (8, 2**15)  # for many short rows Liger uses another kernel, which takes several at a time
-SHORT = 256
 
 
 def has_liger() -> bool:
     """Whether Liger's kernels are installed, and Triton, which compiles them."""
-    return find_spec("liger_kernel") is not None and find_spec("triton") is not None
-
-
-# --- norms
-
-
-@contextmanager
-def liger_norms(model: nn.Module) -> Iterator[int]:
-    """Compute the frozen RMSNorms of ``model`` by Liger's kernels; yields how many modules it covers.
-
-    It covers modules that are called RMSNorm, have only a weight, and agree with the formula for ``w`` or Gemma's
-    ``1 + w``.
-    """
-    covered: dict[Forward, list[nn.Module]] = {forward: [] for forward in _NORMS}
-    for module in model.modules():
-        if (forward := _norm_of(module)) is not None:
-            covered[forward].append(module)
-    with ExitStack() as stack:
-        for forward, modules in covered.items():
-            stack.enter_context(replaced_forwards(modules, forward))
-        yield sum(map(len, covered.values()))
-
-
-def _norm(rounds_as: str, offset: float, module: nn.Module, plain: Forward, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """The norm of a tensor: Llama rounds before the weight; Gemma rounds after it, and adds an offset to it."""
-    weight = module.weight
-    if not _is_alone(args, kwargs) or weight.requires_grad:
-        return plain(*args, **kwargs)
-    (x,) = args
-    if (x.dtype, x.device, x.shape[-1:]) != (weight.dtype, weight.device, weight.shape):
-        return plain(x)
-    from liger_kernel.ops import LigerRMSNormFunction
-
-    in_place = False  # a residual connection may need the same gradient
-    normed: torch.Tensor = LigerRMSNormFunction.apply(x, weight, _eps(module), offset, rounds_as, in_place)
-    return normed
-
-
-def _is_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call has one tensor and no other argument, outside a compiler, which fuses by itself."""
-    return len(args) == 1 and not kwargs and args[0].numel() > 0 and not torch.compiler.is_compiling()
-
-
-_NORMS: tuple[Forward, ...] = tuple(partial(_norm, *how) for how in (("llama", 0.0), ("gemma", 1.0), ("gemma", 0.0)))
-
-
-def _eps(module: nn.Module) -> float | None:
-    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
-
-
-def _norm_of(module: Any) -> Forward | None:
-    """The forward that agrees with the norm's, if there is one."""
-    own = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-    if "RMSNorm" not in type(module).__name__ or own != {"weight"} or not isinstance(_eps(module), float):
-        return None
-    weight = module.weight
-    if weight.ndim != 1 or weight.requires_grad or not weight.is_floating_point() or "forward" in vars(module):
-        return None
-    rows = TRIAL_ROWS if len(weight) <= SHORT else TRIAL_ROWS[:1]
-    trials = [random_values(2, count // 2, len(weight), like=weight) for count in rows]
-    for forward in _NORMS:
-        if all(agree(module.forward, partial(forward, module, not_taken), x) for x in trials):
-            return forward
-    return None
-
-
-# --- gated activations
+    return find_spec("liger_kernel") is not None and has_triton()
 
 
 @contextmanager
@@ -144,14 +75,14 @@ class _Gated(torch.autograd.Function):
 
 
 def _gated_mlp(module: Any, plain: Forward, *args: Any, **kwargs: Any) -> torch.Tensor:
-    if not _is_alone(args, kwargs) or _is_watched(module.gate_proj) or _is_watched(module.up_proj):
+    if not is_alone(args, kwargs) or _is_watched(module.gate_proj) or _is_watched(module.up_proj):
         return plain(*args, **kwargs)
     output: torch.Tensor = module.down_proj(_Gated.apply(module.gate_proj(*args), module.up_proj(*args)))
     return output
 
 
 def _fused_mlp(module: Any, plain: Forward, *args: Any, **kwargs: Any) -> torch.Tensor:
-    if not _is_alone(args, kwargs):
+    if not is_alone(args, kwargs):
         return plain(*args, **kwargs)
     from liger_kernel.ops import LigerFusedGateUpSiLUMulFunction
 

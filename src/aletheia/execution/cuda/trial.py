@@ -1,10 +1,16 @@
 """Trials of kernels: a kernel and the model's own code run on the same random values, on the model's device."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed, which compiles kernels. It comes with torch for CUDA on Linux."""
+    return find_spec("triton") is not None
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:
@@ -50,3 +56,8 @@ def _is_near(found: torch.Tensor, expected: torch.Tensor, bound: float) -> bool:
 def not_taken(*_: Any) -> torch.Tensor:
     """A fallback that fails, so that a trial does not compare the model's own code with itself."""
     raise TypeError("the kernel was not taken, so there is nothing to compare")
+
+
+def is_alone(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a call has one tensor and no other argument, outside a compiler, which fuses by itself."""
+    return len(args) == 1 and not kwargs and args[0].numel() > 0 and not torch.compiler.is_compiling()

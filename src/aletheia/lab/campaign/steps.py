@@ -20,7 +20,8 @@ from aletheia.data.examples import Example, Examples
 from aletheia.data.order import Order, training_batches
 from aletheia.execution.cpu.attention import fast_attention
 from aletheia.execution.cpu.norms import fast_norms
-from aletheia.execution.fast import adapters_in_bfloat16, bfloat16_autocast, fast_adapters, fast_loss
+from aletheia.execution.fast import adapters_in_bfloat16, bfloat16_autocast, fast_adapters
+from aletheia.execution.loss import fast_loss
 from aletheia.execution.recompute import Recompute, recomputation
 from aletheia.planning.plan import Plan
 from aletheia.prefix.boundary import frozen_prefix
