@@ -12,6 +12,7 @@ from transformers.trainer_callback import PrinterCallback
 from aletheia.data.examples import NO_LOSS
 from aletheia.execution.peak_memory import peak_memory_bytes, reset_peak_memory
 
+PADDING = 0  # no row has this token; see gpu_models.rows_of
 Batch = dict[str, torch.Tensor]
 Collate = Callable[[list[Any]], Batch]
 
@@ -75,8 +76,8 @@ class Counted:
     def __call__(self, rows: list[Any]) -> Batch:
         batch = self._own(rows)
         places = batch["input_ids"].numel()
-        is_padded = "attention_mask" in batch and "cu_seq_lens_q" not in batch
-        tokens = int(batch["attention_mask"].sum()) if is_padded else places
+
+        tokens = int((batch["input_ids"] != PADDING).sum())
         self.batches.append((tokens, int((batch["labels"][:, 1:] != NO_LOSS).sum()), places))
         return batch
 

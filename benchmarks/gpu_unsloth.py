@@ -38,6 +38,8 @@ def main() -> None:
     learning = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     ran = trained(trainer, request["device"])
     notes = [", ".join(map(named, PACKAGES)), f"{learning:,} trainable parameters"]
+    if attention := sys.modules.get("unsloth.utils.attention_dispatch"):  # not loaded on a processor
+        notes.append(f"attention of packed rows by {attention.select_attention_backend(use_varlen=True)}")
     (folder / "ran.json").write_text(json.dumps({"ran": asdict(ran), "notes": notes}))
 
 
