@@ -25,10 +25,10 @@ from ratios import speedup, table
 
 import aletheia
 from aletheia.anatomy.demo import demo_checkpoint
-from aletheia.cli.options import quiet_libraries
 from aletheia.data.examples import Examples
 from aletheia.files import package_versions
 from aletheia.lab.campaign.steps import StepKind, building_seconds, interleaved_steps
+from aletheia.libraries import quiet_libraries
 from aletheia.planning.plan import Plan, layer_ranges
 from aletheia.planning.targets import BALANCED_SHARE, SPEED_SHARE
 from aletheia.probing.scores import Scores

@@ -10,7 +10,6 @@ recorded, and the next one starts. No arm starts once ``--seconds`` have passed 
 """
 
 import argparse
-import gc
 import importlib.metadata
 import json
 import platform
@@ -22,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,12 @@ def main() -> None:
     options = parsed()
     quiet_libraries()
     import torch
-    from gpu_arms import ARMS
-    from gpu_models import Work, shapes
+    from gpu_arms import ARMS, UNSLOTH
+    from gpu_models import Work, release, shapes
     from gpu_predictions import predictions
 
-    arms = ARMS | {"predicted": predictions}
+    theirs = {name: partial(arm, packages=options.unsloth) for name, arm in UNSLOTH.items()}
+    arms = ARMS | theirs | {"predicted": predictions}
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     report = Report(options.out, about(device, options))
@@ -86,6 +87,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help=f"timed ones of each arm, after {WARM_UP} to warm up (8)")
     parser.add_argument("--device", help="cuda or cpu; by default cuda if available")
     parser.add_argument("--tiny", action="store_true", help="tiny models of the same families, to try this script")
+    parser.add_argument(
+        "--unsloth", type=Path, help="folder of packages that Unsloth's process finds before all others"
+    )
     parser.add_argument("--commit", help="of the code, if this is not a checkout")
     parser.add_argument("--end-to-end", action="store_true", help="then whole runs on a real model and rows")
     parser.add_argument("--gguf", type=Path, help="the real model, a GGUF file")
@@ -123,12 +127,12 @@ class Report:
         try:
             made = make()
         except Exception as error:  # whatever it is, the next arm may work
-            is_full = isinstance(error, torch.OutOfMemoryError)
+            is_full, is_missing = isinstance(error, torch.OutOfMemoryError), isinstance(error, ModuleNotFoundError)
             reason = "out of memory" if is_full else f"{type(error).__name__}: {str(error)[:300]}"
             calls = traceback.format_exc(limit=-6)
             self._arms.append({"model": model, "arm": arm, "failed": reason, "calls": calls[-3000:]})
             print(f"{model} {arm}: FAILED, {reason}", flush=True)
-            if not is_full:
+            if not (is_full or is_missing):
                 print(calls, file=sys.stderr, flush=True)
             self.write()
             return None
@@ -196,7 +200,7 @@ def described(work: Any) -> dict[str, Any]:
 def matrix_limit(device: str, size: int) -> float:
     """Operations per second of a square bfloat16 product of random numbers: the median of the last ones."""
     import torch
-    from gpu_arms import Clock
+    from gpu_clock import Clock
 
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     clock = Clock(device)
@@ -205,15 +209,6 @@ def matrix_limit(device: str, size: int) -> float:
         left @ right
     clock.mark()
     return 2.0 * size**3 / statistics.median(clock.seconds()[PRODUCTS // 2 :])
-
-
-def release() -> None:
-    """Free the memory of the last arm."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def about(device: str, options: argparse.Namespace) -> dict[str, Any]:

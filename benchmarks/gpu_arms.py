@@ -1,28 +1,31 @@
 """Arms of the benchmark of a GPU: whole steps of real trainers, and of ours, over the same rows."""
 
+import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_models import Work
-from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from gpu_clock import Batch, Clock, Collate, Counted, Ran, trained
+from gpu_models import Work, some_tokenizer
+from transformers import Trainer, TrainingArguments
 from transformers.utils import is_liger_kernel_available
 
 import aletheia
 from aletheia.data.batches import collate, on_device_of
-from aletheia.data.examples import NO_LOSS, Example
+from aletheia.data.examples import Example
 from aletheia.data.order import training_batches
 from aletheia.execution.backend import compile_seconds
 from aletheia.execution.fast import bfloat16_autocast
-from aletheia.execution.peak_memory import peak_memory_bytes, reset_peak_memory
 from aletheia.lab.campaign.steps import StepKind, prepared
 from aletheia.planning.plan import Plan
 from aletheia.prefix.cache import MemoryCache, collate_with_prefix
@@ -33,8 +36,7 @@ from aletheia.training.packing import packs
 from aletheia.training.recorder import Recorder
 from aletheia.training.settings import TrainSettings
 
-Batch = dict[str, torch.Tensor]
-Collate = Callable[[list[Any]], Batch]
+LONGEST_SECONDS = 240  # of a process of Unsloth
 
 
 @dataclass
@@ -67,77 +69,11 @@ class Measured:
         return sum(self.operations) / limit_flops / sum(self.step_seconds)
 
 
-class Clock(TrainerCallback):
-    """Ends of steps, as the device sees them: nothing waits for it in between. ``peaks`` has a number per epoch."""
-
-    def __init__(self, device: str) -> None:
-        self._device, self._is_gpu = torch.device(device), device == "cuda"
-        self._marks: list[Any] = []
-        self.peaks: list[int] = []
-        reset_peak_memory(self._device)
-
-    def mark(self) -> None:
-        """Now, on the device."""
-        if self._is_gpu:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
-
-    def on_train_begin(self, *given: Any, **named: Any) -> None:
-        self.mark()
-
-    def on_step_end(self, *given: Any, **named: Any) -> None:
-        self.mark()
-
-    def on_epoch_end(self, *given: Any, **named: Any) -> None:
-        self.peaks.append(peak_memory_bytes(self._device))
-        reset_peak_memory(self._device)
-
-    def seconds(self) -> list[float]:
-        """Between marks."""
-        pairs = list(zip(self._marks, self._marks[1:], strict=False))
-        if not self._is_gpu:
-            return [after - before for before, after in pairs]
-        torch.cuda.synchronize()
-        return [before.elapsed_time(after) / 1000 for before, after in pairs]
-
-
-class Counted:
-    """A collator that counts what is in each batch: real tokens, those with a loss, and all places."""
-
-    def __init__(self, own: Collate) -> None:
-        self._own = own
-        self.batches: list[tuple[int, int, int]] = []
-
-    def __call__(self, rows: list[Any]) -> Batch:
-        batch = self._own(rows)
-        places = batch["input_ids"].numel()
-        is_padded = "attention_mask" in batch and "cu_seq_lens_q" not in batch
-        tokens = int(batch["attention_mask"].sum()) if is_padded else places
-        self.batches.append((tokens, int((batch["labels"][:, 1:] != NO_LOSS).sum()), places))
-        return batch
-
-
-def measured(
-    work: Work, name: str, plan: Plan, done: tuple[Clock, Counted], steps: slice, cached: bool = False
-) -> Measured:
+def measured(work: Work, name: str, plan: Plan, ran: Ran, steps: slice, cached: bool = False) -> Measured:
     """The result of an arm, of the steps in ``steps``; its peak memory is that of all its epochs."""
-    clock, counted = done
-    tokens, labelled, places = map(list, zip(*counted.batches[steps], strict=True))
+    tokens, labelled, places = map(list, zip(*ran.batches[steps], strict=True))
     least = [work.operations.of(real, lost, plan.boundary, cached) for real, lost in zip(tokens, labelled, strict=True)]
-    return Measured(name, clock.seconds()[steps], tokens, places, least, max(clock.peaks))
-
-
-def trained(work: Work, trainer: Trainer) -> tuple[Clock, Counted]:
-    """Run ``trainer`` with a clock and a count."""
-    clock, counted = Clock(work.device), Counted(trainer.data_collator)
-    trainer.data_collator = counted
-    trainer.add_callback(clock)
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return clock, counted
+    return Measured(name, ran.seconds[steps], tokens, places, least, max(ran.peaks))
 
 
 def common(work: Work, folder: str) -> dict[str, Any]:
@@ -164,8 +100,8 @@ def plain(work: Work) -> list[Measured]:
         arguments = TrainingArguments(**common(work, folder), bf16=True, remove_unused_columns=False)
         collator = partial(collate, pad_token_id=work.data.pad_token_id)
         trainer = Trainer(model, arguments, collator, train_dataset=work.data)
-        done = trained(work, trainer)
-    return [measured(work, "plain PEFT and Trainer", work.uniform, done, work.last_steps)]
+        ran = trained(trainer, work.device)
+    return [measured(work, "plain PEFT and Trainer", work.uniform, ran, work.last_steps)]
 
 
 def trl(work: Work) -> list[Measured]:
@@ -186,7 +122,47 @@ def trl_at_its_best(work: Work) -> list[Measured]:
     return [found]
 
 
-def sft(work: Work, **options: Any) -> tuple[Clock, Counted]:
+def unsloth(work: Work, packages: Path | None, recomputed: str | bool = "unsloth") -> list[Measured]:
+    """Unsloth with packing, and with its own recomputation or none. Its steps go over whole blocks, not rows.
+
+    It runs in a process of its own, which finds the folder ``packages`` before any other.
+    """
+    paths = [str(packages), *sys.path] if packages else sys.path
+    if PathFinder.find_spec("unsloth", paths) is None:
+        raise ModuleNotFoundError("No module named 'unsloth'")
+    blocks, tokens = work.shape.packed
+    trainer = common(work, str(work.saved / "out")) | {"packing": True, "max_length": tokens}
+    request = {
+        "device": work.device,
+        "recomputed": recomputed,
+        "adapters": as_unsloth_names_them(work.uniform),
+        "trainer": trainer | {"per_device_train_batch_size": blocks},
+    }
+    (work.saved / "request.json").write_text(json.dumps(request))
+    command = [sys.executable, str(Path(__file__).with_name("gpu_unsloth.py")), str(work.saved)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=LONGEST_SECONDS)
+    if done.returncode:
+        raise RuntimeError(f"Unsloth: {done.stderr.strip()[-1500:]}")
+    found = json.loads((work.saved / "ran.json").read_text())
+    how = "" if recomputed else ", no recomputation"
+    one = measured(work, f"Unsloth, packing{how}", work.uniform, Ran(**found["ran"]), work.last_steps)
+    one.notes += found["notes"]
+    return [one]
+
+
+def as_unsloth_names_them(plan: Plan) -> dict[str, Any]:
+    """The adapters of a plan that has the same in every layer."""
+    stacks = {adapter.name.split(".", 3)[-1] for adapter in plan.adapters if adapter.fused}
+    return {
+        "r": plan.adapters[0].rank,
+        "lora_alpha": plan.adapters[0].alpha,
+        "target_modules": sorted({adapter.name.rpartition(".")[2] for adapter in plan.adapters if not adapter.fused}),
+        "target_parameters": sorted(stacks) or None,
+    }
+
+
+def sft(work: Work, **options: Any) -> Ran:
     """A few steps of SFTTrainer."""
     import trl as library
     from datasets import Dataset
@@ -197,16 +173,7 @@ def sft(work: Work, **options: Any) -> tuple[Clock, Counted]:
         config = library.SFTConfig(**common(work, folder) | {"max_length": work.shape.longest} | options)
         model = aletheia.adapt(base, work.uniform)
         trainer = library.SFTTrainer(model, config, train_dataset=rows, processing_class=some_tokenizer())
-        return trained(work, trainer)
-
-
-def some_tokenizer() -> Any:
-    """SFTTrainer wants one for its padding token; the rows are tokens already."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+        return trained(trainer, work.device)
 
 
 @contextmanager
@@ -221,8 +188,8 @@ def unpatched(module: Any) -> Iterator[None]:
 
 def ours_every_layer(work: Work, how: str = "", **settings: Any) -> list[Measured]:
     """Our training with adapters in every layer; ``how`` tells ``settings`` that are no defaults."""
-    done, notes = ours(work, work.uniform, 2, settings)
-    found = measured(work, f"ours, every layer{how}", work.uniform, done, work.last_steps)
+    ran, notes = ours(work, work.uniform, 2, settings)
+    found = measured(work, f"ours, every layer{how}", work.uniform, ran, work.last_steps)
     found.notes += notes
     return [found]
 
@@ -232,10 +199,10 @@ def ours_upper_half(work: Work, how: str = "", **settings: Any) -> list[Measured
 
     The first steps of the first epoch warm up, so it is not over every row.
     """
-    done, notes = ours(work, work.half, 3, settings)
-    first = measured(work, f"ours, upper half, first epoch{how}", work.half, done, slice(work.warm_up, work.steps))
-    later = measured(work, f"ours, upper half, cached{how}", work.half, done, work.last_steps, cached=True)
-    first.peak_bytes, later.peak_bytes = done[0].peaks[0], done[0].peaks[-1]
+    ran, notes = ours(work, work.half, 3, settings)
+    first = measured(work, f"ours, upper half, first epoch{how}", work.half, ran, slice(work.warm_up, work.steps))
+    later = measured(work, f"ours, upper half, cached{how}", work.half, ran, work.last_steps, cached=True)
+    first.peak_bytes, later.peak_bytes = ran.peaks[0], ran.peaks[-1]
     later.notes += notes
     return [first, later]
 
@@ -245,13 +212,13 @@ def ours_recomputed(work: Work) -> list[Measured]:
     return ours_upper_half(work, ", selective recomputation", gradient_checkpointing="selective")[1:]
 
 
-def ours_in_nf4(work: Work) -> list[Measured]:
-    """Both kinds of step over weights in NF4, by bitsandbytes."""
+def in_nf4(work: Work, arm: Callable[..., list[Measured]]) -> list[Measured]:
+    """An arm over weights in NF4, by bitsandbytes."""
     with work.quantized():
-        return ours_every_layer(work, ", NF4") + ours_upper_half(work, ", NF4")
+        return arm(work, ", NF4")
 
 
-def ours(work: Work, plan: Plan, epochs: int, options: dict[str, Any]) -> tuple[tuple[Clock, Counted], list[str]]:
+def ours(work: Work, plan: Plan, epochs: int, options: dict[str, Any]) -> tuple[Ran, list[str]]:
     """Epochs over the rows as in ``aletheia train``, without the work around training; and its messages."""
     model = aletheia.adapt(work.model(), plan)
     settings = TrainSettings(
@@ -268,12 +235,12 @@ def ours(work: Work, plan: Plan, epochs: int, options: dict[str, Any]) -> tuple[
         trainer = RowTrainer(model, work.data, held_out, settings, arguments, Recorder(0, False))
         notes: list[str] = [f"padded: {reason}"] if reason else []
         attached = AttachSettings(cache="memory" if plan.boundary else "off", compile_layers=settings.compile_layers)
-        attachment = Attachment(trainer, plan, attached, notes.append, settings.gradient_checkpointing)
+        attachment = Attachment(trainer, plan, attached, notes.append, settings.recompute)
         attachment.packed = packed
         attachment.install()
         trainer.ahead = attachment.ahead
-        done = trained(work, trainer)
-    return done, [*notes, *attachment.ways, f"{compile_seconds():.1f} s spent on compiling so far"]
+        ran = trained(trainer, work.device)
+    return ran, [*notes, *attachment.ways, f"{compile_seconds():.1f} s spent on compiling so far"]
 
 
 def plain_alone(work: Work) -> list[Measured]:
@@ -315,7 +282,8 @@ def bare(work: Work, kind: StepKind) -> Measured:
             optimizer.zero_grad()
             clock.mark()
         clock.on_epoch_end()
-    return measured(work, kind.name, kind.plan, (clock, counted), work.last_steps, kind.cached)
+    ran = Ran(clock.seconds(), counted.batches, clock.peaks)
+    return measured(work, kind.name, kind.plan, ran, work.last_steps, kind.cached)
 
 
 def batch_maker(kind: StepKind, pad_token_id: int, cache: MemoryCache) -> Collate:
@@ -340,8 +308,13 @@ ARMS: dict[str, Callable[[Work], list[Measured]]] = {
     "recomputed": ours_recomputed,
     "every-layer-padded": partial(ours_every_layer, how=", padded", packing="off"),
     "upper-half-padded": partial(ours_upper_half, how=", padded", packing="off"),
-    "nf4": ours_in_nf4,
+    "every-layer-nf4": partial(in_nf4, arm=ours_every_layer),
+    "upper-half-nf4": partial(in_nf4, arm=ours_upper_half),
     "cached-alone": cached_alone,
     "plain-alone": plain_alone,
     "every-layer-alone": every_layer_alone,
+}
+UNSLOTH: dict[str, Callable[[Work, Path | None], list[Measured]]] = {
+    "unsloth": unsloth,
+    "unsloth-kept": partial(unsloth, recomputed=False),
 }

@@ -1,19 +1,25 @@
 """Random models and rows that the benchmark of a GPU steps over: only their shapes matter."""
 
 import copy
+import gc
+import json
 import math
 import random
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, models
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3MoeConfig,
 )
@@ -122,6 +128,12 @@ def rows_of(shape: Shape, count: int) -> Examples:
     return Examples(identity, tuple(made), shape.longest, 0, 0, 0)
 
 
+def some_tokenizer() -> PreTrainedTokenizerFast:
+    """SFTTrainer wants one for its padding token; the rows are tokens already."""
+    words = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "<unk>": 2}, unk_token="<unk>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
 @dataclass(frozen=True)
 class Operations:
     """What a step has to compute at least: products with weights, 2 operations a weight and token and direction.
@@ -150,6 +162,13 @@ def operations_of(model: PreTrainedModel) -> Operations:
         for layer in layers
     )
     return Operations(weights, model.get_output_embeddings().weight.numel())
+
+
+def release() -> None:
+    """Free the memory of the last arm."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class Work:
@@ -189,6 +208,18 @@ class Work:
         if self._in_nf4:
             to_nf4(model)
         return model
+
+    @cached_property
+    def saved(self) -> Path:
+        """A folder with the model, in bfloat16, and the rows, for another process. It is gone when this object is."""
+        self._folder = tempfile.TemporaryDirectory()
+        folder = Path(self._folder.name)
+        build(self.shape, self.device).save_pretrained(folder / "model")
+        some_tokenizer().save_pretrained(folder / "model")
+        rows = [{"input_ids": row.input_ids, "labels": row.labels} for row in self.data.examples]
+        (folder / "rows.json").write_text(json.dumps(rows))
+        release()
+        return folder
 
     @contextmanager
     def quantized(self) -> Iterator[None]:

@@ -31,14 +31,14 @@ def predictions(work: Work) -> list[Measured]:
     found: list[Measured] = []
     for name, options in KINDS.items():
         plan = aletheia.plan(scores, freeze_after=0, **options)
-        done, _ = ours(work, plan, 3, {})
+        ran, _ = ours(work, plan, 3, {})
         room = predicted_bytes(work, plan)
-        first = measured(work, f"predicted: {name}", plan, done, slice(work.warm_up, work.steps))
-        first.peak_bytes = done[0].peaks[0]
+        first = measured(work, f"predicted: {name}", plan, ran, slice(work.warm_up, work.steps))
+        first.peak_bytes = ran.peaks[0]
         found.append(compared(work, first, plan, plan.predicted.relative_step_time, room))
         if plan.boundary:
-            later = measured(work, f"predicted: {name}, cached", plan, done, work.last_steps, cached=True)
-            later.peak_bytes = done[0].peaks[-1]
+            later = measured(work, f"predicted: {name}, cached", plan, ran, work.last_steps, cached=True)
+            later.peak_bytes = ran.peaks[-1]
             found.append(compared(work, later, plan, plan.predicted.relative_cached_step_time, room))
     found[0].notes.append(f"calibrated in {timings.seconds:.1f} s")
     return found

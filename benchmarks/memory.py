@@ -11,11 +11,11 @@ import torch
 
 import aletheia
 from aletheia.anatomy.demo import demo_checkpoint
-from aletheia.cli.options import quiet_libraries
 from aletheia.data.batches import collate
 from aletheia.execution.fast import bfloat16_autocast
 from aletheia.execution.peak_memory import peak_memory_bytes, reset_peak_memory
 from aletheia.execution.recompute import recomputation
+from aletheia.libraries import quiet_libraries
 from aletheia.planning.plan import Plan
 
 DATA = Path(os.environ.get("ALETHEIA_DATA", "../shared/data")) / "gsm8k" / "train.jsonl"

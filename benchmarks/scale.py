@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import aletheia
 from aletheia.anatomy.checkpoint import Checkpoint
-from aletheia.cli.options import quiet_libraries
+from aletheia.libraries import quiet_libraries
 from aletheia.probing.streamed import peak_bytes
 from aletheia.probing.tally import draw
 

@@ -15,6 +15,7 @@ from aletheia.errors import TrainingError
 from aletheia.execution.later import Later
 from aletheia.probing.preflight import broken_output, describe_place
 from aletheia.training.processes import Launch
+from aletheia.training.walks import learning
 
 
 class Finite(TrainerCallback):
@@ -48,8 +49,8 @@ class Finite(TrainerCallback):
             return None
         total, self._loss = self._loss, None
         batches, self._batches = self._batches, []
-        gradients = {} if self._trainer.args.fp16 else dict(_gradients(self._model))
-        are_finite = _all_finite([total, *gradients.values()])
+        gradients = [] if self._trainer.args.fp16 else [value.grad for value in learning(self._trainer)]
+        are_finite = _all_finite([total, *_local(value for value in gradients if value is not None)])
         step = self._trainer.state.global_step + 1
         if self._looks_back:
             self._read()
@@ -103,7 +104,7 @@ class Finite(TrainerCallback):
             TrainingError: something is not finite.
         """
         self._read()
-        own = [value for value in self._model.parameters() if value.requires_grad]
+        own = [value for value in learning(self._trainer) if value.requires_grad]
         if not _all_finite(_local(own)):
             self._fail("a weight is not finite", self._trainer.state.global_step)
 

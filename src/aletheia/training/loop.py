@@ -39,6 +39,7 @@ from aletheia.training.held_out import held_out_loss
 from aletheia.training.recorder import Recorder
 from aletheia.training.settings import EVALUATIONS, TrainSettings
 from aletheia.training.sharded import is_sharded
+from aletheia.training.walks import few_walks, learning
 
 NEVER = 10**9  # steps
 FIXED_MULTIPLE = 64  # tokens: packed batches of a fixed size are rounded up to it
@@ -231,6 +232,7 @@ class RowTrainer(Trainer):
             nullcontext  # context of the first evaluation
         )
         self.average: WeightAverage | None = None
+        self._flops_per_token: int | None = None
         callbacks: list[TrainerCallback] = [recorder]
         if settings.patience is not None:
             callbacks.append(EarlyStoppingCallback(settings.patience))
@@ -269,6 +271,24 @@ class RowTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         if self.average is not None and output_dir is not None and self.args.should_save:
             self.average.save(Path(output_dir))
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's ``train``, without walks over all modules at each step."""
+        with few_walks(self):
+            return super().train(*args, **kwargs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Trainer's estimate for a batch, which is in proportion to its tokens; all parameters are counted once."""
+        tokens = int(inputs["input_ids"].numel())
+        if self._flops_per_token is None:
+            self._flops_per_token = int(super().floating_point_ops(inputs)) // tokens
+        return self._flops_per_token * tokens
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """Trainer's own, over the parameters that learn."""
+        if is_sharded(self):
+            return super()._clip_grad_norm(model)  # type: ignore[no-untyped-call]
+        return self.accelerator.clip_grad_norm_(learning(self), self.args.max_grad_norm)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Trainer's ``training_step``, and a check of its results before they are applied."""
