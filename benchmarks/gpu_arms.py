@@ -32,7 +32,7 @@ from aletheia.prefix.cache import MemoryCache, collate_with_prefix
 from aletheia.prefix.fill import fill
 from aletheia.training.attach import Attachment, AttachSettings
 from aletheia.training.loop import RowTrainer, training_arguments
-from aletheia.training.packing import packs
+from aletheia.training.packing import packs, recorded_tokens
 from aletheia.training.recorder import Recorder
 from aletheia.training.settings import TrainSettings
 
@@ -237,6 +237,7 @@ def ours(work: Work, plan: Plan, epochs: int, options: dict[str, Any]) -> tuple[
         attached = AttachSettings(cache="memory" if plan.boundary else "off", compile_layers=settings.compile_layers)
         attachment = Attachment(trainer, plan, attached, notes.append, settings.recompute)
         attachment.packed = packed
+        attachment.graphed = recorded_tokens(trainer, settings, notes.append)
         attachment.install()
         trainer.ahead = attachment.ahead
         ran = trained(trainer, work.device)
@@ -305,6 +306,8 @@ ARMS: dict[str, Callable[[Work], list[Measured]]] = {
     "upper-half": ours_upper_half,
     "every-layer-compiled": partial(ours_every_layer, how=", compiled", compile_layers=True),
     "upper-half-compiled": partial(ours_upper_half, how=", compiled", compile_layers=True),
+    "every-layer-graphs": partial(ours_every_layer, how=", graphs", packing="on", cuda_graphs=True),
+    "upper-half-graphs": partial(ours_upper_half, how=", graphs", packing="on", cuda_graphs=True),
     "recomputed": ours_recomputed,
     "every-layer-padded": partial(ours_every_layer, how=", padded", packing="off"),
     "upper-half-padded": partial(ours_upper_half, how=", padded", packing="off"),

@@ -21,6 +21,8 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*.py")):
 REFUSED = {  # arms that cannot run here, and why
     "every-layer-compiled": "experts, which cannot be compiled",
     "upper-half-compiled": "experts, which cannot be compiled",
+    "every-layer-graphs": "expected a GPU",
+    "upper-half-graphs": "expected a GPU",
     "upper-half-nf4": "other results in training than in evaluation",  # bitsandbytes, on a processor
     "unsloth": "No module named 'unsloth'",
     "unsloth-kept": "No module named 'unsloth'",
