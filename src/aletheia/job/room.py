@@ -25,7 +25,7 @@ from aletheia.planning.memory import training_bytes
 from aletheia.planning.plan import Plan
 from aletheia.probing import resident
 from aletheia.probing import streamed as by_layer
-from aletheia.training.loop import fixed_size, largest_batch_tokens
+from aletheia.training.loop import batch_tokens, fixed_size
 from aletheia.training.packing import packs
 from aletheia.training.processes import Launch
 from aletheia.training.settings import Recompute, TrainSettings
@@ -132,8 +132,8 @@ def largest_step(
     processes = Launch.here().processes
     tokens = training.batch_size * longest
     if training.packing == "on":
-        tokens = largest_batch_tokens(data, training, processes)
-        tokens = fixed_size(data, training, processes).tokens if training.cuda_graphs else tokens
+        tokens = max(batch_tokens(data, training, processes))
+        tokens = max(tokens, fixed_size(data, training, processes).tokens) if training.cuda_graphs else tokens
     return Step(
         tokens=tokens,
         row_tokens=longest,

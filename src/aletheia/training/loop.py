@@ -42,6 +42,7 @@ from aletheia.training.sharded import is_sharded
 from aletheia.training.walks import few_walks, learning
 
 NEVER = 10**9  # steps
+FIXED_SHARE = 0.95  # of batches; larger ones keep their own size
 FIXED_MULTIPLE = 64  # tokens: packed batches of a fixed size are rounded up to it
 LOOKED_AT_EVERY = 10  # steps between two logs, where no step waits for its own results
 
@@ -91,26 +92,31 @@ def rows_of_steps(data: Examples, settings: TrainSettings, steps: int, processes
     return [[data[row] for row in batch] for batch in batches]
 
 
-def largest_batch_tokens(data: Examples, settings: TrainSettings, processes: int = 1) -> int:
-    """Tokens of the rows of the largest batch that any process sees in a run."""
+def batch_tokens(data: Examples, settings: TrainSettings, processes: int = 1) -> list[int]:
+    """Tokens of the rows of each batch of a run, over all processes."""
     lengths = [len(row) for row in data.examples]
     per_step, per_epoch = settings.gradient_accumulation_steps, steps_per_epoch(len(data), settings, processes)
-    left, epoch, largest = planned_steps(len(data), settings, processes), 0, 0
+    left, epoch = planned_steps(len(data), settings, processes), 0
+    found: list[int] = []
     while left > 0:
         rows = epoch_order(lengths, settings.batch_size, settings.seed, epoch, settings.order, per_step * processes)
         whole = BatchSampler(rows, settings.batch_size, drop_last=False)
         # accelerate fills the last batches up with rows of the first ones
         shards = [BatchSamplerShard(whole, processes, rank) for rank in range(processes)] if processes > 1 else [whole]
         seen = (batch for shard in shards for batch in islice(shard, left * per_step))
-        largest = max(largest, max(sum(lengths[row] for row in batch) for batch in seen))
+        found += [sum(lengths[row] for row in batch) for batch in seen]
         left, epoch = left - per_epoch, epoch + 1
-    return largest
+    return found
 
 
 def fixed_size(data: Examples, settings: TrainSettings, processes: int = 1) -> PackSize:
-    """The size that every packed batch of a run fits into, in tokens a multiple of 64."""
-    tokens = math.ceil(largest_batch_tokens(data, settings, processes) / FIXED_MULTIPLE) * FIXED_MULTIPLE
-    return PackSize(tokens, settings.batch_size)
+    """The size that 95 % of a run's packed batches fit into, in tokens a multiple of 64.
+
+    If one very long row set the size, all other batches would be mostly filler.
+    """
+    found = sorted(batch_tokens(data, settings, processes))
+    largest = found[math.ceil(FIXED_SHARE * len(found)) - 1]
+    return PackSize(math.ceil(largest / FIXED_MULTIPLE) * FIXED_MULTIPLE, settings.batch_size)
 
 
 def training_arguments(settings: TrainSettings, output_dir: str, **given: Any) -> TrainingArguments:
@@ -178,10 +184,10 @@ def evaluates_by_itself(settings: TrainSettings) -> bool:
 def collator_of(settings: TrainSettings, pad_token_id: int, size: PackSize | None = None) -> Collator:
     """The function that makes a batch of rows: packed where ``packing`` is ``on``, otherwise padded.
 
-    Packed batches are filled up to ``size``, if it is given.
+    Packed batches that fit into ``size``, if it is given, are filled up to it.
     """
     if settings.packing == "on":
-        return partial(collate_packed, size=size, pad_token_id=pad_token_id)
+        return partial(_collate_packed, size=size, pad_token_id=pad_token_id)
     return partial(collate, pad_token_id=pad_token_id)
 
 
@@ -189,6 +195,11 @@ def _looks_back(arguments: TrainingArguments) -> bool:
     """Whether steps do not wait for their own results, which are then read one step later."""
     plain = arguments.optim == "adamw_torch_fused" and not arguments.fp16 and arguments.world_size == 1
     return plain and is_behind(arguments.device)
+
+
+def _collate_packed(rows: Sequence[Example], size: PackSize | None, pad_token_id: int) -> dict[str, Any]:
+    fits = size is not None and sum(map(len, rows)) <= size.tokens
+    return collate_packed(rows, size if fits else None, pad_token_id)
 
 
 class EpochOrder(Sampler[int]):
