@@ -15,7 +15,7 @@ from aletheia.anatomy.layerwise import PassThrough
 from aletheia.anatomy.read import find_layers, is_matrix, read_anatomy
 from aletheia.data.batches import collate
 from aletheia.errors import AdapterError, TrainingError
-from aletheia.execution import fast
+from aletheia.execution import shared_input
 from aletheia.execution.cpu.norms import fast_norms
 from aletheia.execution.fast import bfloat16_autocast, fast_adapters, fast_causal_loss, fast_loss
 from aletheia.execution.recompute import recomputation
@@ -121,8 +121,8 @@ def test_beside_bfloat16_fast_steps_are_as_exact_as_autocast(family, rows):
 
 def test_fast_adapters_are_taken_under_autocast(rows, monkeypatch):
     calls = []
-    product = fast._lora_linear
-    monkeypatch.setattr(fast, "_lora_linear", lambda *given: calls.append(given) or product(*given))
+    products = shared_input.products
+    monkeypatch.setattr(shared_input, "products", lambda x, members: calls.extend(members) or products(x, members))
     model, batch = adapted().bfloat16(), collate(rows, 0)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.float() if "lora_" in name else parameter.data
