@@ -20,7 +20,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from aletheia.anatomy.access import base_of
 from aletheia.errors import TrainingError
-from aletheia.execution.low_rank import Product, lora_linear, product
+from aletheia.execution.low_rank import Product, product
 from aletheia.execution.shared_input import compute, others, shared_inputs, take
 
 Forward = Callable[..., torch.Tensor]
@@ -132,7 +132,7 @@ _as_operators: list[None] = []
 
 @contextmanager
 def adapters_as_operators() -> Iterator[None]:
-    """Run every adapted module as one operator, so that recomputation can keep its result."""
+    """Run the products of adapted modules as single operators, so that recomputation can keep their results."""
     _as_operators.append(None)
     try:
         yield
@@ -144,15 +144,13 @@ def _forward(module: LoraLinear, plain: Forward, x: torch.Tensor, *args: Any, **
     own = None if args or kwargs else _product(module, x)
     if own is None:
         return plain(x, *args, **kwargs)
-    if torch.compiler.is_compiling() or _as_operators:
-        # a compiler fuses better when it sees every product
-        single: Any = product if torch.compiler.is_compiling() else lora_linear
-        output_NO: torch.Tensor = single(x.reshape(-1, x.shape[-1]), *own)[0]
-        return output_NO.view(*x.shape[:-1], -1)
+    if torch.compiler.is_compiling():  # it fuses better when it sees every product of a module
+        return product(x.reshape(-1, x.shape[-1]), *own).view(*x.shape[:-1], -1)
     if (taken := take(module, own, x)) is not None:
         return taken
     together = ((other, _product(other, x)) for other in others(module))
-    return compute(x, {module: own, **{other: its for other, its in together if its is not None and its.fits(own)}})
+    fitting = {other: its for other, its in together if its is not None and its.fits(own)}
+    return compute(x, {module: own, **fitting}, as_operator=bool(_as_operators))
 
 
 def _product(module: LoraLinear, x: torch.Tensor) -> Product | None:

@@ -16,8 +16,9 @@ Gradients = Sequence[torch.Tensor | None]
 class Product(NamedTuple):
     """What one module computes: ``x Wt + b + s (x At) Bt`` [N, O] with a frozen W.
 
-    A and B may be float32 with a bfloat16 W. They are then rounded for the products, as under autocast, and their
-    gradients are float32.
+    PEFT computes the low-rank output, its scaled copy and the sum, each [N, O], and as many gradients. Here the matrix
+    product itself scales and adds. A and B may be float32 with a bfloat16 W. They are then rounded for the products,
+    as under autocast, and their gradients are float32.
     """
 
     weight: torch.Tensor  # [O, I]
@@ -42,46 +43,56 @@ def product(
     a_RI: torch.Tensor,
     b_OR: torch.Tensor,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The output of a :class:`Product` [N, O], and the low-rank ``x At`` [N, R].
-
-    PEFT computes the low-rank output, its scaled copy and the sum, each [N, O], and as many gradients. Here the matrix
-    product itself scales and adds.
-    """
+) -> torch.Tensor:
+    """The output of a :class:`Product` [N, O], operation by operation, for a compiler."""
     reduced_NR = x_NI @ a_RI.to(x_NI.dtype).T
-    return _add_low_rank(
-        nn.functional.linear(x_NI, weight_OI, bias_O), reduced_NR, b_OR.to(x_NI.dtype), scale
-    ), reduced_NR
+    y_NO = nn.functional.linear(x_NI, weight_OI, bias_O)
+    return y_NO.addmm_(reduced_NR, b_OR.to(x_NI.dtype).T, alpha=scale)
 
 
-def _add_low_rank(y_NO: torch.Tensor, reduced_NR: torch.Tensor, b_OR: torch.Tensor, scale: float) -> torch.Tensor:
-    return y_NO.addmm_(reduced_NR, b_OR.T, alpha=scale)
-
-
-def products(x: torch.Tensor, members: Sequence[Product]) -> list[torch.Tensor]:
+def products(x: torch.Tensor, members: Sequence[Product], as_operator: bool = False) -> list[torch.Tensor]:
     """The outputs [..., O] of modules that are given the same input [..., I], as one step of autograd.
 
     It can be differentiated once.
+
+    Args:
+        x: the input.
+        members: what each module computes; all their As and Bs have one dtype.
+        as_operator: as one operator for torch, too, so that selective recomputation can keep its results.
     """
-    tensors = [tensor for member in members for tensor in member[:4]]
-    outputs = _Products.apply(x, [member.scale for member in members], *tensors)
+    weights, biases, a_of_each, b_of_each, scales = (list(values) for values in zip(*members, strict=True))
+    if as_operator:
+        outputs = low_rank_products(x.reshape(-1, x.shape[-1]), weights, biases, a_of_each, b_of_each, scales)[1:]
+    else:
+        outputs = _Products.apply(x, scales, *weights, *biases, *a_of_each, *b_of_each)
     return [y_NO.view(*x.shape[:-1], -1) for y_NO in outputs]
+
+
+def _compute(
+    x_NI: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    a_SI: torch.Tensor,
+    b_of_each: Sequence[torch.Tensor],
+    ranks: list[int],
+    scales: Sequence[float],
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """``x At`` [N, S] and the outputs [N, O], from As and Bs in the dtype of x."""
+    reduced_NS = x_NI @ a_SI.T
+    outputs = [nn.functional.linear(x_NI, *of_base) for of_base in zip(weights, biases, strict=True)]
+    for y_NO, reduced_NR, b_OR, scale in zip(outputs, _split(reduced_NS, ranks, 1), b_of_each, scales, strict=True):
+        y_NO.addmm_(reduced_NR, b_OR.T, alpha=scale)
+    return reduced_NS, outputs
 
 
 class _Products(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, scales: Sequence[float], *tensors: Any) -> tuple[torch.Tensor, ...]:
-        weights, biases, a_of_each, b_of_each = (tensors[kind::4] for kind in range(4))
-        x_NI = x.reshape(-1, x.shape[-1])
+    def forward(ctx: Any, x: torch.Tensor, scales: list[float], *tensors: Any) -> tuple[torch.Tensor, ...]:
+        weights, biases, a_of_each, b_of_each = _quarters(tensors)
+        x_NI, ranks = x.reshape(-1, x.shape[-1]), [len(a_RI) for a_RI in a_of_each]
         a_SI, b_in_dtype = _joined(a_of_each, b_of_each, x.dtype)
-        ranks = [len(a_RI) for a_RI in a_of_each]
-        reduced_NS = x_NI @ a_SI.T
-        outputs = [nn.functional.linear(x_NI, *of_base) for of_base in zip(weights, biases, strict=True)]
-        for y_NO, reduced_NR, b_OR, scale in zip(
-            outputs, _split(reduced_NS, ranks, 1), b_in_dtype, scales, strict=True
-        ):
-            y_NO.addmm_(reduced_NR, b_OR.T, alpha=scale)
-        ctx.shape, ctx.known = x.shape, (ranks, scales, tensors[2].dtype)
+        reduced_NS, outputs = _compute(x_NI, weights, biases, a_SI, b_in_dtype, ranks, scales)
+        ctx.shape, ctx.known = x.shape, (ranks, scales, a_of_each[0].dtype)
         ctx.save_for_backward(x_NI, a_SI, reduced_NS, *weights, *b_in_dtype)
         ctx.set_materialize_grads(False)
         return tuple(outputs)
@@ -89,21 +100,18 @@ class _Products(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        wants = ctx.needs_input_grad
         x_NI, a_SI, reduced_NS, *rest = ctx.saved_tensors
         saved = _Saved(x_NI, a_SI, reduced_NS, rest[: len(grads)], rest[len(grads) :], *ctx.known)
-        live = {index: grad_NO for index, grad_NO in enumerate(grads) if grad_NO is not None}
-        if not live:
-            return (None,) * len(wants)
-        if len(live) < len(grads):  # nothing depends on the output of a module
-            saved = saved.of(list(live))
-        grad_x_NI, grads_a, grads_b = _gradients(
-            saved, list(live.values()), (wants[0], any(wants[4::4]), any(wants[5::4]))
-        )
-        of_tensors: list[torch.Tensor | None] = [None] * (len(wants) - 2)
-        for index, grad_a_RI, grad_b_OR in zip(live, grads_a, grads_b, strict=True):
-            of_tensors[4 * index + 2 : 4 * index + 4] = grad_a_RI, grad_b_OR
-        return None if grad_x_NI is None else grad_x_NI.view(ctx.shape), None, *of_tensors
+        of_x, _, *of_tensors = ctx.needs_input_grad
+        _, _, of_a, of_b = _quarters(of_tensors)
+        grad_x_NI, grads_a, grads_b = _gradients(saved, grads, (of_x, any(of_a), any(of_b)))
+        none = [None] * (2 * len(grads))
+        return None if grad_x_NI is None else grad_x_NI.view(ctx.shape), None, *none, *grads_a, *grads_b
+
+
+def _quarters(values: Sequence[Any]) -> tuple[Sequence[Any], ...]:
+    count = len(values) // 4
+    return values[:count], values[count : 2 * count], values[2 * count : 3 * count], values[3 * count :]
 
 
 def _split(tensor: torch.Tensor, sizes: list[int], dim: int = 0) -> Sequence[torch.Tensor]:
@@ -111,11 +119,11 @@ def _split(tensor: torch.Tensor, sizes: list[int], dim: int = 0) -> Sequence[tor
 
 
 def _joined(
-    a_of_each: tuple[torch.Tensor, ...], b_of_each: tuple[torch.Tensor, ...], dtype: torch.dtype
+    a_of_each: Sequence[torch.Tensor], b_of_each: Sequence[torch.Tensor], dtype: torch.dtype
 ) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
     """All As one below another [S, I], and each B, in ``dtype``."""
     if a_of_each[0].dtype == dtype:
-        return torch.cat(a_of_each) if len(a_of_each) > 1 else a_of_each[0], b_of_each
+        return torch.cat(list(a_of_each)) if len(a_of_each) > 1 else a_of_each[0], b_of_each
     if len(a_of_each) == 1:
         return a_of_each[0].to(dtype), [b_of_each[0].to(dtype)]
     flat = torch.cat([matrix.reshape(-1) for matrix in (*a_of_each, *b_of_each)]).to(dtype)  # one conversion for all
@@ -133,7 +141,7 @@ class _Saved(NamedTuple):
     weights: Sequence[torch.Tensor]  # [O, I] each
     b_of_each: Sequence[torch.Tensor]  # [O, R] each
     ranks: list[int]
-    scales: Sequence[float]
+    scales: list[float]
     dtype: torch.dtype
 
     def of(self, live: Sequence[int]) -> "_Saved":
@@ -147,9 +155,25 @@ class _Saved(NamedTuple):
 
 
 def _gradients(
-    saved: _Saved, grads: Sequence[torch.Tensor], wants: tuple[bool, bool, bool]
+    saved: _Saved, grads: Sequence[torch.Tensor | None], wants: tuple[bool, bool, bool]
 ) -> tuple[torch.Tensor | None, Gradients, Gradients]:
     """Gradients of x, of each A and of each B, where wanted, from those of the outputs."""
+    live = {index: grad_NO for index, grad_NO in enumerate(grads) if grad_NO is not None}
+    if len(live) == len(grads):
+        return _gradients_of_all(saved, list(live.values()), wants)
+    grads_a: list[torch.Tensor | None] = [None] * len(grads)
+    grads_b: list[torch.Tensor | None] = [None] * len(grads)
+    if not live:
+        return None, grads_a, grads_b
+    grad_x_NI, *of_live = _gradients_of_all(saved.of(list(live)), list(live.values()), wants)
+    for index, grad_a_RI, grad_b_OR in zip(live, *of_live, strict=True):
+        grads_a[index], grads_b[index] = grad_a_RI, grad_b_OR
+    return grad_x_NI, grads_a, grads_b
+
+
+def _gradients_of_all(
+    saved: _Saved, grads: Sequence[torch.Tensor], wants: tuple[bool, bool, bool]
+) -> tuple[torch.Tensor | None, Gradients, Gradients]:
     x_NI, a_SI, reduced_NS, weights, b_of_each, ranks, scales, dtype = saved
     grad_reduced_NS = torch.empty_like(reduced_NS)
     for part_NR, grad_NO, b_OR, scale in zip(_split(grad_reduced_NS, ranks, 1), grads, b_of_each, scales, strict=True):
@@ -189,36 +213,57 @@ def _gradients_of_b(
     return _split(wide_RO.T.to(dtype, copy=True, memory_format=torch.contiguous_format), sizes)
 
 
-# a single operator, so that selective recomputation can keep its result. It is not used elsewhere: on a GPU its
+def _operator(
+    x_NI: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    a_of_each: Sequence[torch.Tensor],
+    b_of_each: Sequence[torch.Tensor],
+    scales: Sequence[float],
+) -> list[torch.Tensor]:
+    """``x At`` [N, S], then the output [N, O] of each module."""
+    a_SI, b_in_dtype = _joined(a_of_each, b_of_each, x_NI.dtype)
+    ranks = [len(a_RI) for a_RI in a_of_each]
+    reduced_NS, outputs = _compute(x_NI, weights, biases, a_SI, b_in_dtype, ranks, scales)
+    return [reduced_NS, *outputs]
+
+
+# a single operator, so that selective recomputation can keep its results. It is not used elsewhere: on a GPU its
 # dispatch takes as long as three small kernels
-lora_linear = library.custom_op("aletheia::lora_linear", product, mutates_args=())
+low_rank_products = library.custom_op("aletheia::low_rank_products", _operator, mutates_args=())
 
 
-@lora_linear.register_fake
+@low_rank_products.register_fake
 def _(
     x_NI: torch.Tensor,
-    weight_OI: torch.Tensor,
-    bias_O: torch.Tensor | None,
-    a_RI: torch.Tensor,
-    b_OR: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return x_NI.new_empty(len(x_NI), len(weight_OI)), x_NI.new_empty(len(x_NI), len(a_RI))
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    a_of_each: Sequence[torch.Tensor],
+    b_of_each: Sequence[torch.Tensor],
+    scales: Sequence[float],
+) -> list[torch.Tensor]:
+    widths = [sum(len(a_RI) for a_RI in a_of_each), *(len(weight_OI) for weight_OI in weights)]
+    return [x_NI.new_empty(len(x_NI), width) for width in widths]
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x_NI, weight_OI, _, a_RI, b_OR, ctx.scale = inputs
-    ctx.save_for_backward(x_NI, weight_OI, a_RI, b_OR, output[1])
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
+    x_NI, weights, biases, a_of_each, b_of_each, ctx.scales = inputs
+    ctx.of_biases = (
+        None if any(bias is None for bias in biases) else [None] * len(biases)
+    )  # a list of gradients for a list of tensors only
+    ctx.save_for_backward(x_NI, output[0], *weights, *a_of_each, *b_of_each)
     ctx.set_materialize_grads(False)
 
 
-def _lora_linear_backward(ctx: Any, grad_NO: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
-    x_NI, weight_OI, a_RI, b_OR, reduced_NR = ctx.saved_tensors
-    a, b = a_RI.to(x_NI.dtype), b_OR.to(x_NI.dtype)
-    saved = _Saved(x_NI, a, reduced_NR, [weight_OI], [b], [len(a_RI)], [ctx.scale], a_RI.dtype)
-    wants = (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:5])
-    grad_x_NI, [grad_a_RI], [grad_b_OR] = _gradients(saved, [grad_NO], wants)
-    return grad_x_NI, None, None, grad_a_RI, grad_b_OR, None
+def _backward(ctx: Any, grads: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
+    x_NI, reduced_NS, *rest = ctx.saved_tensors
+    count = len(ctx.scales)
+    weights, a_of_each, b_of_each = rest[:count], rest[count : 2 * count], rest[2 * count :]
+    a_SI, b_in_dtype = _joined(a_of_each, b_of_each, x_NI.dtype)
+    ranks = [len(a_RI) for a_RI in a_of_each]
+    saved = _Saved(x_NI, a_SI, reduced_NS, weights, b_in_dtype, ranks, ctx.scales, a_of_each[0].dtype)
+    grad_x_NI, grads_a, grads_b = _gradients(saved, grads[1:], (ctx.needs_input_grad[0], True, True))
+    return grad_x_NI, [None] * count, ctx.of_biases, list(grads_a), list(grads_b), None
 
 
-lora_linear.register_autograd(_lora_linear_backward, setup_context=_keep)
+low_rank_products.register_autograd(_backward, setup_context=_keep)

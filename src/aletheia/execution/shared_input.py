@@ -103,9 +103,9 @@ def others(module: nn.Module) -> Sequence[Any]:
     return [other for other in group.modules if other is not module] if group is not None and group.shares else ()
 
 
-def compute(x: torch.Tensor, members: dict[nn.Module, Product]) -> torch.Tensor:
+def compute(x: torch.Tensor, members: dict[nn.Module, Product], as_operator: bool) -> torch.Tensor:
     """The output of the first of ``members`` for ``x``; those of the others wait until they are taken."""
-    output, *outputs = products(x, list(members.values()))
+    output, *outputs = products(x, list(members.values()), as_operator)
     if outputs:
         module, *rest = members
         _waiting.group, _waiting.x, _waiting.state, _waiting.is_hooked = _groups[module], x, _state(x), _is_hooked()
