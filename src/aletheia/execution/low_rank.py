@@ -248,9 +248,8 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[torch.Tensor]) -> None:
     x_NI, weights, biases, a_of_each, b_of_each, ctx.scales = inputs
-    ctx.of_biases = (
-        None if any(bias is None for bias in biases) else [None] * len(biases)
-    )  # a list of gradients for a list of tensors only
+    tensors_only = all(bias is not None for bias in biases)
+    ctx.of_biases = [None] * len(biases) if tensors_only else None  # torch's rule for lists
     ctx.save_for_backward(x_NI, output[0], *weights, *a_of_each, *b_of_each)
     ctx.set_materialize_grads(False)
 
