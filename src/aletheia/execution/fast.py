@@ -33,8 +33,8 @@ def fast_adapters(model: nn.Module) -> Iterator[int]:
     It covers plain Linear modules that have one adapter without dropout, DoRA, hooks or bias. The adapter has the
     dtype of the weight, or float32 with a bfloat16 weight. Other modules keep PEFT's forward. Results are the same up
     to the order of rounding. With a bfloat16 weight, the low-rank products are rounded to bfloat16, as under autocast.
-    Modules that are given the same tensor are computed together, see :mod:`aletheia.execution.shared_input`. The outputs
-    can be differentiated once.
+    Modules that are given the same tensor are computed together, see :mod:`aletheia.execution.shared_input`. The
+    outputs can be differentiated once.
     """
     covered = [module for module in model.modules() if isinstance(module, LoraLinear) and _plain_product(module)]
     with replaced_forwards(covered, _forward), shared_inputs(model, covered):
