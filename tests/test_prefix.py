@@ -15,7 +15,7 @@ from aletheia.anatomy.layerwise import PassThrough
 from aletheia.anatomy.read import find_layers, is_matrix, read_anatomy
 from aletheia.data.batches import LABELLED, collate, labelled_tokens
 from aletheia.errors import AdapterError, TrainingError
-from aletheia.execution import fast
+from aletheia.execution import shared_input
 from aletheia.execution.cpu.norms import fast_norms
 from aletheia.execution.fast import bfloat16_autocast, fast_adapters
 from aletheia.execution.loss import fast_causal_loss, fast_loss
@@ -30,6 +30,8 @@ from aletheia.probing.logits import labelled_logits
 from aletheia.training.fast_steps import fast_steps
 
 BOUNDARY = 2
+# families whose plain step itself is further from a step in float64 than those of others: 1.7e-6
+ROUNDED = dict.fromkeys(("qwen3_5", "qwen3_5_text"), 3e-6)
 SLOW = {*RARELY, *WRAPPERS} - {"mistral3", "llama4"}
 STORED = tuple(
     pytest.param(family, marks=pytest.mark.slow) if family in SLOW else family
@@ -86,18 +88,18 @@ def rows(examples):
 
 @pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES + STORED)
 def test_every_fast_path_equals_the_plain_one(family, rows):
-    model = adapted(family)
+    model, tolerance = adapted(family), ROUNDED.get(family, 1e-6)
     batch = collate(rows, 0)
     plain = gradients(model, batch)
     with_prefix = stored(model, rows)
     assert plain[1].norm() > 0
     for path in (frozen_prefix, labelled_logits, fast_adapters, fast_norms, fast_loss):
         with path(model):
-            assert difference(gradients(model, batch), plain) < 1e-6, path.__name__
+            assert difference(gradients(model, batch), plain) < tolerance, path.__name__
     with stored_prefix(model, BOUNDARY):
-        assert difference(gradients(model, with_prefix), plain) < 1e-6
+        assert difference(gradients(model, with_prefix), plain) < tolerance
     with fast_steps(model, BOUNDARY):
-        assert difference(gradients(model, with_prefix), plain) < 1e-6
+        assert difference(gradients(model, with_prefix), plain) < tolerance
     assert difference(gradients(model, batch), plain) == 0  # and every context leaves the model as it was
 
 
@@ -122,8 +124,10 @@ def test_beside_bfloat16_fast_steps_are_as_exact_as_autocast(family, rows):
 
 def test_fast_adapters_are_taken_under_autocast(rows, monkeypatch):
     calls = []
-    product = fast._lora_linear
-    monkeypatch.setattr(fast, "_lora_linear", lambda *given: calls.append(given) or product(*given))
+    products = shared_input.products
+    monkeypatch.setattr(
+        shared_input, "products", lambda x, members, kind: calls.extend(members) or products(x, members, kind)
+    )
     model, batch = adapted().bfloat16(), collate(rows, 0)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.float() if "lora_" in name else parameter.data

@@ -7,89 +7,18 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from torch import library, nn
+from torch import nn
+
+from aletheia.execution.low_rank import Product, product
+from aletheia.execution.shared_input import compute, others, shared_inputs, take
 
 Forward = Callable[..., torch.Tensor]
-
-
-def _lora_linear(
-    x_NI: torch.Tensor,
-    weight_OI: torch.Tensor,
-    bias_O: torch.Tensor | None,
-    a_RI: torch.Tensor,
-    b_OR: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x Wt + b + s (x At) Bt`` [N, O] for a frozen W, and the low-rank ``x At`` [N, R].
-
-    PEFT computes the low-rank output, its scaled copy and the sum, each [N, O], and as many gradients. Here the matrix
-    product itself adds the low-rank products, and the scale is applied to [N, R]. A and B may be float32 with a
-    bfloat16 W. They are then rounded for the products, as under autocast, and their gradients are float32.
-    """
-    reduced_NR = x_NI @ a_RI.to(x_NI.dtype).T
-    y_NO = nn.functional.linear(x_NI, weight_OI, bias_O)
-    return y_NO.addmm_(reduced_NR, b_OR.to(x_NI.dtype).T, alpha=scale), reduced_NR
-
-
-# a single operator, so that selective recomputation can keep its result. It is not used elsewhere: on a GPU its
-# dispatch takes as long as three small kernels
-lora_linear = library.custom_op("aletheia::lora_linear", _lora_linear, mutates_args=())
-
-
-@lora_linear.register_fake
-def _(
-    x_NI: torch.Tensor,
-    weight_OI: torch.Tensor,
-    bias_O: torch.Tensor | None,
-    a_RI: torch.Tensor,
-    b_OR: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return x_NI.new_empty(len(x_NI), len(weight_OI)), x_NI.new_empty(len(x_NI), len(a_RI))
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x_NI, weight_OI, _, a_RI, b_OR, ctx.scale = inputs
-    ctx.save_for_backward(x_NI, weight_OI, a_RI, b_OR, output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _lora_linear_backward(ctx: Any, grad_NO: torch.Tensor, _: object) -> tuple[torch.Tensor | None, ...]:
-    x_NI, weight_OI, a_RI, b_OR, reduced_NR = ctx.saved_tensors
-    grad_reduced_NR = (grad_NO @ b_OR.to(x_NI.dtype)).mul_(ctx.scale)
-    grad_x_NI = None
-    if ctx.needs_input_grad[0]:
-        grad_x_NI = grad_NO @ weight_OI
-        grad_x_NI.addmm_(grad_reduced_NR, a_RI.to(x_NI.dtype))
-    grad_a_RI = grad_b_OR = None
-    if ctx.needs_input_grad[3]:
-        grad_a_RI = (grad_reduced_NR.T @ x_NI).to(a_RI.dtype)
-    if ctx.needs_input_grad[4]:  # this order of factors is faster
-        grad_b_OR = (reduced_NR.T @ grad_NO).to(b_OR.dtype).mul_(ctx.scale).T
-    return grad_x_NI, None, None, grad_a_RI, grad_b_OR, None
-
-
-lora_linear.register_autograd(_lora_linear_backward, setup_context=_keep)
-
-
-class _LoraLinear(torch.autograd.Function):
-    """:func:`_lora_linear` without the dispatch of an operator."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> torch.Tensor:
-        output_NO, reduced_NR = _lora_linear(*inputs)
-        _keep(ctx, inputs, (output_NO, reduced_NR))
-        return output_NO
-
-    @staticmethod
-    def backward(ctx: Any, grad_NO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _lora_linear_backward(ctx, grad_NO, None)
 
 
 @contextmanager
@@ -99,9 +28,11 @@ def fast_adapters(model: nn.Module) -> Iterator[int]:
     It covers plain Linear modules that have one adapter without dropout, DoRA, hooks or bias. The adapter has the
     dtype of the weight, or float32 with a bfloat16 weight. Other modules keep PEFT's forward. Results are the same up
     to the order of rounding. With a bfloat16 weight, the low-rank products are rounded to bfloat16, as under autocast.
+    Modules that are given the same tensor are computed together, see :mod:`aletheia.execution.shared_input`. The
+    outputs can be differentiated once.
     """
-    covered = [module for module in model.modules() if isinstance(module, LoraLinear) and _is_plain(module)]
-    with replaced_forwards(covered, _forward):
+    covered = [module for module in model.modules() if isinstance(module, LoraLinear) and _plain_product(module)]
+    with replaced_forwards(covered, _forward), shared_inputs(model, covered):
         yield len(covered)
 
 
@@ -163,27 +94,34 @@ def bfloat16_autocast(model: nn.Module) -> torch.autocast:
 OTHER_ADAPTER_DTYPES = {torch.bfloat16: (torch.float32,)}
 
 
-def _is_plain(module: LoraLinear) -> bool:
-    if len(module.active_adapters) != 1 or module.active_adapters[0] not in module.lora_A:
-        return False
-    name = module.active_adapters[0]
-    a, b, base = module.lora_A[name], module.lora_B[name], module.base_layer
-    return (
-        all(_is_bare(linear) for linear in (base, a, b))
-        and name not in module.lora_variant
-        and isinstance(module.lora_dropout[name], nn.Identity)
-        and a.bias is None
-        and b.bias is None
-        and a.weight.dtype == b.weight.dtype
-        and a.weight.dtype in (base.weight.dtype, *OTHER_ADAPTER_DTYPES.get(base.weight.dtype, ()))
-        and not any(part.requires_grad for part in base.parameters())
-    )
+def _plain_product(module: LoraLinear) -> Product | None:
+    """What a module computes, if it is one that :func:`fast_adapters` covers.
+
+    It runs in every call, so it looks up submodules without ``Module.__getattr__``, which takes as long as a launch.
+    """
+    names, parts = module.active_adapters, cast("dict[str, nn.Module]", module._modules)
+    if len(names) != 1 or names[0] in module.lora_variant:
+        return None
+    base = parts["base_layer"]
+    dropout, a, b = (parts[kind]._modules.get(names[0]) for kind in ("lora_dropout", "lora_A", "lora_B"))
+    if not (_is_bare(base) and _is_bare(a) and _is_bare(b) and isinstance(dropout, nn.Identity)):
+        return None
+    weight, bias, a_weight, b_weight = base.weight, base.bias, a.weight, b.weight
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    if a.bias is not None or b.bias is not None or a_weight.dtype != b_weight.dtype:
+        return None
+    if a_weight.dtype not in (weight.dtype, *OTHER_ADAPTER_DTYPES.get(weight.dtype, ())):
+        return None
+    return Product(weight, bias, a_weight, b_weight, module.scaling[names[0]])
 
 
-def _is_bare(linear: nn.Module) -> bool:
+def _is_bare(linear: Any) -> TypeGuard[nn.Linear]:
     """Whether it is a plain Linear: no hook or replaced forward watches its calls or loads its weight for them."""
+    if type(linear) is not nn.Linear:
+        return False
     watched = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    return type(linear) is nn.Linear and not watched and "forward" not in linear.__dict__
+    return not watched and "forward" not in linear.__dict__
 
 
 _as_operators: list[None] = []
@@ -191,7 +129,7 @@ _as_operators: list[None] = []
 
 @contextmanager
 def adapters_as_operators() -> Iterator[None]:
-    """Run every adapted module as one operator, so that recomputation can keep its result."""
+    """Run the products of adapted modules as single operators, so that recomputation can keep their results."""
     _as_operators.append(None)
     try:
         yield
@@ -200,20 +138,25 @@ def adapters_as_operators() -> Iterator[None]:
 
 
 def _forward(module: LoraLinear, plain: Forward, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    usual = not (module.disable_adapters or module.merged or args or kwargs) and x.numel() > 0
-    if not usual or not _is_plain(module):
+    own = None if args or kwargs else _product(module, x)
+    if own is None:
         return plain(x, *args, **kwargs)
-    name, base = module.active_adapters[0], module.base_layer
-    casts = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type) != x.dtype
-    if x.dtype != base.weight.dtype or casts:
-        return plain(x)
-    a, b = module.lora_A[name].weight, module.lora_B[name].weight
-    inputs: Any = x.reshape(-1, x.shape[-1]), base.weight, base.bias, a, b, module.scaling[name]
-    if torch.compiler.is_compiling():  # the compiler fuses better when it sees every product
-        y_NO = _lora_linear(*inputs)[0]
-    else:
-        y_NO = lora_linear(*inputs)[0] if _as_operators else _LoraLinear.apply(*inputs)
-    return y_NO.view(*x.shape[:-1], -1)
+    if torch.compiler.is_compiling():  # it fuses better when it sees every product of a module
+        return product(x.reshape(-1, x.shape[-1]), *own).view(*x.shape[:-1], -1)
+    if (taken := take(module, own, x)) is not None:
+        return taken
+    together = ((other, _product(other, x)) for other in others(module))
+    fitting = {other: its for other, its in together if its is not None and its.fits(own)}
+    return compute(x, {module: own, **fitting}, as_operator=bool(_as_operators))
+
+
+def _product(module: LoraLinear, x: torch.Tensor) -> Product | None:
+    """What a module computes for ``x``, if this is a case that is covered."""
+    if module.disable_adapters or module.merged or x.numel() == 0:
+        return None
+    kind, found = x.device.type, _plain_product(module)
+    casts = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != x.dtype
+    return None if casts or found is None or found.weight.dtype != x.dtype else found
 
 
 def _in_bfloat16(_: nn.Module, plain: Forward, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -24,7 +24,7 @@ KEPT = {  # the expensive operators: products with weights, and attention kernel
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aletheia.attention.default,
-    torch.ops.aletheia.lora_linear.default,
+    torch.ops.aletheia.low_rank_products.default,
 }
 KEPT_BY_NAME = {  # operators that not every installation has
     *("bitsandbytes::gemm_4bit", "bitsandbytes::int8_mixed_scaled_mm", "bitsandbytes::int8_scaled_mm"),
