@@ -2,7 +2,8 @@
 
     python benchmarks/host_time.py [--device cuda]
 
-On a GPU it also times recorded layers (`cuda_graphs`). Operations are those that reach the device: no views.
+Recorded layers are those of `cuda_graphs`. On a CPU their replays launch nothing, so that only what surrounds a launch is
+timed; what is learned is then wrong. Operations are those that reach the device: no views.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from aletheia.execution.backend import entered, step_ways
 from aletheia.execution.cuda.graphs import graphed_layers
+from aletheia.execution.cuda.recorded import CudaRecorder
 from aletheia.execution.fast import bfloat16_autocast
 
 LAYERS, ROWS, TOKENS, VOCABULARY = 8, 4, 32, 256
@@ -43,6 +45,19 @@ class Operations(TorchDispatchMode):
         is_view = fresh and all(leaf.untyped_storage().data_ptr() in given for leaf in fresh)
         self.count += operator._schema.is_mutable or not is_view
         return returned
+
+
+class Nothing:
+    """A recorder whose replays do nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        pass
+
+    def warm_up(self, run: Callable[[], Any]) -> Any:
+        return run()
+
+    def record(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        return run(), lambda: None
 
 
 class Steps:
@@ -92,14 +107,13 @@ def plain(model: torch.nn.Module) -> Iterator[None]:
 
 def ways_of(device: str) -> dict[str, Callable[[torch.nn.Module], AbstractContextManager[Any]]]:
     """What is timed, by name."""
-    found = {"plain PEFT": plain, "Aletheia": lambda model: entered(model, step_ways(model))}
-    if device != "cpu":
-        found["Aletheia, recorded"] = lambda model: entered(model, _recorded(model))
-    return found
-
-
-def _recorded(model: torch.nn.Module) -> dict[str, Any]:
-    return step_ways(model) | {"layers as CUDA graphs": partial(graphed_layers, shape=(ROWS, TOKENS), say=print)}
+    recorder = CudaRecorder if torch.device(device).type == "cuda" else Nothing
+    graphs = partial(graphed_layers, shape=(ROWS, TOKENS), recorder=recorder)
+    return {
+        "plain PEFT": plain,
+        "Aletheia": lambda model: entered(model, step_ways(model)),
+        "Aletheia, recorded": lambda model: entered(model, step_ways(model) | {"layers as CUDA graphs": graphs}),
+    }
 
 
 def main() -> None:
