@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from tape import TapeRecorder
+from tape import REPLAYS, TapeRecorder
 from test_packed import row, trained
 from test_prefix import adapted, difference, gradients
 from test_waiting import as_on_a_gpu
@@ -303,7 +303,7 @@ SETTINGS = {"steps": 15, "packing": "on", "evaluations": 3, "cache": "memory"}
 @pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2, "batch_size": 2, "averaging": "on"}])
 def test_a_run_with_graphs_is_the_run_without(settings, on_a_gpu, plan, examples, tmp_path):
     wanted = trained(plan, examples, tmp_path / "without", **SETTINGS | settings).metrics
-    lines = []
+    lines, before = [], REPLAYS[0]
     run = trained(plan, examples, tmp_path / "with", lines.append, cuda_graphs=True, **SETTINGS | settings)
     found = [line.split(" in ")[0] for line in lines if "graphs" in line]
     tokens = found[0].split(" for ")[1]
@@ -312,6 +312,10 @@ def test_a_run_with_graphs_is_the_run_without(settings, on_a_gpu, plan, examples
         f"graphs 2 frozen layers recorded for {tokens}",
         f"graphs 2 layers that learn recorded for {tokens}",
     ]
+    micro_steps = settings.get("gradient_accumulation_steps", 1)
+    every_layer = 2 * 4 * (3 * micro_steps)  # seen in the first of four steps; compared, and replayed in the others
+    upper_half = 2 * 2 * (11 * micro_steps)
+    assert REPLAYS[0] - before >= every_layer + upper_half
     assert "layers as CUDA graphs" in run.metrics.steps_computed_by
     assert "--cuda-graphs" in repeat_command(run)
     expected = [point.loss for point in wanted.train_curve]

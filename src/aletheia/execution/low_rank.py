@@ -79,9 +79,11 @@ def _compute(
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """``x At`` [N, S] and the outputs [N, O], from As and Bs in the dtype of x."""
     reduced_NS = x_NI @ a_SI.T
-    outputs = [nn.functional.linear(x_NI, *of_base) for of_base in zip(weights, biases, strict=True)]
-    for y_NO, reduced_NR, b_OR, scale in zip(outputs, _split(reduced_NS, ranks, 1), b_of_each, scales, strict=True):
-        y_NO.addmm_(reduced_NR, b_OR.T, alpha=scale)
+    outputs = []
+    of_each = zip(weights, biases, _split(reduced_NS, ranks, 1), b_of_each, scales, strict=True)
+    for weight_OI, bias_O, reduced_NR, b_OR, scale in of_each:  # an output is added to while it is in the cache
+        y_NO = nn.functional.linear(x_NI, weight_OI, bias_O)
+        outputs.append(y_NO.addmm_(reduced_NR, b_OR.T, alpha=scale))
     return reduced_NS, outputs
 
 
@@ -175,42 +177,40 @@ def _gradients_of_all(
     saved: _Saved, grads: Sequence[torch.Tensor], wants: tuple[bool, bool, bool]
 ) -> tuple[torch.Tensor | None, Gradients, Gradients]:
     x_NI, a_SI, reduced_NS, weights, b_of_each, ranks, scales, dtype = saved
-    grad_reduced_NS = torch.empty_like(reduced_NS)
-    for part_NR, grad_NO, b_OR, scale in zip(_split(grad_reduced_NS, ranks, 1), grads, b_of_each, scales, strict=True):
-        part_NR.addmm_(grad_NO, b_OR, beta=0, alpha=scale)
-    grad_x_NI = None
-    if wants[0]:
-        grad_x_NI = grads[0] @ weights[0]
-        for grad_NO, weight_OI in zip(grads[1:], weights[1:], strict=True):
-            grad_x_NI.addmm_(grad_NO, weight_OI)
+    sizes = [grad_NO.shape[1] for grad_NO in grads]
+    is_even = len(set(ranks)) == 1  # gradients of Bs of one rank lie side by side
+    wide_RO = x_NI.new_empty(ranks[0], sum(sizes)) if is_even and wants[2] else None
+    if wide_RO is not None:
+        of_b = _split(wide_RO, sizes, 1)
+    else:
+        of_b = [x_NI.new_empty(rank, size) for rank, size in zip(ranks, sizes, strict=True)]
+    grad_reduced_NS, grad_x_NI = torch.empty_like(reduced_NS), None
+    parts = zip(_split(grad_reduced_NS, ranks, 1), _split(reduced_NS, ranks, 1), of_b, strict=True)
+    of_each = zip(parts, grads, weights, b_of_each, scales, strict=True)
+    for (grad_NR, reduced_NR, b_RO), grad_NO, weight_OI, b_OR, scale in of_each:  # while a gradient is in the cache
+        grad_NR.addmm_(grad_NO, b_OR, beta=0, alpha=scale)
+        if wants[0]:
+            grad_x_NI = grad_NO @ weight_OI if grad_x_NI is None else grad_x_NI.addmm_(grad_NO, weight_OI)
+        if wants[2]:
+            b_RO.addmm_(reduced_NR.T, grad_NO, beta=0, alpha=scale)
+    if grad_x_NI is not None:
         grad_x_NI.addmm_(grad_reduced_NS, a_SI)
     grads_a: Gradients = [None] * len(grads)
     grads_b: Gradients = [None] * len(grads)
     if wants[1]:
         grads_a = _split((grad_reduced_NS.T @ x_NI).to(dtype), ranks)
     if wants[2]:
-        reduced = _split(reduced_NS, ranks, 1)
-        if len(set(ranks)) == 1:
-            grads_b = _gradients_of_b(reduced, grads, scales, dtype)
-        else:
-            of_each = zip(reduced, grads, scales, strict=True)
-            grads_b = [_gradients_of_b([own], [grad], [scale], dtype)[0] for own, grad, scale in of_each]
+        grads_b = _split(_as_b(wide_RO, dtype), sizes) if wide_RO is not None else [_as_b(b_RO, dtype) for b_RO in of_b]
     return grad_x_NI, grads_a, grads_b
 
 
-def _gradients_of_b(
-    reduced: Sequence[torch.Tensor], grads: Sequence[torch.Tensor], scales: Sequence[float], dtype: torch.dtype
-) -> Sequence[torch.Tensor]:
-    """Gradients of B [O, R] for modules of one rank.
+def _as_b(grad_RO: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The gradient of one B or several, one below another [O, R], from its transpose.
 
     They are computed as [R, O]: as [O, R], they take up to ten times as long in float32 on a CPU. One copy then brings
-    all of them to the layout and the dtype of B, so that autograd makes none.
+    them to the layout and the dtype of B, so that autograd makes none.
     """
-    sizes = [grad_NO.shape[1] for grad_NO in grads]
-    wide_RO = grads[0].new_empty(reduced[0].shape[1], sum(sizes))
-    for part_RO, reduced_NR, grad_NO, scale in zip(_split(wide_RO, sizes, 1), reduced, grads, scales, strict=True):
-        part_RO.addmm_(reduced_NR.T, grad_NO, beta=0, alpha=scale)
-    return _split(wide_RO.T.to(dtype, copy=True, memory_format=torch.contiguous_format), sizes)
+    return grad_RO.T.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def _operator(
