@@ -46,6 +46,7 @@ def test_every_benchmark_finds_what_it_imports():
     python("-c", IMPORT_ALL, BENCHMARKS)
 
 
+@pytest.mark.slow
 def test_steps_on_a_gpu_are_measured_as_the_product_takes_them(tmp_path):
     arms = arms_of(tmp_path, "--models", "8b", "--arms", "plain,every-layer,upper-half,cached-alone")
     assert [len(arm["step_seconds"]) for arm in arms] == [4, 4, 1, 4, 4]  # the first epoch warms up for three

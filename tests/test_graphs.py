@@ -1,5 +1,6 @@
 """Layers as recorded graphs learn what the layers learn; calls that are not like the recorded one run as ever."""
 
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -246,9 +247,25 @@ class Wrong(TapeRecorder):
         return returned, lambda: [tensor.mul_(2) for tensor in [returned] if isinstance(tensor, torch.Tensor)]
 
 
+class WrongInside(TapeRecorder):
+    """Gradients of the parameters of one layer in the middle are not those of a step; all else is."""
+
+    def record(self, run):
+        returned, replay = super().record(run)
+        if not isinstance(returned, list):
+            return returned, replay
+        self.backwards = getattr(self, "backwards", 0) + 1
+        is_wrong = self.backwards == 2
+        return [returned[0], *(grad.clone().fill_(7) if is_wrong else grad for grad in returned[1:])], replay
+
+
 @pytest.mark.parametrize(
     ("recorder", "reason"),
-    [(Broken, "operation not permitted while it records"), (Wrong, "a replay differs from the layers' own results")],
+    [
+        (Broken, "operation not permitted while it records"),
+        (Wrong, "a replay differs from the layers' own results"),
+        (WrongInside, "a replay differs from the layers' own results"),
+    ],
 )
 def test_without_a_true_recording_layers_run_as_they_are(recorder, reason, graphed, said):
     model = adapted(boundary=0)
@@ -260,6 +277,40 @@ def test_without_a_true_recording_layers_run_as_they_are(recorder, reason, graph
     assert said == [f"graphs off for 4 layers that learn: {reason}"]
     for ours, plain in zip(found, expected, strict=True):
         assert difference(ours, plain) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_weights_under_autocast_are_those_of_the_step(dtype, graphed, said):
+    """As in Trainer's mixed precision, whose cache holds converted weights for one forward; float32: it is off."""
+    steps = []
+    for uses in (False, True):
+        model = adapted(boundary=0)
+        optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1.0)
+        losses = []
+        with graphed(model, (3, 24)) if uses else nullcontext():
+            for at in range(5):
+                batch = collate([row(length, length) for length in (24, 9, 15 + at)], 0)
+                with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                    loss = model(**batch, use_cache=False).loss
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+        steps.append(losses)
+    assert "4 layers that learn recorded" in said[0]
+    assert steps[1] == pytest.approx(steps[0], rel=1e-3 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_layers_that_return_more_run_as_they_are(graphed, said):
+    model = adapted(boundary=0)
+    layer = find_layers(model)[1][1]
+    forward = layer.forward
+    layer.forward = lambda *args, **kwargs: (forward(*args, **kwargs), torch.ones(2))
+    layer.register_forward_hook(lambda module, args, output: output[0])
+    expected = gradients(model, collate(BATCHES[0], 0))
+    with graphed(model, (3, 30)):
+        assert difference(gradients(model, collate(BATCHES[0], 0)), expected) < 1e-6
+    assert "layers return more than hidden states" in said[0]
 
 
 def test_hooks_inside_layers_keep_being_called(graphed, said):
@@ -323,6 +374,17 @@ def test_a_run_with_graphs_is_the_run_without(settings, on_a_gpu, plan, examples
     assert [point.loss for point in run.metrics.held_out_curve] == pytest.approx(
         [point.loss for point in wanted.held_out_curve], rel=1e-4
     )
+
+
+def test_layers_that_were_freed_are_not_recorded(on_a_gpu, examples, tmp_path):
+    plan = aletheia.plan(aletheia.probe(make_model("llama"), examples, batches=2), policy="last", freeze_after=0)
+    lines = []
+    settings = SETTINGS | {"cuda_graphs": True, "free_prefix": True}
+    wanted = trained(plan, examples, tmp_path / "without", **SETTINGS).metrics
+    found = trained(plan, examples, tmp_path / "with", lines.append, **settings).metrics
+    assert [line.split(" recorded")[0] for line in lines if "graphs" in line] == ["graphs 2 layers that learn"]
+    expected = [point.loss for point in wanted.train_curve]
+    assert [point.loss for point in found.train_curve] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_cpu_has_no_graphs(plan, examples, tmp_path):

@@ -133,7 +133,9 @@ def largest_step(
     tokens = training.batch_size * longest
     if training.packing == "on":
         tokens = max(batch_tokens(data, training, processes))
-        tokens = max(tokens, fixed_size(data, training, processes).tokens) if training.cuda_graphs else tokens
+        if training.cuda_graphs:  # graphs keep their memory, also while a larger batch runs without them
+            recorded = fixed_size(data, training, processes).tokens
+            tokens = recorded + (tokens if tokens > recorded else 0)
     return Step(
         tokens=tokens,
         row_tokens=longest,

@@ -217,8 +217,8 @@ class Attachment(TrainerCallback):
 
     def leave(self) -> None:
         """Restore the model; may be called twice. A cache on disk that only this run can use is deleted."""
-        self._note_size()
-        self._stack.close()
+        with self._stack:
+            self._note_size()
         self._phase = None
 
     def _begin(self, phase: Phase) -> None:

@@ -43,6 +43,7 @@ from aletheia.training.walks import few_walks, learning
 
 NEVER = 10**9  # steps
 FIXED_SHARE = 0.95  # of batches; larger ones keep their own size
+FIXED_MORE = 1.1  # times that size: so much larger it may be for all of them
 FIXED_MULTIPLE = 64  # tokens: packed batches of a fixed size are rounded up to it
 LOOKED_AT_EVERY = 10  # steps between two logs, where no step waits for its own results
 
@@ -110,12 +111,13 @@ def batch_tokens(data: Examples, settings: TrainSettings, processes: int = 1) ->
 
 
 def fixed_size(data: Examples, settings: TrainSettings, processes: int = 1) -> PackSize:
-    """The size that 95 % of a run's packed batches fit into, in tokens a multiple of 64.
+    """The size that a run's packed batches fit into, in tokens a multiple of 64.
 
-    If one very long row set the size, all other batches would be mostly filler.
+    Where a few are far larger, it is one that 95 % fit into: otherwise all others would be mostly filler.
     """
     found = sorted(batch_tokens(data, settings, processes))
-    largest = found[math.ceil(FIXED_SHARE * len(found)) - 1]
+    usual = found[math.ceil(FIXED_SHARE * len(found)) - 1]
+    largest = found[-1] if found[-1] <= FIXED_MORE * usual else usual
     return PackSize(math.ceil(largest / FIXED_MULTIPLE) * FIXED_MULTIPLE, settings.batch_size)
 
 
@@ -250,7 +252,6 @@ class RowTrainer(Trainer):
         self.collator = collator_of(settings, data.pad_token_id)
         # graphs need batches of one size
         self.size = fixed_size(data, settings, arguments.world_size) if settings.cuda_graphs else None
-        self._training_collator = collator_of(settings, data.pad_token_id, self.size)
         self.ahead: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # puts stored states into a batch
         self.looks_back = _looks_back(arguments)
         recorder.looks_back = self.looks_back
@@ -311,7 +312,7 @@ class RowTrainer(Trainer):
 
     def _batch(self, rows: Sequence[Example]) -> dict[str, Any]:
         """A batch of rows; where a step must not wait, with everything it would wait for."""
-        batch = self._training_collator(rows)
+        batch = collator_of(self._settings, self._rows.pad_token_id, self.size)(rows)
         if not self.looks_back:
             return batch
         if self.ahead is not None and get_worker_info() is None:  # workers have no cache

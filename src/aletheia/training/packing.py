@@ -52,8 +52,9 @@ def recorded_tokens(trainer: RowTrainer, settings: TrainSettings, say: Say) -> i
         )
     if settings.packing == "off":
         raise SettingsError("`cuda_graphs` is on, but batches are padded; expected packed rows; leave it out")
-    if is_sharded(trainer) or settings.recompute != "off":
-        reason = "layers are sharded over processes" if is_sharded(trainer) else "activations are computed again"
-        say(f"graphs off: {reason}")
+    several = trainer.args.world_size > 1 or is_sharded(trainer)
+    if several or settings.recompute != "off":
+        say(f"graphs off: {'several processes train' if several else 'activations are computed again'}")
+        trainer.size = None
         return None
     return trainer.size.tokens

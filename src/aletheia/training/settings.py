@@ -168,8 +168,8 @@ class TrainSettings(Settings):
     )
     cuda_graphs: bool = option(
         False,
-        "On a GPU, with packed rows: record the layers as CUDA graphs and replay them, which takes far fewer launches. "
-        "Batches are filled up to one size.",
+        "On one GPU, with packed rows: record the layers as CUDA graphs and replay them, which takes far fewer "
+        "launches. Batches are filled up to one size.",
         SPEED,
     )
     liger: bool = option(

@@ -26,7 +26,7 @@ def few_walks(trainer: Trainer) -> Iterator[None]:
 
     def train(mode: bool = True) -> nn.Module:
         nonlocal all_train
-        if not (mode and all_train):
+        if not (mode and all_train and model.training):
             own_train(mode)
         all_train = mode
         return model

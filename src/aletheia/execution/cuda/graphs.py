@@ -52,6 +52,8 @@ def graphed_layers(
     replay is compared with the layers' own results. Where that fails, and in every call that is not like the recorded
     one, layers run as usual.
 
+    Hidden states that the caller keeps are overwritten by the next replay, once their graph is gone.
+
     Args:
         model: the adapted model. What is trainable must not change within this context.
         shape: rows and tokens of the batches that are replayed.
@@ -61,9 +63,11 @@ def graphed_layers(
     _, layers = find_layers(model)
     learn = [any(parameter.requires_grad for parameter in layer.parameters()) for layer in layers]
     boundary = learn.index(True) if True in learn else len(layers)
+    failed: list[str] = []
     with ExitStack() as stack:
         for part, learns in ((layers[:boundary], False), (layers[boundary:], True)):
-            stack.enter_context(_Chain([_Layer(layer) for layer in part], learns, shape, say, recorder).entered())
+            chain = [_Layer(layer) for layer in part if any(True for _ in layer.parameters())]  # others were freed
+            stack.enter_context(_Chain(chain, learns, shape, (say, recorder, failed)).entered())
         yield
 
 
@@ -129,15 +133,15 @@ class _Chain:
         layers: Sequence[_Layer],
         learns: bool,
         shape: tuple[int, int],
-        say: Say,
-        recorder: Callable[[torch.device], Recorder],
+        shared: tuple[Say, Callable[[torch.device], Recorder], list[str]],
     ) -> None:
         self._layers, self._learns, self._shape = layers, learns, shape
-        self._say, self._recorder = say, recorder
+        self._say, self._recorder, self._failed = shared  # what failed to be recorded, of any chain
         self._seen: list[_Call] = []
         self._passed: torch.Tensor | None = None  # the last output that was seen
         self._recorded: list[Recorded] = []
         self._is_off = False
+        self._is_free = True  # no earlier forward waits for its backward, as far as the first layer saw
 
     @contextmanager
     def entered(self) -> Iterator[None]:
@@ -158,16 +162,18 @@ class _Chain:
         """The result of layer ``index``: replayed, if the call is like the recorded one."""
         layer = self._layers[index]
         hidden = args[0] if args else kwargs.get("hidden_states")
-        if self._is_off or not self._is_step(layer.module, hidden):
+        if self._is_off or self._failed or not self._is_step(layer.module, hidden):
             return layer.forward(*args, **kwargs)
         call = _Call.of(layer, args, kwargs)
         if index == 0 and len(self._seen) == len(self._layers) and self._seen[0].like == call.like:
             self._try_to_record(call)
         if not self._recorded:
             return self._watched(index, call, args, kwargs)
+        if index == 0:
+            self._is_free = all(recorded.waiting() is None for recorded in self._recorded)
         recorded = self._recorded[index]
-        if recorded.like != call.like or recorded.waiting() is not None:
-            return layer.forward(*args, **kwargs)  # also where an earlier forward needs the memory for its backward
+        if recorded.like != call.like or not self._is_free:
+            return layer.forward(*args, **kwargs)
         for place, static in recorded.others:
             static.fill(call.leaves[place])
         if self._learns:
@@ -187,7 +193,7 @@ class _Chain:
     def _watched(self, index: int, call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer's own result; notes how it was called, for recording."""
         result = self._layers[index].forward(*args, **kwargs)
-        if not self._is_off:
+        if not (self._is_off or self._failed):
             try:
                 self._note(index, call, tensor_of(result)[0])
             except TrainingError as error:
@@ -222,10 +228,11 @@ class _Chain:
         started = time.perf_counter()
         seen, self._seen, self._passed = self._seen, [], None
         try:
-            with nullcontext() if self._learns else torch.no_grad():
+            with nullcontext() if self._learns else torch.no_grad(), _uncached_autocast(call.leaves[0].device):
                 self._recorded = self._record(seen, call.leaves[0])
         except Exception as error:  # kernels of any library may not allow it
-            self._give_up(one_line(error))
+            self._failed.append(one_line(error))
+            self._give_up(self._failed[-1])
         else:
             seconds = time.perf_counter() - started
             self._say(f"graphs {self._name} recorded for {math.prod(self._shape):,} tokens in {seconds:.1f} s")
@@ -246,7 +253,7 @@ class _Chain:
             hidden_BTD = first
             for index in range(len(seen)):
                 hidden_BTD, _ = tensor_of(run(index, hidden_BTD))
-            return [hidden_BTD.detach(), *self._grads(0, first, hidden_BTD, above_BTD)]
+            return [hidden_BTD.detach(), *self._grads(self._layers, first, hidden_BTD, above_BTD)]
 
         expected = recorder.warm_up(plain)
         found: list[Recorded] = []
@@ -261,21 +268,32 @@ class _Chain:
         above: torch.Tensor | None = above_BTD
         for index in reversed(range(len(seen)) if self._learns else ()):
             of_layer = found[index]
-            grads = partial(self._grads, index, of_layer.hidden, outputs.pop(), above)
+            grads = partial(self._grads, self._layers[index : index + 1], of_layer.hidden, outputs.pop(), above)
             of_layer.grads, of_layer.backward = recorder.record(grads)
             of_layer.grad_output, above = above, of_layer.grads[0]
         compare(found, expected)
         return found
 
     def _grads(
-        self, index: int, hidden_BTD: torch.Tensor, output_BTD: torch.Tensor, above_BTD: torch.Tensor | None
+        self,
+        layers: Sequence[_Layer],
+        hidden_BTD: torch.Tensor,
+        output_BTD: torch.Tensor,
+        above_BTD: torch.Tensor | None,
     ) -> list[torch.Tensor | None]:
-        """The gradients of a layer's input and of its parameters, from the one of an output."""
+        """The gradients of an input and of the parameters of consecutive layers, from the one of their output."""
         if not self._learns:
             return []
-        wanted = [*([hidden_BTD] if hidden_BTD.requires_grad else []), *self._layers[index].trainable]
+        learning = [parameter for layer in layers for parameter in layer.trainable]
+        wanted = [*([hidden_BTD] if hidden_BTD.requires_grad else []), *learning]
         grads = torch.autograd.grad(output_BTD, wanted, above_BTD, allow_unused=True)
         return list(grads) if hidden_BTD.requires_grad else [None, *grads]
+
+
+def _uncached_autocast(device: torch.device) -> torch.autocast:
+    """Autocast as it is set, without its cache: a replay must convert the weights of its own step."""
+    dtype = torch.get_autocast_dtype(device.type)
+    return torch.autocast(device.type, dtype, torch.is_autocast_enabled(device.type), cache_enabled=False)
 
 
 class _Forward:

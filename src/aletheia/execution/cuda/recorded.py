@@ -6,6 +6,7 @@ Shapes: B rows and T tokens of the recorded batch, D model width.
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +18,9 @@ from aletheia.errors import TrainingError
 Replay = Callable[[], None]
 Rebuild = Callable[[torch.Tensor], Any]
 SAME = {torch.float32: 1e-4, torch.float64: 1e-8, torch.float16: 0.02, torch.bfloat16: 0.05}  # tolerance, relative
+
+
+_ABANDONED: list[torch.cuda.CUDAGraph] = []
 
 
 class Recorder(Protocol):
@@ -54,14 +58,25 @@ class CudaRecorder:
         graph = torch.cuda.CUDAGraph()
 
         def recorded() -> Any:
-            # other threads may copy batches meanwhile
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                return run()
-            finally:
+                # other threads may copy batches meanwhile
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                returned = run()
                 graph.capture_end()
+            except BaseException:
+                self._abandon(graph)
+                raise
+            return returned
 
         return self._on_stream(recorded), graph.replay
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a recording that failed; torch ends a broken one without telling its allocator, which refers to it."""
+        with suppress(RuntimeError):
+            graph.capture_end()
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+        _ABANDONED.append(graph)
 
     def _on_stream(self, run: Callable[[], Any]) -> Any:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -153,14 +168,14 @@ def tensor_of(result: Any) -> tuple[torch.Tensor, Rebuild]:
     """The hidden states in a layer's result, and a function that makes such a result of others."""
     if isinstance(result, torch.Tensor):
         return result, lambda tensor: tensor
-    if isinstance(result, tuple) and isinstance(result[0], torch.Tensor) and not any(result[1:]):
+    if isinstance(result, tuple) and isinstance(result[0], torch.Tensor) and all(value is None for value in result[1:]):
         rest = result[1:]
         return result[0], lambda tensor: (tensor, *rest)
     raise TrainingError("layers return more than hidden states")
 
 
 def compare(recorded: list[Recorded], expected: list[torch.Tensor | None]) -> None:
-    """Replay every layer once, and compare the last output and the lowest gradients with ``expected``.
+    """Replay every layer once, and compare the last output, and the gradients of the first input and of all parameters.
 
     Raises:
         TrainingError: they differ by more than rounding.
@@ -169,7 +184,8 @@ def compare(recorded: list[Recorded], expected: list[torch.Tensor | None]) -> No
         layer.forward()
     for layer in reversed(recorded):
         layer.backward()
-    for found, wanted in zip([recorded[-1].output, *recorded[0].grads], expected, strict=True):
+    grads = [*recorded[0].grads[:1], *(grad for layer in recorded for grad in layer.grads[1:])]
+    for found, wanted in zip([recorded[-1].output, *grads], expected, strict=True):
         if (found is None) != (wanted is None):
             raise TrainingError("a replay gives other gradients than the layers")
         if found is not None and wanted is not None:
