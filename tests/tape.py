@@ -1,8 +1,19 @@
-"""A stand-in for CUDA graphs on a CPU: operations are recorded with their memory, and done again on it."""
+"""Stand-ins for a GPU on a CPU: attention by rows in one, and graphs as operations that are done again in place."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+def attend_in_one(plain, module, query_1HND, key_1KND, value_1KND, bounds_S1, **kwargs):
+    """Attention by rows as operations that do not depend on the lengths of rows."""
+    row_of_N = torch.searchsorted(bounds_S1, torch.arange(query_1HND.shape[2]), right=True)
+    seen_NN = (row_of_N[:, None] == row_of_N) & torch.ones(len(row_of_N), len(row_of_N), dtype=torch.bool).tril()
+    if (window := kwargs.get("sliding_window")) is not None:
+        seen_NN = seen_NN.triu(1 - window)
+    attend, scale = torch.nn.functional.scaled_dot_product_attention, kwargs.get("scaling")
+    return attend(query_1HND, key_1KND, value_1KND, seen_NN, scale=scale, enable_gqa=True).transpose(1, 2)
+
 
 REPLAYS = [0]  # of all recorders
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tape import attend_in_one
 from test_packed import ROWS, row, trained
 from test_prefix import BOUNDARY, adapted, difference, gradients
 from tiny import make_model
@@ -35,15 +36,7 @@ def graphs(monkeypatch):
 @pytest.fixture
 def one_kernel(monkeypatch):
     """Attention by rows as one function that a graph can hold, as on a GPU."""
-
-    def attend(plain, module, query_1HND, key_1KND, value_1KND, bounds_S1, **kwargs):
-        row_of_N = torch.searchsorted(bounds_S1, torch.arange(query_1HND.shape[2]), right=True)
-        seen_NN = (row_of_N[:, None] == row_of_N) & torch.ones(len(row_of_N), len(row_of_N), dtype=torch.bool).tril()
-        attend = torch.nn.functional.scaled_dot_product_attention
-        output = attend(query_1HND, key_1KND, value_1KND, attn_mask=seen_NN, enable_gqa=True)
-        return output.transpose(1, 2)
-
-    monkeypatch.setattr(packed, "_one_by_one", attend)
+    monkeypatch.setattr(packed, "_one_by_one", attend_in_one)
 
 
 BATCHES = ([ROWS[0], ROWS[1]], ROWS, [row(33, 5), row(12, 6), row(40, 7)], ROWS[1:])

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from tape import REPLAYS, TapeRecorder
+from tape import REPLAYS, TapeRecorder, attend_in_one
 from test_packed import row, trained
 from test_prefix import adapted, difference, gradients
 from test_waiting import as_on_a_gpu
@@ -31,18 +31,8 @@ SHAPE = (1, 64)
 
 @pytest.fixture(autouse=True)
 def one_kernel(monkeypatch):
-    """Attention by rows as operations that do not depend on the lengths, as on a GPU."""
-
-    def attend(plain, module, query_1HND, key_1KND, value_1KND, bounds_S1, **kwargs):
-        row_of_N = torch.searchsorted(bounds_S1, torch.arange(query_1HND.shape[2]), right=True)
-        seen_NN = (row_of_N[:, None] == row_of_N) & torch.ones(len(row_of_N), len(row_of_N), dtype=torch.bool).tril()
-        if (window := kwargs.get("sliding_window")) is not None:
-            seen_NN = seen_NN.triu(1 - window)
-        attend = torch.nn.functional.scaled_dot_product_attention
-        output = attend(query_1HND, key_1KND, value_1KND, seen_NN, scale=kwargs.get("scaling"), enable_gqa=True)
-        return output.transpose(1, 2)
-
-    monkeypatch.setattr(packed, "_one_by_one", attend)
+    """As on a GPU."""
+    monkeypatch.setattr(packed, "_one_by_one", attend_in_one)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """Typed access to attributes of transformers models, which torch's types declare as possible tensors."""
 
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -35,3 +36,9 @@ def stop_ids_of(model: nn.Module) -> tuple[int, ...]:
         values = value if isinstance(value, list | tuple) else [value]
         found |= {one: None for one in values if isinstance(one, int) and one >= 0}
     return tuple(found)
+
+
+def lowest_that_learns(layers: Iterable[nn.Module]) -> int | None:
+    """The index of the first of ``layers`` with a trainable parameter; None if none has one."""
+    learn = (any(parameter.requires_grad for parameter in layer.parameters()) for layer in layers)
+    return next((index for index, learns in enumerate(learn) if learns), None)

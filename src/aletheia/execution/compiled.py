@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo import config as dynamo_config
 from torch._dynamo.callback import callback_handler
 
+from aletheia.anatomy.access import lowest_that_learns
 from aletheia.anatomy.read import find_layers
 from aletheia.errors import TrainingError
 
@@ -51,10 +52,8 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
 def _learning_layers(model: nn.Module) -> Sequence[nn.Module]:
     """The lowest layer with a trainable parameter, and all above it."""
     _, layers = find_layers(model)
-    for index, layer in enumerate(layers):
-        if any(parameter.requires_grad for parameter in layer.parameters()):
-            return list(layers[index:])
-    return []
+    boundary = lowest_that_learns(layers)
+    return [] if boundary is None else list(layers[boundary:])
 
 
 @contextmanager

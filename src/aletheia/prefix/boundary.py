@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from aletheia.anatomy.access import lowest_that_learns
 from aletheia.anatomy.layerwise import Call, hidden_states
 from aletheia.anatomy.read import find_layers
 from aletheia.errors import AdapterError
@@ -25,10 +26,10 @@ def lowest_trainable_layer(model: nn.Module) -> int:
         AdapterError: no parameter in the layers is trainable.
     """
     _, layers = find_layers(model)
-    for index, layer in enumerate(layers):
-        if any(parameter.requires_grad for parameter in layer.parameters()):
-            return index
-    raise AdapterError("no decoder layer has a trainable parameter; expected an adapted model")
+    boundary = lowest_that_learns(layers)
+    if boundary is None:
+        raise AdapterError("no decoder layer has a trainable parameter; expected an adapted model")
+    return boundary
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from aletheia.anatomy.access import lowest_that_learns
 from aletheia.anatomy.read import find_layers
 from aletheia.data.sources import one_line
 from aletheia.errors import TrainingError
@@ -61,11 +62,11 @@ def graphed_layers(
         recorder: makes the recorder for a device.
     """
     _, layers = find_layers(model)
-    learn = [any(parameter.requires_grad for parameter in layer.parameters()) for layer in layers]
-    boundary = learn.index(True) if True in learn else len(layers)
+    boundary = lowest_that_learns(layers)  # None: all are frozen
     failed: list[str] = []
     with ExitStack() as stack:
-        for part, learns in ((layers[:boundary], False), (layers[boundary:], True)):
+        above = () if boundary is None else layers[boundary:]
+        for part, learns in ((layers[:boundary], False), (above, True)):
             chain = [_Layer(layer) for layer in part if any(True for _ in layer.parameters())]  # others were freed
             stack.enter_context(_Chain(chain, learns, shape, (say, recorder, failed)).entered())
         yield
@@ -147,7 +148,7 @@ class _Chain:
     def entered(self) -> Iterator[None]:
         """Put replays in the place of the layers' forwards."""
         for index, layer in enumerate(self._layers):
-            layer.module.forward = _Forward(self, index)
+            layer.module.forward = partial(self._call, index)
         try:
             yield
         finally:
@@ -158,7 +159,7 @@ class _Chain:
                     layer.module.forward = layer.own
             self._recorded.clear()
 
-    def __call__(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, index: int, /, *args: Any, **kwargs: Any) -> Any:
         """The result of layer ``index``: replayed, if the call is like the recorded one."""
         layer = self._layers[index]
         hidden = args[0] if args else kwargs.get("hidden_states")
@@ -294,13 +295,3 @@ def _uncached_autocast(device: torch.device) -> torch.autocast:
     """Autocast as it is set, without its cache: a replay must convert the weights of its own step."""
     dtype = torch.get_autocast_dtype(device.type)
     return torch.autocast(device.type, dtype, torch.is_autocast_enabled(device.type), cache_enabled=False)
-
-
-class _Forward:
-    """A layer's forward, as the chain computes it."""
-
-    def __init__(self, chain: _Chain, index: int) -> None:
-        self._chain, self._index = chain, index
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._chain(self._index, args, kwargs)
