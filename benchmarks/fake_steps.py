@@ -9,7 +9,7 @@ as a processor does.
 
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -116,6 +116,45 @@ class LiveBytes(TorchDispatchMode):
 
 def peak_of(kind: Kind, real: bool = False) -> Peak:
     """Of the second step: AdamW has its moments by then."""
+    with stepping(kind, real) as stepper, LiveBytes() as live:
+        model = stepper.model
+        for tensor in _tensors(model):
+            live.count(tensor)
+        held = live.now
+        optimizer = torch.optim.AdamW(learning(model), fused=True)
+        for _ in range(2):
+            live.peak = live.now
+            stepper.take(optimizer)
+        ranks = {module.name: kind.rank for module in stepper.anatomy.adaptable()}
+        own = GPU_BYTES if kind.step.on_gpu else PROCESS_BYTES
+        layers = range(kind.boundary, stepper.anatomy.layer_count)
+        predicted = training_bytes(stepper.anatomy, stepper.weights, layers, ranks, kind.step)
+        return Peak(live.peak, held, predicted - own)
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """A model that is ready for steps of a kind."""
+
+    kind: Kind
+    anatomy: Anatomy
+    weights: WeightBytes
+    model: nn.Module
+
+    def take(self, optimizer: torch.optim.Optimizer) -> None:
+        """One step: forward, backward, clipping, optimizer."""
+        batch = _batch(self.kind, self.anatomy.hidden_size)
+        loss = self.model(**batch, use_cache=False).loss
+        loss.backward()
+        del loss
+        torch.nn.utils.clip_grad_norm_(learning(self.model), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@contextmanager
+def stepping(kind: Kind, real: bool = False) -> Iterator[Stepper]:
+    """Prepare steps of a kind, over fake tensors unless ``real``."""
     with ExitStack() as stack:
         anatomy, weights, model = _adapted(kind, real)
         if not real:
@@ -126,10 +165,6 @@ def peak_of(kind: Kind, real: bool = False) -> Peak:
             stack.enter_context(patch.object(losses, "ROWS_ON_CPU", rows))
             if kind.rows == 1:  # masks are made from values, and fake tensors have none
                 stack.enter_context(patch.object(transformers.masking_utils, "find_packed_sequence_indices", _none))
-        live = LiveBytes()
-        for tensor in _tensors(model):
-            live.count(tensor)
-        held = live.now
         ways = {
             name: way
             for name, way in step_ways(model, recompute=kind.recompute).items()
@@ -139,23 +174,12 @@ def peak_of(kind: Kind, real: bool = False) -> Peak:
             stack.enter_context(stored_prefix(model, kind.boundary))
         stack.enter_context(frozen_prefix(model))
         stack.enter_context(entered(model, ways))
-        stack.enter_context(live)
-        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, fused=True)
-        for _ in range(2):
-            batch = _batch(kind, anatomy.hidden_size)
-            live.peak = live.now
-            loss = model(**batch, use_cache=False).loss
-            loss.backward()
-            del loss
-            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        step = kind.step
-        ranks = {module.name: kind.rank for module in anatomy.adaptable()}
-        own = GPU_BYTES if step.on_gpu else PROCESS_BYTES
-        layers = range(kind.boundary, anatomy.layer_count)
-        return Peak(live.peak, held, training_bytes(anatomy, weights, layers, ranks, step) - own)
+        yield Stepper(kind, anatomy, weights, model)
+
+
+def learning(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that learn."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def _adapted(kind: Kind, real: bool) -> tuple[Anatomy, WeightBytes, nn.Module]:
