@@ -24,8 +24,9 @@ from aletheia.training.interrupts import SaveInTime
 pytestmark = pytest.mark.gpu
 
 RANK = 16
-# of losses, relative, after the same steps: kernels of a GPU add up in another order each time
-AGAIN = {("cuda", torch.float32): 1e-4, ("cuda", torch.bfloat16): 2e-3}
+# of losses, relative, after the same steps: kernels of a GPU add up in another order each time, and a run that goes on
+# computes stored states in batches of other shapes
+AGAIN = {("cuda", torch.float32): 1e-4, ("cuda", torch.bfloat16): 1e-2}
 
 
 class Stopped(SaveInTime):

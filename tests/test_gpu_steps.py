@@ -155,6 +155,52 @@ def test_recorded_layers_are_plain_peft(compiled, family, dtype, device):
     ]
 
 
+LONG = [row(300, 1), row(180, 2), row(420, 3)]
+
+
+def test_long_rows_are_recorded(device):
+    """From 128 tokens on, a GPU's attention adds up gradients in another order each time."""
+    model, lines = wide(torch.bfloat16, device, layers=6), []
+    expected, limit = standard(model, collate(LONG, 0))
+    packs, is_cuda = packed.has_kernel(model), device.type == "cuda"
+    batch, shape = collate(LONG, 0), (3, 420)
+    if packs:
+        batch, shape = collate_packed(LONG, PackSize(960, 4)), (1, 960)
+    graphs = graphed_layers(model, shape, lines.append, CudaRecorder if is_cuda else TapeRecorder)
+    with frozen_prefix(model), entered(model, step_ways(model, packed=packs)), graphs:
+        for _ in range(4):
+            assert difference(step(model, batch), expected) < limit
+    assert [line.split(" for ")[0] for line in lines] == [
+        "graphs 2 frozen layers recorded",
+        "graphs 4 layers that learn recorded",
+    ]
+
+
+def test_a_recording_that_fails_leaves_the_device_as_it_was(device):
+    if device.type != "cuda":
+        pytest.skip("needs CUDA graphs")
+    recorder, large = CudaRecorder(device), []
+
+    def waits():
+        large.append(torch.ones(2**28, device=device))  # 1 GiB
+        return large[-1].sum().item()
+
+    recorder.warm_up(waits)
+    large.clear()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
+    with pytest.raises(RuntimeError):
+        recorder.record(waits)
+    large.clear()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved(device) < before + 2**28
+    assert torch.randn(8, device=device).isfinite().all()
+    given = torch.ones(8, device=device)
+    doubled, replay = CudaRecorder(device).record(lambda: given * 2)
+    replay()
+    assert doubled.tolist() == [2.0] * 8
+
+
 @in_each_dtype
 @pytest.mark.parametrize("recompute", ["off", "selective", "full"])
 @pytest.mark.parametrize("packs", [False, True], ids=["padded", "packed"])
@@ -185,6 +231,17 @@ def test_the_prefix_cache_changes_no_step(packs, recompute, dtype, device):
         assert difference(step(model, collate_packed(again) if packs else collate(again, 0)), expected) < limit
     assert spy.backward == {2, 3}
     assert spy.calls[:BOUNDARY] == [0, 0]
+
+
+def test_states_of_long_packed_rows_are_stored(device):
+    """They are compared with those of the rows alone, which other kernels of a GPU compute."""
+    model = wide(torch.bfloat16, device, layers=6)
+    expected, limit = standard(model, collate(LONG, 0))
+    source = PrefixSource(model, BOUNDARY, lambda dtype: MemoryCache(), on_obstacle=pytest.fail)
+    ways = step_ways(model, packed=True)
+    with stored_prefix(model, BOUNDARY, source=source), frozen_prefix(model), entered(model, ways):
+        for rows in (LONG, LONG[::-1]):
+            assert difference(step(model, collate_packed(rows)), expected) < limit
 
 
 @pytest.fixture

@@ -243,7 +243,8 @@ class _Chain:
         recorder = self._recorder(sample_BTD.device)
         first = sample_BTD.detach().clone().requires_grad_(sample_BTD.requires_grad)
         statics = {id(leaf): Static(leaf) for call in seen for leaf in call.leaves if isinstance(leaf, torch.Tensor)}
-        above_BTD = torch.randn_like(first)
+        # none where the input is zero, as a filler's stored states are: norms would multiply it by a thousand a layer
+        above_BTD = torch.randn_like(first) * first.detach().any(-1, keepdim=True)
 
         def run(index: int, hidden_BTD: torch.Tensor) -> Any:
             others = [statics[id(leaf)].tensor if id(leaf) in statics else leaf for leaf in seen[index].leaves[1:]]
@@ -272,7 +273,7 @@ class _Chain:
             grads = partial(self._grads, self._layers[index : index + 1], of_layer.hidden, outputs.pop(), above)
             of_layer.grads, of_layer.backward = recorder.record(grads)
             of_layer.grad_output, above = above, of_layer.grads[0]
-        compare(found, expected)
+        compare(found, expected, _computed_in(found[-1].output))
         return found
 
     def _grads(
@@ -289,6 +290,11 @@ class _Chain:
         wanted = [*([hidden_BTD] if hidden_BTD.requires_grad else []), *learning]
         grads = torch.autograd.grad(output_BTD, wanted, above_BTD, allow_unused=True)
         return list(grads) if hidden_BTD.requires_grad else [None, *grads]
+
+
+def _computed_in(output_BTD: torch.Tensor) -> torch.dtype:
+    device = output_BTD.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output_BTD.dtype
 
 
 def _uncached_autocast(device: torch.device) -> torch.autocast:
