@@ -163,6 +163,28 @@ def test_a_model_that_turns_out_too_large_is_streamed_whatever_the_target(
     assert any("do not learn, unlike `target` balanced says" in line for line in lines)
 
 
+def test_a_streamed_cache_is_filled_with_no_more_tokens_at_once_than_training_has(
+    monkeypatch, data_file, model_folder, tmp_path
+):
+    """Held-out rows that are longer than those of training come in smaller batches."""
+    monkeypatch.setattr(source_module, "RESIDENT_SHARE", 0.0)
+    own, sizes = fine_tune_module.fill_streamed, []
+
+    def watched(*given):
+        sizes.append(given[4])
+        return own(*given)
+
+    monkeypatch.setattr(fine_tune_module, "fill_streamed", watched)
+    long_file = tmp_path / "long.jsonl"
+    long_file.write_text(json.dumps({"question": "say red", "answer": "red " * 14}) + "\n")
+    for number, held_out in enumerate((data_file, long_file)):
+        data = {"data": str(data_file), "eval_data": str(held_out)}
+        training = {"steps": 1, "batch_size": 4, "evaluations": 1}
+        aletheia.fine_tune(str(model_folder), data, tmp_path / str(number), training=training, say=lambda line: None)
+    assert sizes[0] == 4
+    assert 1 <= sizes[1] < 4
+
+
 TAKES = {"off": 9 * 10**9, "selective": 8 * 10**9, "full": 10**9}
 
 

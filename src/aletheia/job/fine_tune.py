@@ -307,7 +307,8 @@ class Job:
         room, step = room_for(base, data, held_out, settings)
         bounded = is_streamed or room.max_memory is not None
         step = room.fitting(step, partial(every_layer_bytes, scores, choice))
-        obstacle = room.why_no_early_layers(every_layer_bytes(scores, choice, step), is_streamed)
+        alone = replace(step, held_out=None)  # evaluation takes the same, whatever learns
+        obstacle = room.why_no_early_layers(every_layer_bytes(scores, choice, alone), is_streamed)
         if upper_alone and not is_streamed:
             obstacle = "`free_prefix` drops them from memory"
         if obstacle and choice.freeze_after is None and (upper_alone or not bounded):
