@@ -1,4 +1,4 @@
-"""Peak memory of one training step of a model of any size, on a machine that could not hold it.
+"""Peak memory of a training step, and of evaluation, of a model of any size, on a machine that could not hold it.
 
 The step runs as in ``aletheia train`` (forward, backward, clipping and AdamW), over fake tensors, which have shapes and
 no data. Storages count while something refers to them. Fake tensors are on the processor, whose attention keeps the
@@ -10,7 +10,7 @@ as a processor does.
 import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -47,6 +47,7 @@ class Kind:
     """A kind of step: a model's shape, the layers that learn, the batch and how it is computed.
 
     ``cached``: what enters layer ``boundary`` comes with the batch; its weights below are there all the same.
+    ``held_out``: rows, and tokens of each, of a held-out batch that is evaluated after the steps.
     """
 
     config: PreTrainedConfig
@@ -59,13 +60,18 @@ class Kind:
     cached: bool = False
     nf4: bool = False
     rank: int = 16
+    held_out: tuple[int, int] | None = None
 
     @property
     def step(self) -> Step:
         """The same step as an input of the memory model."""
         dtype = str(self.dtype).removeprefix("torch.")
         tokens = self.rows * self.row_tokens
-        return Step(tokens, self.row_tokens, self.labelled_share, dtype, self.recompute, on_gpu=True)
+        step = Step(tokens, self.row_tokens, self.labelled_share, dtype, self.recompute, on_gpu=True)
+        if self.held_out is None:
+            return step
+        rows, row_tokens = self.held_out
+        return replace(step, held_out=replace(step, tokens=rows * row_tokens, row_tokens=row_tokens, recompute="off"))
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,8 @@ def peak_of(kind: Kind, real: bool = False) -> Peak:
         for _ in range(2):
             live.peak = live.now
             stepper.take(optimizer)
+        if kind.held_out is not None:
+            stepper.evaluate(*kind.held_out)
         ranks = {module.name: kind.rank for module in stepper.anatomy.adaptable()}
         own = GPU_BYTES if kind.step.on_gpu else PROCESS_BYTES
         layers = range(kind.boundary, stepper.anatomy.layer_count)
@@ -150,6 +158,13 @@ class Stepper:
         torch.nn.utils.clip_grad_norm_(learning(self.model), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+
+    @torch.no_grad()
+    def evaluate(self, rows: int, row_tokens: int) -> None:
+        """A forward pass over a held-out batch."""
+        self.model.eval()
+        kind = replace(self.kind, rows=rows, row_tokens=row_tokens)
+        self.model(**_batch(kind, self.anatomy.hidden_size), use_cache=False)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ Takes about two minutes on one core and 2 GB of memory, and needs no GPU and no 
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ ARMS = {  # of the GPU's benchmark, by how our steps are called here
     ("upper half, cached", "selective"): "ours, cached, selective recomputation",
 }
 STEPS = 8  # of that benchmark, over all rows
+LONG_ROW = 32_768  # tokens of a held-out row after steps of 512 tokens
 
 
 def main() -> None:
@@ -43,6 +45,11 @@ def main() -> None:
         for recompute in ("off", "full"):
             kind = Kind(shape.config, torch.bfloat16, 0, rows, 1024, 1.0, recompute, nf4=True)
             print(line(shape, "every layer, NF4", kind, None), flush=True)
+    for shape in shapes(tiny=False).values():  # the largest peak is that of evaluation
+        half = shape.config.num_hidden_layers // 2
+        for layers, boundary in (("every layer", 0), ("upper half, cached", half)):
+            kind = Kind(shape.config, torch.bfloat16, boundary, 1, 512, 0.55, "full", cached=bool(boundary))
+            print(line(shape, layers, replace(kind, held_out=(1, LONG_ROW)), None), flush=True)
 
 
 def as_kind(shape: Shape, layers: str, recompute: str, nf4: bool) -> Kind:
@@ -62,8 +69,9 @@ def line(shape: Shape, layers: str, kind: Kind, on_gpu: int | None) -> str:
     found = peak_of(kind)
     predicted, counted = found.predicted + GPU_BYTES, found.measured + GPU_BYTES
     measured = f"{(on_gpu + GPU_BYTES) / 1e9:.1f}" if on_gpu else "-"
+    held_out = f", held out {kind.held_out[0]} x {kind.held_out[1]:,}" if kind.held_out else ""
     return (
-        f"| {shape.name}, {kind.rows} x {kind.row_tokens:,} | {layers} | {kind.recompute} | {predicted / 1e9:.1f} | "
+        f"| {shape.name}, {kind.rows} x {kind.row_tokens:,}{held_out} | {layers} | {kind.recompute} | {predicted / 1e9:.1f} | "
         f"{counted / 1e9:.1f} | {measured} | {predicted / counted:.2f} |"
     )
 

@@ -143,7 +143,7 @@ def test_held_out_losses_are_those_of_the_averages(plan, examples, held_out, tmp
 def test_the_best_point_is_kept_as_an_average(lowest, plan, examples, held_out, tmp_path, monkeypatch):
     """Also where it lies before the freeze, and the lower layers had another average than they have later."""
     steps = iter(range(0, STEPS + 1, 2))
-    monkeypatch.setattr(loop, "held_out_loss", lambda *given: 1.0 + abs(next(steps) - lowest))
+    monkeypatch.setattr(loop, "loss_over", lambda *given: 1.0 + abs(next(steps) - lowest))
     run = trained(plan, examples, tmp_path, save_steps=2, save_total_limit=9, early_stop=False)
     assert run.metrics.kept_step == lowest
     best = tmp_path / "checkpoints" / f"checkpoint-{lowest}"
@@ -188,17 +188,17 @@ def test_a_run_that_goes_on_ends_with_the_same_bytes(keep, broken_at, plan, exam
     """Broken off before, at and after the freeze: step 6 is evaluated from checkpoint 5."""
     settings = {"keep": keep, "save_steps": 1, "save_total_limit": STEPS, "early_stop": False}
     whole = trained(plan, examples, tmp_path / "whole", **settings)
-    compute, left = loop.held_out_loss, iter(range(0, broken_at + 1, 2))
+    compute, left = loop.loss_over, iter(range(0, broken_at + 1, 2))
 
     def breaks(*given):
         if next(left) == broken_at:
             raise RuntimeError("broken off")
         return compute(*given)
 
-    monkeypatch.setattr(loop, "held_out_loss", breaks)
+    monkeypatch.setattr(loop, "loss_over", breaks)
     with pytest.raises(RuntimeError, match="broken off"):
         trained(plan, examples, tmp_path / "run", **settings)
-    monkeypatch.setattr(loop, "held_out_loss", compute)
+    monkeypatch.setattr(loop, "loss_over", compute)
     with RunFolder.claim(tmp_path / "run", resume="auto") as folder:
         run = trained(plan, examples, folder, **settings)
     assert curve(run) == curve(whole)

@@ -32,7 +32,7 @@ from aletheia.prefix.source import PrefixSource
 from aletheia.probing.resident import probe
 from aletheia.training import attach as attach_module
 from aletheia.training import loop
-from aletheia.training.held_out import held_out_loss
+from aletheia.training.held_out import loss_over
 from aletheia.training.train import train
 
 
@@ -411,9 +411,9 @@ def test_the_prefix_leaves_memory_while_training(family, examples, tmp_path, mon
     def look(*args, **kwargs):
         gc.collect()
         alive.append([ref() is not None for ref in (*gone, stays)])
-        return held_out_loss(*args, **kwargs)
+        return loss_over(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "held_out_loss", look)
+    monkeypatch.setattr(loop, "loss_over", look)
     scores = {"llama": probe(model, examples, batches=2)}
     settings = {"steps": 8, "evaluations": 2, "cache": "memory"}
     adapted_model, run = trained(examples, scores, tmp_path / "run", model, free_prefix=True, **settings)

@@ -12,7 +12,8 @@ from tiny import make_model
 
 import aletheia
 from aletheia.adapters.adapt import adapted_modules, check_adapters
-from aletheia.adapters.correction import Correction
+from aletheia.adapters.correction import Correction, rows_to_measure
+from aletheia.data.examples import Example
 from aletheia.errors import AdapterError, PlanError
 
 
@@ -91,6 +92,12 @@ def test_a_foreign_plan_or_an_unknown_name_is_refused(scores):
         plan.lora_config(make_model("mixtral"))
     with pytest.raises(PlanError, match=r"`target_modules` names query, .*expected some of down_proj, .*v_proj"):
         aletheia.plan(scores["llama"], target_modules="query")
+
+
+@pytest.mark.parametrize(("lengths", "taken"), [([100] * 20, 8), ([3000, 100, 100], 1), ([9000, 5], 1), ([500] * 9, 8)])
+def test_the_rows_of_a_correction_fit_into_one_padded_batch(lengths, taken):
+    rows = [Example([1] * length, [1] * length, "") for length in lengths]
+    assert rows_to_measure(rows) == rows[:taken]
 
 
 def test_the_correction_refuses_rslora(scores):

@@ -1,11 +1,13 @@
 """What training is predicted to take, against steps that ran: over fake tensors, and with data on a processor."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     FalconH1Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -23,8 +25,9 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from fake_steps import Kind, peak_of
 
 from aletheia.anatomy import device_memory
+from aletheia.anatomy.read import read_anatomy
 from aletheia.job.room import Room
-from aletheia.planning.activations import Step
+from aletheia.planning.activations import Step, evaluation_bytes, step_bytes, training_step_bytes
 
 MOST = 1.3  # times what was measured
 SIZES = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6}
@@ -36,9 +39,11 @@ MAMBA = {"mamba_n_heads": 16, "mamba_d_head": 64, "mamba_d_ssm": 1024, "mamba_d_
 BESIDE = FalconH1Config(**SIZES, **SHARED, **MAMBA, head_dim=64, mamba_chunk_size=256)
 ALONE = {"num_heads": 16, "head_dim": 64, "state_size": 64, "n_groups": 1, "chunk_size": 256}
 ALONE = Mamba2Config(vocab_size=8192, hidden_size=512, num_hidden_layers=6, **ALONE)
+GPT2 = GPT2Config(vocab_size=8192, n_embd=512, n_layer=6, n_head=8, attn_pdrop=0.0)
 DELTA = {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 64, "linear_value_head_dim": 64}
 DELTA = Qwen3NextConfig(**SIZES, **SHARED, **EXPERTS, **DELTA, shared_expert_intermediate_size=384)
 BF16, FP32 = torch.bfloat16, torch.float32
+SHORT = Kind(LLAMA, BF16, 4, 1, 64, recompute="full")  # far shorter than held-out rows
 KINDS = {
     "every layer": Kind(LLAMA, BF16, 0, 4, 512),
     "float32": Kind(LLAMA, FP32, 0, 4, 512),
@@ -53,14 +58,22 @@ KINDS = {
     "norms of heads": Kind(Qwen3Config(**SIZES, **SHARED, head_dim=64), BF16, 2, 4, 512),
     "fused projections": Kind(Phi3Config(**SIZES, **SHARED), BF16, 0, 4, 512),
     "attention beside the MLP": Kind(GPTNeoXConfig(**SIZES), BF16, 3, 4, 512, recompute="full"),
-    "Conv1D": Kind(GPT2Config(vocab_size=8192, n_embd=512, n_layer=6, n_head=8, attn_pdrop=0.0), BF16, 0, 4, 512),
+    "Conv1D": Kind(GPT2, BF16, 0, 4, 512),
     "experts": Kind(Qwen3MoeConfig(**SIZES, **SHARED, **EXPERTS), BF16, 3, 4, 512),
     "experts, full": Kind(Qwen3MoeConfig(**SIZES, **SHARED, **EXPERTS), BF16, 3, 4, 512, recompute="full"),
     "state space": Kind(ALONE, BF16, 0, 2, 256),
     "state space, full": Kind(ALONE, BF16, 0, 2, 256, recompute="full"),
     "state space beside attention": Kind(BESIDE, BF16, 3, 2, 512),
     "delta rule": Kind(DELTA, BF16, 0, 2, 256),
+    "a held-out row that is far longer": replace(SHORT, held_out=(1, 2048)),
+    "many labels in it": replace(SHORT, held_out=(1, 2048), labelled_share=1.0),
+    "in float32": replace(SHORT, dtype=FP32, held_out=(1, 2048)),
+    "from the cache": replace(SHORT, cached=True, held_out=(4, 512)),
+    "in NF4": replace(SHORT, nf4=True, held_out=(1, 2048)),
+    "through Conv1D": replace(SHORT, config=GPT2, held_out=(1, 1024)),
+    "through a state space": replace(SHORT, config=ALONE, held_out=(1, 512)),
 }
+HELD_OUT = {name: kind for name, kind in KINDS.items() if kind.held_out}
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -77,6 +90,35 @@ def test_a_step_with_data_takes_what_fake_tensors_say(recompute):
     fake, real = peak_of(kind), peak_of(kind, real=True)
     assert fake.measured == pytest.approx(real.measured, rel=0.02)
     assert 1.0 <= real.predicted / real.measured <= MOST
+
+
+@pytest.mark.parametrize("name", HELD_OUT)
+def test_evaluation_takes_more_than_such_steps(name):
+    """So the cases above measure it."""
+    kind = HELD_OUT[name]
+    found, alone = peak_of(kind), peak_of(replace(kind, held_out=None))
+    assert found.measured > alone.predicted
+
+
+def test_evaluation_with_data_takes_what_fake_tensors_say():
+    """But for the loss's rows in float32, of which a processor has fewer at a time."""
+    config = LlamaConfig(**SIZES | {"num_hidden_layers": 2}, **SHARED)
+    kind = Kind(config, FP32, 0, 1, 16, held_out=(1, 512))
+    fake, real = peak_of(kind), peak_of(kind, real=True)
+    assert real.measured < fake.measured < 1.1 * real.measured
+    assert 1.0 <= real.predicted / real.measured <= MOST
+
+
+def test_graphs_keep_their_memory_during_evaluation():
+    kind = HELD_OUT["a held-out row that is far longer"]
+    anatomy, ranks = read_anatomy(AutoModelForCausalLM.from_config(LLAMA)), {}
+    step = kind.step
+    steps, evaluation = (
+        training_step_bytes(anatomy, [4, 5], ranks, step),
+        evaluation_bytes(anatomy, ranks, step.held_out),
+    )
+    assert step_bytes(anatomy, [4, 5], ranks, step) == evaluation > steps
+    assert step_bytes(anatomy, [4, 5], ranks, replace(step, keeps=True)) == steps + evaluation
 
 
 def test_what_is_free_decides_nothing(monkeypatch):

@@ -8,12 +8,14 @@ from itertools import combinations, islice
 import pytest
 import torch
 from accelerate.data_loader import prepare_data_loader
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import make_model
 from torch.utils.data import DataLoader
 
 import aletheia
 from aletheia.data.examples import Example, Examples
-from aletheia.data.order import epoch_order, training_batches
+from aletheia.data.order import batches_within, epoch_order, training_batches
 from aletheia.reporting.comparison import repeat_command
 from aletheia.runs.schema import UsedSettings
 from aletheia.training import train as train_module
@@ -34,6 +36,21 @@ LENGTHS = [min(600, int(random.Random(seed).lognormvariate(5, 0.7))) for seed in
 
 def sizes(batches, lengths=LENGTHS):
     return [sum(lengths[row] for row in batch) for batch in batches]
+
+
+@given(st.lists(st.integers(1, 500), max_size=60), st.integers(1, 1500), st.none() | st.integers(1, 9))
+def test_batches_within_a_number_of_tokens(lengths, most, padded_rows):
+    """Few batches, the longest row first: packed ones are fuller than half, padded ones full but for the last rows."""
+    batches = batches_within(lengths, most, padded_rows)
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    own = [[lengths[row] for row in batch] for batch in batches]
+    taken = [sum(rows) if padded_rows is None else len(rows) * max(rows) for rows in own]
+    assert all(tokens <= most or len(rows) == 1 for tokens, rows in zip(taken, own, strict=True))
+    assert all(rows[0] == max(rows) for rows in own)
+    if padded_rows is None:
+        assert all(one + other > most for one, other in combinations(taken, 2))
+    else:
+        assert all(len(rows) == max(1, min(padded_rows, most // rows[0])) for rows in own[:-1])
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -1,5 +1,7 @@
 """Packed batches: rows one after another, each with the loss and the gradients that it has alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from families import config_of
@@ -232,6 +234,27 @@ def test_a_packed_run_is_a_padded_one(cache, plan, examples, tmp_path):
     assert "--packing" not in " ".join(repeat_command(plain))
     assert "--no-group-by-length" in repeat_command(plain)
     assert "--no-group-by-length" in repeat_command(run)
+
+
+@pytest.mark.parametrize("packing", ["on", "off"])
+def test_held_out_batches_take_no_more_than_training_batches(packing, plan, examples, tmp_path):
+    """Held-out rows are as long as the longest training rows, and one is longer. The loss is that of single rows."""
+    data = replace(examples, examples=[row(8 + 3 * (at % 12), at) for at in range(48)])
+    held_out = replace(examples, examples=[row(200, 1), *(row(41, seed) for seed in range(8)), row(9, 2)])
+    model = aletheia.adapt(make_model("llama"), plan)
+    taken = {True: [], False: []}
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: taken[module.training].append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    settings = {"epochs": 1, "packing": packing, "cache": "off", "evaluations": 1, "early_stop": False}
+    run = aletheia.train(
+        model, data, plan, tmp_path / "run", held_out, show_progress=False, keep="last", rescale=False, **settings
+    )
+    most = max(taken[True]) if packing == "on" else 4 * 41
+    assert 82 < most < 4 * 41 or packing == "off"  # two rows of 41 fit into a packed batch, and the shortest one
+    expected = [200, 82 + 9, 82, 82, 82] if packing == "on" else [200, 4 * 41, 4 * 41, 9]
+    assert taken[False] == 2 * expected  # before and after training
+    assert aletheia.held_out_loss(model, held_out, 1) == pytest.approx(run.metrics.held_out_loss_after, rel=1e-5)
 
 
 def test_a_processor_pads_by_default_and_groups_rows(plan, examples, tmp_path):

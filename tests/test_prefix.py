@@ -14,11 +14,13 @@ from aletheia.adapters.adapt import lora_config
 from aletheia.anatomy.layerwise import PassThrough
 from aletheia.anatomy.read import find_layers, is_matrix, read_anatomy
 from aletheia.data.batches import LABELLED, collate, labelled_tokens
+from aletheia.data.examples import Example
 from aletheia.errors import AdapterError, TrainingError
 from aletheia.execution import shared_input
 from aletheia.execution.cpu.norms import fast_norms
 from aletheia.execution.fast import bfloat16_autocast, fast_adapters
 from aletheia.execution.loss import fast_causal_loss, fast_loss
+from aletheia.execution.packed import why_not_packed
 from aletheia.execution.recompute import recomputation
 from aletheia.prefix.boundary import frozen_prefix
 from aletheia.prefix.cache import MemoryCache, collate_with_prefix
@@ -262,6 +264,44 @@ def test_every_family_can_be_cached(family, rows):
     assert model.training
     assert list(find_layers(model)[1]) == layers
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def seen_by(model):
+    """The shapes of token ids that ``model`` gets, by its own forward, which trials call."""
+    shapes, own = [], model.forward
+
+    def forward(*args, **kwargs):
+        shapes.append(tuple(kwargs["input_ids"].shape))
+        return own(*args, **kwargs)
+
+    model.forward = forward
+    return shapes
+
+
+def test_long_rows_are_tried_by_their_first_tokens(rows):
+    """All logits are computed, which whole rows may have no room for."""
+    token_ids = [token for row in rows for token in row.input_ids]
+    long_rows = [Example(token_ids, token_ids, "long"), Example(token_ids[::-1], token_ids, "longer")]
+    model = adapted("llama")
+    shapes = seen_by(model)
+    assert obstacle(model, long_rows) is None
+    assert why_not_packed(model, long_rows, 0) is None
+    assert {(2, 64), (1, 128)} <= set(shapes)
+    assert max(rows * tokens for rows, tokens in shapes) == 128
+
+
+def test_rows_are_filled_within_a_number_of_tokens(rows, monkeypatch):
+    """On a GPU they run in batches. A row that is longer than all tokens together runs alone."""
+    monkeypatch.setattr("aletheia.prefix.source._one_by_one", lambda model: False)
+    token_ids = [token for row in rows for token in row.input_ids]
+    used = [*rows, Example(token_ids, token_ids, "long")]
+    longest = max(map(len, rows))
+    model, cache = adapted("llama"), MemoryCache()
+    shapes = seen_by(model)
+    assert fill(model, BOUNDARY, used, cache, 4, show_progress=False, most_tokens=2 * longest) == 6
+    assert sum(rows for rows, _ in shapes) == 6
+    assert (1, len(token_ids)) in shapes
+    assert all(rows * tokens <= 2 * longest for rows, tokens in shapes if tokens < len(token_ids))
 
 
 @pytest.mark.parametrize("kind", ["longrope", "dynamic", "linear"])

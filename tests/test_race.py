@@ -2,6 +2,7 @@
 
 import re
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from tiny import make_model
 
 import aletheia
 from aletheia.anatomy.checkpoint import Checkpoint
+from aletheia.data.examples import Example
 from aletheia.errors import Interrupted, SettingsError, TrainingError
 from aletheia.prefix.fill_streamed import fill_streamed, streamed_cache
 from aletheia.runs.schema import Run
@@ -123,6 +125,23 @@ def test_the_run_is_the_one_that_the_chosen_rate_given_as_a_number_has(
     assert losses(raced) == losses(plain)
     assert all(torch.equal(weight, weights(plain)[name]) for name, weight in weights(raced).items())
     assert plain.metrics.rate_race is None
+
+
+def test_a_race_takes_no_larger_batches_than_training(scores, examples, tmp_path, monkeypatch):
+    """Its batches are padded, also where those of the run are packed: rows of very unlike lengths."""
+    lengths, seen, trainers = [5, 6, 7, 60], [], []
+    rows = [Example([3 + at] * lengths[at % 4], [3 + at] * lengths[at % 4], str(at)) for at in range(60)]
+    own_loss = race._loss
+
+    def watched(trainer, batch):
+        trainers.append(trainer)
+        seen.append(batch["input_ids"].numel())
+        return own_loss(trainer, batch)
+
+    monkeypatch.setattr(race, "_loss", watched)
+    trained(scores, replace(examples, examples=rows), tmp_path / "run", packing="on")
+    assert 60 < trainers[0].most_tokens < 2 * 60
+    assert max(seen) <= trainers[0].most_tokens
 
 
 def test_adapters_and_random_state_are_afterwards_as_they_were(scores, examples, tmp_path, monkeypatch):

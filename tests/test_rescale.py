@@ -13,7 +13,7 @@ import aletheia
 from aletheia.reporting.comparison import differences, kept_point, repeat_command
 from aletheia.runs.card import model_card
 from aletheia.training import loop
-from aletheia.training.held_out import held_out_loss
+from aletheia.training.held_out import held_out_loss, loss_over
 from aletheia.training.rescale import rescale
 
 STEPS = 6
@@ -103,7 +103,7 @@ def test_a_run_at_too_high_a_rate_keeps_less_of_its_adapter(plan, examples, tmp_
 @pytest.mark.parametrize("settings", [{"rescale": False}, {"keep": "last"}])
 def test_where_nothing_is_tried(settings, plan, examples, tmp_path, monkeypatch):
     losses = iter([5.0, 4.0, 3.0, 2.0])
-    monkeypatch.setattr(loop, "held_out_loss", lambda *given: next(losses))
+    monkeypatch.setattr(loop, "loss_over", lambda *given: next(losses))
     run = trained(plan, examples, tmp_path, **settings)
     assert (run.metrics.kept_scale, run.metrics.held_out_loss_after) == (1.0, 2.0)
     assert "strength" not in kept_point(run.metrics) + model_card(run)
@@ -117,10 +117,10 @@ def test_a_point_before_the_freeze_is_judged_by_its_own_lower_layers(examples, t
     before = [9.0, 8.0, *range(10, 15)]  # seven losses, then those of other strengths
 
     def lower_at_the_end(*given):
-        own = held_out_loss(*given)
+        own = loss_over(*given)
         return before.pop(0) if before else own
 
-    monkeypatch.setattr(loop, "held_out_loss", lower_at_the_end)
+    monkeypatch.setattr(loop, "loss_over", lower_at_the_end)
     settings = {"steps": 12, "evaluations": 6, "cache": "memory", "early_stop": False, "averaging": "on"}
     run = trained(plan, examples, tmp_path, **settings)
     monkeypatch.undo()

@@ -1,16 +1,21 @@
 """Whether training fits is decided by all the memory there is, not by what happens to be free."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
 import aletheia
 from aletheia.anatomy import device_memory
+from aletheia.data.examples import NO_LOSS, Example
 from aletheia.data.order import training_batches
 from aletheia.job import fine_tune as fine_tune_module
 from aletheia.job import room as room_module
 from aletheia.job import source as source_module
-from aletheia.job.room import Room, largest_step, room_for
+from aletheia.job.room import Room, largest_step, room_for, with_held_out
 from aletheia.job.settings import JobSettings
+from aletheia.planning.memory import PROCESS_BYTES
 from aletheia.training.settings import TrainSettings
 
 CPU = torch.device("cpu")
@@ -36,6 +41,52 @@ def test_the_largest_packed_batch_is_the_largest_of_the_run(examples):
     for order, grouped in (("balanced", None), ("random", False), ("grouped", True)):
         step = step_of(examples, epochs=2, packing="on", seed=3, group_by_length=grouped)
         assert step.tokens == expected[order]
+
+
+def long_row(tokens):
+    return Example([1] * tokens, [NO_LOSS] * (tokens // 4) + [1] * (tokens - tokens // 4), "a long row")
+
+
+@pytest.mark.parametrize("packing", ["off", "on"])
+def test_the_largest_held_out_batch_is_that_of_a_training_batch_or_the_longest_row(packing, examples):
+    """Not so many times as many tokens as the longest rows have."""
+    data, training = examples.subset(range(30)), TrainSettings(batch_size=4, packing=packing)
+    step = largest_step(data, training, torch.bfloat16, CPU, resident=True)
+    longest = max(map(len, data.examples))
+    alike = replace(data, examples=[long_row(longest)] * 9)
+    found = with_held_out(step, data, alike, training).held_out
+    assert found.row_tokens == longest
+    assert 0.7 * step.tokens < found.tokens <= step.tokens
+    assert found.labelled_share == pytest.approx(0.75, abs=0.02)
+    longer = replace(data, examples=[long_row(3000), *alike.examples])
+    found = with_held_out(step, data, longer, training).held_out
+    assert (found.tokens, found.row_tokens, found.labelled_share) == (3000, 3000, 0.75)
+
+
+def test_a_held_out_row_too_long_for_memory_is_told(monkeypatch, data_file, model_folder, tmp_path):
+    """A longer row is predicted to take more; training, which fits, computes nothing again for its sake."""
+    long_file = tmp_path / "long.jsonl"
+    long_file.write_text(json.dumps({"question": "say red", "answer": "red " * 1500}) + "\n")
+    data = {"data": str(data_file), "eval_data": str(long_file), "max_length": 2048}
+    plain, _ = predicted(monkeypatch, model_folder, data | {"eval_data": str(data_file)}, tmp_path)
+    taken, notes = predicted(monkeypatch, model_folder, data, tmp_path)
+    assert not notes
+    assert taken.memory_bytes - PROCESS_BYTES > 2 * (plain.memory_bytes - PROCESS_BYTES)
+    between = (plain.memory_bytes + taken.memory_bytes) // 2
+    again, notes = predicted(monkeypatch, model_folder, data, tmp_path, between)
+    assert (again.memory_bytes, again.recompute) == (taken.memory_bytes, "off")
+    assert len(notes) == 1
+    assert "evaluating held-out rows of up to 2,048 tokens" in notes[0]
+    assert "set a lower `max_length`" in notes[0]
+
+
+def predicted(monkeypatch, model_folder, data, out, usable=10**12):
+    monkeypatch.setattr(room_module, "usable_memory_bytes", lambda device: usable)
+    monkeypatch.setattr(room_module, "free_memory_bytes", lambda device: 10**12)
+    found = aletheia.dry_run(
+        str(model_folder), data, out / "run", {"policy": "last"}, {"steps": 2}, say=lambda line: None
+    )
+    return found, [note for note in found.notes if "predicted to take" in note]
 
 
 def test_what_is_free_decides_nothing_and_is_told(monkeypatch):
@@ -112,6 +163,28 @@ def test_a_model_that_turns_out_too_large_is_streamed_whatever_the_target(
     assert any("do not learn, unlike `target` balanced says" in line for line in lines)
 
 
+def test_a_streamed_cache_is_filled_with_no_more_tokens_at_once_than_training_has(
+    monkeypatch, data_file, model_folder, tmp_path
+):
+    """Held-out rows that are longer than those of training come in smaller batches."""
+    monkeypatch.setattr(source_module, "RESIDENT_SHARE", 0.0)
+    own, sizes = fine_tune_module.fill_streamed, []
+
+    def watched(*given):
+        sizes.append(given[4])
+        return own(*given)
+
+    monkeypatch.setattr(fine_tune_module, "fill_streamed", watched)
+    long_file = tmp_path / "long.jsonl"
+    long_file.write_text(json.dumps({"question": "say red", "answer": "red " * 14}) + "\n")
+    for number, held_out in enumerate((data_file, long_file)):
+        data = {"data": str(data_file), "eval_data": str(held_out)}
+        training = {"steps": 1, "batch_size": 4, "evaluations": 1}
+        aletheia.fine_tune(str(model_folder), data, tmp_path / str(number), training=training, say=lambda line: None)
+    assert sizes[0] == 4
+    assert 1 <= sizes[1] < 4
+
+
 TAKES = {"off": 9 * 10**9, "selective": 8 * 10**9, "full": 10**9}
 
 
@@ -148,6 +221,7 @@ def test_backward_computes_again_what_would_not_fit(
 def test_a_limit_that_was_given_bounds_the_layers_instead(data_file, model_folder, tmp_path):
     base = aletheia.load(str(model_folder))
     data = aletheia.load_data(str(data_file), base.tokenizer)
+    held_out = data.subset(range(4))
     for limit, kinds in ((None, ("off", "selective", "full")), ("6GB", ("off",))):
         settings = JobSettings.of({"model": str(model_folder), "max_memory": limit}, str(data_file), None, None)
-        assert room_for(base, data, settings)[0].kinds == kinds
+        assert room_for(base, data, held_out, settings)[0].kinds == kinds

@@ -202,7 +202,7 @@ MOMENTS = {
     "plan": ("aletheia.job.fine_tune", "make_plan", 1),
     "adapt": ("aletheia.job.fine_tune", "adapt", 1),
     "start": ("aletheia.training.train", "digest_of_b", 1),
-    "held-out loss": ("aletheia.training.loop", "held_out_loss", 2),
+    "held-out loss": ("aletheia.training.loop", "loss_over", 2),
     "checkpoint": ("aletheia.training.checkpoints", "write_manifest", 2),
     "save": ("aletheia.training.train", "save", 1),
     "report": ("aletheia.job.fine_tune", "report", 1),

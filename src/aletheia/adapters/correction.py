@@ -29,10 +29,10 @@ MOST_TOKENS = 4096  # in these rows, unless the first is longer
 
 
 def rows_to_measure(rows: Iterable[Example]) -> list[Example]:
-    """The first ``ROWS`` rows, or fewer if they are long: a batch that fits wherever training does."""
+    """The first ``ROWS`` rows, or fewer if they are long, padding included."""
     first: list[Example] = []
     for row in rows:
-        if first and (len(first) == ROWS or sum(map(len, first)) + len(row) > MOST_TOKENS):
+        if first and (len(first) == ROWS or (len(first) + 1) * max(map(len, [*first, row])) > MOST_TOKENS):
             break
         first.append(row)
     return first

@@ -4,12 +4,12 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 
 from aletheia.data.examples import NO_LOSS, Example, Examples
+from aletheia.data.order import batches_within
 from aletheia.errors import DataError
 
 Collator = Callable[[Sequence[Example]], dict[str, Any]]
@@ -118,21 +118,15 @@ def sample_batches(examples: Examples, batches: int, batch_size: int, seed: int)
     return [_batch(examples, drawn[start : start + batch_size]) for start in range(0, count, batch_size)]
 
 
-def length_sorted_batches(
-    examples: Examples, batch_size: int, collator: Collator | None = None
-) -> Iterator[dict[str, Any]]:
+def padded_batches(examples: Examples, batch_size: int) -> Iterator[dict[str, Any]]:
     """Every row once, longest first: little padding, and too little memory shows at once.
-
-    ``collator`` makes a batch of rows, by default :func:`collate`.
 
     Raises:
         DataError: no examples, or batch_size below 1.
     """
     _check(examples, batch_size)
-    order = sorted(range(len(examples)), key=lambda index: (-len(examples[index]), index))
-    make = collator or partial(collate, pad_token_id=examples.pad_token_id)
-    starts = range(0, len(order), batch_size)
-    return (make([examples[index] for index in order[start : start + batch_size]]) for start in starts)
+    lengths = [len(row) for row in examples.examples]
+    return (_batch(examples, rows) for rows in batches_within(lengths, batch_size * max(lengths), batch_size))
 
 
 def _batch(examples: Examples, indices: Sequence[int]) -> dict[str, torch.Tensor]:

@@ -10,6 +10,7 @@ from aletheia.anatomy.schema import DataIdentity, TokenizerIdentity
 from aletheia.errors import DataError
 
 NO_LOSS = -100  # the label that torch's cross entropy ignores
+TRIED_TOKENS = 64  # of a row on which something is tried: whole rows may be too long for the logits of all positions
 
 
 def _digest(*parts: list[int]) -> bytes:
@@ -33,6 +34,10 @@ class Example:
     def __len__(self) -> int:
         """Number of tokens."""
         return len(self.input_ids)
+
+    def cut(self, tokens: int) -> "Example":
+        """Its first ``tokens`` tokens."""
+        return Example(self.input_ids[:tokens], self.labels[:tokens], self.where)
 
     def digest(self) -> bytes:
         """A 128-bit digest, equal for rows with the same tokens and labels."""

@@ -1,4 +1,4 @@
-"""The order of training: the rows of each batch of a whole run, from the seed alone. No torch."""
+"""The rows of each batch: in training by the seed, in evaluation by the tokens of a batch. No torch."""
 
 import heapq
 import random
@@ -75,6 +75,29 @@ def training_batches(
         batches += _cut(rows, batch_size * batches_per_step)
         epoch += 1
     return batches[:steps]
+
+
+def batches_within(lengths: Sequence[int], most_tokens: int, padded_rows: int | None) -> list[list[int]]:
+    """Row indices of few batches of at most ``most_tokens``; a longer row is alone. Every row comes once.
+
+    The longest rows come first. Each row goes to the first batch that has room for it (first-fit decreasing).
+
+    Args:
+        lengths: tokens of each row.
+        most_tokens: tokens of a batch, padding included.
+        padded_rows: most rows of a batch, each of which takes the length of the longest; None: rows are packed.
+    """
+    batches: list[list[int]] = []
+    left: list[int] = []  # tokens for which each batch has room
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        needed = (lengths[row] if padded_rows is None else lengths[batch[0]] for batch in batches)
+        number = next((number for number, tokens in enumerate(needed) if tokens <= left[number]), len(batches))
+        if number == len(batches):
+            batches.append([])
+            left.append(most_tokens if padded_rows is None else min(most_tokens, padded_rows * lengths[row]))
+        batches[number].append(row)
+        left[number] -= lengths[row if padded_rows is None else batches[number][0]]
+    return batches
 
 
 def _balanced(rows: Sequence[int], lengths: Sequence[int], batch_size: int, draw: random.Random) -> list[list[int]]:

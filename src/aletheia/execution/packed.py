@@ -16,7 +16,7 @@ from aletheia.anatomy.access import input_weight, text_config
 from aletheia.anatomy.modes import in_mode
 from aletheia.anatomy.read import adds_router_loss
 from aletheia.data.batches import collate, collate_packed, on_device_of
-from aletheia.data.examples import Example
+from aletheia.data.examples import TRIED_TOKENS, Example
 from aletheia.execution.attention import OTHER_WAYS, Attention, attention_by, sees_backward_only
 
 varlen: Any
@@ -129,7 +129,8 @@ def _window(length: int, window: int, device: torch.device) -> torch.Tensor:
 
 
 def why_not_packed(model: nn.Module, rows: Sequence[Example], pad_token_id: int) -> str | None:
-    """Why packed rows would get other logits than single rows; None if they get the same. Tries the two shortest rows.
+    """Why packed rows would get other logits than single rows; None if they get the same. Tries the two shortest rows,
+    or their first tokens.
 
     The model runs on both forms of the batch in its present state, with fast steps or without. The packed one also runs
     backward through the activations, because not every kernel that computes a batch has a gradient.
@@ -141,7 +142,7 @@ def why_not_packed(model: nn.Module, rows: Sequence[Example], pad_token_id: int)
         return f"it has layers of the kind {others[0]}"
     if adds_router_loss(model):
         return "it adds a router loss, which is a mean over the positions of a batch"
-    two = sorted(rows, key=len)[:2]
+    two = [row.cut(TRIED_TOKENS) for row in sorted(rows, key=len)[:2]]
     two = two if len(two) == 2 else two * 2
     try:
         with in_mode(model, training=False), attention_by_row(model):

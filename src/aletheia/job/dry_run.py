@@ -124,7 +124,7 @@ def _check_rights(out: Path) -> None:
 def _outlook(job: Job, ready: Ready, notes: list[str], started: float) -> DryRun:
     plan, training, data = ready.plan, job.settings.training, ready.data
     processes = job.launch.processes
-    room, step = room_for(ready.base, data, job.settings)
+    room, step = room_for(ready.base, data, ready.held_out, job.settings)
     recompute = job.recompute(ready)
     step = next((one for one in room.steps(step) if one.recompute == recompute), step)
     steps = planned_steps(len(data), training, processes)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
 from itertools import chain
@@ -52,7 +52,7 @@ from aletheia.runs.saved import continue_adapter, plan_of_adapter
 from aletheia.runs.schema import PLAN_FILE, SCORES_FILE, Run
 from aletheia.settings import MOST_EPOCHS
 from aletheia.training.interrupts import Interrupts, interrupts
-from aletheia.training.loop import planned_passes, rows_of_steps, training_arguments
+from aletheia.training.loop import largest_batch, planned_passes, rows_of_steps, training_arguments
 from aletheia.training.processes import Launch
 from aletheia.training.settings import Recompute, TrainSettings
 from aletheia.training.train import Prepared, train
@@ -138,7 +138,7 @@ class Job:
             show_first(data, base.tokenizer, self.say)
         data, held_out = split_for(base, data, eval_rows, settings.data, settings.training.seed, self.say)
         if start is None:
-            scores, plan = self._plan(base, data, given, found)
+            scores, plan = self._plan(base, data, held_out, given, found)
             adapted = None
         else:
             scores, plan, adapted = self._go_on(base, data, start, found)
@@ -241,7 +241,7 @@ class Job:
     # --- plan
 
     def _plan(
-        self, base: Source, data: Examples, given: Plan | None, found: TrainingCheckpoint | None
+        self, base: Source, data: Examples, held_out: Examples, given: Plan | None, found: TrainingCheckpoint | None
     ) -> tuple[Scores | None, Plan]:
         """The plan to follow, and the scores that it was made from if it was made here."""
         if found is not None:
@@ -251,15 +251,15 @@ class Job:
             plan.check_model(self._model_identity(base))
             return scores, plan
         if given is not None:
-            self._check_plan(given, base, data)
+            self._check_plan(given, base, data, held_out)
             return None, given
-        return self.launch.computed_by_first(partial(self._probe_and_plan, base, data))
+        return self.launch.computed_by_first(partial(self._probe_and_plan, base, data, held_out))
 
-    def _probe_and_plan(self, base: Source, data: Examples) -> tuple[Scores, Plan]:
+    def _probe_and_plan(self, base: Source, data: Examples, held_out: Examples) -> tuple[Scores, Plan]:
         with self._timed("probe"):
             scores = self._probe(base, data)
         with self._timed("plan"):
-            plan = self._make_plan(scores, base, data)
+            plan = self._make_plan(scores, base, data, held_out)
         return scores, plan
 
     def _go_on(
@@ -297,17 +297,18 @@ class Job:
             return by_layer.probe_streamed(base, data, seed=seed, work=work, max_memory=cap, show_progress=self.say)
         return resident.probe(base.model, data, seed=seed, show_progress=self.say)
 
-    def _make_plan(self, scores: Scores, base: Source, data: Examples) -> Plan:
+    def _make_plan(self, scores: Scores, base: Source, data: Examples, held_out: Examples) -> Plan:
         """A plan that fits in memory; lower layers learn at first if they fit, too."""
         settings, is_streamed = self.settings, isinstance(base, Checkpoint)
         upper_alone = is_streamed or settings.training.free_prefix
         asked: dict[str, Any] = {"epochs": self._passes(data), "seed": settings.training.seed}
         asked |= {name: getattr(settings.plan, name) for name in settings.plan.model_fields_set if name != "file"}
         choice = PlanSettings(**asked)
-        room, step = room_for(base, data, settings)
+        room, step = room_for(base, data, held_out, settings)
         bounded = is_streamed or room.max_memory is not None
         step = room.fitting(step, partial(every_layer_bytes, scores, choice))
-        obstacle = room.why_no_early_layers(every_layer_bytes(scores, choice, step), is_streamed)
+        alone = replace(step, held_out=None)  # evaluation takes the same, whatever learns
+        obstacle = room.why_no_early_layers(every_layer_bytes(scores, choice, alone), is_streamed)
         if upper_alone and not is_streamed:
             obstacle = "`free_prefix` drops them from memory"
         if obstacle and choice.freeze_after is None and (upper_alone or not bounded):
@@ -326,13 +327,14 @@ class Job:
         if ready.found is not None:
             kept: Recompute = ready.found.manifest.about["gradient_checkpointing"]
             return kept
-        room, step = room_for(ready.base, ready.data, self.settings)
+        room, step = room_for(ready.base, ready.data, ready.held_out, self.settings)
         needed = bytes_by(ready.base, ready.plan)
         fitting = room.fitting(step, needed)
         taken = needed(fitting)
         if len(room.kinds) > 1 and fitting.recompute != "off":
             self.say(room.about_recomputation(fitting.recompute, needed(step), taken))
-        if (warning := room.warning(taken)) is not None:
+        fits = needed(replace(fitting, held_out=None)) <= room.usable_bytes
+        if (warning := room.warning(taken, fitting.held_out if fits else None)) is not None:
             self.say(warning)
         return fitting.recompute
 
@@ -343,7 +345,7 @@ class Job:
             return 1.0
         return min(planned_passes(len(data), training, self.launch.processes), MOST_EPOCHS)
 
-    def _check_plan(self, plan: Plan, base: Source, data: Examples) -> None:
+    def _check_plan(self, plan: Plan, base: Source, data: Examples, held_out: Examples) -> None:
         """Check that the given plan belongs to the model and fits in memory; other data only get a note."""
         plan.check_model(self._model_identity(base))
         plan.check_tokenizer(data.tokenizer)
@@ -351,12 +353,13 @@ class Job:
             self.say(f"note: the plan was made from {plan.data.name}, this run trains on {data.identity.name}")
         if isinstance(base, Checkpoint):
             _check_plan_streamed(plan)
-        room, step = room_for(base, data, self.settings)
+        room, step = room_for(base, data, held_out, self.settings)
         needed = bytes_by(base, plan)(step)
         if room.max_memory is not None and needed > room.max_memory:
             raise TrainingError(
                 f"`max_memory` is {room.max_memory / 1e9:.1f} GB; the plan takes up to {needed / 1e9:.1f} GB with "
-                f"batches of {step.tokens:,} tokens; make a plan with that `max_memory`, or use smaller batches or "
+                f"batches of {step.tokens:,} tokens and held-out rows of up to "
+                f"{max(map(len, held_out.examples)):,}; make a plan with that `max_memory`, or use smaller batches or "
                 "shorter rows"
             )
 
@@ -371,13 +374,15 @@ class Job:
         if training.steps is not None:
             rows = chain.from_iterable(rows_of_steps(data, training, training.steps, self.launch.processes))
         used = [*rows, *held_out.examples]
+        most = largest_batch(data, training, self.launch.processes) // max(map(len, used))  # rows of that length
         with self._timed("cache"):
             cache = streamed_cache(base, plan.boundary, training.cache_dir)
             for note in cache.notes:
                 self.say(f"note: {note}")
             cap = self.settings.model.max_memory
             self.say(f"cache  the output of layers {layer_ranges(range(plan.boundary))}, computed once for each row")
-            fill_streamed(base, plan.boundary, used, cache, training.batch_size, data.pad_token_id, cap, self.say)
+            size = max(1, min(most, training.batch_size))
+            fill_streamed(base, plan.boundary, used, cache, size, data.pad_token_id, cap, self.say)
         return cache
 
 

@@ -25,7 +25,7 @@ from aletheia.planning.memory import training_bytes
 from aletheia.planning.plan import Plan
 from aletheia.probing import resident
 from aletheia.probing import streamed as by_layer
-from aletheia.training.loop import batch_tokens, fixed_size
+from aletheia.training.loop import fixed_size, held_out_batches, largest_batch
 from aletheia.training.packing import packs
 from aletheia.training.processes import Launch
 from aletheia.training.settings import Recompute, TrainSettings
@@ -63,8 +63,15 @@ class Room:
         return f"training every layer is predicted to take {_gigabytes(every_bytes)}, more than {self.about}"
 
     def fitting(self, step: Step, needed: Callable[[Step], int | None]) -> Step:
-        """The step with the cheapest gradient checkpointing that fits; ``step`` itself if none fits."""
-        return next((one for one in self.steps(step) if (needed(one) or 0) <= self.usable_bytes), step)
+        """The step with the cheapest gradient checkpointing that fits; ``step`` itself if none fits.
+
+        Evaluation computes nothing again, so training alone has to fit.
+        """
+
+        def fits(one: Step) -> bool:
+            return (needed(replace(one, held_out=None)) or 0) <= self.usable_bytes
+
+        return next((one for one in self.steps(step) if fits(one)), step)
 
     def steps(self, step: Step) -> list[Step]:
         """The step with each kind of gradient checkpointing to choose from."""
@@ -77,8 +84,17 @@ class Room:
             f"`gradient_checkpointing` {kind} is used and takes {_gigabytes(taken_bytes)}"
         )
 
-    def warning(self, predicted_bytes: int) -> str | None:
-        """A note if a plan may not fit, alone or next to other programs; None if it fits."""
+    def warning(self, predicted_bytes: int, evaluated: Step | None = None) -> str | None:
+        """A note if a plan may not fit, alone or next to other programs; None if it fits.
+
+        ``evaluated`` is the largest held-out batch, where training fits without it.
+        """
+        if predicted_bytes > self.usable_bytes and evaluated is not None:
+            return (
+                f"note: evaluating held-out rows of up to {evaluated.row_tokens:,} tokens is predicted to take "
+                f"{_gigabytes(predicted_bytes)}, more than {self.about}; set a lower `max_length` or use smaller "
+                "batches if memory runs out"
+            )
         if predicted_bytes > self.usable_bytes:
             return (
                 f"note: training is predicted to take {_gigabytes(predicted_bytes)}, more than {self.about}; use "
@@ -93,20 +109,23 @@ class Room:
         )
 
 
-def room_for(base: Source, data: Examples, settings: JobSettings) -> tuple[Room, Step]:
-    """The memory that training may take, and its largest step, with the gradient checkpointing that was asked for."""
+def room_for(base: Source, data: Examples, held_out: Examples, settings: JobSettings) -> tuple[Room, Step]:
+    """The memory that training may take, and its largest step, with the gradient checkpointing that was asked for.
+
+    The step brings along the largest held-out batch.
+    """
     training, limit = settings.training, settings.model.max_memory
     asked = training.gradient_checkpointing
     if isinstance(base, Checkpoint):
         step = largest_step(data, training, base.dtype, base.device, resident=False)
-        return Room(base.device, limit, (training.recompute,)), step
+        return Room(base.device, limit, (training.recompute,)), with_held_out(step, data, held_out, training)
     model = base.model
     if packs(model, data, training)[0]:
         training = training.model_copy(update={"packing": "on"})
     step = largest_step(data, training, input_weight(model).dtype, model.device, resident=True)
     is_open = asked == "auto" and limit is None  # a given limit bounds the number of layers instead
     kinds = recomputations(model, training.compile_layers) if is_open else (training.recompute,)
-    return Room(model.device, limit, kinds), step
+    return Room(model.device, limit, kinds), with_held_out(step, data, held_out, training)
 
 
 def bytes_by(base: Source, plan: Plan) -> Callable[[Step], int]:
@@ -130,12 +149,11 @@ def largest_step(
     lengths = [len(row) for row in data.examples]
     longest = max(lengths)
     processes = Launch.here().processes
-    tokens = training.batch_size * longest
-    if training.packing == "on":
-        tokens = max(batch_tokens(data, training, processes))
-        if training.cuda_graphs:  # graphs keep their memory, also while a larger batch runs without them
-            recorded = fixed_size(data, training, processes).tokens
-            tokens = recorded + (tokens if tokens > recorded else 0)
+    tokens = largest_batch(data, training, processes)
+    keeps = training.packing == "on" and training.cuda_graphs
+    if keeps:  # graphs keep their memory, also while a larger batch runs without them
+        recorded = fixed_size(data, training, processes).tokens
+        tokens = recorded + (tokens if tokens > recorded else 0)
     return Step(
         tokens=tokens,
         row_tokens=longest,
@@ -144,7 +162,24 @@ def largest_step(
         recompute=training.recompute,
         on_gpu=device.type == "cuda",
         resident=resident,
+        keeps=keeps,
     )
+
+
+def with_held_out(step: Step, data: Examples, held_out: Examples, training: TrainSettings) -> Step:
+    """The step together with a held-out batch of the tokens, labels and row length of the largest ones."""
+    batches = held_out_batches(held_out, training, largest_batch(data, training, Launch.here().processes))
+    packed = training.packing == "on"
+    tokens = max(sum(map(len, rows)) if packed else len(rows) * max(map(len, rows)) for rows in batches)
+    largest = replace(
+        step,
+        tokens=tokens,
+        row_tokens=max(len(row) for row in held_out.examples),
+        labelled_share=max(sum(row.labelled_tokens for row in rows) for rows in batches) / tokens,
+        recompute="off",
+        keeps=False,
+    )
+    return replace(step, held_out=largest)
 
 
 def _gigabytes(size: int) -> str:

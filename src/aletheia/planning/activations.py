@@ -1,4 +1,4 @@
-"""What a training step holds besides weights and adapters, in bytes: activations kept for backward, logits, gradients.
+"""What a step holds besides weights and adapters, in bytes: activations kept for backward, logits, gradients.
 
 The model counts what autograd saves for a token, layer by layer: inputs and outputs of matrices, what norms and
 activations keep, and the queries, keys and values of attention. The counts come from steps on fake tensors.
@@ -41,6 +41,8 @@ class Step:
         on_gpu: whether the step runs on a GPU.
         resident: whether the weights below the boundary are in memory. They are, unless the model is streamed. A
             prefix that is freed once it is cached counts as resident. None: not known yet.
+        keeps: whether its memory stays in use while held-out rows are evaluated, as that of CUDA graphs does.
+        held_out: the largest held-out batch, which runs forward only. None: not known.
     """
 
     tokens: int
@@ -50,6 +52,8 @@ class Step:
     recompute: Recompute = "off"
     on_gpu: bool = False
     resident: bool | None = None
+    keeps: bool = False
+    held_out: "Step | None" = None
 
     @property
     def item_bytes(self) -> int:
@@ -190,7 +194,16 @@ class LayerWork:
 
 
 def step_bytes(anatomy: Anatomy, layers: Collection[int], ranks: Mapping[str, int], step: Step) -> float:
-    """Peak bytes that a step holds besides weights, adapters and folded experts, where ``layers`` learn.
+    """Peak bytes that a run holds besides weights, adapters and folded experts, where ``layers`` learn."""
+    training = training_step_bytes(anatomy, layers, ranks, step)
+    if step.held_out is None:
+        return training
+    evaluation = evaluation_bytes(anatomy, ranks, step.held_out)
+    return training + evaluation if step.keeps else max(training, evaluation)
+
+
+def training_step_bytes(anatomy: Anatomy, layers: Collection[int], ranks: Mapping[str, int], step: Step) -> float:
+    """Peak bytes of a training step.
 
     The sum of all that the layers from the lowest of ``layers`` up keep, plus the largest of three peaks: the loss,
     the gradients of the last norm, and those inside a layer. Layers below the boundary never hold more than backward.
@@ -203,13 +216,29 @@ def step_bytes(anatomy: Anatomy, layers: Collection[int], ranks: Mapping[str, in
     return states + final + sum(work.held_bytes for work in works) + max(moments)
 
 
-def loss_bytes(anatomy: Anatomy, step: Step) -> float:
-    """Bytes of the logits at labelled positions, which their gradient overwrites, and of a few rows in float32."""
+def evaluation_bytes(anatomy: Anatomy, ranks: Mapping[str, int], held_out: Step) -> float:
+    """Peak bytes of a forward pass alone: one layer at a time, or the loss. All layers run, frozen ones, too.
+
+    Inside a layer, what it would keep for backward is an upper bound, together with its input and a stored copy of it.
+    """
+    works = [LayerWork(anatomy, held_out, layer, ranks) for layer in range(anatomy.layer_count)]
+    states = 2 * held_out.item_bytes * anatomy.hidden_size * held_out.tokens
+    final = (2 * FLOAT32_BYTES + held_out.item_bytes) * anatomy.hidden_size * held_out.tokens
+    loss = loss_bytes(anatomy, held_out, overwrites=False)
+    return states + final + max(loss, *(work.everything_bytes for work in works))
+
+
+def loss_bytes(anatomy: Anatomy, step: Step, overwrites: bool = True) -> float:
+    """Bytes of the logits at labelled positions, and of a few rows in float32, which float32 logits do not need.
+
+    The gradient ``overwrites`` the logits; without one, float32 logits need those rows, too.
+    """
     rows = step.tokens * step.labelled_share
     copies = anatomy.kept.logit_copies if anatomy.kept else 1
     element = copies * step.item_bytes + (HALF_LOSS_BYTES if step.dtype == "float16" else 0)
     row = FLOAT32_BYTES * anatomy.vocab_size
-    buffer = min(rows * row, LOSS_BUFFER_BYTES if step.on_gpu else LOSS_ROWS * row) if step.dtype != "float32" else 0
+    in_place = overwrites and step.dtype == "float32"
+    buffer = 0 if in_place else min(rows * row, LOSS_BUFFER_BYTES if step.on_gpu else LOSS_ROWS * row)
     return anatomy.vocab_size * rows * element + buffer + 2 * step.item_bytes * rows * anatomy.hidden_size
 
 

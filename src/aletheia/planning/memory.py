@@ -62,15 +62,15 @@ def training_bytes(
       needs, and the gradient of the largest. With recomputation, the copies of one layer at a time.
     - ``unpacked``: one dequantized matrix, where weights are quantized.
     - ``20 P_adapters``: adapters with gradients, AdamW and average.
-    - ``step``: :func:`aletheia.planning.activations.step_bytes`.
+    - ``step``: :func:`aletheia.planning.activations.step_bytes`, for training or the evaluation of held-out rows.
 
     Args:
         anatomy: anatomy of the whole model.
         weights: bytes of its parts as loaded.
         layers: the adapted layers.
         ranks: rank by full module name.
-        step: the largest step, and how it is computed. Weights below the lowest of ``layers`` count unless ``step``
-            says that they are not resident.
+        step: the largest step and held-out batch, and how they are computed. Weights below the lowest of ``layers``
+            count unless ``step`` says that they are not resident.
     """
     boundary = min(layers)
     adapted = [

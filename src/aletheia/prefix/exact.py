@@ -12,7 +12,7 @@ from aletheia.anatomy.access import base_of, input_weight, text_config
 from aletheia.anatomy.modes import in_mode
 from aletheia.anatomy.read import adds_router_loss
 from aletheia.data.batches import collate, on_device_of
-from aletheia.data.examples import Example
+from aletheia.data.examples import TRIED_TOKENS, Example
 from aletheia.prefix.spans import Span
 from aletheia.prefix.stored import Shortcut, prefix_output
 
@@ -25,7 +25,8 @@ ALIKE = 0.03  # relative tolerance where other tokens share the experts of a tok
 def why_not_exact(
     model: nn.Module, boundary: int, rows: Sequence[Example], pad_token_id: int
 ) -> tuple[str | None, torch.dtype]:
-    """Why a cache would not be exact, or None if it would be, and the dtype of its states. Tries the two shortest rows.
+    """Why a cache would not be exact, or None if it would be, and the dtype of its states. Tries the two shortest rows,
+    or their first tokens.
 
     - In training mode, the prefix must give the same output twice: no dropout, no noise.
     - In eval mode it must give that output again, since evaluation reads what training stored. 8-bit layers differ.
@@ -43,7 +44,7 @@ def why_not_exact(
         return "the model adds a router loss, which also depends on the layers below the boundary", dtype
     if positions_vary(model, max(map(len, rows))):
         return "rotary positions depend on the longest row of a batch (long or dynamic RoPE scaling)", dtype
-    batch = on_device_of(model, collate(sorted(rows, key=len)[:2], pad_token_id))
+    batch = on_device_of(model, collate([row.cut(TRIED_TOKENS) for row in sorted(rows, key=len)[:2]], pad_token_id))
     del batch["labels"]
     try:
         with in_mode(model, training=True), torch.random.fork_rng():

@@ -20,10 +20,12 @@ def fill(
     cache: PrefixCache,
     batch_size: int,
     show_progress: bool | Say = True,
+    most_tokens: int | None = None,
 ) -> int:
     """Compute and store the rows that ``cache`` lacks, longest first, in eval mode; returns how many there were.
 
-    With a cache on disk, a build that was killed continues where it stopped.
+    ``batch_size`` rows run at once, or fewer where these would be more than ``most_tokens``, padding included. With a
+    cache on disk, a build that was killed continues where it stopped.
 
     Raises:
         CacheError: a value is not finite, or the disk fails.
@@ -32,7 +34,7 @@ def fill(
     with in_mode(model, training=False), Progress("cache", len(missing), "rows", show_progress) as progress:
         for start in range(0, len(missing), batch_size):
             group = missing[start : start + batch_size]
-            for row, hidden_TD in zip(group, row_states(model, boundary, group), strict=True):
+            for row, hidden_TD in zip(group, row_states(model, boundary, group, most_tokens), strict=True):
                 if not torch.isfinite(hidden_TD).all():
                     raise CacheError(
                         f"{row.where}: the layers below the boundary give a value that is not finite; expected finite "

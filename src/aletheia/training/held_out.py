@@ -1,26 +1,20 @@
 """The held-out loss: mean over completion tokens, not over batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from aletheia.anatomy.modes import in_mode
-from aletheia.data.batches import Collator, labelled_tokens, length_sorted_batches, on_device_of
+from aletheia.data.batches import labelled_tokens, on_device_of, padded_batches
 from aletheia.data.examples import Examples
 from aletheia.errors import DataError
 from aletheia.training.processes import Launch
 
 
-@torch.no_grad()
-def held_out_loss(
-    model: nn.Module,
-    examples: Examples,
-    batch_size: int = 8,
-    collator: Collator | None = None,
-    seen: Callable[[int, int], None] = lambda done, of: None,
-) -> float:
+def held_out_loss(model: nn.Module, examples: Examples, batch_size: int = 8) -> float:
     """Mean cross-entropy over the labelled tokens of ``examples``, in nats per token.
 
     The model runs in eval mode; afterwards its modules have their earlier modes again. Where several processes train
@@ -30,15 +24,32 @@ def held_out_loss(
         model: the model, adapted or not.
         examples: the held-out rows.
         batch_size: rows per batch.
-        collator: makes a batch of rows; by default :func:`aletheia.data.batches.collate`.
-        seen: called with how many batches are done, and how many there are.
 
     Raises:
         DataError: the examples hold no labelled token.
     """
+    return loss_over(model, padded_batches(examples, batch_size))
+
+
+@torch.no_grad()
+def loss_over(
+    model: nn.Module,
+    held_out: Iterable[dict[str, Any]],
+    seen: Callable[[int, int], None] = lambda done, of: None,
+) -> float:
+    """The loss of :func:`held_out_loss` over batches.
+
+    Args:
+        model: the model, adapted or not.
+        held_out: the batches.
+        seen: called with how many batches are done, and how many there are.
+
+    Raises:
+        DataError: the batches hold no labelled token.
+    """
     sums = torch.zeros(2, dtype=torch.float64)  # nats, tokens
     launch = Launch.here()
-    batches = list(length_sorted_batches(examples, batch_size, collator))
+    batches = list(held_out)
     with in_mode(model, training=False):
         for start in range(0, len(batches), launch.processes):  # all processes must run sharded layers equally often
             own = start + launch.rank < len(batches)

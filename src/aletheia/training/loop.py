@@ -26,16 +26,15 @@ from aletheia.data.batches import (
     collate,
     collate_packed,
     labelled_tokens,
-    length_sorted_batches,
 )
 from aletheia.data.examples import Example, Examples
-from aletheia.data.order import epoch_order, training_batches
+from aletheia.data.order import batches_within, epoch_order, training_batches
 from aletheia.data.sources import one_line
 from aletheia.errors import SettingsError
 from aletheia.execution.backend import is_behind
 from aletheia.training.averaging import WeightAverage
 from aletheia.training.finite import Finite
-from aletheia.training.held_out import held_out_loss
+from aletheia.training.held_out import loss_over
 from aletheia.training.recorder import Recorder
 from aletheia.training.settings import EVALUATIONS, TrainSettings
 from aletheia.training.sharded import is_sharded
@@ -108,6 +107,23 @@ def batch_tokens(data: Examples, settings: TrainSettings, processes: int = 1) ->
         found += [sum(lengths[row] for row in batch) for batch in seen]
         left, epoch = left - per_epoch, epoch + 1
     return found
+
+
+def largest_batch(data: Examples, settings: TrainSettings, processes: int = 1) -> int:
+    """Tokens of the largest training batch: with padding, one of the longest rows; packed, the largest of the run."""
+    if settings.packing == "on":
+        return max(batch_tokens(data, settings, processes))
+    return settings.batch_size * max(len(row) for row in data.examples)
+
+
+def held_out_batches(held_out: Examples, settings: TrainSettings, most_tokens: int) -> list[list[Example]]:
+    """The held-out rows in batches of at most ``most_tokens``, those of :func:`largest_batch`; a longer row is alone.
+
+    Padded batches have at most ``batch_size`` rows. Packed ones take as many as there is room for.
+    """
+    rows = None if settings.packing == "on" else settings.batch_size
+    batches = batches_within([len(row) for row in held_out.examples], most_tokens, rows)
+    return [[held_out[row] for row in batch] for batch in batches]
 
 
 def fixed_size(data: Examples, settings: TrainSettings, processes: int = 1) -> PackSize:
@@ -239,7 +255,7 @@ class RowTrainer(Trainer):
         recorder: Recorder,
     ) -> None:
         """Make the trainer; callbacks other than ``recorder`` are added afterwards."""
-        self._rows, self._held_out = data, held_out
+        self._rows = data
         self._settings, self._recorder = settings, recorder
         self.before_training: Callable[[], AbstractContextManager[None]] = (
             nullcontext  # context of the first evaluation
@@ -249,7 +265,8 @@ class RowTrainer(Trainer):
         callbacks: list[TrainerCallback] = [recorder]
         if settings.patience is not None:
             callbacks.append(EarlyStoppingCallback(settings.patience))
-        self.collator = collator_of(settings, data.pad_token_id)
+        self.most_tokens = largest_batch(data, settings, arguments.world_size)  # in a batch of any kind
+        self._held_out_rows = held_out_batches(held_out, settings, self.most_tokens)
         # graphs need batches of one size
         self.size = fixed_size(data, settings, arguments.world_size) if settings.cuda_graphs else None
         self.ahead: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # puts stored states into a batch
@@ -330,8 +347,10 @@ class RowTrainer(Trainer):
     def held_out_loss(self) -> float:
         """The held-out loss of the model with its present weights, in nats per token."""
         assert self.model is not None
-        seen = self._recorder.evaluating
-        return held_out_loss(self.model, self._held_out, self._settings.batch_size, self.collator, seen)
+        return loss_over(self.model, self._held_out_batches(), self._recorder.evaluating)
+
+    def _held_out_batches(self) -> Iterator[dict[str, Any]]:
+        return map(collator_of(self._settings, self._rows.pad_token_id), self._held_out_rows)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -345,7 +364,7 @@ class RowTrainer(Trainer):
         averaged = self.average.swapped_in() if self.average is not None else nullcontext()
         with averaged, nullcontext() if self.state.global_step else self.before_training():
             loss = self.held_out_loss()
-            self._finite.held_out(loss, length_sorted_batches(self._held_out, self._settings.batch_size, self.collator))
+            self._finite.held_out(loss, self._held_out_batches())
         if self.args.device.type != "cpu":
             torch.accelerator.synchronize()
         self._recorder.evaluated(self.state.global_step, loss, time.perf_counter() - started)

@@ -12,16 +12,17 @@ from statistics import fmean, stdev
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer
 
 from aletheia.anatomy.modes import in_mode
 from aletheia.data.batches import collate, labelled_tokens, on_device_of
 from aletheia.data.examples import Example, Examples
+from aletheia.data.order import batches_within
 from aletheia.errors import SettingsError, TrainingError
 from aletheia.prefix.cache import PrefixCache, collate_with_prefix
 from aletheia.progress import Progress, Say
 from aletheia.runs.schema import RateRace
 from aletheia.training.fast_steps import fast_steps
+from aletheia.training.loop import RowTrainer
 from aletheia.training.settings import Recompute
 from aletheia.training.sharded import is_sharded
 
@@ -79,7 +80,7 @@ def _is_clearly_lower(rows: Sequence[float], than: Sequence[float]) -> bool:
 
 
 def race_rates(
-    trainer: Trainer,
+    trainer: RowTrainer,
     steps: Sequence[Sequence[Example]],
     held_out: Examples,
     boundary: int = 0,
@@ -150,7 +151,7 @@ def _as_it_was(model: nn.Module) -> Iterator[None]:
                 parameter.grad = None
 
 
-def _optimizer(trainer: Trainer, rate: float) -> torch.optim.Optimizer:
+def _optimizer(trainer: RowTrainer, rate: float) -> torch.optim.Optimizer:
     """The run's optimizer at another rate; the trainer creates its own later."""
     default = trainer.args.learning_rate
     try:
@@ -161,7 +162,7 @@ def _optimizer(trainer: Trainer, rate: float) -> torch.optim.Optimizer:
 
 
 def _learn(
-    trainer: Trainer, rate: float, steps: Sequence[Sequence[Example]], make: MakeBatch, progress: Progress
+    trainer: RowTrainer, rate: float, steps: Sequence[Sequence[Example]], make: MakeBatch, progress: Progress
 ) -> bool:
     """Take all steps; returns whether every loss was finite."""
     args = trainer.args
@@ -169,11 +170,11 @@ def _learn(
     peaks = [group["lr"] for group in optimizer.param_groups]
     learning = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     scaler = torch.amp.GradScaler(args.device.type, init_scale=HALF_SCALE, enabled=args.fp16)
-    size = args.per_device_train_batch_size
     for number, rows in enumerate(steps):
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * share_of_rate(number, len(steps))
-        batches = [make(rows[at : at + size]) for at in range(0, len(rows), size)]
+        groups = batches_within([len(row) for row in rows], trainer.most_tokens, args.per_device_train_batch_size)
+        batches = [make([rows[at] for at in group]) for group in groups]
         tokens = [int(labelled_tokens(batch["labels"])) for batch in batches]
         for batch, count in zip(batches, tokens, strict=True):
             loss = _loss(trainer, batch) * (count / sum(tokens))
@@ -190,7 +191,7 @@ def _learn(
 
 
 @torch.no_grad()
-def _judge(trainer: Trainer, rows: Sequence[Example], make: MakeBatch) -> list[float] | None:
+def _judge(trainer: RowTrainer, rows: Sequence[Example], make: MakeBatch) -> list[float] | None:
     """The loss of each row, one at a time; None where one is not finite."""
     assert trainer.model is not None
     losses: list[float] = []
@@ -202,7 +203,7 @@ def _judge(trainer: Trainer, rows: Sequence[Example], make: MakeBatch) -> list[f
     return losses
 
 
-def _loss(trainer: Trainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def _loss(trainer: RowTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     model = trainer.model
     assert model is not None
     with trainer.accelerator.autocast():

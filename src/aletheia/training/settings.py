@@ -79,7 +79,7 @@ NOT_TAKEN = {
     "do_predict": "this command trains and does not predict",
     "local_rank": "the launcher sets it",
     "use_cache": "a training step has no key-value cache",
-    "per_device_eval_batch_size": "held-out rows run in batches of `batch_size`",
+    "per_device_eval_batch_size": "held-out batches have as many tokens as training batches at most",
     "optim_target_modules": "the plan says which modules are adapted",
     "disable_tqdm": "aletheia prints its own progress",
     "hub_token": "the run folder would contain it; log in with 'hf auth login'",

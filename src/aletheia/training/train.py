@@ -337,7 +337,7 @@ class Job:
                     self.say(f"note: {note}")
             below = layer_ranges(range(self.plan.boundary))
             self.say(f"cache  computes layers {below} once for each of {len(cache.missing(rows)):,} rows")
-            fill(self.model, self.plan.boundary, rows, cache, self.settings.batch_size, self.say)
+            fill(self.model, self.plan.boundary, rows, cache, self.settings.batch_size, self.say, trainer.most_tokens)
         self.seconds["cache"] = time.perf_counter() - started
         return cache, CacheDecision(kind, "filled before the first step", cache.size_bytes)
 
