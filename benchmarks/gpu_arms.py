@@ -239,7 +239,6 @@ def ours(work: Work, plan: Plan, epochs: int, options: dict[str, Any]) -> tuple[
         attachment.packed = packed
         attachment.graphed = recorded_tokens(trainer, settings, notes.append)
         attachment.install()
-        trainer.ahead = attachment.ahead
         ran = trained(trainer, work.device)
     return ran, [*notes, *attachment.ways, f"{compile_seconds():.1f} s spent on compiling so far"]
 

@@ -13,6 +13,7 @@ from tiny import make_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import aletheia
+from aletheia.adapters.acting import adapted_in
 from aletheia.anatomy.demo import demo_checkpoint
 from aletheia.anatomy.read import find_layers
 from aletheia.data.batches import collate
@@ -289,6 +290,27 @@ def test_adapters_that_are_switched_off_have_a_prefix_of_their_own(examples, pla
     with torch.no_grad():
         expected = make_model()(**batch).logits
     torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_adapters_of_another_scale_have_a_prefix_of_their_own(examples, plan, tmp_path):
+    trainer = make_trainer(examples, plan, tmp_path)
+    attach(trainer, plan)
+    batch = collate(examples.examples[:4], 0)
+    found = []
+
+    class Rescale(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            if state.global_step == 14:
+                for module in adapted_in(find_layers(model)[1][0]):
+                    module.scaling["default"] *= 3
+                with torch.no_grad():
+                    found.extend(
+                        called(**batch).loss for called in (model, model.base_model)
+                    )  # with its hooks, without
+
+    trainer.add_callback(Rescale())
+    trainer.train()
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
 
 
 def test_logits_are_whole_where_somebody_reads_them(examples, plan, tmp_path):

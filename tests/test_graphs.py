@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from tape import REPLAYS, TapeRecorder, attend_in_one
 from test_packed import row, trained
@@ -222,6 +223,53 @@ def test_whatever_is_not_like_the_recording_runs_as_it_is(change, recorded):
     batch = change(model, batches)
     wanted = plain_gradients(model, batch)
     assert difference(gradients(model, batch), wanted) < 1e-5
+
+
+def merged(model, module):
+    module.merge()
+
+
+def switched_off(model, module):
+    module.enable_adapters(False)
+
+
+def with_another_adapter(model, module):
+    only_here = r".*layers\.2\.self_attn\.q_proj"
+    model.add_adapter("other", LoraConfig(r=4, target_modules=only_here, init_lora_weights=False))
+    module.set_adapter(["other"])
+
+
+def stronger(model, module):
+    module.scaling["default"] *= 3
+
+
+def in_other_memory(model, module):
+    module.base_layer.weight.data = module.base_layer.weight.data.clone() * 2
+
+
+def in_evaluation(model, module):
+    find_layers(model)[1][2].eval()
+
+
+@pytest.mark.parametrize(
+    "change", [merged, switched_off, with_another_adapter, stronger, in_other_memory, in_evaluation, "autocast"]
+)
+def test_a_layer_that_changed_runs_as_it_is(change, recorded, monkeypatch):
+    """Whatever it is: the layers below go on as they did."""
+    model, batches = recorded
+    calls = own_calls(model, monkeypatch)
+    module = find_layers(model)[1][2].self_attn.q_proj
+    with torch.autocast("cpu", torch.bfloat16) if change == "autocast" else nullcontext():
+        if change != "autocast":
+            change(model, module)
+        found = model(**batches[2], use_cache=False).loss
+        replayed = [count == 0 for count in calls]
+        own = {layer: layer.__dict__.pop("forward") for layer in find_layers(model)[1]}
+        expected = model(**batches[2], use_cache=False).loss
+    for layer, forward in own.items():
+        layer.forward = forward
+    assert replayed == ([False] * 4 if change == "autocast" else [True, True, False, True])
+    torch.testing.assert_close(found, expected)
 
 
 def test_evaluation_runs_as_it_is(recorded):

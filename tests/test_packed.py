@@ -22,7 +22,7 @@ from aletheia.prefix.boundary import frozen_prefix
 from aletheia.prefix.cache import MemoryCache
 from aletheia.prefix.source import PrefixSource
 from aletheia.prefix.spans import find_spans
-from aletheia.prefix.stored import PREFIX, stored_prefix
+from aletheia.prefix.stored import stored_prefix
 from aletheia.reporting.comparison import repeat_command
 
 PACKED = ("llama", "qwen2", "qwen3_moe", "gpt2", "gpt_neox", "phi3", "olmo2", "deepseek_v3", "granite")
@@ -156,10 +156,10 @@ def test_nor_with_everything_else_and_stored_states(recompute, size):
     with stored_prefix(model, 2, source=source), frozen_prefix(model), entered(model, ways):
         for _ in range(2):  # stores, then reads
             assert difference(gradients(model, collate_packed(ROWS, size)), expected) < 1e-5
-        ahead = source.ahead({**collate_packed(ROWS, size), "labels": None})[PREFIX]
+        stored = source(collate_packed(ROWS, size))
     assert cache.size_bytes == 98 * 32 * 4  # of the rows alone
-    assert ahead.shape == (1, size.tokens, 32)
-    assert not ahead[0, 98:].any()
+    assert stored.shape == (1, size.tokens, 32)
+    assert not stored[0, 98:].any()
 
 
 def test_rows_that_see_each_other_differ():

@@ -1,15 +1,22 @@
 """On a device that works off a queue no step looks at its own results, and a run stays what it is."""
 
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
 import pytest
+import torch
+from test_attach import logged, make_trainer, sft
 from test_packed import trained
 from tiny import make_model
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 import aletheia
+from aletheia.data.batches import COPY_OF
 from aletheia.prefix import source
-from aletheia.prefix.stored import PREFIX, SPANS
-from aletheia.training import loop
+from aletheia.training import feed, loop
 from aletheia.training.loop import LOOKED_AT_EVERY, RowTrainer
 
 WAITS = {
@@ -35,12 +42,37 @@ def behind(monkeypatch):
 
 
 def as_on_a_gpu(patch):
-    for module in (loop, source):
+    for module in (loop, source, feed):
         patch.setattr(module, "is_behind", lambda device: True)
+    patch.setattr(feed, "moved", elsewhere)
+    ELSEWHERE.clear()
+
+
+ELSEWHERE = []  # what stands for tensors on a GPU
+
+
+def elsewhere(value, device):
+    """A tensor in other memory, as ``moved`` leaves it."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    there = value.clone()
+    vars(there)[COPY_OF] = value, there._version
+    ELSEWHERE.append(there)
+    return there
+
+
+def who_waits():
+    """The package whose line is computed now."""
+    frame = sys._getframe(1)
+    while (path := Path(frame.f_code.co_filename)).is_relative_to(Path(torch.__file__).parent) or path.samefile(
+        __file__
+    ):
+        frame = frame.f_back
+    return next((name for name in ("aletheia", "trl", "transformers", "accelerate") if name in path.parts), str(path))
 
 
 class Watched(TorchDispatchMode):
-    """The operators of each step that a host would wait for, whoever calls them."""
+    """The operators of each step that a host would wait for, and who calls them."""
 
     def __init__(self):
         super().__init__()
@@ -49,8 +81,23 @@ class Watched(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         name = operator.overloadpacket.__name__
         if self.inside and name in WAITS:
-            self.found.append((self.steps, name))
+            self.found.append((self.steps, name, who_waits()))
         return operator(*args, **(kwargs or {}))
+
+
+class Listed(TorchFunctionMode):
+    """Tensors of a GPU that are read as lists, which no operator shows."""
+
+    def __init__(self, watched):
+        super().__init__()
+        self.watched = watched
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if self.watched.inside and function is torch.Tensor.tolist:
+            memory = {tensor.untyped_storage().data_ptr() for tensor in ELSEWHERE}
+            if args[0].untyped_storage().data_ptr() in memory:
+                self.watched.found.append((self.watched.steps, "tolist", who_waits()))
+        return function(*args, **(kwargs or {}))
 
 
 class Steps(TrainerCallback):
@@ -66,13 +113,20 @@ class Steps(TrainerCallback):
         self.watched.inside = False
 
 
+def watching(trainer, watched):
+    trainer.add_callback(Steps(watched))
+    stack = ExitStack()
+    stack.enter_context(watched)
+    stack.enter_context(Listed(watched))
+    return stack
+
+
 def watched_run(monkeypatch, plan, examples, out, **settings):
     watched = Watched()
     train = RowTrainer.train
 
     def watched_train(trainer, *args, **kwargs):
-        trainer.add_callback(Steps(watched))
-        with watched:
+        with watching(trainer, watched):
             return train(trainer, *args, **kwargs)
 
     monkeypatch.setattr(RowTrainer, "train", watched_train)
@@ -95,7 +149,7 @@ def test_no_step_waits(behind, monkeypatch, plan, examples, tmp_path, averaging)
 def test_a_step_that_waits_is_seen(monkeypatch, plan, examples, tmp_path):
     """On a processor, where nothing is gained, a step looks at its results at once."""
     found, _ = watched_run(monkeypatch, plan, examples, tmp_path / "run", packing="on", steps=15, cache="memory")
-    assert {step for step, _ in found} == set(range(1, 16))
+    assert {step for step, *_ in found} == set(range(1, 16))
 
 
 @pytest.mark.parametrize("settings", [{}, {"packing": "on"}, {"gradient_accumulation_steps": 2, "batch_size": 2}])
@@ -108,21 +162,6 @@ def test_nothing_else_is_different(monkeypatch, plan, examples, tmp_path, settin
     assert [point.loss for point in looking_back.train_curve] == pytest.approx(expected, rel=1e-6)
     assert looking_back.held_out_curve[-1].loss == pytest.approx(waiting.held_out_curve[-1].loss, rel=1e-6)
     assert looking_back.seconds.train > 0
-
-
-def test_stored_states_or_rows_come_with_the_batch(behind, monkeypatch, plan, examples, tmp_path):
-    came, batch_of = [], RowTrainer._batch
-
-    def seen(trainer, rows):
-        batch = batch_of(trainer, rows)
-        came.append((trainer.state.global_step, PREFIX in batch, SPANS in batch))
-        return batch
-
-    monkeypatch.setattr(RowTrainer, "_batch", seen)
-    trained(plan, examples, tmp_path / "run", steps=15, evaluations=1, cache="memory")
-    assert all(has_states for step, has_states, _ in came if step >= 10)
-    assert not any(has_states for step, has_states, _ in came if step < 4)
-    assert all(has_rows for step, has_states, has_rows in came if step >= 4 and not has_states)
 
 
 def test_the_first_pass_runs_the_frozen_layers_once_a_step(behind, monkeypatch, plan, examples, tmp_path):
@@ -173,3 +212,82 @@ def test_loggers_get_a_mean_now_and_then(behind, monkeypatch, plan, examples, tm
     metrics = trained(plan, examples, tmp_path / "run", steps=LOOKED_AT_EVERY, evaluations=1).metrics
     mean = sum(point.loss for point in metrics.train_curve) / LOOKED_AT_EVERY
     assert logged == [(LOOKED_AT_EVERY, pytest.approx(mean, rel=1e-3))]
+
+
+# --- in a trainer of the user's
+
+SILENT = {"logging_steps": 100, "logging_nan_inf_filter": False}  # Trainer itself looks at every loss otherwise
+KINDS = {
+    "padded": (make_trainer, {}),
+    "accumulation": (make_trainer, {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}),
+    "workers": (make_trainer, {"dataloader_num_workers": 1}),
+    "TRL, padded": (sft, {}),
+    "TRL, packing": (sft, {"packing": True, "max_length": 128}),
+    "TRL, padding free": (sft, {"padding_free": True, "max_length": None}),
+}
+
+
+def attached(kind, examples, tokenizer, plan, folder, **settings):
+    make, own = KINDS[kind]
+    given = (examples, tokenizer, plan, folder) if make is sft else (examples, plan, folder)
+    trainer = make(*given, **own | settings)
+    aletheia.attach(trainer, plan)
+    return trainer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_step_waits_for_what_is_attached(kind, behind, examples, tokenizer, plan, tmp_path):
+    """transformers waits to see whether a mask hides anything, and TRL for its metrics."""
+    trainer, watched = attached(kind, examples, tokenizer, plan, tmp_path, **SILENT), Watched()
+    with watching(trainer, watched):
+        trainer.train()
+    early = plan.early_steps(watched.steps)
+    tried = {early, early + 1}  # the phase ends, stored states are tried
+    assert watched.steps == 18
+    assert {step for step, _, who in watched.found if who == "aletheia"} <= tried
+    assert {who for step, _, who in watched.found if step not in tried} <= {"transformers", "trl"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_users_trainer_learns_the_same(kind, monkeypatch, examples, tokenizer, plan, tmp_path):
+    losses = []
+    for on_a_gpu in (False, True):
+        if on_a_gpu:
+            as_on_a_gpu(monkeypatch)
+        trainer = attached(kind, examples, tokenizer, plan, tmp_path / str(on_a_gpu))
+        trainer.train()
+        losses.append(logged(trainer))
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+
+
+def test_batches_that_a_loop_changes_are_read_again(behind, examples, plan, tmp_path):
+    """Rows are those of the call: cut ones are found on the device, for which the step waits."""
+
+    class Halves(Trainer):
+        def compute_loss(self, model, inputs, **kwargs):
+            inputs["input_ids"][:, 5] = 7
+            first, second = ({name: value[half::2] for name, value in inputs.items()} for half in (0, 1))
+            return super().compute_loss(model, first, **kwargs) + super().compute_loss(model, second, **kwargs)
+
+    trainer, watched = make_trainer(examples, plan, tmp_path / "attached", Halves, **SILENT), Watched()
+    aletheia.attach(trainer, plan)
+    with watching(trainer, watched):
+        trainer.train()
+    early = plan.early_steps(18)
+    assert {step for step, name, who in watched.found if (name, who) == ("tolist", "aletheia")} == set(
+        range(early + 1, 19)
+    )
+    plain = make_trainer(examples, plan, tmp_path / "off", Halves, **SILENT)
+    aletheia.attach(plain, plan, aletheia.AttachSettings(cache="off"))
+    plain.train()
+    assert trainer.state.log_history[-1]["train_loss"] == pytest.approx(
+        plain.state.log_history[-1]["train_loss"], rel=1e-6
+    )
+
+
+def test_the_trainer_is_as_it_was(behind, examples, plan, tmp_path):
+    trainer = make_trainer(examples, plan, tmp_path, max_steps=3)
+    aletheia.attach(trainer, plan)
+    trainer.train()
+    assert trainer.callback_handler.train_dataloader.device == trainer.args.device
+    assert trainer.get_batch_samples.__func__ is Trainer.get_batch_samples

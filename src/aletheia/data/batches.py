@@ -14,7 +14,8 @@ from aletheia.errors import DataError
 
 Collator = Callable[[Sequence[Example]], dict[str, Any]]
 FILLER = 1  # position of every token of a filler: a row starts at 0, so none can be taken for a row
-LABELLED = "labelled_tokens"  # key for their number, for code that must not wait for the labels' device
+LABELLED = "labelled_tokens"  # key for their number, for code that cannot read the labels
+COPY_OF = "copy_of"  # attribute of a tensor on a device: its original in main memory, and its version then
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -91,10 +92,26 @@ def collate_packed(examples: Sequence[Example], size: PackSize | None = None, pa
 def on_device_of(model: torch.nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
     """The batch with its tensors on the device of the model's parameters."""
     device = next(model.parameters()).device
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
+    return {name: moved(value, device) for name, value in batch.items()}
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A tensor of main memory on ``device``, without waiting for the copy; :func:`on_host` still reads the original."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    there = value.to(device, non_blocking=True)
+    if there is not value and value.device.type == "cpu":
+        vars(there)[COPY_OF] = value, there._version
+    return there
+
+
+def on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """What a tensor holds, where that can be read without waiting for its device; otherwise the tensor itself.
+
+    That is the original of :func:`moved`, until the tensor changes in place. A slice or another copy has none.
+    """
+    original, version = vars(tensor).get(COPY_OF, (tensor, None))
+    return tensor if original is tensor or tensor._version != version else original
 
 
 def labelled_tokens(labels_BT: torch.Tensor) -> torch.Tensor:

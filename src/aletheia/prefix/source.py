@@ -19,7 +19,7 @@ from aletheia.execution.later import Later
 from aletheia.prefix.cache import PrefixCache, row_key
 from aletheia.prefix.exact import packs_differ, positions_vary, why_not_exact
 from aletheia.prefix.spans import Span, find_spans, is_packed
-from aletheia.prefix.stored import PREFIX, SPANS, prefix_output
+from aletheia.prefix.stored import prefix_output
 
 
 def row_states(
@@ -142,24 +142,6 @@ class PrefixSource:
         self.seconds += time.perf_counter() - started
         return found
 
-    def ahead(self, batch: Mapping[str, Any], with_states: bool = True) -> dict[str, Any]:
-        """What a batch that is being assembled should bring along: its states if all are stored, else its rows.
-
-        They travel with the batch while the previous step runs, so no step waits to read its own tokens.
-        """
-        cache = self.cache
-        if self._given_up or self._group.sharded or self._use() == "none":
-            return {}
-        started = time.perf_counter()
-        spans = find_spans(batch)
-        found: dict[str, Any] = {} if spans is None else {SPANS: spans}
-        if with_states and cache is not None and spans and (self._packs_checked or not is_packed(spans)):
-            self.settle()
-            if not cache.missing([span.row for span in spans]):
-                found = {PREFIX: self._assembled(cache, batch["input_ids"], spans, {})}
-        self.seconds += time.perf_counter() - started
-        return found
-
     def settle(self) -> None:
         """Store the finite states that were computed so far; once the cache cannot be written, it is only read."""
         while self._in_flight:
@@ -194,7 +176,7 @@ class PrefixSource:
         self._checked = True
         return self.cache is not None
 
-    def _states(self, batch: Mapping[str, Any], spans: list[Span]) -> torch.Tensor | None:
+    def _states(self, batch: Mapping[str, Any], spans: list[Span]) -> torch.Tensor:
         cache = self.cache
         assert cache is not None
         self.settle()
@@ -224,21 +206,21 @@ class PrefixSource:
 
     def _assembled(
         self, cache: PrefixCache, ids_BT: torch.Tensor, spans: list[Span], by_key: Mapping[str, torch.Tensor]
-    ) -> torch.Tensor | None:
-        """The states of a batch [B, T, D]: from ``by_key`` where they are in it, otherwise from the cache."""
-        hidden_BTD: torch.Tensor | None = None
-        for span in spans:
-            hidden_TD = by_key.get(row_key(span.row.input_ids))
-            if hidden_TD is None:
-                hidden_TD = self._read(cache, span.row)
-            if hidden_BTD is None:
-                hidden_BTD = torch.zeros(
-                    *(*ids_BT.shape, hidden_TD.shape[1]),
-                    dtype=hidden_TD.dtype,
-                    device=ids_BT.device,
-                    pin_memory=self._pins and ids_BT.device.type == "cpu",
-                )
-            hidden_BTD[span.sample, span.start : span.stop] = hidden_TD
+    ) -> torch.Tensor:
+        """The states of a batch [B, T, D]: from ``by_key`` where they are in it, otherwise from the cache.
+
+        What is read goes to the device in one copy, which is not waited for.
+        """
+        places = [(span, row_key(span.row.input_ids)) for span in spans]
+        read = {key: self._read(cache, span.row) for span, key in places if key not in by_key}
+        sample_TD = next(iter((read or by_key).values()))
+        shape_BTD = (*ids_BT.shape, sample_TD.shape[1])
+        hidden_BTD = torch.zeros(shape_BTD, dtype=sample_TD.dtype, pin_memory=self._pins)
+        for states in (read, by_key):
+            for span, key in places:
+                if key in states:
+                    hidden_BTD[span.sample, span.start : span.stop] = states[key]
+            hidden_BTD = hidden_BTD.to(ids_BT.device, non_blocking=True)
         return hidden_BTD
 
     def _read(self, cache: PrefixCache, row: Example) -> torch.Tensor:

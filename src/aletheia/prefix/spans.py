@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from aletheia.data.batches import FILLER, LABELLED
+from aletheia.data.batches import FILLER, LABELLED, on_host
 from aletheia.data.examples import NO_LOSS, Example
-from aletheia.prefix.stored import INPUTS, OF_PACKS, SPANS
+from aletheia.prefix.stored import INPUTS, OF_PACKS
 
 # arguments of a forward pass that do not change hidden states, or that repeat what positions say
 WITHOUT_INFLUENCE = {
@@ -44,12 +44,8 @@ def find_spans(batch: Mapping[str, Any]) -> list[Span] | None:
     next, or to the filler of a batch of fixed size. The result is also None with padding on the left, masks of more
     than two dimensions, embeddings instead of tokens, a key-value cache, or unknown arguments: the layers themselves
     must run.
-
-    A batch may bring them along, so that no step waits to read its own tokens.
     """
-    if SPANS in batch:
-        found: list[Span] = batch[SPANS]
-        return found
+    batch = {name: on_host(value) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
     ids_BT = batch.get("input_ids")
     if not isinstance(ids_BT, torch.Tensor) or ids_BT.dim() != 2:
         return None

@@ -28,7 +28,6 @@ from aletheia.errors import TrainingError
 INPUTS = ("input_ids", "attention_mask", "position_ids")
 OF_PACKS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")  # where packed rows start
 PREFIX = "prefix_BTD"  # key of the stored hidden states in a batch
-SPANS = "prefix_spans"  # key of the places of its rows, for a batch that was assembled ahead
 Source = Callable[[Mapping[str, Any]], torch.Tensor | None]
 
 
@@ -125,7 +124,6 @@ def stored_prefix(model: nn.Module, boundary: int, free: bool = False, source: S
         hidden_BTD = kwargs.pop(PREFIX, None)
         if hidden_BTD is None and source is not None:
             hidden_BTD = source(kwargs if not args else {"input_ids": args[0]} | kwargs)
-        kwargs.pop(SPANS, None)
         if hidden_BTD is not None:
             shortcut.begin(hidden_BTD)
         elif free or source is None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from aletheia.anatomy.access import base_of
 from aletheia.anatomy.layerwise import Call
-from aletheia.data.batches import LABELLED
+from aletheia.data.batches import LABELLED, labelled_tokens, on_host
 from aletheia.data.examples import NO_LOSS
 from aletheia.errors import TrainingError
 
@@ -110,8 +110,11 @@ def _gathered(hidden_BTD: torch.Tensor, keep_N: torch.Tensor) -> torch.Tensor:
 def _labelled(labels_BT: torch.Tensor, count: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Flat positions that predict a label, the last one twice [N + 1], and their labels, shifted back [1, N + 1].
 
-    With ``count``, their number, the call need not wait for the device.
+    With ``count``, their number, or labels that can be read on the host, the call does not wait for the device.
     """
+    labels_on_host_BT = on_host(labels_BT)
+    if count is None and labels_on_host_BT is not labels_BT:
+        count = int(labelled_tokens(labels_on_host_BT).numpy())
     targets_BT = nn.functional.pad(labels_BT[:, 1:], (0, 1), value=NO_LOSS)
     is_labelled = targets_BT.reshape(-1) != NO_LOSS
     found_N1 = is_labelled.nonzero() if count is None else torch.nonzero_static(is_labelled, size=count)

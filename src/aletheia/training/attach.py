@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from aletheia.adapters.acting import adapted_in
 from aletheia.adapters.adapt import check_adapters
 from aletheia.data.examples import NO_LOSS, Example
 from aletheia.data.tokenizer import identify_tokenizer
@@ -30,6 +30,7 @@ from aletheia.prefix.stored import stored_prefix
 from aletheia.progress import say_nothing
 from aletheia.settings import Settings, option
 from aletheia.training.checkpoints import TrustworthyCheckpoints, trustworthy_checkpoints
+from aletheia.training.feed import kept_on_host
 from aletheia.training.freezing import adapters_below, freeze_below, layers_below
 from aletheia.training.phases import Phase, is_last_epoch, phase_at, phases, rows_come_back
 from aletheia.training.settings import CacheKind, Recompute
@@ -227,6 +228,7 @@ class Attachment(TrainerCallback):
         self._phase = phase
         model = self._model
         self._stack.callback(freeze_below(model, phase.boundary))
+        self._stack.enter_context(kept_on_host(self._trainer))
         self._source = self._make_source(model, phase)
         # the stored prefix comes first, so that it sees a batch before other hooks do
         if self._prefix is not None or self._source is not None:
@@ -278,9 +280,7 @@ class Attachment(TrainerCallback):
         """The cache of a phase, opened once the first batch has shown that stored states are exact."""
         trainer, model = self._trainer, self._model
         args = trainer.args
-        has_own_prefix = any(
-            isinstance(module, LoraLayer) for layer in layers_below(model, phase.boundary) for module in layer.modules()
-        )
+        has_own_prefix = any(adapted_in(layer) for layer in layers_below(model, phase.boundary))
         place = CachePlace(
             kind=self._settings.cache,
             folder=self._settings.cache_dir,
@@ -332,14 +332,6 @@ class Attachment(TrainerCallback):
             return self._use_for_other_runs
         assert self._steps_per_epoch is not None
         return "read" if is_last_epoch(state.global_step, state.max_steps, self._steps_per_epoch) else "keep"
-
-    def ahead(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """A batch that is being assembled, with its rows or, if all are stored, the inputs of the boundary layer.
-
-        States come along only in the last phase: before that, a batch made ahead could belong to an earlier boundary.
-        """
-        is_last = self._phase is self._phases[-1]
-        return batch if self._source is None else batch | self._source.ahead(batch, with_states=is_last)
 
     def _note_size(self) -> None:
         """Record the size of the cache of the phase that ends."""

@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from aletheia.adapters.acting import acting, adapted_in
 from aletheia.anatomy.read import find_layers
 
 
@@ -20,8 +20,7 @@ def freeze_below(model: nn.Module, boundary: int) -> Callable[[], None]:
     dropouts = [
         (module.lora_dropout, name, dropout)
         for layer in layers_below(model, boundary)
-        for module in layer.modules()
-        if isinstance(module, LoraLayer)
+        for module in adapted_in(layer)
         for name, dropout in module.lora_dropout.items()
     ]
     for parameter in frozen:
@@ -40,10 +39,6 @@ def freeze_below(model: nn.Module, boundary: int) -> Callable[[], None]:
 
 
 def adapters_below(model: nn.Module, boundary: int) -> Callable[[], object]:
-    """A function that returns which adapters are active below ``boundary``: a reference pass may switch them."""
-    adapted = [
-        module for layer in layers_below(model, boundary) for module in layer.modules() if isinstance(module, LoraLayer)
-    ]
-    return lambda: [
-        (tuple(module.active_adapters), module.disable_adapters, tuple(module.merged_adapters)) for module in adapted
-    ]
+    """A function that returns which adapters act below ``boundary``: a reference pass may switch them."""
+    adapted = [module for layer in layers_below(model, boundary) for module in adapted_in(layer)]
+    return lambda: [acting(module) for module in adapted]

@@ -14,18 +14,16 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import BatchSampler, Sampler, get_worker_info
+from torch.utils.data import BatchSampler, Sampler
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from aletheia.data.batches import (
-    LABELLED,
     Collator,
     PackSize,
     collate,
     collate_packed,
-    labelled_tokens,
 )
 from aletheia.data.examples import Example, Examples
 from aletheia.data.order import batches_within, epoch_order, training_batches
@@ -269,7 +267,6 @@ class RowTrainer(Trainer):
         self._held_out_rows = held_out_batches(held_out, settings, self.most_tokens)
         # graphs need batches of one size
         self.size = fixed_size(data, settings, arguments.world_size) if settings.cuda_graphs else None
-        self.ahead: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # puts stored states into a batch
         self.looks_back = _looks_back(arguments)
         recorder.looks_back = self.looks_back
         if self.looks_back:
@@ -328,13 +325,7 @@ class RowTrainer(Trainer):
         return loss
 
     def _batch(self, rows: Sequence[Example]) -> dict[str, Any]:
-        """A batch of rows; where a step must not wait, with everything it would wait for."""
-        batch = collator_of(self._settings, self._rows.pad_token_id, self.size)(rows)
-        if not self.looks_back:
-            return batch
-        if self.ahead is not None and get_worker_info() is None:  # workers have no cache
-            batch = self.ahead(batch)
-        return batch | {LABELLED: int(labelled_tokens(batch["labels"]))}
+        return collator_of(self._settings, self._rows.pad_token_id, self.size)(rows)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return EpochOrder(self._rows, self._settings, self)

@@ -307,7 +307,6 @@ class Job:
         attachment.packed = settings.packing == "on"
         attachment.graphed = recorded_tokens(trainer, settings, self.say)
         attachment.install()
-        trainer.ahead = attachment.ahead
         trainer.begin_average()
         rate = settings.learning_rate
         if rate is None or rate == "auto":

@@ -16,10 +16,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
+from aletheia.adapters.acting import acting, adapted_in
 from aletheia.anatomy.access import lowest_that_learns
 from aletheia.anatomy.read import find_layers
 from aletheia.data.sources import one_line
@@ -80,7 +80,7 @@ class _Layer:
         self.own = layer.__dict__.get("forward")
         self.trainable = [parameter for parameter in layer.parameters() if parameter.requires_grad]
         self._tensors = [*layer.parameters(), *layer.buffers()]
-        self._adapters = [module for module in layer.modules() if isinstance(module, LoraLayer)]
+        self._adapters = adapted_in(layer)
         self.has_hooks = any(
             part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks
             for part in layer.modules()
@@ -92,12 +92,9 @@ class _Layer:
         device = self._tensors[0].device.type
         return (
             self.module.training,
-            tuple(tensor.data_ptr() for tensor in self._tensors),
-            tuple(
-                (*module.active_adapters, module.disable_adapters, *module.merged_adapters, *module.scaling.values())
-                for module in self._adapters
-            ),
             torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device),
+            *map(torch.Tensor.data_ptr, self._tensors),  # of every call: as C functions, without a loop in Python
+            *map(acting, self._adapters),
         )
 
 
@@ -106,13 +103,23 @@ class _Call:
     """The arguments of a layer's call; two calls with equal ``like`` differ only in the values of tensors."""
 
     leaves: list[Any]
-    spec: TreeSpec
     like: tuple[Any, ...]
+    spec: TreeSpec | None = None  # how they are nested, of a call that is to be recorded
 
     @classmethod
     def of(cls, layer: _Layer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Call":
-        leaves, spec = tree_flatten((args, kwargs))  # the hidden states are the first leaf, by position or by name
-        return cls(leaves, spec, (spec, *map(_kind, leaves), layer.state()))
+        leaves: list[Any] = []  # the hidden states are the first one, by position or by name
+        return cls(leaves, (_like(args, leaves), _like(kwargs, leaves), layer.state()))
+
+
+def _like(value: Any, leaves: list[Any]) -> Any:
+    """What ``value`` shares with those it is like; appends its leaves, in the order of ``tree_flatten``."""
+    if type(value) in (tuple, list):
+        return type(value), [_like(part, leaves) for part in value]
+    if type(value) is dict:
+        return [(name, _like(part, leaves)) for name, part in value.items()]
+    leaves.append(value)
+    return _kind(value)
 
 
 def _is_other(leaf: Any) -> bool:
@@ -196,6 +203,7 @@ class _Chain:
         result = self._layers[index].forward(*args, **kwargs)
         if not (self._is_off or self._failed):
             try:
+                call.spec = tree_flatten((args, kwargs))[1]
                 self._note(index, call, tensor_of(result)[0])
             except TrainingError as error:
                 self._give_up(str(error))
@@ -248,7 +256,9 @@ class _Chain:
 
         def run(index: int, hidden_BTD: torch.Tensor) -> Any:
             others = [statics[id(leaf)].tensor if id(leaf) in statics else leaf for leaf in seen[index].leaves[1:]]
-            args, kwargs = tree_unflatten([hidden_BTD, *others], seen[index].spec)
+            spec = seen[index].spec
+            assert spec is not None
+            args, kwargs = tree_unflatten([hidden_BTD, *others], spec)
             return self._layers[index].forward(*args, **kwargs)
 
         def plain() -> list[torch.Tensor | None]:
