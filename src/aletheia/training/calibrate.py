@@ -21,7 +21,7 @@ from aletheia.data.order import training_batches
 from aletheia.errors import SettingsError, TrainingError
 from aletheia.planning.cost import layer_costs
 from aletheia.probing.timings import LayerTiming, Timings
-from aletheia.progress import Progress, Say
+from aletheia.progress import Progress, Say, say_as_asked
 from aletheia.training.loop import collator_of, fixed_size, takes_average
 from aletheia.training.packing import packs
 from aletheia.training.processes import Launch
@@ -90,7 +90,7 @@ def calibrate(
         Progress("time", rounds * (1 + len(steps)), "measurements", show_progress) as progress,
         _as_it_was(model),
     ):
-        timer = Timer(model, settings, size, progress.say)
+        timer = Timer(model, settings, size, say_as_asked(show_progress))
         for _ in range(rounds):  # each round has every kind, so that a slower machine slows all of them
             for step in (baseline, *steps):
                 step.seconds.append(timer.seconds(step, random_rows if step is baseline else rows))
@@ -114,7 +114,7 @@ def calibrate(
 
 def _resolved(settings: TrainSettings, model: PreTrainedModel, data: Examples) -> TrainSettings:
     """The settings as a run over ``data`` resolves them."""
-    takes = {
+    takes: dict[str, Any] = {
         "packing": "on" if packs(model, data, settings)[0] else "off",
         "averaging": "on" if takes_average(len(data), settings) else "off",
     }
@@ -125,13 +125,16 @@ def _resolved(settings: TrainSettings, model: PreTrainedModel, data: Examples) -
 
 @contextmanager
 def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
-    """Put back which parameters learn, and the random state, which trainers set to that of their run."""
+    """Put back which parameters learn, and what trainers set: the random state and a field of the config."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    config = dict(vars(model.config))
     drawn, drawn_by_numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
             yield
     finally:
+        vars(model.config).clear()
+        vars(model.config).update(config)
         random.setstate(drawn)
         np.random.set_state(drawn_by_numpy)
         for parameter, flag in flags:
@@ -153,7 +156,8 @@ def _average_batch(data: Examples, settings: TrainSettings, fits: PackSize | Non
     count = min(SAMPLED_BATCHES, max(1, len(lengths) // size))
     batches = training_batches(lengths, size, count, settings.seed, settings.order)
     mean = statistics.fmean(map(size_of, batches))
-    return data.subset(min(batches, key=lambda batch: abs(size_of(batch) - mean))), mean
+    nearest = min(batches, key=lambda batch: abs(size_of(batch) - mean))
+    return data.subset(nearest), mean
 
 
 def _parts(

@@ -82,9 +82,7 @@ class Timer:
     def seconds(self, step: Step, rows: Examples) -> float:
         """Seconds of a step of this kind over a batch of ``rows``: the median of those that a trainer takes."""
         wanted = [module for module in self._modules if module.layer in step.layers]
-        uses_cache = self._model.config.use_cache  # Trainer switches it off
         with ExitStack() as stack:
-            stack.callback(setattr, self._model.config, "use_cache", uses_cache)
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="aletheia-"))
             stack.enter_context(in_mode(self._model, training=True))
             adapted = get_peft_model(self._model, lora_config(wanted, self._model, step.rank, 2.0 * step.rank))
@@ -97,7 +95,7 @@ class Timer:
             source = stack.enter_context(self._as_trained(trainer, boundary))
             if source is None:
                 return self._of_steps(trainer)
-            fill = self._filling(trainer, boundary, source)
+            fill = self._filling(trainer, rows, boundary, source)
             if step.way == "prefix":
                 return self._of_prefix(fill)
             source.cache = MemoryCache()
@@ -144,11 +142,12 @@ class Timer:
         found = source(batch)
         return self._computed if found is None else found
 
-    def _filling(self, trainer: RowTrainer, boundary: int, source: PrefixSource) -> Callable[[], None]:
+    def _filling(self, trainer: RowTrainer, rows: Examples, boundary: int, source: PrefixSource) -> Callable[[], None]:
         """A function that computes the states of the batch and begins to store them, as the first epoch does."""
-        model, count = trainer.model, trainer.args.per_device_train_batch_size
+        model = trainer.model
         assert model is not None
-        batch = on_device_of(model, trainer.data_collator([trainer.train_dataset[index] for index in range(count)]))
+        collate_as_trained: Callable[[Sequence[Example]], dict[str, Any]] = trainer.data_collator
+        batch = on_device_of(model, collate_as_trained(rows.examples))
 
         def fill() -> None:
             with trainer.accelerator.autocast():
@@ -208,6 +207,7 @@ def _plain_trainer(adapted: PeftModel, rows: Examples, folder: str) -> Trainer:
         fp16=dtype == torch.float16,
         use_cpu=adapted.device.type == "cpu",
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise Trainer splits every batch over all GPUs it sees
     collator = partial(collate, pad_token_id=rows.pad_token_id)
     trainer = Trainer(adapted, arguments, collator, train_dataset=rows.subset(steps * list(range(len(rows)))))
     trainer.remove_callback(PrinterCallback)
@@ -229,7 +229,7 @@ class _Watch:
         """The beginning of the first one, or the end of another."""
         self._seen.append(time.perf_counter())
         if self._is_behind:
-            event = torch.cuda.Event(enable_timing=True)
+            event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
             self._marks.append(event)
 
@@ -251,7 +251,7 @@ class _Watch:
         """The median."""
         if self._is_behind:
             torch.cuda.synchronize()
-            spent = [before.elapsed_time(after) / 1000 for before, after in pairwise(self._marks)]
+            spent = [float(before.elapsed_time(after)) / 1000 for before, after in pairwise(self._marks)]
         else:
             spent = [after - before for before, after in pairwise(self._seen)]
         return statistics.median(spent[self._warm_up :])
