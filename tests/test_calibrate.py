@@ -27,7 +27,7 @@ from aletheia.training.calibrate import _average_batch, _parts
 from aletheia.training.loop import RowTrainer
 from aletheia.training.processes import Launch
 from aletheia.training.settings import TrainSettings
-from aletheia.training.timed import WARM_UP, Step
+from aletheia.training.timed import COMPILED_WARM_UP, Step
 
 KINDS = 6  # of steps, in each round
 
@@ -113,7 +113,7 @@ def test_packed_steps_are_timed_where_rows_are_packed(examples, brief, monkeypat
     monkeypatch.setattr(RowTrainer, "training_step", lambda *given: batches.append(given[2]) or own(*given))
     timings = aletheia.calibrate(make_model("llama"), examples, batch_size=4, rounds=1)
     assert "rows packed without padding" in timings.computed_by
-    assert len(batches) == 4  # of our kinds; the baseline is transformers' own
+    assert len(batches) == 2 * 4  # a step and its warm-up of each kind of ours; the baseline is transformers' own
     lengths = batches[0]["cu_seq_lens_q"].diff()
     assert len(lengths) == 4
     assert {tuple(batch["input_ids"].shape) for batch in batches} == {(1, int(lengths.sum()))}
@@ -164,7 +164,7 @@ def test_compiled_steps_are_timed_once_they_are_compiled(graphs, examples, marks
     assert "compiled layers" in timings.computed_by
     assert graphs
     assert [start for *_, start, end in found() if end != start] == []
-    assert [len(compiled) for compiled in found()] == [WARM_UP + 2] * KINDS
+    assert [len(compiled) for compiled in found()] == [COMPILED_WARM_UP + 2] * KINDS
 
 
 @pytest.mark.parametrize("kind", ["off", "selective", "full"])

@@ -1,8 +1,8 @@
 """A dry run says what the run would be, writes nothing, and fails where the run would."""
 
+import importlib
 import json
 import shutil
-import sys
 from contextlib import nullcontext
 
 import pytest
@@ -15,7 +15,7 @@ from aletheia.planning.outlook import training_seconds
 from aletheia.training import train as train_module
 from aletheia.training.processes import Launch
 
-dry_run_module = sys.modules["aletheia.job.dry_run"]  # the package has the function by this name
+dry_run_module = importlib.import_module("aletheia.job.dry_run")
 TRAINING = {"steps": 4, "batch_size": 2, "learning_rate": 0.01, "evaluations": 2}
 
 

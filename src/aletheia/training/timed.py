@@ -35,7 +35,10 @@ from aletheia.training.settings import TrainSettings
 
 SHORT_SECONDS, MOST_REPEATS = 0.2, 25
 BEHIND_REPEATS = 5  # at least, where a step may end long after it was launched
-WARM_UP = 2  # steps: in the first kernels are compiled, and layers show how they are called; the second records them
+WARM_UP = 1  # steps: the first one makes the optimizer's state and takes new memory
+COMPILED_WARM_UP = (
+    2  # in the first, layers are compiled or show how they are called; before the second, all are recorded
+)
 RATE = 1e-4
 
 
@@ -74,8 +77,7 @@ class Timer:
         self._settings = settings.model_copy(
             update={"gradient_accumulation_steps": 1, "keep": "last", "early_stop": False, "report_to": ()}
         )
-        is_compiled = is_behind(model.device) or settings.compile_layers or settings.cuda_graphs
-        self._warm_up = WARM_UP if is_compiled else 0
+        self._is_compiled = is_behind(model.device) or settings.compile_layers or settings.cuda_graphs
         self._computed: torch.Tensor | None = None  # states that no cache can hold
         self._modules = read_anatomy(model).adaptable()
 
@@ -105,7 +107,7 @@ class Timer:
 
     def _trainer(self, adapted: PeftModel, rows: Examples, folder: str) -> "_OneBatch":
         """The trainer of a run, over ``rows`` again and again."""
-        steps = MOST_REPEATS + WARM_UP + 1
+        steps = MOST_REPEATS + COMPILED_WARM_UP + 1
         again = rows.subset(steps * list(range(len(rows))))
         settings = self._settings.model_copy(update={"batch_size": len(rows)})
         given: dict[str, Any] = {"eval_strategy": "no", "save_strategy": "no", "learning_rate": RATE}
@@ -146,7 +148,7 @@ class Timer:
         """A function that computes the states of the batch and begins to store them, as the first epoch does."""
         model = trainer.model
         assert model is not None
-        collate_as_trained: Callable[[Sequence[Example]], dict[str, Any]] = trainer.data_collator
+        collate_as_trained: Any = trainer.data_collator
         batch = on_device_of(model, collate_as_trained(rows.examples))
 
         def fill() -> None:
@@ -157,13 +159,13 @@ class Timer:
         return fill
 
     def _of_steps(self, trainer: Trainer) -> float:
-        watch = _Watch(trainer.args.device, self._warm_up)
+        watch = _Watch(trainer.args.device, COMPILED_WARM_UP if self._is_compiled else WARM_UP)
         trainer.add_callback(_Clock(watch))
         trainer.train()
         return watch.seconds
 
     def _of_prefix(self, fill: Callable[[], None]) -> float:
-        watch = _Watch(self._model.device, self._warm_up)
+        watch = _Watch(self._model.device, COMPILED_WARM_UP if self._is_compiled else 0)
         watch.mark()
         while not watch.is_done:
             fill()
@@ -192,7 +194,7 @@ class _NeverFull(MemoryCache):
 
 def _plain_trainer(adapted: PeftModel, rows: Examples, folder: str) -> Trainer:
     """transformers' own trainer, with its defaults, over ``rows`` again and again."""
-    steps, dtype = MOST_REPEATS + WARM_UP + 1, adapted.dtype
+    steps, dtype = MOST_REPEATS + COMPILED_WARM_UP + 1, adapted.dtype
     arguments = TrainingArguments(
         output_dir=folder,
         max_steps=steps,
