@@ -3,7 +3,7 @@
 import importlib
 import json
 import shutil
-from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 from tiny import make_model
@@ -168,11 +168,11 @@ def test_the_steps_of_the_run_are_timed(asked, training, monkeypatch):
     assert timed[0].gradient_checkpointing != "auto"
 
 
-def test_several_processes_are_not_timed(asked, monkeypatch):
-    monkeypatch.setattr(Launch, "join", classmethod(lambda cls: nullcontext(Launch(0, 2))))
-    found = asked({"policy": "last"})
-    assert not found.seconds
-    assert found.why_no_seconds == "several processes train, and steps are timed in one"
+def test_several_processes_are_not_timed():
+    job, ready = SimpleNamespace(launch=Launch(0, 2)), SimpleNamespace(base=None, adapted=None)
+    seconds, why = dry_run_module._seconds(job, ready, 4, True, "off")
+    assert not seconds
+    assert why == "several processes train, and steps are timed in one"
 
 
 def test_the_command_prints_it(run, model_folder, data_file, tmp_path):
