@@ -211,7 +211,7 @@ def bench_arms(model: torch.nn.Module, data: Examples, scores: Scores, default: 
 
 def bench_predictions(model: torch.nn.Module, data: Examples, scores: Scores) -> list[str]:
     """Step times that the calibrated cost model predicts, and those measured minutes later."""
-    timings = aletheia.calibrate(model, data, BATCH_SIZE)
+    timings = aletheia.calibrate(model, data, batch_size=BATCH_SIZE)
     scores = scores.model_copy(update={"timings": timings})
     plans = {
         "uniform": aletheia.plan(scores, policy="uniform"),

@@ -43,7 +43,8 @@ def main() -> None:
     from gpu_predictions import predictions
 
     theirs = {name: partial(arm, packages=options.unsloth) for name, arm in UNSLOTH.items()}
-    arms = ARMS | theirs | {"predicted": predictions}
+    graphs = partial(predictions, how=", graphs", packing="on", cuda_graphs=True)
+    arms = ARMS | theirs | {"predicted": predictions, "predicted-graphs": graphs}
 
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     report = Report(options.out, about(device, options))

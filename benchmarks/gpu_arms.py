@@ -31,7 +31,7 @@ from aletheia.planning.plan import Plan
 from aletheia.prefix.cache import MemoryCache, collate_with_prefix
 from aletheia.prefix.fill import fill
 from aletheia.training.attach import Attachment, AttachSettings
-from aletheia.training.loop import RowTrainer, training_arguments
+from aletheia.training.loop import RowTrainer, device_arguments, training_arguments
 from aletheia.training.packing import packs, recorded_tokens
 from aletheia.training.recorder import Recorder
 from aletheia.training.settings import TrainSettings
@@ -228,9 +228,8 @@ def ours(work: Work, plan: Plan, epochs: int, options: dict[str, Any]) -> tuple[
     settings = settings.model_copy(update={"packing": "on" if packed else "off"})
     with tempfile.TemporaryDirectory() as folder:
         arguments = training_arguments(
-            settings, folder, max_steps=epochs * work.steps, learning_rate=1e-4, use_cpu=work.device == "cpu",
-            dataloader_pin_memory=work.device == "cuda", accelerator_config={"non_blocking": work.device == "cuda"},
-        )  # fmt: skip
+            settings, folder, max_steps=epochs * work.steps, learning_rate=1e-4, **device_arguments(model)
+        )
         held_out = work.data.subset(range(work.shape.batch_size))
         trainer = RowTrainer(model, work.data, held_out, settings, arguments, Recorder(0, False))
         notes: list[str] = [f"padded: {reason}"] if reason else []

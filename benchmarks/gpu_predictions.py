@@ -24,30 +24,34 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def predictions(work: Work) -> list[Measured]:
-    """Steps of several plans, in the first epoch and from the cache, each with what was predicted for it."""
-    timings = aletheia.calibrate(work.model(), work.data, work.shape.batch_size)
+def predictions(work: Work, how: str = "", **settings: Any) -> list[Measured]:
+    """Steps of several plans, in the first epoch and from the cache, each with what was predicted for it.
+
+    ``how`` tells ``settings`` that are no defaults; the steps that are timed for the prediction have them, too.
+    """
+    size = work.shape.batch_size
+    timings = aletheia.calibrate(work.model(), work.data, batch_size=size, averaging="off", **settings)
     scores = work.scores.model_copy(update={"timings": timings})
     found: list[Measured] = []
     for name, options in KINDS.items():
         plan = aletheia.plan(scores, freeze_after=0, **options)
-        ran, _ = ours(work, plan, 3, {})
-        room = predicted_bytes(work, plan)
-        first = measured(work, f"predicted: {name}", plan, ran, slice(work.warm_up, work.steps))
+        ran, _ = ours(work, plan, 3, settings)
+        room = predicted_bytes(work, plan, settings)
+        first = measured(work, f"predicted{how}: {name}", plan, ran, slice(work.warm_up, work.steps))
         first.peak_bytes = ran.peaks[0]
         found.append(compared(work, first, plan, plan.predicted.relative_step_time, room))
         if plan.boundary:
-            later = measured(work, f"predicted: {name}, cached", plan, ran, work.last_steps, cached=True)
+            later = measured(work, f"predicted{how}: {name}, cached", plan, ran, work.last_steps, cached=True)
             later.peak_bytes = ran.peaks[-1]
             found.append(compared(work, later, plan, plan.predicted.relative_cached_step_time, room))
-    found[0].notes.append(f"calibrated in {timings.seconds:.1f} s")
+    found[0].notes.append(f"calibrated in {timings.seconds:.1f} s, by {', '.join(timings.computed_by)}")
     return found
 
 
-def predicted_bytes(work: Work, plan: Plan) -> int:
+def predicted_bytes(work: Work, plan: Plan, options: dict[str, Any]) -> int:
     """Peak memory of a run of ``plan``, by the formula that decides what fits."""
     base = work.model()
-    settings = TrainSettings(epochs=3, batch_size=work.shape.batch_size)
+    settings = TrainSettings(epochs=3, batch_size=work.shape.batch_size, **options)
     settings = settings.model_copy(update={"packing": "on" if packs(base, work.data, settings)[0] else "off"})
     step = largest_step(work.data, settings, torch.bfloat16, torch.device(work.device), resident=True)
     ranks = {adapter.name: adapter.rank for adapter in plan.adapters}

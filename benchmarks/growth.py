@@ -53,7 +53,7 @@ def _point(layers: int, length: int, dtype: torch.dtype) -> tuple[float, float]:
     )  # fmt: skip
     model, data = LlamaForCausalLM(config).to(dtype), _rows(length)
     scores = aletheia.probe(model, data, batches=1)
-    scores = scores.model_copy(update={"timings": aletheia.calibrate(model, data, BATCH_SIZE)})
+    scores = scores.model_copy(update={"timings": aletheia.calibrate(model, data, batch_size=BATCH_SIZE)})
     plan = aletheia.plan(scores, policy="last")
     seconds = interleaved_steps(model, [StepKind.fast("cached", plan, cached=True)], data, BATCH_SIZE, ROUNDS)["cached"]
     relative, baseline = plan.predicted.relative_cached_step_time, plan.predicted.baseline_step_seconds

@@ -1,7 +1,9 @@
 """A dry run says what the run would be, writes nothing, and fails where the run would."""
 
+import importlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from tiny import make_model
@@ -11,7 +13,9 @@ from aletheia.errors import ArtifactError, CacheError, DataError, PlanError, Tra
 from aletheia.planning.cost import LayerCosts
 from aletheia.planning.outlook import training_seconds
 from aletheia.training import train as train_module
+from aletheia.training.processes import Launch
 
+dry_run_module = importlib.import_module("aletheia.job.dry_run")
 TRAINING = {"steps": 4, "batch_size": 2, "learning_rate": 0.01, "evaluations": 2}
 
 
@@ -146,9 +150,29 @@ def test_seconds_follow_the_phases_of_a_plan(asked):
     early, cached = 4 + 8 + 2 + 3, 2 + 4 + 1 + 3
     assert training_seconds(plan, costs, 8, 4.0, is_cached=True) == 4 * early + 4 * (cached + 2 / 2)
     assert training_seconds(plan, costs, 8, 4.0, is_cached=False) == 4 * early + 4 * (cached + 2)
-    assert training_seconds(plan, costs, 8, 4.0, is_cached=False, recompute="full") == 4 * (early + 4) + 4 * (
-        cached + 2 + 2
-    )
+
+
+@pytest.mark.parametrize(
+    "training", [{"gradient_checkpointing": "full"}, {"packing": "on"}, {"compile_layers": True}, {"seed": 3}]
+)
+def test_the_steps_of_the_run_are_timed(asked, training, monkeypatch):
+    timed, own = [], dry_run_module.calibrate
+
+    def calibrate(model, data, settings, **more):
+        timed.append(settings)
+        return own(model, data, settings.model_copy(update={"compile_layers": False}), **more)
+
+    monkeypatch.setattr(dry_run_module, "calibrate", calibrate)
+    assert asked({"policy": "last"}, TRAINING | training).seconds["training"] > 0
+    assert {name: getattr(timed[0], name) for name in training} == training
+    assert timed[0].gradient_checkpointing != "auto"
+
+
+def test_several_processes_are_not_timed():
+    job, ready = SimpleNamespace(launch=Launch(0, 2)), SimpleNamespace(base=None, adapted=None)
+    seconds, why = dry_run_module._seconds(job, ready, 4, True, "off")
+    assert not seconds
+    assert why == "several processes train, and steps are timed in one"
 
 
 def test_the_command_prints_it(run, model_folder, data_file, tmp_path):

@@ -23,6 +23,7 @@ REFUSED = {  # arms that cannot run here, and why
     "upper-half-compiled": "experts, which cannot be compiled",
     "every-layer-graphs": "expected a GPU",
     "upper-half-graphs": "expected a GPU",
+    "predicted-graphs": "expected a GPU",
     "upper-half-nf4": "other results in training than in evaluation",  # bitsandbytes, on a processor
     "unsloth": "No module named 'unsloth'",
     "unsloth-kept": "No module named 'unsloth'",

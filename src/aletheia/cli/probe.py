@@ -113,7 +113,7 @@ def _timed(scores: "Scores", base: "Loaded", examples: "Examples", batch_size: i
     say(f"time   measures the parts of a training step of {batch_size} rows")
     try:
         return scores.model_copy(
-            update={"timings": calibrate(base.model, examples, batch_size, seed, show_progress=say)}
+            update={"timings": calibrate(base.model, examples, batch_size=batch_size, seed=seed, show_progress=say)}
         )
     except torch.OutOfMemoryError:
         say("note: a step of plain uniform LoRA does not fit in memory; plans count operations instead")

@@ -47,7 +47,7 @@ from aletheia.training.loop import (
 )
 from aletheia.training.processes import Launch
 from aletheia.training.race import FACTORS, race_steps
-from aletheia.training.settings import TrainSettings
+from aletheia.training.settings import Recompute, TrainSettings
 
 VALUE_BYTES, MOMENTS_BYTES = 4, 8  # per trainable parameter: a value (or its average), and AdamW's two moments
 
@@ -195,16 +195,19 @@ def _disk_bytes(plan: Plan, training: TrainSettings, rows: int, cache_bytes: int
     return {"adapter": VALUE_BYTES * trainable, "checkpoints": kept * checkpoint, "cache": cache_bytes}
 
 
-def _seconds(job: Job, ready: Ready, steps: int, is_cached: bool, recompute: str) -> tuple[dict[str, float], str]:
+def _seconds(job: Job, ready: Ready, steps: int, is_cached: bool, recompute: Recompute) -> tuple[dict[str, float], str]:
     """Predicted seconds by phase, from a few timed training steps; or the reason why there are none."""
     if isinstance(ready.base, Checkpoint):
         return {}, "the model is streamed, layer by layer"
     if ready.adapted is not None:
         return {}, "an adapter is trained further, and steps are timed on a base model only"
-    training, data, plan = job.settings.training, ready.data, ready.plan
+    if job.launch.processes > 1:
+        return {}, "several processes train, and steps are timed in one"
+    data, plan = ready.data, ready.plan
+    training = job.settings.training.model_copy(update={"gradient_checkpointing": recompute})
     job.say(f"time   a few training steps of {training.batch_size} rows")
     try:
-        timings = calibrate(ready.base.model, data, training.batch_size, training.seed, rounds=1, show_progress=job.say)
+        timings = calibrate(ready.base.model, data, training, rounds=1, show_progress=job.say)
     except torch.OutOfMemoryError:
         return {}, "a step of plain LoRA, the baseline of the prediction, does not fit in memory"
     ranks = {adapter.name: adapter.rank for adapter in plan.adapters}
@@ -214,7 +217,7 @@ def _seconds(job: Job, ready: Ready, steps: int, is_cached: bool, recompute: str
         steps * training.gradient_accumulation_steps,
         planned_passes(len(data), training, job.launch.processes),
     )
-    whole = training_seconds(plan, costs, batches, passes, is_cached, recompute)
+    whole = training_seconds(plan, costs, batches, passes, is_cached)
     racing = len(FACTORS) * race_steps(steps) * costs.step(plan.layers) if training.learning_rate == "auto" else 0.0
     seconds = {name: job.seconds.get(name, 0.0) for name in ("load", "probe")} | {
         "race": racing * training.gradient_accumulation_steps,

@@ -75,9 +75,7 @@ class DryRun:
         return asdict(self) | {"plan": self.plan.model_dump(mode="json"), "total_seconds": self.total_seconds}
 
 
-def training_seconds(
-    plan: Plan, costs: LayerCosts, steps: int, passes: float, is_cached: bool, recompute: str = "off"
-) -> float:
+def training_seconds(plan: Plan, costs: LayerCosts, steps: int, passes: float, is_cached: bool) -> float:
     """Seconds that ``steps`` batches of ``plan`` take, from ``costs``: the seconds of the parts of one batch.
 
     While the early layers learn, nothing is cached. After that the frozen layers run once per row with a cache, or with
@@ -87,5 +85,4 @@ def training_seconds(
     every = sorted({*plan.layers, *plan.early_layers})
     rest = passes * (steps - early) / steps
     later = costs.mean_step(plan.layers, rest) if is_cached else costs.step(plan.layers)
-    again = (sum(costs.forward[every[0] :]), sum(costs.forward[plan.boundary :])) if recompute == "full" else (0.0, 0.0)
-    return early * (costs.step(every) + again[0]) + (steps - early) * (later + again[1])
+    return early * costs.step(every) + (steps - early) * later

@@ -18,12 +18,13 @@ class LayerTiming(BaseModel):
 
 
 class Timings(BaseModel):
-    """Measured parts of a training step; all seconds are for one length-grouped batch of ``batch_size`` rows.
+    """Measured parts of a training step; all seconds are for one batch of ``batch_size`` rows, as a run makes them.
 
-    ``tokens`` includes padding. ``head`` covers the LM head and the loss over labelled tokens, forward and backward,
-    and all that does not depend on the plan (embedding, masks, positions). ``baseline`` is a whole step of uniform LoRA
-    of rank ``baseline_rank`` in plain PEFT and transformers. Its batch is of rows drawn at random, and holds
-    ``random_padding`` times the tokens.
+    ``tokens`` includes padding and filler. ``head`` covers the LM head and the loss over labelled tokens, forward and
+    backward, and all that does not depend on the plan (embedding, masks, positions, the loop around steps).
+    ``computed_by`` names the ways in which these steps are computed, such as packed rows or recorded layers; files of
+    earlier releases name none. ``baseline`` is a whole step of uniform LoRA of rank ``baseline_rank`` in plain PEFT and
+    transformers. Its batch is of rows drawn at random, and holds ``random_padding`` times the tokens.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,4 +38,5 @@ class Timings(BaseModel):
     head: FiniteFloat = Field(ge=0)
     baseline: FiniteFloat = Field(gt=0)
     baseline_rank: int = Field(ge=1)
+    computed_by: tuple[str, ...] = ()
     seconds: FiniteFloat = Field(ge=0, description="duration of the calibration")

@@ -121,6 +121,7 @@ def _timings(timings: Timings | None) -> list[tuple[str, str]]:
     return [
         ("step", f"of {timings.batch_size} rows: {human_seconds(timings.baseline)} with uniform LoRA in plain PEFT"),
         ("", f"a layer {forward} forward, {backward} backward; the head {human_seconds(timings.head)}"),
+        *([("", ", ".join(timings.computed_by))] if timings.computed_by else []),
     ]
 
 

@@ -15,7 +15,7 @@ from accelerate.data_loader import BatchSamplerShard
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import BatchSampler, Sampler
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -28,7 +28,7 @@ from aletheia.data.batches import (
 from aletheia.data.examples import Example, Examples
 from aletheia.data.order import batches_within, epoch_order, training_batches
 from aletheia.data.sources import one_line
-from aletheia.errors import SettingsError
+from aletheia.errors import SettingsError, TrainingError
 from aletheia.execution.backend import is_behind
 from aletheia.training.averaging import WeightAverage
 from aletheia.training.finite import Finite
@@ -181,6 +181,26 @@ def training_arguments(settings: TrainSettings, output_dir: str, **given: Any) -
     arguments.restore_callback_states_from_checkpoint = settings.early_stop
     arguments._n_gpu = min(arguments.n_gpu, 1)  # otherwise Trainer splits every batch over all GPUs it sees
     return arguments
+
+
+def device_arguments(model: PreTrainedModel | PeftModel, processes: int = 1) -> dict[str, Any]:
+    """Trainer's arguments that follow from where a model is, and from its dtype.
+
+    Raises:
+        TrainingError: the model is on another GPU than Trainer would use.
+    """
+    device, on_gpu = model.device, model.device.type == "cuda"
+    if on_gpu and device.index and processes == 1:
+        raise TrainingError(
+            f"the model is on {device}, but Trainer uses the first GPU it sees; expected it on cuda:0; set "
+            f"CUDA_VISIBLE_DEVICES={device.index}"
+        )
+    return {
+        "fp16": model.dtype == torch.float16,
+        "use_cpu": device.type == "cpu",
+        "dataloader_pin_memory": on_gpu,
+        "accelerator_config": {"non_blocking": on_gpu},  # a copy does not wait for earlier steps
+    }
 
 
 def _check_loggers(names: Sequence[str]) -> None:

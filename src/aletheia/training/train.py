@@ -38,6 +38,7 @@ from aletheia.training.interrupts import Interrupts, SaveInTime, interrupts
 from aletheia.training.learning_rate import default_learning_rate, warm_up_steps
 from aletheia.training.loop import (
     RowTrainer,
+    device_arguments,
     evaluations_of,
     planned_passes,
     planned_steps,
@@ -274,11 +275,6 @@ class Job:
                 f"the plan adapts layers {layer_ranges(plan.early_layers)} at first, but they are not in memory; "
                 "expected a plan made with `freeze_after` 0"
             )
-        if model.device.type == "cuda" and model.device.index and self.processes == 1:
-            raise TrainingError(
-                f"the model is on {model.device}, but Trainer uses the first GPU it sees; expected it on cuda:0; "
-                f"set CUDA_VISIBLE_DEVICES={model.device.index}"
-            )
         if len(self.data) < (needed := rows_per_step(settings, self.processes)):
             self.say(f"note: {len(self.data)} rows do not fill a step of {needed}; each pass over them is one step")
         arguments = training_arguments(
@@ -286,10 +282,7 @@ class Job:
             str(self.folder.checkpoints),
             max_steps=steps,
             warmup_steps=warm_up_steps(settings.warmup_steps, steps),
-            fp16=model.dtype == torch.float16,
-            use_cpu=model.device.type == "cpu",
-            dataloader_pin_memory=model.device.type == "cuda",
-            accelerator_config={"non_blocking": model.device.type == "cuda"},  # a copy does not wait for earlier steps
+            **device_arguments(model, self.processes),
         )
         trainer = RowTrainer(model, self.data, self.held_out, settings, arguments, self.recorder)
         attached = AttachSettings(
