@@ -248,7 +248,9 @@ def wanted_by(group: str) -> list[Requirement]:
 
 def main() -> None:
     options = parsed()
-    shutil.rmtree(options.out, ignore_errors=True)
+    for name in (*GROUPS, "unsloth"):
+        for old in (options.out / name, *options.out.glob(f"{name}-[0-9]")):
+            shutil.rmtree(old, ignore_errors=True)
     target, most = Target(options.python, tuple(options.has.split(","))), int(options.mib * MIB)
     groups = [name for name in GROUPS if name not in ON_REQUEST or name in options.extra]
     with tempfile.TemporaryDirectory() as folder:
@@ -281,7 +283,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--has", default=ON_THE_MACHINE, help=f"packages that the machine has ({ON_THE_MACHINE})")
     parser.add_argument("--with", dest="extra", type=lambda text: text.split(","), default=[], metavar="GROUP,...")
     parser.add_argument("--mib", type=float, default=60, help="a folder is no larger than this (60)")
-    parser.add_argument("--out", type=Path, default=ROOT / ".gpu-kit", help="folder, replaced (.gpu-kit)")
+    parser.add_argument("--out", type=Path, default=ROOT / ".gpu-kit", help="the kit, made anew (.gpu-kit)")
     options = parser.parse_args()
     if unknown := set(options.extra) - set(ON_REQUEST):
         parser.error(f"--with takes {', '.join(ON_REQUEST)}, not {', '.join(sorted(unknown))}")

@@ -46,7 +46,7 @@ STEPS = [
     ("nf4", "gpu.py --models 8b --arms upper-half-nf4,recomputed", 90),
     ("whole-runs", "gpu.py --models 1.5b --arms plain --end-to-end {rows}", 180),  # on a real model
 ]
-ON_A_CPU = 10  # times these seconds
+ON_A_CPU = 10  # times as long
 LEAST_SECONDS, GRACE_SECONDS = 10, 4  # of a step; between being asked to stop and being killed
 NO_NEW_ARM_SECONDS = 15  # before a step's end
 INSTALL_SECONDS = 120
@@ -62,6 +62,8 @@ class Session:
         out.mkdir(parents=True, exist_ok=True)
         self.steps: dict[str, Any] = self._read("session.json")
         self._results: dict[str, Any] = self._read("results.json")
+        for name in [name for name, step in self.steps.items() if step["ended"] == "running"]:
+            self._ended(name, self.steps[name] | {"ended": "killed with an earlier session"} | self._collected(name))
 
     def _read(self, name: str) -> dict[str, Any]:
         file = self._out / name
@@ -88,12 +90,15 @@ class Session:
         self._write()
         with self.log.open("ab") as log:
             log.write(f"\n=== {name}: {shlex.join(command)}\n".encode())
-        before = self.log.stat().st_size
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as own:  # models of killed steps go with it
-            code, taken = run(command, environment | {"TMPDIR": own}, self.log, seconds)
-        ended = f"stopped after its {seconds:.0f} s" if code is None else "done" if code == 0 else "failed"
-        found = {"ended": ended, "code": code, "seconds": round(taken, 1), "command": command}
-        self._ended(name, found | self._collected(name) | {"last_lines": self._last_lines(before)})
+        before, began, code = self.log.stat().st_size, time.monotonic(), None
+        try:
+            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as own:  # models of killed steps go with it
+                code = run(command, environment | {"TMPDIR": own}, self.log, seconds)
+        finally:
+            taken = time.monotonic() - began
+            ended = f"stopped, as it may take {seconds:.0f} s" if code is None else "done" if code == 0 else "failed"
+            found = {"ended": ended, "code": code, "seconds": round(taken, 1), "command": command}
+            self._ended(name, found | self._collected(name) | {"last_lines": self._last_lines(before)})
         return code == 0
 
     def _ended(self, name: str, found: dict[str, Any]) -> None:
@@ -131,9 +136,9 @@ class Session:
         return [line[:LINE_CHARACTERS] for line in lines[-LAST_LINES:]]
 
 
-def run(command: list[str], environment: dict[str, str], log: Path, seconds: float) -> tuple[int | None, float]:
-    """Exit code, None where the command had to be stopped, and seconds; no process of its group is left."""
-    started, code = time.monotonic(), None
+def run(command: list[str], environment: dict[str, str], log: Path, seconds: float) -> int | None:
+    """Exit code, or None where the command had to be stopped; no process of its group is left."""
+    code = None
     with log.open("ab") as sink:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, cwd=ROOT, env=environment, start_new_session=True
@@ -150,7 +155,7 @@ def run(command: list[str], environment: dict[str, str], log: Path, seconds: flo
             os.killpg(process.pid, signal.SIGKILL)
         with suppress(subprocess.TimeoutExpired):  # a process that waits for a device may not even die
             process.wait(GRACE_SECONDS)
-    return code, time.monotonic() - started
+    return code
 
 
 def install(session: Session, kit: Path, site: Path) -> None:
@@ -192,6 +197,7 @@ def words(command: str, session: Session, options: argparse.Namespace, seconds: 
     if program == "gpu.py":
         rest += ["--out", str(session.now), "--seconds", f"{max(seconds - NO_NEW_ARM_SECONDS, 1):.0f}"]
         rest += ["--device", options.device, *(["--tiny", "--steps", "4"] if options.tiny else [])]
+        rest += ["--commit", options.commit] if options.commit else []
     return [sys.executable, str(ROOT / "benchmarks" / program), *rest]
 
 
@@ -199,7 +205,7 @@ def surroundings(site: Path, device: str) -> dict[str, str]:
     """Environment variables of steps."""
     runtimes = [str(folder) for folder in site.glob("unsloth/nvidia/*/lib")]  # of another CUDA, for xformers
     return os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(site)]),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT / "src"), str(site), os.environ.get("PYTHONPATH")])),
         "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [os.environ.get("LD_LIBRARY_PATH"), *runtimes])),
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
@@ -252,6 +258,7 @@ def parsed() -> tuple[argparse.Namespace, list[tuple[str, str, int]]]:
     parser.add_argument(
         "--rows", type=Path, help="of whole runs: JSON lines of question and answer (Python's functions)"
     )
+    parser.add_argument("--commit", help="of the code, where this is no checkout")
     parser.add_argument("--device", default="cuda", help="cuda or, to try this, cpu")
     parser.add_argument("--tiny", action="store_true", help="tiny models, to try this")
     options = parser.parse_args()

@@ -118,6 +118,16 @@ def test_a_step_that_hangs_is_killed_and_keeps_its_results_and_a_failed_one_stop
     assert json.loads((tmp_path / "results.json").read_text()) == {"hangs": arms}
 
 
+def test_results_of_a_step_that_was_killed_with_its_session_are_kept(tmp_path):
+    (tmp_path / "now").mkdir()
+    (tmp_path / "now" / "gpu.json").write_text(json.dumps({"arms": [], "end_to_end": {"TRL": {"seconds": 1}}}))
+    (tmp_path / "session.json").write_text(json.dumps({"first": {"ended": "running", "command": []}}))
+    session = Session(tmp_path, 3600)
+    session.take("second", ["true"], dict(os.environ), 20)
+    assert {name: step.get("arms") for name, step in session.steps.items()} == {"first": 1, "second": None}
+    assert list(json.loads((tmp_path / "results.json").read_text())) == ["first"]
+
+
 def test_a_step_gets_what_is_left_of_the_time_or_does_not_begin(tmp_path):
     session = Session(tmp_path, 100, started=time.monotonic() - 50)
     assert session.seconds_for(20) == 20
@@ -136,7 +146,7 @@ def test_of_a_very_long_output_the_end_is_kept(tmp_path, monkeypatch):
 def test_steps_name_arms_and_tests_that_exist(tmp_path):
     arms = [arm for _, command, _ in STEPS for arm in re.findall(r"--arms (\S+)", command)]
     assert {arm for some in arms for arm in some.split(",")} <= {*ARMS, *UNSLOTH, "predicted"}
-    options = gpu_session.argparse.Namespace(rows=None, device="cuda", site=Path("site"), tiny=False)
+    options = gpu_session.argparse.Namespace(rows=None, commit=None, device="cuda", site=Path("site"), tiny=False)
     session = Session(tmp_path, 1)
     for name, command, most in STEPS:
         words = gpu_session.words(command, session, options, most)
