@@ -86,7 +86,7 @@ class Session:
 
     def take(self, name: str, command: list[str], environment: dict[str, str], seconds: float) -> bool:
         """Run a step for at most ``seconds``; whether it succeeded."""
-        self.steps[name] = {"ended": "running", "command": command}  # seen where this process is killed
+        self.steps[name] = {"ended": "running", "command": shlex.join(command)}  # seen where this process is killed
         self._write()
         with self.log.open("ab") as log:
             log.write(f"\n=== {name}: {shlex.join(command)}\n".encode())
@@ -96,8 +96,9 @@ class Session:
                 code = run(command, environment | {"TMPDIR": own}, self.log, seconds)
         finally:
             taken = time.monotonic() - began
-            ended = f"stopped, as it may take {seconds:.0f} s" if code is None else "done" if code == 0 else "failed"
-            found = {"ended": ended, "code": code, "seconds": round(taken, 1), "command": command}
+            stopped = f"stopped at its limit of {seconds:.0f} s" if taken >= seconds else "stopped with the session"
+            ended = stopped if code is None else "done" if code == 0 else "failed"
+            found = {"ended": ended, "code": code, "seconds": round(taken, 1), "command": shlex.join(command)}
             self._ended(name, found | self._collected(name) | {"last_lines": self._last_lines(before)})
         return code == 0
 
