@@ -1,10 +1,10 @@
-# make venv | demo | test | check | docs | test-slow | test-gpu | test-oldest | bench | reproduce | lock
+# make venv | demo | test | check | docs | test-slow | test-gpu | gpu-kit | test-oldest | bench | reproduce | lock
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/ready
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: venv demo test check docs test-slow test-gpu test-oldest bench reproduce lock
+.PHONY: venv demo test check docs test-slow test-gpu gpu-kit test-oldest bench reproduce lock
 
 venv: $(READY)
 
@@ -37,9 +37,13 @@ test-slow: venv
 	$(BIN)/python -m pytest -m slow
 
 # a test that hangs says where after two minutes
+GPU_TESTS := tests/test_gpu_steps.py tests/test_gpu_runs.py tests/test_liger.py tests/test_kernel_loss.py tests/test_torch_norms.py
 test-gpu: venv
-	$(BIN)/python -m pytest -m gpu -o faulthandler_timeout=120 tests/test_gpu_steps.py tests/test_gpu_runs.py tests/test_liger.py tests/test_kernel_loss.py \
-		tests/test_torch_norms.py
+	$(BIN)/python -m pytest -m gpu -o faulthandler_timeout=120 $(GPU_TESTS)
+
+# into .gpu-kit: what a machine with a GPU and no network needs; KIT has options, such as --with unsloth
+gpu-kit: venv
+	$(BIN)/python benchmarks/gpu_kit.py $(KIT)
 
 # the lower bounds of pyproject.toml, in an environment of their own: the lock first, then what is older than it;
 # import-linter is left out, as it asks for a newer rich

