@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback
 
 import aletheia
-from aletheia.data.batches import COPY_OF
+from aletheia.data.batches import COPY_OF, on_host
 from aletheia.prefix import source
 from aletheia.training import feed, loop
 from aletheia.training.loop import LOOKED_AT_EVERY, RowTrainer
@@ -56,9 +56,18 @@ def elsewhere(value, device):
     if not isinstance(value, torch.Tensor):
         return value
     there = value.clone()
-    vars(there)[COPY_OF] = value, there._version
+    vars(there)[COPY_OF] = value, (value._version, there._version)
     ELSEWHERE.append(there)
     return there
+
+
+@pytest.mark.parametrize("changed", [0, 1], ids=["the original", "the copy"])
+def test_an_original_counts_until_one_of_the_two_changes(changed):
+    original = torch.arange(6)
+    there = elsewhere(original, None)
+    assert on_host(there) is original
+    (original, there)[changed].add_(1)  # as where a collator uses its buffer again
+    assert on_host(there) is there
 
 
 def who_waits():

@@ -36,19 +36,24 @@ def read_kept(text: Any, layers: nn.ModuleList, hidden_size: int, attention_widt
     """
     known: dict[tuple[type, int], tuple[float, float]] = {}
     scanned: dict[type, tuple[float, float, float]] = {}
-    own, wide, largest = [], [], 0.0
+    own, wide, states, wide_states, largest, chunk = [], [], [], [], 0.0, 0
     for layer in layers:
         found = [_norm(parent, name, norm, known, hidden_size, attention_width) for parent, name, norm in _norms(layer)]
         dropouts = sum(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
         scans = [_scan(mixer, scanned, hidden_size) for mixer in _mixers(layer)]
-        found += [(in_half, in_float32) for in_half, in_float32, _ in scans]
+        states.append(sum(elements for elements, _, _ in scans))
+        wide_states.append(sum(elements for _, elements, _ in scans))
         largest = max((largest, *(most for _, _, most in scans)))
+        chunk = max((chunk, *map(_chunk, _mixers(layer))))
         own.append(sum(elements for elements, _ in found) + DROPPED * dropouts * hidden_size)
         wide.append(sum(elements for _, elements in found))
     activation = max((_saved(module, WIDTH) or (1.0, 0.0) for module in _activations(layers)), default=(1.0, 0.0))
     return Kept(
         norms=tuple(own),
         wide_norms=tuple(wide),
+        states=tuple(states),
+        wide_states=tuple(wide_states),
+        chunk=chunk,
         activation=max(0.0, activation[0] - 1),  # the input is the output of a matrix
         wide_activation=activation[1],
         largest_state=largest,
@@ -127,7 +132,7 @@ def _scan(
 
 def _scanned(mixer: nn.Module, width: int) -> tuple[float, float, float]:
     """As :func:`_scan`, by a trial; zeros if the module needs more than hidden states."""
-    tokens = getattr(mixer, "chunk_size", SCANNED_TOKENS)
+    tokens = _chunk(mixer)
     saved = _trial(mixer, torch.empty(1, tokens, width, device="meta", dtype=torch.bfloat16))
     kept = [] if saved is None else _by_storage(saved)
     own, wide = (
@@ -135,6 +140,10 @@ def _scanned(mixer: nn.Module, width: int) -> tuple[float, float, float]:
         for dtype in (torch.bfloat16, torch.float32)
     )
     return sum(own), sum(wide), max(wide, default=0.0)
+
+
+def _chunk(mixer: nn.Module) -> int:
+    return int(getattr(mixer, "chunk_size", SCANNED_TOKENS))
 
 
 def _trial(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor] | None:

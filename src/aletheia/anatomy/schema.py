@@ -95,8 +95,12 @@ class Kept(BaseModel):
     """What backward keeps besides the inputs and outputs of matrices, to predict the memory of training.
 
     Attributes:
-        norms: per layer, elements that its norms and state spaces keep for a token, in the model's dtype.
+        norms: per layer, elements that its norms keep for a token, in the model's dtype.
         wide_norms: the same in float32.
+        states: per layer, elements that its state spaces keep for a token, in the model's dtype. In files of an earlier
+            release, ``norms`` counts them.
+        wide_states: the same in float32.
+        chunk: tokens to whose multiple state spaces pad a row; 0 without them.
         activation: elements that an MLP's activation keeps besides its input, per element of its output.
         wide_activation: the same in float32.
         largest_state: elements for a token of the largest float32 tensor that a state space keeps.
@@ -110,6 +114,9 @@ class Kept(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
     norms: tuple[float, ...]
     wide_norms: tuple[float, ...]
+    states: tuple[float, ...] = ()
+    wide_states: tuple[float, ...] = ()
+    chunk: int = 0
     activation: float = 0.0
     wide_activation: float = 0.0
     largest_state: float = 0.0

@@ -15,7 +15,7 @@ from aletheia.errors import DataError
 Collator = Callable[[Sequence[Example]], dict[str, Any]]
 FILLER = 1  # position of every token of a filler: a row starts at 0, so none can be taken for a row
 LABELLED = "labelled_tokens"  # key for their number, for code that cannot read the labels
-COPY_OF = "copy_of"  # attribute of a tensor on a device: its original in main memory, and its version then
+COPY_OF = "copy_of"  # attribute of a tensor on a device: its original in main memory, and the versions of both then
 
 
 def collate(examples: Sequence[Example], pad_token_id: int) -> dict[str, torch.Tensor]:
@@ -101,17 +101,17 @@ def moved(value: Any, device: torch.device) -> Any:
         return value
     there = value.to(device, non_blocking=True)
     if there is not value and value.device.type == "cpu":
-        vars(there)[COPY_OF] = value, there._version
+        vars(there)[COPY_OF] = value, (value._version, there._version)
     return there
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:
     """What a tensor holds, where that can be read without waiting for its device; otherwise the tensor itself.
 
-    That is the original of :func:`moved`, until the tensor changes in place. A slice or another copy has none.
+    That is the original of :func:`moved`, until one of the two changes in place. A slice or another copy has none.
     """
-    original, version = vars(tensor).get(COPY_OF, (tensor, None))
-    return tensor if original is tensor or tensor._version != version else original
+    original, versions = vars(tensor).get(COPY_OF, (tensor, None))
+    return original if versions == (original._version, tensor._version) else tensor
 
 
 def labelled_tokens(labels_BT: torch.Tensor) -> torch.Tensor:

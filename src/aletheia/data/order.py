@@ -2,6 +2,7 @@
 
 import heapq
 import random
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean
@@ -80,7 +81,7 @@ def training_batches(
 def batches_within(lengths: Sequence[int], most_tokens: int, padded_rows: int | None) -> list[list[int]]:
     """Row indices of few batches of at most ``most_tokens``; a longer row is alone. Every row comes once.
 
-    The longest rows come first. Each row goes to the first batch that has room for it (first-fit decreasing).
+    The longest rows come first. A packed row goes where it leaves the least room (best-fit decreasing).
 
     Args:
         lengths: tokens of each row.
@@ -88,15 +89,19 @@ def batches_within(lengths: Sequence[int], most_tokens: int, padded_rows: int | 
         padded_rows: most rows of a batch, each of which takes the length of the longest; None: rows are packed.
     """
     batches: list[list[int]] = []
-    left: list[int] = []  # tokens for which each batch has room
+    room: list[tuple[int, int]] = []  # tokens that still fit into a packed batch, and its number; sorted
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        needed = (lengths[row] if padded_rows is None else lengths[batch[0]] for batch in batches)
-        number = next((number for number, tokens in enumerate(needed) if tokens <= left[number]), len(batches))
+        if padded_rows is None:
+            at = bisect_left(room, (lengths[row], 0))
+            left, number = room.pop(at) if at < len(room) else (most_tokens, len(batches))
+            insort(room, (left - lengths[row], number))
+        else:
+            last = batches[-1] if batches else []
+            fits = last and (len(last) + 1) * lengths[last[0]] <= most_tokens and len(last) < padded_rows
+            number = len(batches) - bool(fits)
         if number == len(batches):
             batches.append([])
-            left.append(most_tokens if padded_rows is None else min(most_tokens, padded_rows * lengths[row]))
         batches[number].append(row)
-        left[number] -= lengths[row if padded_rows is None else batches[number][0]]
     return batches
 
 

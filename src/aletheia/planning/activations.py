@@ -5,6 +5,7 @@ activations keep, and the queries, keys and values of attention. The counts come
 ``benchmarks/memory_estimates.py`` runs them and compares them with measurements on a GPU.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,6 +111,9 @@ class LayerWork:
             by_role.setdefault(module.role, []).append(module)
         own = self.kept.norms[self.layer] + self._reduced
         wide = self.kept.wide_norms[self.layer]
+        if self.kept.states:
+            own += self._stretched * self.kept.states[self.layer]
+            wide += self._stretched * self.kept.wide_states[self.layer]
         for role, modules in by_role.items():
             own += self._attention(modules) if role == "attention" else _feed_forward(modules)
             if role != "attention":
@@ -146,7 +150,7 @@ class LayerWork:
             gradients *= PLAIN_HALF
         if self.kept.square_copies and self.has_attention:
             gradients += SQUARE_WORK_BYTES * self.kept.heads * self.step.row_tokens
-        gradients += STATE_GRADIENTS * FLOAT32_BYTES * self.kept.largest_state
+        gradients += self._stretched * STATE_GRADIENTS * FLOAT32_BYTES * self.kept.largest_state
         again = {"off": 0.0, "selective": self.everything_bytes - self.products_bytes, "full": self.everything_bytes}
         return self.step.tokens * gradients + max(0.0, again[self.step.recompute])
 
@@ -156,6 +160,12 @@ class LayerWork:
         if self.step.recompute == "full":
             return self.input_bytes
         return self.products_bytes if self.step.recompute == "selective" else self.everything_bytes
+
+    @property
+    def _stretched(self) -> float:
+        """Length of a row in state spaces, which pad it to whole chunks, per length of the row."""
+        row, chunk = self.step.row_tokens, self.kept.chunk
+        return math.ceil(row / chunk) * chunk / row if chunk else 1.0
 
     @property
     def _reduced(self) -> float:
