@@ -1,5 +1,6 @@
 """Offline for all tests, and data of this machine only where a test asks for it."""
 
+import gc
 import json
 import os
 import sys
@@ -17,6 +18,18 @@ from aletheia.data.encode import load_data
 settings.register_profile("any speed", deadline=None)  # tests assert no times
 settings.load_profile("any speed")
 WORDS = ["red", "blue", "green", "one", "two", "three", "four", "five", "six", "seven"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Look for no garbage in what is imported here: each run of Trainer asks for it, a quarter of the time of a test."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 def count_rows(count: int, start: int = 0) -> list[dict[str, str]]:
