@@ -4,9 +4,11 @@ import gc
 import json
 import os
 import sys
+from functools import cache
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import jinja2
 import pytest
 import torch
 from hypothesis import settings
@@ -22,7 +24,7 @@ WORDS = ["red", "blue", "green", "one", "two", "three", "four", "five", "six", "
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection():
-    """Look for no garbage in what is imported here: each run of Trainer asks for it, a quarter of the time of a test."""
+    """Look for no garbage in what is imported here: each run of Trainer asks for it, and it takes half a second."""
     gc.disable()
     try:
         return (yield)
@@ -30,6 +32,14 @@ def pytest_collection():
         gc.collect()
         gc.freeze()
         gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cards_compiled_once():
+    """PEFT writes a card with each adapter it saves, and compiles the same template for each."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("jinja2.Template", cache(jinja2.Template))
+        yield
 
 
 def count_rows(count: int, start: int = 0) -> list[dict[str, str]]:

@@ -21,16 +21,21 @@ LIBRARIES = ("torch", "transformers.trainer", "transformers.models.llama.modelin
 FORKS.set_forkserver_preload([*LIBRARIES, "pydantic", "rich.table", "typer.main"])
 
 
+def processes():
+    """``multiprocessing`` whose processes begin at once."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in QUIET.items():  # libraries read them while they are imported
+            patched.setenv(name, value)
+        forkserver.ensure_running()
+    return FORKS
+
+
 class Forked:
     """``python -c CODE ARGUMENTS`` as ``subprocess.Popen`` starts it; its output goes to the end of two files."""
 
     def __init__(self, code, arguments, cwd, env, stdout, stderr):
-        with pytest.MonkeyPatch.context() as patched:
-            for name, value in QUIET.items():  # libraries read them while they are imported
-                patched.setenv(name, value)
-            forkserver.ensure_running()
         given = (code, [str(one) for one in arguments], str(cwd), dict(env), str(stdout), str(stderr))
-        self.process = FORKS.Process(target=_run, args=given)
+        self.process = processes().Process(target=_run, args=given)
         self.process.start()
 
     @property
