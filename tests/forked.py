@@ -34,6 +34,8 @@ class Forked:
     """``python -c CODE ARGUMENTS`` as ``subprocess.Popen`` starts it; its output goes to the end of two files."""
 
     def __init__(self, code, arguments, cwd, env, stdout, stderr):
+        for output in (stdout, stderr):
+            open(output, "ab").close()  # there from the start on, as a pipe is
         given = (code, [str(one) for one in arguments], str(cwd), dict(env), str(stdout), str(stderr))
         self.process = processes().Process(target=_run, args=given)
         self.process.start()
@@ -70,7 +72,7 @@ def run(code, arguments, cwd, env, timeout=300):
 
 def _run(code, arguments, cwd, env, *outputs):
     for number, output in enumerate(outputs, start=1):
-        os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666), number)
+        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), number)
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
