@@ -19,9 +19,9 @@ $(READY): requirements.lock pyproject.toml
 demo: venv
 	$(BIN)/aletheia demo --out demo-run --overwrite
 
-# tiny models: two tests at a time on one thread each are quicker than one test on two
+# tiny models: two tests at a time on one thread each are quicker than one test on two; tests of a file stay together
 test: venv
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: venv
 	$(BIN)/ruff format --check .

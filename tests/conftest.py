@@ -1,11 +1,14 @@
 """Offline for all tests, and data of this machine only where a test asks for it."""
 
+import gc
 import json
 import os
 import sys
+from functools import cache
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import jinja2
 import pytest
 import torch
 from hypothesis import settings
@@ -17,6 +20,26 @@ from aletheia.data.encode import load_data
 settings.register_profile("any speed", deadline=None)  # tests assert no times
 settings.load_profile("any speed")
 WORDS = ["red", "blue", "green", "one", "two", "three", "four", "five", "six", "seven"]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Look for no garbage in what is imported here: each run of Trainer asks for it, and it takes half a second."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.collect()
+        gc.freeze()
+        gc.enable()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cards_compiled_once():
+    """PEFT writes a card with each adapter it saves, and compiles the same template for each."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("jinja2.Template", cache(jinja2.Template))
+        yield
 
 
 def count_rows(count: int, start: int = 0) -> list[dict[str, str]]:

@@ -167,21 +167,36 @@ def make_trainer(examples, plan, folder, cls=Trainer, family="llama", **settings
     return cls(model, arguments, collator, train_dataset=examples.subset(range(ROWS)), eval_dataset=held_out)
 
 
+@pytest.fixture(scope="module")
+def plain_losses(examples, plan, tmp_path_factory):
+    """What plain Trainer logs with these settings; computed once for each."""
+    made = {}
+
+    def of(**settings):
+        key = str(settings)
+        if key not in made:
+            plain = make_trainer(examples, plan, tmp_path_factory.mktemp("plain"), **settings)
+            plain.add_callback(FreezeByHand(plan))
+            plain.train()
+            made[key] = logged(plain), logged(plain, "eval_loss")
+        return made[key]
+
+    return of
+
+
 @pytest.mark.parametrize("cache", ["auto", "memory", "disk", "off"])
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["kept", "re-entrant", "not re-entrant"])
-def test_trainer_learns_the_same(cache, checkpointing, examples, plan, tmp_path):
+def test_trainer_learns_the_same(cache, checkpointing, examples, plan, plain_losses, tmp_path):
     settings = {"eval_strategy": "steps", "eval_steps": 4}
     if checkpointing is not None:
         kwargs = {"use_reentrant": checkpointing}
         settings |= {"activation_checkpointing": True, "activation_checkpointing_kwargs": kwargs}
-    plain = make_trainer(examples, plan, tmp_path / "plain", **settings)
-    plain.add_callback(FreezeByHand(plan))
-    plain.train()
+    losses, held_out_losses = plain_losses(**settings)
     trainer = make_trainer(examples, plan, tmp_path / "attached", **settings)
     attachment = attach(trainer, plan, aletheia.AttachSettings(cache=cache, cache_dir=tmp_path / "cache"))
     trainer.train()
-    assert largest_difference(logged(trainer), logged(plain)) < 1e-6
-    assert largest_difference(logged(trainer, "eval_loss"), logged(plain, "eval_loss")) < 1e-6
+    assert largest_difference(logged(trainer), losses) < 1e-6
+    assert largest_difference(logged(trainer, "eval_loss"), held_out_losses) < 1e-6
     assert attachment.decision.kind == ("memory" if cache == "auto" else cache)
     assert not list((tmp_path / "cache").glob("*"))  # of use to no other run
     assert "logits at labelled positions" in attachment.ways

@@ -1,7 +1,6 @@
 """The prefix cache: exact, resumable, checked, shared, and refused where it does not fit."""
 
 import gc
-import multiprocessing
 import os
 import random
 import shutil
@@ -9,6 +8,7 @@ import signal
 import time
 import weakref
 
+import forked
 import psutil
 import pytest
 import torch
@@ -151,7 +151,7 @@ def _build_until_killed(folder, rows):
 
 
 def test_a_killed_build_goes_on_where_it_stopped(tmp_path, rows):
-    process = multiprocessing.get_context("spawn").Process(target=_build_until_killed, args=(tmp_path, rows))
+    process = forked.processes().Process(target=_build_until_killed, args=(tmp_path, rows))
     process.start()
     while not list(tmp_path.glob("*/*.idx")) or len(next(tmp_path.glob("*/*.idx")).read_text().splitlines()) < 5:
         assert process.is_alive()

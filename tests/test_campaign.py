@@ -10,9 +10,11 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import yaml
@@ -31,7 +33,7 @@ from aletheia.lab.campaign.coordinate import run_campaign
 from aletheia.lab.campaign.executors import ExecutorSettings, LocalPool
 from aletheia.lab.campaign.grid import Row, jobs
 from aletheia.lab.campaign.job import main
-from aletheia.lab.campaign.process import DISK_FULL
+from aletheia.lab.campaign.process import DISK_FULL, Ending
 from aletheia.lab.campaign.spec import BASE, json_schema, parse_campaign, read_campaign
 from aletheia.lab.campaign.steps import ATTEMPTS, StepKind, prepared, undisturbed
 from aletheia.lab.campaign.store import STORE_FILE, Record, Store
@@ -696,11 +698,33 @@ def test_pages_open_in_a_browser_without_overflow_errors_or_requests(tmp_path, s
         assert opened.errors == []
 
 
+JOB = """
+import sys
+from pathlib import Path
+from aletheia.lab.campaign import job
+job._end_with_input = lambda: None
+sys.exit(job.main(Path(sys.argv[1])))
+"""
+
+
+class ForkedJobs:
+    """An executor whose jobs run in processes of their own that begin at once."""
+
+    def submit(self, folder):
+        ended = Future()
+        done = forked.run(JOB, [folder], folder, os.environ)
+        ended.set_result(Ending("failed", done.stdout + done.stderr) if done.returncode else Ending("through"))
+        return ended
+
+    def close(self):
+        pass
+
+
 @pytest.mark.parametrize("match", [pytest.param("steps", marks=pytest.mark.slow), "compute"])
 def test_a_behaviour_campaign_on_a_tiny_model(tmp_path, data_file, match):
     arms = ["uniform", {"name": "depth-aware", "freeze_after": 0}, {"name": "last", "execution": "fast"}]
     changes = {"arms": arms, "tasks": {}, "comparisons": [["depth-aware", "last"]], "match": match, "steps": 6}
-    records = run_campaign(behaviour_campaign(**changes), tmp_path, LocalPool(), data_dir=data_file.parent)
+    records = run_campaign(behaviour_campaign(**changes), tmp_path, ForkedJobs(), data_dir=data_file.parent)
     assert [record.reason for record in records] == [None] * 4
     results = {record.row.arm: record.result for record in records}
     steps = {arm: result["steps"] for arm, result in results.items() if arm != BASE}

@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from checkpointing import ABOUT, STEPS, Curve, make_trainer, weights
@@ -441,27 +442,34 @@ def test_killed_between_the_two_renames_of_a_replacement(copy, monkeypatch):
 # signals and time
 
 
+def log_of(out):
+    return out.with_name(f"{out.name}.log")
+
+
 def start(out, pause=0.0):
-    program = [sys.executable, PROGRAM, out, str(pause)]
-    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    """The program of checkpointing.py."""
+    code = "import sys, checkpointing; checkpointing.main(*sys.argv[1:])"
+    return forked.Forked(code, [out, pause], out.parent, os.environ, log_of(out), log_of(out))
 
 
-def wait_for(process, words):
-    for line in process.stdout:
-        if line.startswith(words):
+def wait_for(out, process, words):
+    """Until the program has said so."""
+    while process.poll() is None:
+        if any(line.startswith(words) for line in log_of(out).read_text().splitlines()):
             return
-    raise AssertionError(process.stderr.read())
+        time.sleep(0.01)
+    raise AssertionError(log_of(out).read_text())
 
 
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(tmp_path):
     signals = (signal.SIGTERM, signal.SIGINT)
     processes = [start(tmp_path / signum.name) for signum in signals]
     for signum, process in zip(signals, processes, strict=True):
-        wait_for(process, "step 5")
+        wait_for(tmp_path / signum.name, process, "step 5")
         process.send_signal(signum)
     for signum, process in zip(signals, processes, strict=True):
-        _, told = process.communicate(timeout=120)
-        assert process.returncode == 128 + signum
+        assert process.wait(timeout=120) == 128 + signum
+        told = log_of(tmp_path / signum.name).read_text()
         newest = newest_checkpoint(tmp_path / signum.name)
         assert newest.step >= 5
         assert f"error: interrupted after step {newest.step} of 30; the same command resumes from there" in told
@@ -661,15 +669,14 @@ def test_killed_by_the_system_at_seeded_moments_it_ends_the_same(seed, tmp_path)
     out, dice = tmp_path / "killed", random.Random(seed)
     inside = 0
     for _ in range(5):
+        log_of(out).unlink(missing_ok=True)
         process = start(out, 0.01)
-        wait_for(process, "step")
+        wait_for(out, process, "step")
         time.sleep(dice.uniform(0.1, 1.5))
         process.send_signal(signal.SIGKILL)
-        process.communicate()
+        process.wait()
         inside += (out / PARTIAL).exists()
-    process = start(out)
-    assert process.communicate(timeout=120)[0] is not None
-    assert process.returncode == 0
+    assert start(out).wait(120) == 0
     assert inside
     found, whole = (torch.load(folder / "weights.pt") for folder in (out, expected))
     assert all(torch.equal(found[name], whole[name]) for name in whole)

@@ -4,11 +4,11 @@ import json
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
+import forked
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -277,15 +277,15 @@ def test_evaluate_forget_and_show(run, model_folder, benchmark_data, adapter, da
 
 def test_a_killed_evaluation_goes_on_to_the_same_rows(run, model_folder, benchmark_data, tmp_path):
     evaluation(run, model_folder, benchmark_data, "whole", "--batch-size", 1)
-    (tmp_path / "slow.py").write_text(
-        "import sys, time\nfrom aletheia.lab.evaluation.journal import Journal\nfrom aletheia.cli.main import main\n"
+    slow = (
+        "import time\nfrom aletheia.lab.evaluation.journal import Journal\nfrom aletheia.cli.main import main\n"
         "add = Journal.add\nJournal.add = lambda *given: (add(*given), time.sleep(0.3))\nmain()\n"
     )
-    command = [sys.executable, "slow.py", "eval", model_folder, "--tasks", "mmlu,gsm8k,wikitext", "--out", "killed"]
+    command = ["eval", model_folder, "--tasks", "mmlu,gsm8k,wikitext", "--out", "killed"]
     command += ["--data-dir", benchmark_data, *QUICK, "--batch-size", "1"]
-    process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, env=os.environ, stderr=subprocess.DEVNULL)
+    process = forked.Forked(slow, command, tmp_path, os.environ, os.devnull, os.devnull)
     journal = tmp_path / "killed" / JOURNAL_FILE
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (journal.exists() and journal.read_bytes().count(b"\n") > 5):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)

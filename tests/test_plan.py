@@ -448,9 +448,10 @@ def random_plan(draw: random.Random) -> Plan:
     )
 
 
-def test_a_thousand_random_plans_survive_writing_and_reading(tmp_path):
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_random_plans_survive_writing_and_reading(tmp_path, count):
     draw = random.Random(7)
-    for _ in range(1000):
+    for _ in range(count):
         made = random_plan(draw)
         assert Plan.read(made.write(tmp_path / "plan.json")) == made
 

@@ -6,10 +6,9 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 
+import forked
 import pytest
 from conftest import count_rows
 from tiny import make_model
@@ -52,15 +51,14 @@ def arguments(model_folder, out, *more):
 def command(folder, model_folder, out, *more, patch=""):
     """``aletheia train`` in a process of its own."""
     code = SAVING.format(patch=patch)
-    call = [sys.executable, "-c", code, *arguments(model_folder, out, *more)]
-    return subprocess.run(call, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
+    return forked.run(code, arguments(model_folder, out, *more), folder, environment(folder))
 
 
 def start(folder, model_folder, out):
     """The same, going on beside the test; it writes its lines to ``OUT.log``."""
-    log = (folder / f"{out}.log").open("w")
-    call = [sys.executable, "-c", SAVING.format(patch=""), *arguments(model_folder, out)]
-    return subprocess.Popen(call, cwd=folder, env=environment(folder), stdout=log, stderr=subprocess.STDOUT)
+    log = folder / f"{out}.log"
+    code = SAVING.format(patch="")
+    return forked.Forked(code, arguments(model_folder, out), folder, environment(folder), log, log)
 
 
 def adapter(folder, out):
