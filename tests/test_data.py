@@ -19,7 +19,7 @@ from tiny import CHATML, make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from aletheia.anatomy.schema import DataIdentity
-from aletheia.data.batches import collate, length_sorted_batches, sample_batches
+from aletheia.data.batches import collate, padded_batches, sample_batches
 from aletheia.data.encode import NO_LOSS, Example, Examples, encode, load_data, split_held_out
 from aletheia.data.rows import load_rows
 from aletheia.errors import DataError
@@ -729,9 +729,9 @@ def test_fewer_rows_than_asked_for_give_fewer_batches():
     assert [len(batch["labels"]) for batch in sample_batches(made(2), 5, 8, seed=0)] == [1]
 
 
-def test_length_sorted_batches_hold_every_row_once_with_little_padding():
+def test_padded_batches_hold_every_row_once_with_little_padding():
     examples = made(2, 9, 3, 9, 2)
-    batches = list(length_sorted_batches(examples, batch_size=2))
+    batches = list(padded_batches(examples, batch_size=2))
     assert [tuple(batch["input_ids"].shape) for batch in batches] == [(2, 9), (2, 3), (1, 2)]
     assert [batch["input_ids"][:, 0].tolist() for batch in batches] == [[100, 300], [200, 0], [400]]
     assert sum(int(batch["attention_mask"].sum()) for batch in batches) == examples.tokens
@@ -744,8 +744,8 @@ def test_length_sorted_batches_hold_every_row_once_with_little_padding():
         lambda: sample_batches(made(), 1, 1, seed=0),
         lambda: sample_batches(made(2), 0, 1, seed=0),
         lambda: sample_batches(made(2), 1, 0, seed=0),
-        lambda: length_sorted_batches(made(), 1),
-        lambda: length_sorted_batches(made(2), 0),
+        lambda: padded_batches(made(), 1),
+        lambda: padded_batches(made(2), 0),
     ],
 )
 def test_batches_of_nothing_are_refused_at_the_call(call):

@@ -145,7 +145,7 @@ def test_of_a_very_long_output_the_end_is_kept(tmp_path, monkeypatch):
 
 def test_steps_name_arms_and_tests_that_exist(tmp_path):
     arms = [arm for _, command, _ in STEPS for arm in re.findall(r"--arms (\S+)", command)]
-    assert {arm for some in arms for arm in some.split(",")} <= {*ARMS, *UNSLOTH, "predicted"}
+    assert {arm for some in arms for arm in some.split(",")} <= {*ARMS, *UNSLOTH, "predicted", "predicted-graphs"}
     options = gpu_session.argparse.Namespace(rows=None, commit=None, device="cuda", site=Path("site"), tiny=False)
     session = Session(tmp_path, 1)
     for name, command, most in STEPS:

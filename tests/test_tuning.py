@@ -448,7 +448,7 @@ def held_out_losses(monkeypatch):
         seen.append({name: value.detach().clone() for name, value in model.named_parameters() if "lora_" in name})
         return [5.0, 4.0, 3.0, 3.5, 3.6, 3.7, 2.0][len(seen) - 1]
 
-    monkeypatch.setattr(loop, "held_out_loss", listed)
+    monkeypatch.setattr(loop, "loss_over", listed)
     return seen
 
 
@@ -487,7 +487,7 @@ def test_a_run_that_goes_on_remembers_how_long_the_loss_has_not_fallen(examples,
             raise RuntimeError("broken off")
         return loss
 
-    monkeypatch.setattr(loop, "held_out_loss", listed)
+    monkeypatch.setattr(loop, "loss_over", listed)
     settings = {"evaluations": 6, "batch_size": 2, "save_steps": 2, "save_total_limit": 5, "rescale": False}
     with pytest.raises(RuntimeError, match="broken off"):
         trained(examples, scores, tmp_path / "run", **settings)
