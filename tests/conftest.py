@@ -35,6 +35,14 @@ def pytest_collection():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def kinds_of_steps_timed_once():
+    """Calibration repeats short steps for a fifth of a second; here their times matter to no test."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("aletheia.training.timed.SHORT_SECONDS", 0.0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def cards_compiled_once():
     """PEFT writes a card with each adapter it saves, and compiles the same template for each."""
     with pytest.MonkeyPatch.context() as patched:

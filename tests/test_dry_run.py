@@ -12,17 +12,11 @@ import aletheia
 from aletheia.errors import ArtifactError, CacheError, DataError, PlanError, TrainingError
 from aletheia.planning.cost import LayerCosts
 from aletheia.planning.outlook import training_seconds
-from aletheia.training import timed
 from aletheia.training import train as train_module
 from aletheia.training.processes import Launch
 
 dry_run_module = importlib.import_module("aletheia.job.dry_run")
 TRAINING = {"steps": 4, "batch_size": 2, "learning_rate": 0.01, "evaluations": 2}
-
-
-@pytest.fixture(autouse=True)
-def each_kind_of_step_is_timed_once(monkeypatch):
-    monkeypatch.setattr(timed, "SHORT_SECONDS", 0.0)
 
 
 @pytest.fixture
