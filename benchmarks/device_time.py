@@ -17,11 +17,12 @@ import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
 from math import prod
+from statistics import fmean
 from typing import Any
 
 import torch
 from fake_steps import Kind, learning, stepping
-from gpu_models import Shape, operations_of, shapes
+from gpu_models import Shape, operations_of, rows_of, shapes
 from torch import nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,7 +31,7 @@ from torch.utils.flop_counter import flop_registry
 
 from aletheia.anatomy.access import base_of
 
-MEAN_TOKENS = {"8b": 854, "1.5b": 214}  # of a row of the GPU's benchmark
+STEPS = 8  # of the GPU's benchmark, over all its rows
 ATTENTION_PRODUCTS = {"forward": 2, "backward": 5}  # two of them, and five that read their inputs again
 
 
@@ -100,9 +101,10 @@ def shape_of(tensor: torch.Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "1"
 
 
-def kinds_of(name: str, shape: Shape) -> dict[str, Kind]:
+def kinds_of(shape: Shape) -> dict[str, Kind]:
     """Steps on packed rows: with every layer, and the upper half from the cache."""
-    tokens, half = shape.batch_size * MEAN_TOKENS[name], shape.config.num_hidden_layers // 2
+    row_tokens = round(fmean(len(row) for row in rows_of(shape, shape.batch_size * STEPS).examples))
+    tokens, half = shape.batch_size * row_tokens, shape.config.num_hidden_layers // 2
     return {
         "every layer": Kind(shape.config, torch.bfloat16, 0, 1, tokens),
         "upper half, cached": Kind(shape.config, torch.bfloat16, half, 1, tokens, cached=True),
@@ -146,7 +148,7 @@ def main() -> None:
     print("|---|---|---:|---:|---:|---:|---:|")
     for name in options.models.split(","):
         shape = shapes(tiny=False)[name]
-        for label, kind in kinds_of(name, shape).items():
+        for label, kind in kinds_of(shape).items():
             found, work = time_of(kind, shape.batch_size, card)
             spent, products = found.spent, work / card.flops_per_second
             seconds, calls = sum(one.seconds for one in spent.values()), sum(one.calls for one in spent.values())

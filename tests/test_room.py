@@ -13,7 +13,7 @@ from aletheia.data.order import training_batches
 from aletheia.job import fine_tune as fine_tune_module
 from aletheia.job import room as room_module
 from aletheia.job import source as source_module
-from aletheia.job.room import Room, largest_step, room_for, with_held_out
+from aletheia.job.room import Room, largest_step, room_for
 from aletheia.job.settings import JobSettings
 from aletheia.planning.memory import PROCESS_BYTES
 from aletheia.training.settings import TrainSettings
@@ -51,15 +51,15 @@ def long_row(tokens):
 def test_the_largest_held_out_batch_is_that_of_a_training_batch_or_the_longest_row(packing, examples):
     """Not so many times as many tokens as the longest rows have."""
     data, training = examples.subset(range(30)), TrainSettings(batch_size=4, packing=packing)
-    step = largest_step(data, training, torch.bfloat16, CPU, resident=True)
     longest = max(map(len, data.examples))
     alike = replace(data, examples=[long_row(longest)] * 9)
-    found = with_held_out(step, data, alike, training).held_out
+    step = largest_step(data, training, torch.bfloat16, CPU, resident=True, held_out=alike)
+    found = step.held_out
     assert found.row_tokens == longest
     assert 0.7 * step.tokens < found.tokens <= step.tokens
     assert found.labelled_share == pytest.approx(0.75, abs=0.02)
     longer = replace(data, examples=[long_row(3000), *alike.examples])
-    found = with_held_out(step, data, longer, training).held_out
+    found = largest_step(data, training, torch.bfloat16, CPU, resident=True, held_out=longer).held_out
     assert (found.tokens, found.row_tokens, found.labelled_share) == (3000, 3000, 0.75)
 
 

@@ -38,6 +38,12 @@ def stop_ids_of(model: nn.Module) -> tuple[int, ...]:
     return tuple(found)
 
 
+def computed_in(output: torch.Tensor) -> torch.dtype:
+    """The dtype that layers with this output compute in: that of autocast, where it is on."""
+    device = output.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output.dtype
+
+
 def lowest_that_learns(layers: Iterable[nn.Module]) -> int | None:
     """The index of the first of ``layers`` with a trainable parameter; None if none has one."""
     learn = (any(parameter.requires_grad for parameter in layer.parameters()) for layer in layers)

@@ -117,15 +117,15 @@ def room_for(base: Source, data: Examples, held_out: Examples, settings: JobSett
     training, limit = settings.training, settings.model.max_memory
     asked = training.gradient_checkpointing
     if isinstance(base, Checkpoint):
-        step = largest_step(data, training, base.dtype, base.device, resident=False)
-        return Room(base.device, limit, (training.recompute,)), with_held_out(step, data, held_out, training)
+        step = largest_step(data, training, base.dtype, base.device, resident=False, held_out=held_out)
+        return Room(base.device, limit, (training.recompute,)), step
     model = base.model
     if packs(model, data, training)[0]:
         training = training.model_copy(update={"packing": "on"})
-    step = largest_step(data, training, input_weight(model).dtype, model.device, resident=True)
+    step = largest_step(data, training, input_weight(model).dtype, model.device, resident=True, held_out=held_out)
     is_open = asked == "auto" and limit is None  # a given limit bounds the number of layers instead
     kinds = recomputations(model, training.compile_layers) if is_open else (training.recompute,)
-    return Room(model.device, limit, kinds), with_held_out(step, data, held_out, training)
+    return Room(model.device, limit, kinds), step
 
 
 def bytes_by(base: Source, plan: Plan) -> Callable[[Step], int]:
@@ -139,24 +139,27 @@ def bytes_by(base: Source, plan: Plan) -> Callable[[Step], int]:
 
 
 def largest_step(
-    data: Examples, training: TrainSettings, dtype: torch.dtype, device: torch.device, resident: bool
+    data: Examples,
+    training: TrainSettings,
+    dtype: torch.dtype,
+    device: torch.device,
+    resident: bool,
+    held_out: Examples | None = None,
 ) -> Step:
-    """The largest batch, with the largest share of a row that is labelled.
+    """The largest batch, with the largest share of a row that is labelled, and the largest batch of ``held_out``.
 
     With padding, that is a batch of the longest rows. With packing, it is the largest batch of the run, filled up if
     layers are recorded.
     """
-    lengths = [len(row) for row in data.examples]
-    longest = max(lengths)
     processes = Launch.here().processes
-    tokens = largest_batch(data, training, processes)
+    tokens = most = largest_batch(data, training, processes)
     keeps = training.packing == "on" and training.cuda_graphs
     if keeps:  # graphs keep their memory, also while a larger batch runs without them
         recorded = fixed_size(data, training, processes).tokens
-        tokens = recorded + (tokens if tokens > recorded else 0)
-    return Step(
+        tokens = recorded + (most if most > recorded else 0)
+    step = Step(
         tokens=tokens,
-        row_tokens=longest,
+        row_tokens=max(len(row) for row in data.examples),
         labelled_share=max(row.labelled_tokens / len(row) for row in data.examples),
         dtype=str(dtype).removeprefix("torch."),
         recompute=training.recompute,
@@ -164,14 +167,15 @@ def largest_step(
         resident=resident,
         keeps=keeps,
     )
+    return step if held_out is None else replace(step, held_out=_evaluated(step, held_out, training, most))
 
 
-def with_held_out(step: Step, data: Examples, held_out: Examples, training: TrainSettings) -> Step:
-    """The step together with a held-out batch of the tokens, labels and row length of the largest ones."""
-    batches = held_out_batches(held_out, training, largest_batch(data, training, Launch.here().processes))
+def _evaluated(step: Step, held_out: Examples, training: TrainSettings, most_tokens: int) -> Step:
+    """A held-out batch of the tokens, labels and row length of the largest ones."""
+    batches = held_out_batches(held_out, training, most_tokens)
     packed = training.packing == "on"
     tokens = max(sum(map(len, rows)) if packed else len(rows) * max(map(len, rows)) for rows in batches)
-    largest = replace(
+    return replace(
         step,
         tokens=tokens,
         row_tokens=max(len(row) for row in held_out.examples),
@@ -179,7 +183,6 @@ def with_held_out(step: Step, data: Examples, held_out: Examples, training: Trai
         recompute="off",
         keeps=False,
     )
-    return replace(step, held_out=largest)
 
 
 def _gigabytes(size: int) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from aletheia.anatomy.access import base_of, input_weight, text_config
+from aletheia.anatomy.access import base_of, computed_in, input_weight, text_config
 from aletheia.anatomy.modes import in_mode
 from aletheia.anatomy.read import adds_router_loss
 from aletheia.data.batches import collate, on_device_of
@@ -100,12 +100,8 @@ def packs_differ(model: nn.Module, boundary: int, batch: Mapping[str, Any], span
     packed_TD = packed_BTD[inner.sample, inner.start : inner.start + len(inner.row)].float()
     differences_T = (alone_TD - packed_TD).norm(dim=-1) / alone_TD.norm(dim=-1)
     most = torch.maximum(differences_T[0], differences_T.mean())
-    return not bool(most <= (PACKED if _is_half(packed_BTD) else SAME))
-
-
-def _is_half(output: torch.Tensor) -> bool:
-    """Whether a model computed this in half precision, by its weights or by autocast."""
-    return output.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(output.device.type)
+    is_half = computed_in(packed_BTD) in (torch.bfloat16, torch.float16)
+    return not bool(most <= (PACKED if is_half else SAME))
 
 
 def positions_vary(model: nn.Module, longest: int) -> bool:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from aletheia.adapters.acting import acting, adapted_in
-from aletheia.anatomy.access import lowest_that_learns
+from aletheia.anatomy.access import computed_in, lowest_that_learns
 from aletheia.anatomy.read import find_layers
 from aletheia.data.sources import one_line
 from aletheia.errors import TrainingError
@@ -283,7 +283,7 @@ class _Chain:
             grads = partial(self._grads, self._layers[index : index + 1], of_layer.hidden, outputs.pop(), above)
             of_layer.grads, of_layer.backward = recorder.record(grads)
             of_layer.grad_output, above = above, of_layer.grads[0]
-        compare(found, expected, _computed_in(found[-1].output))
+        compare(found, expected, computed_in(found[-1].output))
         return found
 
     def _grads(
@@ -300,11 +300,6 @@ class _Chain:
         wanted = [*([hidden_BTD] if hidden_BTD.requires_grad else []), *learning]
         grads = torch.autograd.grad(output_BTD, wanted, above_BTD, allow_unused=True)
         return list(grads) if hidden_BTD.requires_grad else [None, *grads]
-
-
-def _computed_in(output_BTD: torch.Tensor) -> torch.dtype:
-    device = output_BTD.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else output_BTD.dtype
 
 
 def _uncached_autocast(device: torch.device) -> torch.autocast:
